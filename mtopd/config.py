@@ -1,0 +1,322 @@
+"""The YAML file of a run as pydantic models.  An unknown key is an error that names the nearest known one.
+
+Two roots: ``ConsolidateConfig`` (many teachers into one student) and ``SpecialistConfig`` (supervised training of one
+model, which may end as a teacher store).  Paths are relative to the current folder.  After loading nothing changes a
+config.  Objectives, clips and weights of policy-gradient methods do not exist here: the loss is exact.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mtopd.types import MtopdError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ParallelConfig(Model):
+    """Ranks of the student.  The world size is tp x pp x dp."""
+
+    tp: Count = 1
+    pp: Count = 1
+    dp: Count = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+class StudentConfig(Model):
+    model: Path  # HF folder: initial weights and tokenizer
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: ParallelConfig = ParallelConfig()
+    megatron: dict[str, Any] = {}  # fields of Megatron's TransformerConfig, verbatim
+
+
+class SourceConfig(Model):
+    """Prompts of one origin: a JSONL or Parquet file, or a reasoning-gym dataset.  ``fields`` are added for routing."""
+
+    name: Name
+    path: Path | None = None
+    eval_path: Path | None = None
+    reasoning_gym: str | None = None
+    config: dict[str, Any] = {}
+    fields: dict[str, str] = {}
+    train_size: Count = 20000
+    eval_size: Count = 256
+    seed: int = 1
+    eval_seed: int = 10_000_019
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.reasoning_gym is None):
+            raise ValueError("needs exactly one of path and reasoning_gym")
+        return self
+
+
+class DataConfig(Model):
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    context_length: Count  # prompt + response tokens of a sample
+    max_response: Count
+
+    @model_validator(mode="after")
+    def _room(self) -> DataConfig:
+        if self.max_response >= self.context_length:
+            raise ValueError(
+                f"max_response {self.max_response} leaves no room for a prompt in context_length {self.context_length}"
+            )
+        names = [s.name for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ, found {names}")
+        return self
+
+
+class TeacherConfig(Model):
+    name: Name
+    store: Path
+    route: dict[str, str]  # fields of a prompt that must all match
+    weight: Annotated[float, Field(gt=0)] | None = None  # w_i; default 1 / number of teachers
+
+
+class RolloutConfig(Model):
+    engine: Literal["embedded"] = "embedded"
+    prompts_per_iteration: Count
+    samples_per_prompt: Count = 1
+    batch_size: Count = 96  # the unit of replay
+    temperature: Literal[1.0] = 1.0  # on-policy: the student's own distribution
+
+
+class OffloadConfig(Model):
+    tp: Count | None = None  # the teachers' tensor parallelism; default the student's
+    host_budget: Count = 4 << 30  # bytes per process for shares read ahead
+    batch_tokens: Count = 16384
+
+
+class CacheConfig(Model):
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the teacher's stored dtype
+
+
+class OptimizerConfig(Model):
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+
+
+class TrainConfig(Model):
+    num_iterations: Count
+    train_steps_per_iteration: Count = 1
+    micro_batch_size: Count
+    normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
+    optimizer: OptimizerConfig
+
+
+class EvaluationConfig(Model):
+    every: Annotated[int, Field(ge=0)] = 0  # iterations; 0: only before the first and after the last
+    baselines: dict[str, Path] = {}  # HF folders evaluated once beside the student, by name; "base" must be one for recovery
+    weight_average: list[str] = []  # names of baselines whose plain average is evaluated too
+
+
+class CheckpointConfig(Model):
+    every: Count = 20  # iterations
+    keep: Count = 2
+
+
+class ConsolidateConfig(Model):
+    run_dir: Path
+    seed: int = 0
+    deterministic: bool = True
+    student: StudentConfig
+    teachers: Annotated[list[TeacherConfig], Field(min_length=1)]
+    data: DataConfig
+    rollout: RolloutConfig
+    teacher_offload: OffloadConfig = OffloadConfig()
+    hidden_cache: CacheConfig = CacheConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> ConsolidateConfig:
+        names = [t.name for t in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"teacher names must differ, found {names}")
+        samples = self.rollout.prompts_per_iteration * self.rollout.samples_per_prompt
+        steps = self.train.train_steps_per_iteration
+        if samples < steps:
+            raise ValueError(f"an iteration has {samples} samples for {steps} train steps; every train step needs one")
+        per_source = self.rollout.prompts_per_iteration, len(self.data.sources)
+        if per_source[0] % per_source[1]:
+            raise ValueError(
+                f"rollout.prompts_per_iteration {per_source[0]} is not a multiple of the {per_source[1]} data sources"
+            )
+        world, tp = self.student.parallel.world_size, self.teacher_offload.tp or self.student.parallel.tp
+        if world % tp:
+            raise ValueError(f"teacher_offload.tp {tp} does not divide the world size {world}")
+        if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
+            raise ValueError(f"evaluation.weight_average names {sorted(unknown)}, baselines are {sorted(self.evaluation.baselines)}")
+        return self
+
+    @property
+    def teacher_weights(self) -> list[float]:
+        return [t.weight if t.weight is not None else 1.0 / len(self.teachers) for t in self.teachers]
+
+
+class StopConfig(Model):
+    """Stop when greedy accuracy on the first ``eval_prompts`` held-out prompts of *every* source reaches its target.
+
+    A source's share of the mini-batch shrinks as its accuracy nears ``accuracy``; at least ``min_share`` remains.
+    """
+
+    accuracy: Annotated[float, Field(gt=0, le=1)]
+    every: Count = 10
+    first: Count = 50
+    eval_prompts: Count = 128
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.03
+
+
+class TeacherStoreConfig(Model):
+    name: Name
+    path: Path
+    slices: Count = 1
+
+
+class SupervisedConfig(Model):
+    num_steps: Count
+    global_batch_size: Count
+    micro_batch_size: Count
+    optimizer: OptimizerConfig
+    stop: StopConfig | None = None
+
+
+class SpecialistConfig(Model):
+    run_dir: Path
+    seed: int = 0
+    student: StudentConfig
+    data: DataConfig
+    train: SupervisedConfig
+    store: TeacherStoreConfig | None = None  # write the result as a teacher, too
+
+
+Root = TypeVar("Root", ConsolidateConfig, SpecialistConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str], kind: type[Root]) -> Root:
+    """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML), validate.  Raises MtopdError."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise MtopdError(f"cannot read config {path}: {error.strerror}") from None
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise MtopdError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise MtopdError(f"{path} must hold a table of settings, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, kind, str(path))
+
+
+def validate(values: dict[str, Any], kind: type[Root], where: str) -> Root:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise MtopdError(f"{where}: {_explain(first, kind)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 2e-3 as a number, as everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise MtopdError(f"override {override!r} must look like key.sub=value")
+    *parents, leaf = key.split(".")
+    table: Any = values
+    for part in parents:
+        table = table[int(part)] if isinstance(table, list) and part.isdigit() and int(part) < len(table) else (
+            table.setdefault(part, {}) if isinstance(table, dict) else None
+        )
+        if not isinstance(table, dict | list):
+            raise MtopdError(f"override {override!r}: {part!r} is not a table in the config")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise MtopdError(f"override {override!r}: {text!r} is not a YAML value") from None
+    if isinstance(table, list):
+        if not leaf.isdigit() or int(leaf) >= len(table):
+            raise MtopdError(f"override {override!r}: the list has {len(table)} entries, {leaf!r} is none of them")
+        table[int(leaf)] = value
+    else:
+        table[leaf] = value
+
+
+def _explain(error: Any, kind: type[BaseModel]) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(kind, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+        return f"unknown key {where!r}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} is {error['input']!r}: {message}"
+
+
+def _known_keys(kind: Any, path: Sequence[Any]) -> list[str]:
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = kind.model_fields[part].annotation
+        kind = next(m for m in _models_in(annotation))
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for inner in getattr(annotation, "__args__", ()) for m in _models_in(inner)]
+
+
+def resolved(config: BaseModel) -> dict[str, Any]:
+    """Plain values of a config, as JSON and YAML take them."""
+    values = config.model_dump(mode="json")
+    assert isinstance(values, dict)
+    return values
+
+
+def to_yaml(config: BaseModel) -> str:
+    return yaml.safe_dump(resolved(config), sort_keys=False)
+
+
+def digest(config: BaseModel) -> str:
+    return hashlib.sha256(json.dumps(resolved(config), sort_keys=True).encode()).hexdigest()

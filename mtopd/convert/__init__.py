@@ -1,0 +1,1 @@
+"""HF checkpoints to Megatron and back, and HF checkpoints to teacher stores."""

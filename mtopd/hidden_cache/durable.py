@@ -1,0 +1,75 @@
+"""Publishing files so that a crash or a power loss leaves the whole file or none.
+
+A file is written under a hidden ``.partial`` name, fsynced, given its final name, and its folder is fsynced.
+Readers look at final names only, so a leftover ``.partial`` is garbage and never data.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+# What a lost or failing file looks like.  Any other OSError (too many open files, permission) is not damage.
+_DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE}
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make the names inside ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_dirs(folder: Path) -> None:
+    """``mkdir -p`` whose new names are durable."""
+    if not folder.is_dir():
+        make_dirs(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_dir(folder.parent)
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write ``path``, replacing what is there."""
+    os.replace(_write_partial(path, data), path)
+    fsync_dir(path.parent)
+
+
+def publish_if_absent(path: Path, data: bytes) -> None:
+    """Write ``path`` unless it is there; of several writers at once exactly one wins, and it wins whole."""
+    if path.exists():
+        return
+    partial = _write_partial(path, data)
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass  # another writer was first; the caller compares what it wrote
+    finally:
+        partial.unlink()
+    fsync_dir(path.parent)
+
+
+@contextmanager
+def lost_file_raises(damaged: Callable[[str], Exception]) -> Iterator[None]:
+    """Turn the loss of a file read inside into ``damaged(what happened)``; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DAMAGE_ERRNOS:
+            raise damaged(str(error)) from error
+        raise
+
+
+def _write_partial(path: Path, data: bytes) -> Path:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    with partial.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial

@@ -1,0 +1,153 @@
+"""The cache's folder: its mark, one sub-folder per teacher, and what may be deleted.
+
+    <root>/FORMAT.json                                 the mark; put if absent
+    <root>/t/<fingerprint, 16 hex>/teacher.json        what a row is; put if absent
+    <root>/t/<fingerprint, 16 hex>/seg/<segment>/      zarr arrays
+    <root>/t/<fingerprint, 16 hex>/index/<segment>.arrow   commit records
+
+Nothing is deleted from a folder that does not bear our mark.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from mtopd.hidden_cache.durable import PARTIAL, make_dirs, publish_if_absent
+from mtopd.hidden_cache.index import load_index
+from mtopd.hidden_cache.layout import NUMPY_DTYPES, SegmentLayout
+from mtopd.types import MtopdError
+
+_MARK_NAME = "FORMAT.json"
+_MARK = {"format": 1, "kind": "mtopd.hidden_cache"}
+_STATE = "after final norm"
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+_FOLDER_HEX = 16  # of the fingerprint; teacher.json holds all of it
+_MAX_JSON_BYTES = 1 << 16
+
+
+def is_marked(root: Path) -> bool:
+    """Whether ``root`` is a hidden cache; False where nothing is there yet, MtopdError where something else is."""
+    mark = root / _MARK_NAME
+    if mark.is_file():
+        if _load_json(mark) != _MARK:
+            raise MtopdError(f"{mark} is not {_MARK}: another version wrote it. Remove the folder or name another one")
+        return True
+    # A mark that a crash cut short is ours too.
+    if root.exists() and not (
+        root.is_dir() and all(path.match(f".{_MARK_NAME}.*{PARTIAL}") for path in root.iterdir())
+    ):
+        raise MtopdError(
+            f"{root} holds no {_MARK_NAME} and is not empty, so it is no hidden cache. Name another folder"
+        )
+    return False
+
+
+def create_root(root: Path) -> None:
+    if not is_marked(root):
+        make_dirs(root)
+        publish_if_absent(root / _MARK_NAME, json.dumps(_MARK).encode())
+
+
+def create_teacher_folder(root: Path, layout: SegmentLayout) -> Path:
+    """The folder of a teacher; refuses one that was begun with another fingerprint, size or dtype."""
+    if not _FINGERPRINT.fullmatch(layout.teacher_fingerprint):
+        raise MtopdError(f"teacher fingerprint {layout.teacher_fingerprint!r} is not a sha256 of 64 hex digits")
+    if layout.hidden_size < 1:
+        raise MtopdError(f"hidden_size is {layout.hidden_size}, needed at least 1")
+    folder = root / "t" / layout.teacher_fingerprint[:_FOLDER_HEX]
+    make_dirs(folder / "index")
+    publish_if_absent(folder / "teacher.json", json.dumps(_teacher_facts(layout)).encode())
+    found = load_teacher(folder)
+    if found != layout:
+        raise MtopdError(
+            f"{folder} holds rows of {found}, not of {layout}. Remove the cache folder and compute it again"
+        )
+    return folder
+
+
+def load_teacher(folder: Path) -> SegmentLayout:
+    """What the rows under a teacher's folder are."""
+    found = _load_json(folder / "teacher.json")
+    with suppress(KeyError, TypeError):
+        layout = SegmentLayout(found["teacher_fingerprint"], found["hidden_size"], found["hidden_dtype"])
+        sound = type(layout.hidden_size) is int and layout.hidden_size > 0 and layout.hidden_dtype in NUMPY_DTYPES
+        named = _FINGERPRINT.fullmatch(layout.teacher_fingerprint) and folder.name == layout.teacher_fingerprint[:16]
+        if sound and named and found == _teacher_facts(layout):
+            return layout
+    raise MtopdError(f"{folder / 'teacher.json'} does not describe the teacher of its folder; compute its rows again")
+
+
+def teacher_folders(root: Path) -> list[Path]:
+    return _entries(root / "t")
+
+
+def index_paths(folder: Path) -> list[Path]:
+    """The commit records of a teacher, in the order in which the first one wins."""
+    return [path for path in _entries(folder / "index") if path.suffix == ".arrow"]
+
+
+def remove(root: Path) -> None:
+    """Delete a cache folder and all in it.  One that is gone, or that a crash left empty, is no error.
+
+    The mark goes last, so that a removal that was cut short can be repeated.
+    """
+    if root.is_symlink():
+        raise MtopdError(f"{root} is a link; only a hidden cache's own folder is removed. Name that folder")
+    if not root.exists():
+        return
+    is_marked(root)  # refuses another's folder
+    for path in _entries(root):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _MARK_NAME:
+            path.unlink()
+    (root / _MARK_NAME).unlink(missing_ok=True)
+    root.rmdir()
+
+
+def discard_orphans(root: Path) -> list[str]:
+    """Delete the segments that no index names, and partial files: what a crash left.  Returns the segments' names.
+
+    Only for the cache's single user: to others a segment being written looks the same.  A segment whose index is
+    damaged stays, because its rows may be sound.
+    """
+    is_marked(root)  # refuses another's folder
+    discarded = []
+    for folder in teacher_folders(root):
+        committed = set()
+        for path in index_paths(folder):
+            committed.add(path.stem)
+            with suppress(MtopdError):
+                committed |= {row.segment for row in load_index(path, load_teacher(folder))}
+        for segment in _entries(folder / "seg"):
+            if segment.name not in committed:
+                shutil.rmtree(segment)
+                discarded.append(segment.name)
+    for place in (root, *teacher_folders(root), *(folder / "index" for folder in teacher_folders(root))):
+        for partial in place.glob(f".*{PARTIAL}"):
+            partial.unlink()
+    return discarded
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _teacher_facts(layout: SegmentLayout) -> dict[str, object]:
+    return {
+        "teacher_fingerprint": layout.teacher_fingerprint,
+        "hidden_size": layout.hidden_size,
+        "hidden_dtype": layout.hidden_dtype,
+        "state": _STATE,
+    }
+
+
+def _load_json(path: Path) -> dict:
+    with suppress(FileNotFoundError, ValueError, RecursionError), path.open("rb") as file:
+        found = json.loads(file.read(_MAX_JSON_BYTES))
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -1,0 +1,99 @@
+"""Refusals of `fused_linear_divergence`, made before any collective: equal arguments are refused alike on every rank.
+
+Legend: T tokens, D student hidden size, E teacher hidden size, v vocabulary rows of this rank.
+Every message says what was found and what was needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def refuse_what_is_not_there(
+    divergence: str, beta: float | None, logits: str, teacher_neginf: str, weight_grad_accumulator: object, backend: str
+) -> None:
+    """Raise ValueError for values of the fixed signature that have no implementation yet."""
+    for name, value, implemented in (
+        ("divergence", divergence, ("reverse_kl",)),
+        ("logits", logits, ("fp32",)),
+        ("teacher_neginf", teacher_neginf, ("error",)),
+        ("backend", backend, ("auto", "torch")),
+    ):
+        if value not in implemented:
+            raise ValueError(f"{name}={value!r} is not there yet; implemented: {', '.join(map(repr, implemented))}")
+    if beta is not None:
+        raise ValueError(f"beta={beta!r}: divergence='reverse_kl' takes no beta; leave it None")
+    if weight_grad_accumulator is not None:
+        raise ValueError("weight_grad_accumulator is not there yet; leave it None and add student_weight.grad yourself")
+
+
+def check_tensors(
+    student_hidden_TD: Tensor,
+    student_weight_vD: Tensor,
+    teacher_hidden_TE: Tensor,
+    teacher_weight_vE: Tensor,
+    token_weight_T: Tensor,
+    teacher_bias_v: Tensor | None,
+) -> None:
+    """Raise ValueError unless dimensions, sizes, dtypes and devices fit together and every token_weight is finite."""
+    tensors = {
+        "student_hidden": (student_hidden_TD, 2),
+        "student_weight": (student_weight_vD, 2),
+        "teacher_hidden": (teacher_hidden_TE, 2),
+        "teacher_weight": (teacher_weight_vE, 2),
+        "token_weight": (token_weight_T, 1),
+    }
+    if teacher_bias_v is not None:
+        tensors["teacher_bias"] = (teacher_bias_v, 1)
+    for name, (tensor, num_dims) in tensors.items():
+        if tensor.dim() != num_dims:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions {list(tensor.shape)}; {num_dims} are needed")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
+        if tensor.device != student_hidden_TD.device:
+            raise ValueError(f"{name} is on {tensor.device}, but student_hidden is on {student_hidden_TD.device}")
+    _check_same_size(
+        "tokens", {name: tensors[name][0] for name in ("student_hidden", "teacher_hidden", "token_weight")}
+    )
+    heads = [name for name in ("student_weight", "teacher_weight", "teacher_bias") if name in tensors]
+    _check_same_size("vocabulary rows", {name: tensors[name][0] for name in heads})
+    for model in ("student", "teacher"):
+        pair = {name: tensors[name][0] for name in (f"{model}_hidden", f"{model}_weight")}
+        _check_same_size("hidden columns", pair, dim=1)
+    if student_weight_vD.numel() == 0 or teacher_weight_vE.numel() == 0:
+        shapes = f"{list(student_weight_vD.shape)} and {list(teacher_weight_vE.shape)}"
+        raise ValueError(f"student_weight and teacher_weight are {shapes}; at least one row and one column are needed")
+    if not torch.isfinite(token_weight_T).all():
+        raise ValueError(f"token_weight holds {int((~torch.isfinite(token_weight_T)).sum())} NaN or infinite values")
+
+
+def check_numbers(
+    *,
+    positive: Mapping[str, float | None],
+    finite: Mapping[str, float],
+    vocab_size: int | None,
+    num_columns: int,
+    workspace_bytes: int | None,
+) -> None:
+    """Raise ValueError unless each number is in its range (None: not given); `num_columns` is v over all tp ranks."""
+    for name, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; a finite number > 0 is needed")
+    for name, value in finite.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; a finite number is needed")
+    if vocab_size is not None and not 1 <= vocab_size <= num_columns:
+        raise ValueError(f"vocab_size is {vocab_size}, but the output layers have {num_columns} rows over all tp ranks")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes is {workspace_bytes}; at least 1 is needed")
+
+
+def _check_same_size(what: str, tensors: Mapping[str, Tensor], dim: int = 0) -> None:
+    sizes = {name: tensor.shape[dim] for name, tensor in tensors.items()}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ValueError(f"the number of {what} differs: {found}")

@@ -1,0 +1,1 @@
+"""The student and the teachers' layers on Megatron-Core.  The only folder that imports megatron."""

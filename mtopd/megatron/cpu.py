@@ -1,0 +1,84 @@
+"""Run megatron-core on CPU with gloo.  The only place that knows how; does nothing when CUDA is used.
+
+Megatron names "cuda" literally in its schedules, RNG tracker and streams.  On CPU those calls are answered here:
+torch.cuda's entry points become no-ops or CPU equivalents, and one torch function mode rewrites device="cuda".
+The change holds for the process: afterwards torch.cuda.current_device() returns a torch.device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+_installed: list[TorchFunctionMode] = []  # keeps the mode alive; also says that it is on
+
+
+def _names_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DDP groups buffers by this string and asks for the cuda spelling.
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        if func is torch.Tensor.record_stream:
+            return None
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to and any(_names_cuda(a) for a in args):
+            args = tuple("cpu" if _names_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """Enough of torch.cuda.Stream and Event for DDP and p2p code: everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+
+def install() -> None:
+    """Answer Megatron's CUDA calls on CPU.  Call once per process, before anything of Megatron is built."""
+    if _installed:
+        return
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing here
+    # Megatron pulls in torch._dynamo, which refuses to register functions of torch.cuda that are already replaced.
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.set_device = cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    rng: Any = megatron_random
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)

@@ -1,0 +1,141 @@
+"""Process groups: torch.distributed, Megatron's parallel state, and a teacher's own mesh over the same ranks."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mtopd.types import MtopdError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.  Groups are torch.distributed groups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+
+def pick_device(local_world_size: int) -> tuple[str, str]:
+    """("cuda" | "cpu", why).  CUDA needs one GPU per rank: NCCL refuses two ranks on one device."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= local_world_size:
+        return "cuda", f"{found} GPUs for {local_world_size} ranks on this node"
+    return "cpu", f"{found} GPUs for {local_world_size} ranks on this node: gloo on CPU"
+
+
+def initialize(tp: int, pp: int, *, seed: int) -> Ranks:
+    """Join the job torchrun started and build Megatron's groups.  Reads torchrun's RANK, WORLD_SIZE, LOCAL_*.
+
+    Raises MtopdError when tp x pp does not divide the world size.
+    """
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if world_size % (tp * pp):
+        raise MtopdError(f"world size {world_size} is not a multiple of tp {tp} x pp {pp} = {tp * pp}")
+    kind, _ = pick_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        from mtopd.megatron import cpu
+
+        device = torch.device("cpu")
+        cpu.install()
+        torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return build_groups(tp, pp, rank=rank, world_size=world_size, device=device, seed=seed)
+
+
+def build_groups(tp: int, pp: int, *, rank: int, world_size: int, device: torch.device, seed: int) -> Ranks:
+    """Megatron's groups for one layout; a former layout of this process is taken down first."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=device,
+    )
+
+
+@dataclass(frozen=True)
+class TeacherMesh:
+    """A teacher's tensor-parallel groups over the same ranks: consecutive ranks share a copy, the copies are replicas.
+
+    Replica r holds ranks [r*tp, (r+1)*tp).  ``peers`` are the ranks that hold the same slices, one in each replica.
+    """
+
+    tp_rank: int
+    tp_size: int
+    replica: int
+    num_replicas: int
+    tp_group: dist.ProcessGroup
+    peer_group: dist.ProcessGroup
+    collection: object  # Megatron's ProcessGroupCollection for layers of this teacher
+
+
+def build_teacher_mesh(tp: int) -> TeacherMesh:
+    """Collective: every rank calls it with the same tp.  Raises MtopdError when tp does not divide the world size."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % tp:
+        raise MtopdError(f"teacher tp {tp} does not divide the world size {world_size}; set teacher_offload.tp to a divisor")
+    mine: dict[str, dist.ProcessGroup] = {}
+    members = {
+        "tp": [list(range(start, start + tp)) for start in range(0, world_size, tp)],
+        "peer": [list(range(t, world_size, tp)) for t in range(tp)],
+        "single": [[r] for r in range(world_size)],
+    }
+    for name, groups in members.items():
+        for ranks in groups:  # new_group is collective: every rank creates every group, in the same order
+            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+            if rank in ranks:
+                mine[name] = group
+    collection = ProcessGroupCollection()
+    for name in ("tp", "tp_cp", "tp_dp_cp", "mp", "tp_ep", "expt_tp"):
+        setattr(collection, name, mine["tp"])
+    for name in ("pp", "cp", "dp", "ep", "dp_cp", "expt_dp", "embd", "pos_embd"):
+        setattr(collection, name, mine["single"])
+    return TeacherMesh(
+        tp_rank=rank % tp,
+        tp_size=tp,
+        replica=rank // tp,
+        num_replicas=world_size // tp,
+        tp_group=mine["tp"],
+        peer_group=mine["peer"],
+        collection=collection,
+    )

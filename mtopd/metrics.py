@@ -1,0 +1,66 @@
+"""metrics.jsonl and TensorBoard: rank 0 appends one line for each thing that happened.
+
+A line has a ``kind`` and the iteration; a train step also its number.  Steps that ran again after a resume write
+their line again: readers take the last line of each (kind, iteration, step).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl; scalars go to TensorBoard too.  ``enabled=False`` (ranks other than 0) writes nothing."""
+
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self._file = self._board = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _mend_last_line(path)
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+            self._board = SummaryWriter(str(path.parent / "tensorboard"))
+
+    def write(self, kind: str, iteration: int, values: Mapping[str, Any], *, step: int | None = None) -> None:
+        if self._file is None or self._board is None:
+            return
+        line = {"kind": kind, "iteration": iteration, **({} if step is None else {"step": step}), **values}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        for name, value in _scalars(values, kind):
+            self._board.add_scalar(name, value, iteration if step is None else step)
+
+    def close(self) -> None:
+        for part in (self._file, self._board):
+            if part is not None:
+                part.close()
+
+
+def _scalars(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}/{name}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}/{name}", float(value)
+
+
+def _mend_last_line(path: Path) -> None:
+    """A killed run may have left half a line: cut it off, so that the next line starts clean."""
+    if path.exists():
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            with open(path, "r+b") as file:
+                file.truncate(len(whole))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The last line of each (kind, iteration, step), in order of first appearance; half a last line is left out."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    if path.exists():
+        for text in path.read_bytes().split(b"\n")[:-1]:
+            line = json.loads(text)
+            lines[line["kind"], line["iteration"], line.get("step")] = line
+    return list(lines.values())

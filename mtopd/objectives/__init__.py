@@ -1,0 +1,1 @@
+"""What turns the student's hidden states into a loss."""

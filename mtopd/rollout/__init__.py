@@ -1,0 +1,1 @@
+"""Engines that answer prompts with the student's current weights."""

@@ -1,0 +1,125 @@
+"""The embedded rollout engine: a transformers model in this process, KV cache, our own sampling loop.
+
+What is promised: a batch is the unit of replay.  Its members, their order, padding and compaction follow from the
+requests and the sampled tokens alone; the draw of a token is a function of (seed, iteration, prompt, sample,
+position).  The same weights and the same batch give the same tokens on the same hardware.  Ids >= vocab_size are never
+sampled.  generation_config files are not read: sampling is the student's own distribution at temperature 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtopd.rollout.philox import uniform
+
+_COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    sample: int = 0  # which of this prompt's responses
+
+    @property
+    def prompt_number(self) -> int:
+        return int.from_bytes(hashlib.sha256(self.prompt_id.encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    response_ids: tuple[int, ...]  # with the EOS token when finish_reason is "stop"
+    log_probs: tuple[float, ...]
+    finish_reason: str  # "stop" | "length"
+
+
+class EmbeddedEngine:
+    """Holds one HF model; ``update_weights`` replaces its weights, ``generate`` answers one batch."""
+
+    def __init__(
+        self, hf_config: Any, *, dtype: torch.dtype, vocab_size: int, eos_id: int, pad_id: int, device: torch.device
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+        self._model.to(device).eval().requires_grad_(False)
+        self._vocab_size, self._eos_id, self._pad_id, self._device = vocab_size, eos_id, pad_id, device
+
+    def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
+        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
+        tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
+        assert set(missing) <= tied and not unexpected, (missing, unexpected)
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Sequence[Request], *, max_response: int, seed: int = 0, iteration: int = 0, greedy: bool = False
+    ) -> list[Response]:
+        """Answer a batch.  ``greedy`` takes the argmax (evaluation); otherwise temperature 1 by inverse CDF."""
+        from transformers import DynamicCache
+
+        ids_BS, mask_BS = self._left_pad([r.prompt_ids for r in batch])
+        prompt_B = np.array([r.prompt_number for r in batch], np.uint64)
+        sample_B = np.array([r.sample for r in batch], np.uint64)
+        tokens: list[list[int]] = [[] for _ in batch]
+        log_probs: list[list[float]] = [[] for _ in batch]
+        row_A = np.arange(len(batch))  # rows of the batch that the cache still holds
+        cache = DynamicCache(config=self._model.config)
+        position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+        for position in range(max_response):
+            output = self._model(
+                input_ids=ids_BS,
+                attention_mask=mask_BS,
+                position_ids=position_BS,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            log_p_AV = torch.log_softmax(output.logits[:, -1, : self._vocab_size].double(), -1)
+            if greedy:
+                token_A = log_p_AV.argmax(-1)
+            else:
+                u_A = uniform(seed, iteration, prompt_B[row_A], sample_B[row_A], position)
+                token_A = inverse_cdf(log_p_AV, torch.from_numpy(u_A).to(self._device))
+            chosen_A = log_p_AV.gather(-1, token_A[:, None])[:, 0].tolist()
+            running = np.zeros(len(row_A), bool)
+            for i, (row, token, log_prob) in enumerate(zip(row_A, token_A.tolist(), chosen_A, strict=True)):
+                if not (tokens[row] and tokens[row][-1] == self._eos_id):  # else: finished, kept until compaction
+                    tokens[row].append(token)
+                    log_probs[row].append(log_prob)
+                    running[i] = token != self._eos_id
+            if not running.any():
+                break
+            ids_BS, position_BS = token_A[:, None], position_BS[:, -1:] + 1
+            mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)
+            if running.mean() < _COMPACT_BELOW:
+                keep = torch.from_numpy(np.flatnonzero(running)).to(self._device)
+                ids_BS, position_BS, mask_BS = ids_BS[keep], position_BS[keep], mask_BS[keep]
+                cache.batch_select_indices(keep)
+                row_A = row_A[running]
+        return [
+            Response(tuple(t), tuple(p), "stop" if t[-1] == self._eos_id else "length")
+            for t, p in zip(tokens, log_probs, strict=True)
+        ]
+
+    def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, prompts))
+        ids_BS = torch.full((len(prompts), width), self._pad_id)
+        mask_BS = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids_BS[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BS[row, width - len(prompt) :] = 1
+        return ids_BS.to(self._device), mask_BS.to(self._device)
+
+
+def inverse_cdf(log_p_AV: torch.Tensor, u_A: torch.Tensor) -> torch.Tensor:
+    """[A] token ids: the first whose cumulative probability exceeds u, in float64.  Never one of probability zero."""
+    cdf_AV = log_p_AV.exp().cumsum(-1)
+    target_A = u_A * cdf_AV[:, -1]  # the sum is 1 up to rounding; scaling keeps u < 1 inside the table
+    return torch.searchsorted(cdf_AV, target_A[:, None], right=True)[:, 0].clamp(max=cdf_AV.shape[-1] - 1)

@@ -1,0 +1,207 @@
+"""A run directory: names, atomic writes, seals, the lock, the manifest.
+
+What is promised:
+* A file appears under its name whole or not at all (temporary name, fsync, rename, fsync of the folder).
+* A sealed folder was complete when it was sealed, by the newest start of this run: every start takes the next
+  generation number, and a process of an older generation can no longer seal.
+* Only one launcher works in a run directory (flock; the kernel drops it when the launcher dies, however it dies).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtopd.types import MtopdError
+
+SCHEMA = 1
+SEAL = "SEALED"
+
+
+def fsync_dir(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, after a crash too."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; raises MtopdError that names the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MtopdError(f"{path} is not valid JSON ({error}); it was damaged or edited: remove it and run again") from None
+
+
+class RunDir:
+    """Paths and seals of one run.  ``generation`` is the number of the start this process belongs to."""
+
+    def __init__(self, path: Path, generation: int = 0) -> None:
+        self.path = path
+        self.generation = generation
+
+    # -- names ------------------------------------------------------------------------------------------------------
+    def iteration(self, iteration: int) -> Path:
+        return self.path / "iterations" / f"{iteration:06d}"
+
+    def trajectories(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "trajectories"
+
+    def hidden_cache(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "hidden_cache"
+
+    def evaluation(self, iteration: int) -> Path:
+        return self.path / "evaluations" / f"{iteration:06d}.json"
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.path / "checkpoints" / f"{iteration:06d}"
+
+    def export(self, iteration: int) -> Path:
+        return self.path / "export" / f"{iteration:06d}"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    # -- start ------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold ``run/lock`` while the block runs.  Raises MtopdError when another launcher holds it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise MtopdError(
+                f"cannot write to the run directory {self.path}: {error.strerror}; choose another run_dir or mend its permissions"
+            ) from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                raise MtopdError(
+                    f"run directory {self.path} is in use by {holder}; wait for it to end, or choose another run_dir"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"host {socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def start(self, config: Mapping[str, Any], manifest: Mapping[str, Any], config_yaml: str) -> None:
+        """Write or check config and manifest, and take the next generation number.  The caller holds the lock.
+
+        Raises MtopdError when the directory belongs to a run with another config or other teachers.
+        """
+        known = {"schema": SCHEMA, "config": dict(config), **manifest}
+        if self.manifest.exists():
+            previous = read_json(self.manifest)
+            if (where := first_difference(previous, known)) is not None:
+                raise MtopdError(
+                    f"run directory {self.path} belongs to another run: {where}; "
+                    "choose another run_dir, or remove this one to start over"
+                )
+        else:
+            write_json(self.manifest, known)
+            write_atomic(self.config, config_yaml.encode())
+        self.generation = self.current_generation() + 1
+        write_json(self.path / "generation.json", {"generation": self.generation})
+
+    def current_generation(self) -> int:
+        path = self.path / "generation.json"
+        return int(read_json(path)["generation"]) if path.exists() else 0
+
+    # -- seals ------------------------------------------------------------------------------------------------------
+    def seal(self, folder: Path, contents: Mapping[str, Any] | None = None) -> None:
+        """Mark ``folder`` complete.  Raises MtopdError when a newer start of the run has taken over."""
+        newest = self.current_generation()
+        if newest != self.generation:
+            raise MtopdError(
+                f"this process belongs to start {self.generation} of {self.path}, but start {newest} has taken over; "
+                "it may not seal anything any more"
+            )
+        write_json(folder / SEAL, {"schema": SCHEMA, "generation": self.generation, **(contents or {})})
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / SEAL).is_file()
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    seal = read_json(folder / SEAL)
+    if not isinstance(seal, dict) or seal.get("schema") != SCHEMA:
+        raise MtopdError(f"{folder / SEAL} has schema {seal.get('schema')!r}, this version reads {SCHEMA}")
+    return seal
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder of this run in one visible step: rename first, so that a crash leaves no half that looks whole."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.removed")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(run: RunDir) -> None:
+    """Remove what a killed start left behind: temporary files and half-removed folders.  Only inside the run directory."""
+    for pattern in (".*.tmp", ".*.removed"):
+        for path in list(run.path.rglob(pattern)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def first_difference(found: Any, wanted: Any, where: str = "") -> str | None:
+    """The first place where two JSON values differ, as "key: found X, wanted Y"; None when they are equal."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            inner = f"{where}.{key}" if where else str(key)
+            if key not in found or key not in wanted:
+                return f"{inner} is only in {'this config' if key not in found else 'the run directory'}"
+            if (difference := first_difference(found[key], wanted[key], inner)) is not None:
+                return difference
+        return None
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            if (difference := first_difference(a, b, f"{where}[{i}]")) is not None:
+                return difference
+        return None
+    return None if found == wanted else f"{where} is {found!r} there and {wanted!r} here"

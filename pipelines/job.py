@@ -1,0 +1,220 @@
+"""What one rank holds while a run lasts, and the phases' shared services: resume, checkpoints, weights, timing."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load_config
+from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
+from mtopd.megatron import checkpoint, parallel
+from mtopd.megatron.layers import TeacherLayers
+from mtopd.megatron.model import build_model, config_overrides, padded_vocab_size
+from mtopd.megatron.train_step import OptimizerSettings, Trainer
+from mtopd.metrics import MetricsWriter
+from mtopd.pipelines.progress import Progress
+from mtopd.pipelines.prompts import Prompts
+from mtopd.rollout.embedded import EmbeddedEngine
+from mtopd.run_dir import RunDir, is_sealed, remove_tree, write_json
+from mtopd.teacher_offload.head_slot import HeadSlot
+from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
+from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.tokenizer import load_tokenizer, vocab_size
+
+
+class Student:
+    """The trained model on this rank, its trainer, and the way of its weights to the rollout engine and to HF."""
+
+    def __init__(self, config: StudentConfig, optimizer: OptimizerConfig, num_steps: int, seed: int) -> None:
+        self.ranks = parallel.initialize(config.parallel.tp, config.parallel.pp, seed=seed)
+        self.folder = config.model
+        self.hf_config = load_hf_config(config.model)
+        self.dtype = getattr(torch, config.dtype)
+        self.tokenizer = load_tokenizer(config.model)
+        self.vocab_size = vocab_size(self.tokenizer)
+        padded = padded_vocab_size(self.hf_config.vocab_size, self.ranks.tp_size)
+        self.bridge = Bridge(
+            self.hf_config,
+            dtype=self.dtype,
+            padded_vocab_size=padded,
+            overrides=config_overrides(self.ranks.device, config.megatron),
+        )
+        model = build_model(
+            self.bridge.transformer_config,
+            self.hf_config,
+            self.ranks,
+            rotary_base=rope_theta(self.hf_config),
+            padded_vocab=padded,
+        )
+        self.bridge.load(model, config.model)
+        self.trainer = Trainer(model, self.ranks, optimizer_settings(optimizer, num_steps), self.dtype)
+        self.engine = self.new_engine()
+        self.update_weights()
+
+    def new_engine(self) -> EmbeddedEngine:
+        return EmbeddedEngine(
+            self.hf_config,
+            dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            device=self.ranks.device,
+        )
+
+    def update_weights(self) -> None:
+        """Give the rollout engine of every rank the trainer's weights.  Collective."""
+        self.engine.update_weights(self.bridge.export(self.trainer.model))
+
+    def export(self, run: RunDir, folder: Path) -> None:
+        """Write a normal HF checkpoint, whole or not at all, and seal it.  Collective."""
+        from safetensors.torch import save_file
+
+        tensors = self.bridge.export(self.trainer.model)
+        if self.ranks.rank == 0 and not is_sealed(folder):
+            partial = folder.with_name(f".{folder.name}.tmp")
+            for leftover in (partial, folder):
+                remove_tree(leftover)
+            partial.mkdir(parents=True)
+            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
+            self.hf_config.dtype = self.dtype
+            self.hf_config.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            run.seal(partial)
+            partial.rename(folder)
+        dist.barrier()
+
+
+def optimizer_settings(config: OptimizerConfig, num_steps: int) -> OptimizerSettings:
+    return OptimizerSettings(
+        lr=config.lr,
+        min_lr=config.min_lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=num_steps,
+        decay_style=config.decay,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        clip_grad=config.clip_grad,
+    )
+
+
+class Job:
+    """One rank of a consolidation."""
+
+    def __init__(self, run_dir: Path, generation: int) -> None:
+        self.run = RunDir(run_dir, generation)
+        self.config: ConsolidateConfig = load_config(self.run.config, [], ConsolidateConfig)
+        train = self.config.train
+        torch.use_deterministic_algorithms(self.config.deterministic)
+        self.student = Student(
+            self.config.student, train.optimizer, train.num_iterations * train.train_steps_per_iteration, self.config.seed
+        )
+        self.ranks, self.trainer, self.engine = self.student.ranks, self.student.trainer, self.student.engine
+        self.vocab_size = self.student.vocab_size
+        self.prompts = Prompts.load(self.run, self.config.data)
+        self.stores = [open_store(t.store) for t in self.config.teachers]
+        self.teacher_mesh = parallel.build_teacher_mesh(self.config.teacher_offload.tp or self.ranks.tp_size)
+        self.metrics = MetricsWriter(self.run.metrics, enabled=self.ranks.rank == 0)
+        self.progress = Progress(enabled=self.ranks.rank == 0)
+        self._layers: dict[int, TeacherLayers] = {}
+
+    # -- teachers -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def heads(self) -> HeadSlot | None:
+        """The head slot of this rank's vocabulary shard; None off the last stage."""
+        if not self.ranks.is_last_stage:
+            return None
+        rows = self.trainer.model.output_weight().shape[0]
+        return HeadSlot(self.stores, first_row=self.ranks.tp_rank * rows, num_rows=rows, device=self.ranks.device)
+
+    def teacher_layers(self, index: int) -> TeacherLayers:
+        """The (empty) layer modules of a teacher on the teachers' mesh."""
+        if index not in self._layers:
+            store = self.stores[index]
+            hf_config = hf_config_from_dict(store.manifest["architecture"])
+            bridge = Bridge(
+                hf_config,
+                dtype=TORCH_DTYPE[store.dtype],
+                padded_vocab_size=hf_config.vocab_size,
+                overrides=config_overrides(self.ranks.device),
+                tp=self.teacher_mesh.tp_size,
+            )
+            self._layers[index] = TeacherLayers(
+                bridge.transformer_config, self.teacher_mesh.collection, rope_theta(hf_config), self.ranks.device
+            )
+        return self._layers[index]
+
+    def cache_dtype(self, store: TeacherStore) -> str:
+        """hidden_dtype of this teacher's cached states."""
+        wanted = self.config.hidden_cache.dtype
+        return str(TORCH_DTYPE[store.dtype]).removeprefix("torch.") if wanted == "auto" else wanted
+
+    # -- the loop's services --------------------------------------------------------------------------------------------
+    def iteration_seed(self, iteration: int) -> int:
+        return self.config.seed * 1_000_003 + iteration
+
+    def resume(self) -> int:
+        """Restore the newest sealed checkpoint; returns the iteration to go on with.  Collective."""
+        newest = [checkpoint.newest(self.run)]
+        dist.broadcast_object_list(newest, src=0)
+        if newest[0] is None:
+            return 0
+        return self.restore(newest[0])
+
+    def restore(self, iteration: int) -> int:
+        checkpoint.load(self.trainer, self.run, iteration)
+        self.student.update_weights()
+        return iteration
+
+    def is_last(self, iteration: int) -> bool:
+        return iteration + 1 == self.config.train.num_iterations
+
+    def save(self, iteration: int) -> None:
+        """Checkpoint the state after ``iteration`` when it is due; then what it replaces goes.  Collective."""
+        if (iteration + 1) % self.config.checkpoint.every and not self.is_last(iteration):
+            return
+        with self.timed("checkpoint", iteration):
+            checkpoint.save(self.trainer, self.run, iteration + 1, {})
+            if self.ranks.rank == 0:
+                for old in checkpoint.sealed(self.run)[: -self.config.checkpoint.keep]:
+                    remove_tree(self.run.checkpoint(old))
+                for done in range(iteration + 1):
+                    remove_tree(self.run.iteration(done))
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, iteration: int) -> Iterator[None]:
+        """Write a ``phase`` line with the wall seconds of the block, and show the phase."""
+        self.progress.phase(phase, iteration, self.config.train.num_iterations)
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.metrics.write(f"phase/{phase}", iteration, {"wall_s": seconds})
+
+    def finish(self) -> None:
+        """Export the student, note the peak memory, end the process group.  Collective."""
+        self.student.export(self.run, self.run.export(self.config.train.num_iterations))
+        self.close()
+
+    def close(self) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        self.metrics.write("memory", self.config.train.num_iterations, {"peak_host_bytes": int(peaks[0])})
+        self.metrics.close()
+        self.progress.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def write_evaluation(run: RunDir, name: str, accuracy: dict[str, Any]) -> None:
+    path = run.path / "evaluations" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, accuracy)

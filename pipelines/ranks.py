@@ -1,0 +1,128 @@
+"""Start the ranks of a run on this node with torchrun's library, or take part in an outer torchrun.
+
+A rank dies with its launcher: the kernel sends it SIGKILL (PR_SET_PDEATHSIG), so nothing is left behind however the
+launcher ends.  On one node rendezvous and gloo are bound to loopback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mtopd.types import MtopdError
+
+logger = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(world_size: int, target: str, run_dir: Path, generation: int, *arguments: str) -> None:
+    """Run ``python -m mtopd.pipelines.ranks <target> ...`` on ``world_size`` processes and wait.
+
+    Raises MtopdError with the message of the rank that failed first.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="mtopd-") as folder:
+        error_path = Path(folder) / "error"
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id="mtopd",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.2,
+        )
+        environment = {
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        os.environ.update(environment)
+        entry = [sys.executable, "-u", "-m", "mtopd.pipelines.ranks", target, str(run_dir), str(generation), str(error_path)]
+        try:
+            elastic_launch(config, entry[0])(*entry[1:], *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if error_path.exists():
+                raise MtopdError(error_path.read_text()) from None
+            how = f"signal {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            raise MtopdError(
+                f"rank {rank} ended with {how}; what was sealed is kept: start the same command again to go on"
+            ) from None
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request was made
+        os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """One rank: ``target`` names a function of mtopd.pipelines as "module:function"; it gets run_dir, generation, rest."""
+    die_with_parent()
+    target, run_dir, generation, error_path, *rest = arguments
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
+    try:
+        _resolve(target)(Path(run_dir), int(generation), *rest)
+    except MtopdError as error:
+        _report(Path(error_path), str(error))
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        _report(Path(error_path), f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from printing what is of no use to the reader of a run's output."""
+    import warnings
+
+    for module in ("megatron", "mbridge", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    import importlib
+
+    module, _, function = target.partition(":")
+    resolved = getattr(importlib.import_module(f"mtopd.pipelines.{module}"), function)
+    assert callable(resolved)
+    return resolved  # type: ignore[no-any-return]
+
+
+def _report(path: Path, message: str) -> None:
+    """The first rank that fails says why: the others usually follow because of it."""
+    try:
+        with open(path, "x") as file:
+            file.write(message)
+    except FileExistsError:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

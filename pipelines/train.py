@@ -1,0 +1,199 @@
+"""Phase 3: train steps over teacher-sorted mini-batches; one teacher head on the device at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, as_rows
+from mtopd.megatron.train_step import PackedMicroBatch
+from mtopd.objectives.teacher_kl import TeacherKL, TeacherRun
+from mtopd.pipelines import teacher_pass
+from mtopd.pipelines.job import Job
+from mtopd.planning import plan_train_steps
+from mtopd.run_dir import is_sealed
+from mtopd.trajectories import TokenFields, TokenStore, read_metadata, sample_metadata
+from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
+
+
+def run(job: Job, iteration: int) -> None:
+    """All train steps of the iteration, from sealed trajectories and hidden cache.  Collective."""
+    for folder in (job.run.trajectories(iteration), job.run.hidden_cache(iteration)):
+        if not is_sealed(folder):
+            raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
+    tokens = TokenStore(job.run.trajectories(iteration))
+    samples = sample_metadata(read_metadata(job.run.trajectories(iteration)))
+    plans = plan_train_steps(
+        samples,
+        num_train_steps=job.config.train.train_steps_per_iteration,
+        teacher_weights=job.config.teacher_weights,
+        dp_size=job.ranks.dp_size,
+        micro_batch_size=job.config.train.micro_batch_size,
+        normalization=job.config.train.normalization,
+        seed=job.iteration_seed(iteration),
+    )
+    with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader:
+        states = CachedStates(job, reader, iteration)
+        for number, plan in enumerate(plans):
+            step = iteration * len(plans) + number
+            job.metrics.write("train_step", iteration, train_step(job, plan, tokens, samples, states), step=step)
+            job.progress.advance(tokens=sum(plan.num_tokens.values()))
+
+
+class CachedStates:
+    """Fetches the hidden states of a run: each tp rank reads its share of the rows, an all-gather joins them."""
+
+    def __init__(self, job: Job, reader: HiddenCacheReader, iteration: int) -> None:
+        self._job, self._reader, self._iteration = job, reader, iteration
+        self.stall_s = 0.0
+
+    def __call__(self, run: TeacherRun) -> torch.Tensor:
+        """[T, E] rows of the run in order, in the cache's dtype."""
+        started = time.perf_counter()
+        store, ranks = self._job.stores[run.teacher_index], self._job.ranks
+        rows = run.stop - run.start
+        share = -(-rows // ranks.tp_size)
+        dtype = getattr(torch, self._job.cache_dtype(store))
+        mine_TE = torch.zeros(share, store.hidden_size, dtype=dtype)
+        self._read(run, ranks.tp_rank * share, min((ranks.tp_rank + 1) * share, rows), as_rows(mine_TE))
+        if ranks.tp_size == 1:
+            joined_TE = mine_TE.to(ranks.device)
+        else:
+            joined_TE = torch.empty(share * ranks.tp_size, store.hidden_size, dtype=dtype, device=ranks.device)
+            dist.all_gather_into_tensor(joined_TE, mine_TE.to(ranks.device), group=ranks.tp_group)
+        self.stall_s += time.perf_counter() - started
+        return joined_TE[:rows]
+
+    def _read(self, run: TeacherRun, first: int, last: int, out_TE: np.ndarray) -> None:
+        """Rows [first, last) of the run, which may begin and end inside a sample."""
+        at = 0
+        for sample in run.entries:
+            count = sample.metadata.num_loss_tokens
+            start, stop = max(first - at, 0), min(last - at, count)
+            if start < stop:
+                entry = self._reader.lookup(sample.key, sample.metadata.sample_id, self._iteration)
+                if entry is None:
+                    raise CacheMiss(f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache")
+                self._reader.read_rows(entry, start, stop, out_TE[at + start - first : at + stop - first])
+            at += count
+
+
+def train_step(
+    job: Job, plan: TrainStepPlan, tokens: TokenStore, samples: Sequence[SampleMetadata], states: CachedStates
+) -> dict[str, object]:
+    """One optimizer update; returns the values of its metrics line.  Collective."""
+    started, heads = time.perf_counter(), job.heads
+    stalled = states.stall_s
+    by_id = {s.sample_id: s for s in samples}
+    names = ["loss", "entropy", *(f"{what}/{i}" for i in range(len(job.stores)) for what in ("kl_sum", "tokens"))]
+    micro_batches = [
+        pack(job, micro_batch, plan.seq_length, tokens, by_id) for micro_batch in plan.micro_batches[job.ranks.dp_rank]
+    ]
+    objective = TeacherKL(
+        num_teachers=len(job.stores),
+        head=heads.head if heads else _no_head,
+        hidden_states=states,
+        vocab_size=job.vocab_size,
+        tp_group=job.ranks.tp_group,
+    )
+    sums = job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), names)
+    if heads:
+        heads.drop()
+    grad_norm, lr = job.trainer.optimizer_step()
+    num_tokens = sum(plan.num_tokens.values())
+    return {
+        "loss": sums["loss"],
+        "reverse_kl": sum(sums[f"kl_sum/{i}"] for i in range(len(job.stores))) / max(num_tokens, 1),
+        "reverse_kl_by_teacher": {
+            store.name: sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"] for i, store in enumerate(job.stores) if sums[f"tokens/{i}"]
+        },
+        "entropy": sums["entropy"] / max(num_tokens, 1),
+        "tokens": num_tokens,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "micro_batches": len(micro_batches),
+        "teachers_in_step": sum(len(plan.teachers_of(rank)) for rank in range(job.ranks.dp_size)),
+        **_head_metrics(job, states.stall_s - stalled),
+        "wall_s": time.perf_counter() - started,
+    }
+
+
+def _no_head(teacher_index: int) -> object:
+    raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
+
+
+def _head_metrics(job: Job, stall_s: float) -> dict[str, object]:
+    """Head loads of this step by teacher (a load by a tp group counts once; dp groups add), residency, stalled seconds."""
+    teachers = range(len(job.stores))
+    sums, peaks = torch.zeros(2, len(job.stores), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    if job.heads:
+        counters = job.heads.take_counters()
+        assert all(n == 1 for n in counters.loads.values()), f"a head was loaded twice in one train step: {counters.loads}"
+        for i in teachers:
+            sums[0, i] = counters.loads.get(i, 0) if job.ranks.tp_rank == 0 else 0
+            sums[1, i] = counters.bytes_read.get(i, 0)
+        peaks += torch.tensor([counters.peak_resident, counters.peak_device_bytes, stall_s + counters.stall_s])
+    sums, peaks = sums.to(job.ranks.device), peaks.to(job.ranks.device)
+    dist.all_reduce(sums)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    return {
+        "head_loads": {store.name: int(sums[0, i]) for i, store in enumerate(job.stores)},
+        "head_bytes_read": {store.name: int(sums[1, i]) for i, store in enumerate(job.stores)},
+        "peak_resident_heads": int(peaks[0]),
+        "peak_head_bytes": int(peaks[1]),
+        "stall_s": float(peaks[2]),
+    }
+
+
+def pack(
+    job: Job, micro_batch: MicroBatch, seq_length: int, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+) -> PackedMicroBatch:
+    """Tensors of one micro-batch.  Only last-stage ranks look up cache keys."""
+    fields = [tokens.tokens(s.sample_id) for s in micro_batch.samples]
+    packed = pack_rows(
+        fields, [s.token_weight for s in micro_batch.samples], (job.config.train.micro_batch_size, seq_length), job.ranks.device
+    )
+    return PackedMicroBatch(*packed, payload=_runs(job, micro_batch, tokens, by_id) if job.heads else [])
+
+
+def pack_rows(
+    fields: Sequence[TokenFields], token_weights: Sequence[float], shape: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(input_ids [B, S], position [T], row [T], token_weight [T]): loss rows in order of samples and positions."""
+    input_ids_BS = np.zeros(shape, np.int64)
+    positions, rows, weights = [], [], []
+    for row, (sample, weight) in enumerate(zip(fields, token_weights, strict=True)):
+        ids = np.concatenate([sample.prompt_ids, sample.response_ids[:-1]])
+        input_ids_BS[row, : len(ids)] = ids
+        position = len(sample.prompt_ids) - 1 + np.flatnonzero(sample.loss_mask)
+        positions.append(position)
+        rows.append(np.full(len(position), row))
+        weights.append(np.full(len(position), weight, np.float32))
+
+    def tensor(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)).to(device)
+
+    return torch.from_numpy(input_ids_BS).to(device), tensor(positions, np.int64), tensor(rows, np.int64), tensor(weights, np.float32)
+
+
+def _runs(
+    job: Job, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+) -> list[TeacherRun]:
+    """Contiguous teacher runs of the micro-batch's loss rows."""
+    runs: list[TeacherRun] = []
+    start = 0
+    for planned in micro_batch.samples:
+        metadata = by_id[planned.sample_id]
+        stop = start + metadata.num_loss_tokens
+        key = teacher_pass.cache_key(job, job.stores[planned.teacher_index], tokens, metadata)
+        entry = teacher_pass.CachedSample(metadata, key)
+        if runs and runs[-1].teacher_index == planned.teacher_index:
+            runs[-1] = TeacherRun(planned.teacher_index, runs[-1].start, stop, [*runs[-1].entries, entry])
+        elif stop > start:
+            runs.append(TeacherRun(planned.teacher_index, start, stop, [entry]))
+        start = stop
+    return runs

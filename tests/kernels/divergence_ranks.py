@@ -1,0 +1,147 @@
+"""What each tensor-parallel rank runs in `test_fused_linear_tp`: gloo on the loopback interface, a file as rendezvous.
+
+Every rank builds the same whole case from a seed, keeps its rows of the vocabulary, and compares with the dense answer
+of the whole case: values, its rows of the weight gradient, and the hidden gradient after the caller's sum over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from divergence_cases import Answer, Case, assert_as_good_as_dense, dense, make_case, relative_error
+from torch import Tensor
+
+ROWS = 13  # of the vocabulary on each rank
+CHUNKED = 8_000  # workspace_bytes that makes several chunks of every case here
+
+
+def run_rank(rank: int, world_size: int, store_path: str) -> None:
+    """Entry point of torch.multiprocessing.spawn; any failure here fails the test."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_path, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    group = dist.group.WORLD
+    assert group is not None
+    check_against_dense(group)
+    check_shards_of_different_scale(group)
+    check_nothing_to_do(group)
+    check_number_of_collectives(group)
+    check_refusal_is_collective(group)
+    if world_size == 4:
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        check_against_dense(pairs[rank // 2], seed=rank // 2)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
+    rows = ROWS * group.size()
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(9))
+    for vocab_size in (None, rows - 3, rows - ROWS, rows - ROWS - 5, 5):  # padding: none, some, a whole rank and more
+        for options in (
+            {},
+            {"temperature": 1.4, "student_logit_scale": 1.3, "student_softcap": 5.0, "teacher_bias": bias},
+        ):
+            case = make_case(23, 6, 9, rows, distance=3.0, seed=seed, vocab_size=vocab_size, **options)
+            assert_as_good_as_dense(sharded(case, group), case)
+            assert_as_good_as_dense(sharded(case, group, workspace_bytes=CHUNKED), case)
+            case = case.to(torch.float64)
+            for actual, oracle in zip(sharded(case, group, workspace_bytes=CHUNKED), dense(case), strict=True):
+                assert relative_error(actual, oracle) < 1e-13
+
+
+def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
+    """Row maxima that differ between ranks by more than float32 can exponentiate, in either model, either way."""
+    for seed, (student_offset, teacher_offset) in enumerate([(0, 200), (200, 0), (200, 200), (150, -150), (1e4, 1e4)]):
+        case = make_case(11, 5, 8, ROWS * group.size(), seed=seed)
+        offsets = torch.zeros(case.student_weight_VD.shape[0])
+        offsets[seed % group.size() * ROWS :][:ROWS] = 1
+        case.student_hidden_TD[:, 0] = case.teacher_hidden_TE[:, 0] = 1
+        case.student_weight_VD[:, 0] += offsets * student_offset
+        case.teacher_weight_VE[:, 0] += offsets * teacher_offset
+        case = case.to(torch.float64)
+        for actual, oracle in zip(sharded(case, group), dense(case), strict=True):
+            assert relative_error(actual, oracle) < 1e-11
+        actual_32, oracle_32 = sharded(case.to(torch.float32), group), dense(case.to(torch.float32))
+        for actual, oracle in zip(actual_32, oracle_32, strict=True):
+            assert relative_error(actual, oracle) < (1e-2 if student_offset == 1e4 else 1e-4)  # ulp of 1e4: 1e-3
+
+
+def check_nothing_to_do(group: dist.ProcessGroup) -> None:
+    for num_tokens in (0, 4):
+        case = make_case(num_tokens, masked=num_tokens, vocab_rows=ROWS * group.size(), vocab_size=ROWS)
+        assert all(not tensor.any() for tensor in sharded(case, group))
+
+
+def check_number_of_collectives(group: dist.ProcessGroup) -> None:
+    """One all-gather for each chunk and one for each call; bytes do not depend on the vocabulary."""
+    case = make_case(19, vocab_rows=ROWS * group.size(), masked=0)
+    for workspace_bytes, num_chunks in ((1, 19), (None, 1)):
+        with counted_all_gathers() as calls:
+            sharded(case, group, workspace_bytes=workspace_bytes)
+        assert len(calls) == num_chunks + 1 and sum(calls) == 4 * (6 + 1) * 19
+
+
+@contextmanager
+def counted_all_gathers() -> Iterator[list[int]]:
+    """Bytes sent by each all_gather_into_tensor of this rank."""
+    original, calls = dist.all_gather_into_tensor, []
+
+    def counting(output: Tensor, local: Tensor, **keywords: dist.ProcessGroup) -> None:
+        calls.append(local.nbytes)
+        original(output, local, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_into_tensor", counting)
+        yield calls
+
+
+def check_refusal_is_collective(group: dist.ProcessGroup) -> None:
+    """A token that only one rank sees to be excluded is refused on all, with one message, and nobody hangs."""
+    rows = ROWS * group.size()
+    bias = torch.zeros(rows)
+    bias[rows - 1] = -math.inf
+    case = make_case(9, vocab_rows=rows, masked=2, teacher_bias=bias)
+    with pytest.raises(ValueError, match="in 7 of 7 tokens") as refusal:
+        sharded(case, group, workspace_bytes=CHUNKED)
+    messages: list[str] = [""] * group.size()
+    dist.all_gather_object(messages, str(refusal.value), group=group)
+    assert len(set(messages)) == 1
+    case.options["vocab_size"] = rows - 1
+    assert sharded(case, group).loss.isfinite()
+
+
+def sharded(case: Case, group: dist.ProcessGroup, **options: int | None) -> Answer:
+    """The answer of all ranks together; checks that outputs agree bit for bit."""
+    rows = slice(group.rank() * ROWS, (group.rank() + 1) * ROWS)
+    weights = (case.student_weight_VD[rows], case.teacher_weight_VE[rows])
+    shard = Case(case.student_hidden_TD, weights[0], case.teacher_hidden_TE, weights[1], case.token_weight_T)
+    shard.options = dict(case.options)
+    if "teacher_bias" in shard.options:
+        shard.options["teacher_bias"] = shard.options["teacher_bias"][rows]
+    hidden, weight = shard.leaves()
+    out = shard.call(hidden, weight, tp_group=group, **options)
+    out.loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    for tensor in (out.loss.detach().reshape(1), out.per_token, out.entropy):
+        copies = list(gather(tensor, group))
+        assert all(torch.equal(copy, copies[0]) for copy in copies)
+    dist.all_reduce(hidden.grad, group=group)  # the caller's mapping, not the function's business
+    weight_grad_VD = torch.cat(gather(weight.grad, group))
+    return Answer(out.loss.detach(), out.per_token, out.entropy, hidden.grad, weight_grad_VD)
+
+
+def gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if tensor.numel() == 0:
+        return [tensor]
+    copies = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(copies, tensor.contiguous(), group=group)
+    return copies

@@ -1,0 +1,196 @@
+"""Values and both gradients of the fused divergence against float64 autograd of the dense reference."""
+
+from typing import Any
+
+import pytest
+import torch
+from divergence_cases import Case, assert_as_good_as_dense, dense, fused, make_case, relative_error
+from torch import Tensor
+
+from mtopd.kernels import fused_linear, fused_linear_divergence, products
+
+ONE_ROW = 1  # workspace_bytes too small for a row: chunks of one
+FEW_ROWS = 300_000
+
+
+@pytest.mark.parametrize("workspace_bytes", [ONE_ROW, FEW_ROWS, None])
+@pytest.mark.parametrize(("distance", "level"), [(1.0, 1.0), (0.07, 4e-3), (0.007, 4e-5)])
+def test_error_is_that_of_dense_float32(distance: float, level: float, workspace_bytes: int | None) -> None:
+    case = make_case(distance=distance)
+    kl = dense(case).per_token
+    mean_kl = float(kl.sum() / (kl != 0).sum())
+    assert level / 2.5 < mean_kl < level * 2.5, mean_kl
+    at_most = 3e-6 if mean_kl >= 1 else None
+    assert_as_good_as_dense(fused(case, workspace_bytes=workspace_bytes), case, at_most)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "student_size", "teacher_size", "vocab_rows"),
+    [(1, 1, 2, 1), (1, 8, 9, 2), (2, 3, 8, 8), (9, 7, 41, 41), (423, 17, 20, 1423), (64, 128, 256, 517)],
+)
+def test_odd_sizes(num_tokens: int, student_size: int, teacher_size: int, vocab_rows: int) -> None:
+    case = make_case(num_tokens, student_size, teacher_size, vocab_rows, masked=num_tokens // 3, distance=2.0)
+    if vocab_rows == 1:  # one token: nothing to learn, nothing to divide by
+        assert all(bool((tensor == 0).all()) for tensor in fused(case))
+    else:
+        assert_as_good_as_dense(fused(case, workspace_bytes=FEW_ROWS), case, 3e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.3},
+        {"temperature": 1.7},
+        {"student_logit_scale": 0.6},
+        {"teacher_logit_scale": 1.4},
+        {"student_softcap": 2.5},
+        {"teacher_softcap": 3.0},
+        {"teacher_bias": torch.randn(1003, generator=torch.Generator().manual_seed(5))},
+        {
+            "temperature": 1.3,
+            "vocab_size": 981,
+            "student_logit_scale": 1.2,
+            "student_softcap": 6.0,
+            "teacher_logit_scale": 0.8,
+            "teacher_softcap": 5.0,
+            "teacher_bias": torch.randn(1003, generator=torch.Generator().manual_seed(6)),
+        },
+    ],
+    ids=lambda options: "all" if len(options) > 1 else next(iter(options)),
+)
+def test_transforms_of_the_logits(options: dict[str, Any]) -> None:
+    case = make_case(distance=2.5, **options)
+    assert dense(case).per_token.max() > 1
+    assert_as_good_as_dense(fused(case, workspace_bytes=FEW_ROWS), case, 3e-6)
+
+
+def test_transforms_in_float64_and_gradcheck() -> None:
+    options = {"temperature": 1.3, "student_logit_scale": 1.2, "student_softcap": 4.0, "teacher_softcap": 5.0}
+    case = make_case(5, 4, 6, 23, masked=1, vocab_size=21, **options).to(torch.float64)
+    for actual, oracle in zip(fused(case, workspace_bytes=ONE_ROW), dense(case), strict=True):
+        assert relative_error(actual, oracle) < 1e-13
+    assert torch.autograd.gradcheck(lambda hidden, weight: case.call(hidden, weight).loss, case.leaves())
+
+
+def test_chunks_do_not_matter() -> None:
+    case = make_case(200, vocab_rows=700)
+    one_chunk, many_chunks = fused(case), fused(case, workspace_bytes=ONE_ROW)
+    for one, many in zip(one_chunk, many_chunks, strict=True):
+        assert relative_error(many, one) <= 2e-6  # the product of one row sums in another order
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("inf"), float("nan")])
+def test_padding_takes_no_part(garbage: float) -> None:
+    case = make_case(vocab_size=990)
+    clean = fused(case)
+    case.student_weight_VD[990:] = garbage
+    case.teacher_weight_VE[990:] = -garbage
+    dirty = fused(case)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert bool((dirty.weight_grad[990:] == 0).all())
+    case.student_weight_VD[990:] = case.teacher_weight_VE[990:] = 0
+    assert_as_good_as_dense(dirty, case)
+
+
+def test_masked_rows_cannot_leak() -> None:
+    case = make_case(masked=11)
+    masked = case.token_weight_T == 0
+    clean = fused(case, workspace_bytes=FEW_ROWS)
+    case.student_hidden_TD[masked] = float("nan")
+    case.teacher_hidden_TE[masked] = float("inf")
+    dirty = fused(case, workspace_bytes=FEW_ROWS)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    for tensor in (dirty.per_token, dirty.entropy, dirty.hidden_grad):
+        assert bool((tensor[masked] == 0).all())
+
+
+def test_backward_again_with_another_upstream_scalar() -> None:
+    case = make_case()
+    expected = fused(case)
+    hidden, weight = case.leaves()
+    loss = case.call(hidden, weight).loss
+    for upstream in (1.0, 0.0, 3.7, 1.0):
+        grads = torch.autograd.grad(loss, (hidden, weight), torch.tensor(upstream), retain_graph=True)
+        for grad, unscaled in zip(grads, (expected.hidden_grad, expected.weight_grad), strict=True):
+            torch.testing.assert_close(grad, upstream * unscaled, rtol=1e-6, atol=0)
+
+
+def test_inputs_are_not_written() -> None:
+    bias = torch.randn(1003, generator=torch.Generator().manual_seed(2))
+    case = make_case(student_softcap=4.0, teacher_softcap=4.0, student_logit_scale=2.0, temperature=2.0)
+    hidden, weight = case.leaves()
+    inputs = (hidden, weight, case.teacher_hidden_TE, case.teacher_weight_VE, case.token_weight_T, bias)
+    before = [tensor.detach().clone() for tensor in inputs]
+    case.call(hidden, weight, teacher_bias=bias).loss.backward()
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
+
+
+def test_gradients_only_where_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    expected = fused(case)
+    hidden, weight = case.leaves()
+    case.call(hidden, weight.detach()).loss.backward()
+    assert torch.equal(hidden.grad, expected.hidden_grad)
+    case.call(hidden.detach(), weight).loss.backward()
+    assert torch.equal(weight.grad, expected.weight_grad)
+
+    teacher = [tensor.clone().requires_grad_() for tensor in (case.teacher_hidden_TE, case.teacher_weight_VE)]
+    out = fused_linear_divergence(hidden, weight, *teacher, token_weight=case.token_weight_T)
+    assert out.loss.requires_grad and not out.per_token.requires_grad and not out.entropy.requires_grad
+    out.loss.backward()
+    assert teacher[0].grad is None and teacher[1].grad is None
+
+    monkeypatch.setattr(fused_linear, "_add_gradients", None)  # calling it now fails
+    with torch.no_grad():
+        unwanted = case.call(hidden, weight)
+    assert not unwanted.loss.requires_grad and not case.call(hidden.detach(), weight.detach()).loss.requires_grad
+    assert torch.equal(unwanted.loss, expected.loss) and torch.equal(unwanted.per_token, expected.per_token)
+
+
+def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    return left.dtype == right.dtype == torch.bfloat16
+
+
+def _emulated_mm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, **keywords: Tensor) -> Tensor:
+    return torch.ops.aten.mm(left.to(out_dtype or left.dtype), right.to(out_dtype or right.dtype), **keywords)
+
+
+@pytest.mark.parametrize("distance", [1.0, 0.07])
+@pytest.mark.parametrize("path", ["cpu", "emulated_cuda", "cuda"])
+def test_bfloat16_operands(path: str, distance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is within 0.3 % of float64 on the same operands: logits are never rounded to 16 bits."""
+    case = make_case(64, 96, 128, 2051, distance=distance, vocab_size=2000).to(torch.bfloat16)
+    oracle = dense(case)
+    device = "cpu"
+    if path == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        device = "cuda"
+    elif path == "emulated_cuda":
+        monkeypatch.setattr(products, "_has_wide_product", _wide_product)
+        monkeypatch.setattr(torch, "mm", _emulated_mm)
+    tensors = (case.student_hidden_TD, case.student_weight_VD, case.teacher_hidden_TE, case.teacher_weight_VE)
+    on_device = Case(*(tensor.to(device) for tensor in (*tensors, case.token_weight_T)), case.options)
+    actual = fused(on_device, workspace_bytes=2_000_000)
+    assert actual.hidden_grad.dtype == actual.weight_grad.dtype == torch.bfloat16
+    assert actual.loss.dtype == actual.per_token.dtype == actual.entropy.dtype == torch.float32
+    for got, wanted, bound in zip(actual, oracle, (2e-5, 2e-5, 2e-6, 3e-3, 3e-3), strict=True):
+        assert relative_error(got.cpu(), wanted) <= bound
+
+
+def test_mixed_dtypes_and_float16() -> None:
+    case = make_case()
+    case.token_weight_T /= 1e6  # 1/N of a large batch: float16 would lose it
+    case.student_hidden_TD = case.student_hidden_TD.to(torch.float16)
+    oracle = dense(case)
+    actual = fused(case, workspace_bytes=FEW_ROWS)
+    assert relative_error(actual.weight_grad, oracle.weight_grad) < 3e-6
+    assert relative_error(actual.loss, oracle.loss) < 3e-6
+
+
+def test_autocast_does_not_reach_the_logits() -> None:
+    case = make_case()
+    expected = fused(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = fused(case)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

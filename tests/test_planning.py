@@ -1,0 +1,236 @@
+"""The planner's sentences on random metadata, the selection of prompts, and what planning refuses."""
+
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtopd.planning import plan_batches, plan_train_steps, select_prompts
+from mtopd.types import MtopdError, PlannedSample, SampleMetadata, TrainStepPlan
+
+NORMALIZATIONS = ["teacher_balanced", "token_mean", "sequence_mean"]
+WEIGHTS = [0.5, 0.3, 0.0, 0.2]
+
+
+def metadata(sample_id: int, teacher: int = 0, prompt_len: int = 3, response_len: int = 4, loss: int | None = None):
+    return SampleMetadata(sample_id, teacher, prompt_len, response_len, response_len if loss is None else loss)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[SampleMetadata], dict]:
+    rows = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=40))
+    first_id = draw(st.integers(0, 5))
+    samples = [
+        metadata(first_id + 3 * k, teacher, prompt_len, response_len, draw(st.integers(0, response_len)))
+        for k, (teacher, prompt_len, response_len) in enumerate(rows)
+    ]
+    options = {
+        "num_train_steps": draw(st.integers(1, min(len(samples), 4))),
+        "dp_size": draw(st.integers(1, 5)),
+        "micro_batch_size": draw(st.integers(1, 6)),
+        "seq_length_multiple": draw(st.sampled_from([1, 4, 16])),
+        "normalization": draw(st.sampled_from(NORMALIZATIONS)),
+        "seed": draw(st.integers(0, 99)),
+        "teacher_weights": WEIGHTS,
+    }
+    return samples, options
+
+
+def samples_of(plan: TrainStepPlan) -> list[PlannedSample]:
+    return [s for rank in plan.micro_batches for micro_batch in rank for s in micro_batch.samples]
+
+
+def stated_total(mini_batch: list[SampleMetadata], normalization: str) -> Fraction:
+    """The sum of all token weights as the docstring states it, in exact arithmetic."""
+    tokens, sequences = Counter(), Counter()
+    for s in mini_batch:
+        if s.num_loss_tokens:
+            tokens[s.teacher_index] += s.num_loss_tokens
+            sequences[s.teacher_index] += 1
+    share = {"teacher_balanced": dict.fromkeys(tokens, 1), "token_mean": tokens, "sequence_mean": sequences}
+    counts = share[normalization]
+    whole = 1 if normalization == "teacher_balanced" else sum(counts.values()) or 1
+    return sum((Fraction(WEIGHTS[i]) * count / whole for i, count in counts.items()), Fraction(0))
+
+
+@given(problems())
+@settings(max_examples=150, deadline=None)
+def test_every_sentence_of_the_planner_holds(problem: tuple[list[SampleMetadata], dict]) -> None:
+    samples, options = problem
+    plans = plan_train_steps(samples, **options)
+    by_id = {s.sample_id: s for s in samples}
+
+    assert len(plans) == options["num_train_steps"]
+    planned = list(chain.from_iterable(samples_of(plan) for plan in plans))
+    assert sorted(s.sample_id for s in planned) == sorted(by_id)
+    assert all(s.teacher_index == by_id[s.sample_id].teacher_index for s in planned)
+    sizes = [len(samples_of(plan)) for plan in plans]
+    assert max(sizes) - min(sizes) <= 1
+    for plan in plans:
+        check_step(plan, [by_id[s.sample_id] for s in samples_of(plan)], options)
+
+    shuffled = list(samples)
+    random.Random(1).shuffle(shuffled)
+    assert plan_train_steps(shuffled, **options) == plans
+
+
+def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: dict) -> None:
+    size = options["micro_batch_size"]
+    assert len(plan.micro_batches) == options["dp_size"]
+    least = math.ceil(len(mini_batch) / (options["dp_size"] * size))
+    for part in plan.micro_batches:
+        assert len(part) == least
+        fill = [len(micro_batch.samples) for micro_batch in part]
+        assert max(fill) <= size
+        assert fill == sorted(fill, reverse=True), "empty micro-batches stand at the end"
+        order = [(s.teacher_index, s.sample_id) for micro_batch in part for s in micro_batch.samples]
+        assert order == sorted(order), "the teacher index never decreases inside a rank"
+
+    longest = max(s.prompt_len + s.response_len - 1 for s in mini_batch)
+    assert plan.seq_length % options["seq_length_multiple"] == 0
+    assert longest <= plan.seq_length < longest + options["seq_length_multiple"]
+
+    loss_tokens = Counter()
+    for s in mini_batch:
+        loss_tokens[s.teacher_index] += s.num_loss_tokens
+    assert plan.num_tokens == {i: n for i, n in loss_tokens.items() if n}
+
+    tokens = {s.sample_id: s.num_loss_tokens for s in mini_batch}
+    assert all(s.token_weight == 0 for s in samples_of(plan) if not tokens[s.sample_id])
+    total = math.fsum(s.token_weight * tokens[s.sample_id] for s in samples_of(plan))
+    assert total == pytest.approx(float(stated_total(mini_batch, options["normalization"])), rel=1e-12)
+
+
+def plan_one(samples: list[SampleMetadata], **changes) -> TrainStepPlan:
+    options = {"num_train_steps": 1, "dp_size": 1, "micro_batch_size": 8, "seed": 0, "teacher_weights": [0.5, 0.25]}
+    (plan,) = plan_train_steps(samples, **{"normalization": "token_mean", **options, **changes})
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected"),
+    [
+        ("teacher_balanced", [0.5 / 8, 0.5 / 8, 0.25 / 10, 0.0]),
+        ("token_mean", [0.5 / 18, 0.5 / 18, 0.25 / 18, 0.0]),
+        ("sequence_mean", [0.5 / (3 * 2), 0.5 / (3 * 6), 0.25 / (3 * 10), 0.0]),
+    ],
+)
+def test_token_weights_by_hand(normalization: str, expected: list[float]) -> None:
+    # The last sample has a long response and no loss token: it must enter neither N nor B.
+    samples = [
+        metadata(0, 0, response_len=5, loss=2),
+        metadata(1, 0, response_len=6),
+        metadata(2, 1, response_len=10),
+        metadata(3, 1, response_len=9, loss=0),
+    ]
+    # The denominators are global: two dp ranks get the weights that one gets.
+    for dp_size in (1, 2):
+        plan = plan_one(samples, normalization=normalization, dp_size=dp_size)
+        weights = {s.sample_id: s.token_weight for s in samples_of(plan)}
+        assert [weights[k] for k in range(4)] == pytest.approx(expected)
+        assert plan.num_tokens == {0: 8, 1: 10}
+
+
+def test_an_absent_teacher_is_not_made_up_for() -> None:
+    plan = plan_one([metadata(0, 1)], normalization="teacher_balanced")
+    assert sum(s.token_weight for s in samples_of(plan)) * 4 == pytest.approx(0.25)
+
+
+def test_a_step_without_any_loss_token_is_planned_with_weight_zero() -> None:
+    for normalization in NORMALIZATIONS:
+        plan = plan_one([metadata(0, loss=0)], normalization=normalization)
+        assert samples_of(plan) == [PlannedSample(0, 0, 0.0)]
+        assert plan.num_tokens == {}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_dp_ranks_get_equal_tokens_up_to_one_sample(lengths: list[int], dp_size: int) -> None:
+    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate(lengths)]
+    plan = plan_one(samples, dp_size=dp_size, micro_batch_size=60)
+    tokens = [sum(lengths[s.sample_id] for mb in part for s in mb.samples) for part in plan.micro_batches]
+    assert max(tokens) - min(tokens) <= max(lengths)
+
+
+def test_seed_changes_the_split_into_steps() -> None:
+    samples = [metadata(k) for k in range(64)]
+    options = {"num_train_steps": 8, "teacher_weights": [1.0], "dp_size": 1, "micro_batch_size": 8}
+    plans = [plan_train_steps(samples, **options, normalization="token_mean", seed=seed) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    first_step = {s.sample_id for s in samples_of(plans[0][0])}
+    assert first_step != set(range(8)), "the shuffle is over the whole iteration"
+
+
+@pytest.mark.parametrize(
+    ("samples", "changes", "message"),
+    [
+        ([], {}, "no samples"),
+        ([metadata(0)], {"num_train_steps": 2}, "2 train steps need at least 2 samples but the iteration has 1"),
+        ([metadata(0)], {"dp_size": 0}, "dp_size is 0"),
+        ([metadata(0)], {"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ([metadata(0)], {"seq_length_multiple": 0}, "seq_length_multiple is 0"),
+        ([metadata(0)], {"normalization": "mean"}, "'mean'; use one of teacher_balanced"),
+        ([metadata(0)], {"teacher_weights": [float("nan")]}, "weight of teacher 0 is nan"),
+        ([metadata(0, teacher=2)], {}, "teacher_index 2 but the run has 2 teachers"),
+        ([metadata(0, teacher=-1)], {}, "teacher_index -1"),
+        ([metadata(7), metadata(1), metadata(7)], {}, "sample_id 7 is given 2 times"),
+        ([metadata(0, prompt_len=0)], {}, "prompt_len 0"),
+        ([metadata(0, response_len=0)], {}, "response_len 0"),
+        ([metadata(0, response_len=4, loss=5)], {}, "5 loss tokens in a response of 4"),
+    ],
+)
+def test_impossible_inputs_are_refused_with_numbers(samples, changes: dict, message: str) -> None:
+    with pytest.raises(MtopdError, match=message):
+        plan_one(samples, **changes)
+
+
+@given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_batches_belong_to_rank_b_modulo_ranks(num_items: int, batch_size: int, num_ranks: int) -> None:
+    dealt = plan_batches(num_items, batch_size, num_ranks)
+    assert len(dealt) == num_ranks
+    assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(num_items))
+    for rank, batches in enumerate(dealt):
+        for batch in batches:
+            b = batch.start // batch_size
+            assert b % num_ranks == rank
+            assert batch == range(b * batch_size, min((b + 1) * batch_size, num_items))
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_prompts_come_once_in_an_epoch_and_resume_needs_no_state(num_prompts: int, count: int, seed: int) -> None:
+    num_iterations = 3 * num_prompts
+    rows = [row for i in range(num_iterations) for row in select_prompts(num_prompts, count, i, seed)]
+    assert len(rows) == num_iterations * count
+    for start in range(0, len(rows), num_prompts):
+        assert sorted(rows[start : start + num_prompts]) == list(range(num_prompts))
+
+
+def test_prompt_order_depends_on_seed_and_epoch() -> None:
+    first, second = select_prompts(50, 50, 0, seed=3), select_prompts(50, 50, 1, seed=3)
+    assert first != second != sorted(second)
+    assert select_prompts(50, 50, 0, seed=4) not in (first, second)
+    assert select_prompts(50, 7, 2, seed=3) == first[14:21]
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0)])
+def test_impossible_selections_are_refused(arguments: tuple[int, int, int, int]) -> None:
+    with pytest.raises(MtopdError, match="at least one prompt"):
+        select_prompts(*arguments)
+    with pytest.raises(MtopdError, match="in batches of 0"):
+        plan_batches(4, 0, 1)
+
+
+def test_planning_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, mtopd.planning; sys.exit(bool({'torch', 'numpy', 'pyarrow', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
