@@ -181,16 +181,17 @@ class ConsolidateConfig(Model):
 
 
 class StopConfig(Model):
-    """Stop when greedy accuracy on the first ``eval_prompts`` held-out prompts of *every* source reaches its target.
+    """Stop when greedy accuracy on the held-out prompts of *every* source lies within ``accuracy`` +- ``tolerance``.
 
-    A source's share of the mini-batch shrinks as its accuracy nears ``accuracy``; at least ``min_share`` remains.
+    A source's share of the mini-batch follows how far it is below ``accuracy``; one that is above gets ``min_share`` of
+    it, so that sources which learn at different speeds arrive together.
     """
 
     accuracy: Annotated[float, Field(gt=0, le=1)]
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.1
     every: Count = 10
     first: Count = 50
-    eval_prompts: Count = 128
-    min_share: Annotated[float, Field(ge=0, le=1)] = 0.03
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class TeacherStoreConfig(Model):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import functools
 import io
@@ -256,6 +257,12 @@ def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
     if not messages or not messages[-1]["content"] or messages[-1]["role"] == "assistant":
         raise MtopdError(f"{where}: prompt is empty or ends with an assistant message; it must end where one answers")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def with_fields(source: PromptSource, fields: Mapping[str, str]) -> PromptSource:
+    """The source with ``fields`` added to every row's route; a row's own field of that name stands."""
+    rows = [dataclasses.replace(row, route={**fields, **row.route}) for row in source.rows]
+    return dataclasses.replace(source, rows=rows)
 
 
 def route(fields: Mapping[str, str], routes: Sequence[Mapping[str, str]]) -> int:

@@ -176,3 +176,22 @@ def _unknown_character(character: str, text: str) -> MtopdError:
         f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) of {text!r}; it knows printable ASCII "
         "and newline: replace the character, or use a tokenizer that has it"
     )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF folder; never runs code from it.  Raises MtopdError when there is none."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        raise MtopdError(f"{folder} has no tokenizer (no tokenizer_config.json); save the model's tokenizer there")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int]) -> str:
+    """The text of a response, special tokens left out."""
+    text = tokenizer.decode(list(response_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

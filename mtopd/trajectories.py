@@ -221,7 +221,7 @@ def verify_shard(folder: Path, name: str) -> None:
 
 def read_metadata(folder: Path) -> pa.Table:
     """The metadata of all sealed shards (``METADATA_SCHEMA``), shards by name, rows as written."""
-    shards = {name: _read_metadata_shard(folder, name) for name in sealed_shards(folder)}
+    shards = {name: read_shard_metadata(folder, name) for name in sealed_shards(folder)}
     if not shards:
         raise MtopdError(f"{folder} has no sealed shard of trajectories; run the rollout of this iteration first")
     owner: dict[int, str] = {}
@@ -367,7 +367,7 @@ def _sealed_entry(folder: Path, name: str, path: Path) -> dict[str, Any]:
     return entry
 
 
-def _read_metadata_shard(folder: Path, name: str) -> pa.Table:
+def read_shard_metadata(folder: Path, name: str) -> pa.Table:
     path = _metadata_path(folder, name)
     entry = _sealed_entry(folder, name, path)
     data = path.read_bytes()

@@ -70,12 +70,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def accuracy(
-    engine: EmbeddedEngine, prompts: Prompts, tokenizer: object, ranks: Ranks, max_response: int, limit: int | None = None
+    engine: EmbeddedEngine, prompts: Prompts, tokenizer: object, ranks: Ranks, max_response: int
 ) -> dict[str, float]:
     """Share of each source's held-out prompts that are answered correctly, the same on every rank.  Collective."""
     if not prompts.evaluation:
         raise MtopdError("no source has held-out prompts; give data.sources an eval_path or a reasoning_gym dataset")
-    items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source[:limit]]
+    items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source]
     correct = torch.zeros(len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
     for batch in plan_batches(len(items), _BATCH, ranks.world_size)[ranks.rank]:
         chosen = [items[i] for i in batch]
@@ -86,5 +86,5 @@ def accuracy(
             text = decode_response(tokenizer, response.response_ids)
             correct[source] += response.finish_reason == "stop" and prompts.score(prompt, text) >= _CORRECT
     dist.all_reduce(correct)
-    counts = [len(source[:limit]) for source in prompts.evaluation]
+    counts = [len(source) for source in prompts.evaluation]
     return {name: c / n for name, c, n in zip(prompts.names, correct.tolist(), counts, strict=True) if n}

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
     try:
-        _resolve(target)(Path(run_dir), int(generation), *rest)
+        resolve(target)(Path(run_dir), int(generation), *rest)
     except MtopdError as error:
         _report(Path(error_path), str(error))
         return 2
@@ -106,7 +106,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _resolve(target: str) -> Callable[..., Any]:
+def resolve(target: str) -> Callable[..., Any]:
     import importlib
 
     module, _, function = target.partition(":")

@@ -159,6 +159,20 @@ def test_dp_ranks_get_equal_tokens_up_to_one_sample(lengths: list[int], dp_size:
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
+def response_lengths(plan: TrainStepPlan, samples: list[SampleMetadata]) -> list[list[int]]:
+    return [sorted(samples[s.sample_id].response_len for mb in part for s in mb.samples) for part in plan.micro_batches]
+
+
+def test_dealing_is_by_tokens_longest_first_within_the_room_of_an_even_deal() -> None:
+    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([1, 1, 1, 1, 4])]
+    assert response_lengths(plan_one(samples, dp_size=2), samples) == [[4], [1, 1, 1, 1]]
+    # By tokens alone the first rank would get the long sample only and the second need four micro-batches.
+    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([100, *[1] * 7])]
+    plan = plan_one(samples, dp_size=2, micro_batch_size=2)
+    assert response_lengths(plan, samples) == [[1, 1, 1, 100], [1, 1, 1, 1]]
+    assert [len(part) for part in plan.micro_batches] == [2, 2]
+
+
 def test_seed_changes_the_split_into_steps() -> None:
     samples = [metadata(k) for k in range(64)]
     options = {"num_train_steps": 8, "teacher_weights": [1.0], "dp_size": 1, "micro_batch_size": 8}

@@ -190,7 +190,7 @@ def test_flipped_byte_of_tokens_never_gives_other_tokens(folder: Path) -> None:
     whole = path.read_bytes()
     expected = {k: trajectory(k, response_len=1 + k) for k in (10, 11, 12)}
     refused = 0
-    for position in range(0, len(whole), 5):
+    for position in range(0, len(whole), 11):
         flip(path, position)
         with pytest.raises(MtopdError, match=r"b\.tokens\.arrow is damaged"):
             verify_shard(folder, "b")
@@ -204,7 +204,7 @@ def test_flipped_byte_of_tokens_never_gives_other_tokens(folder: Path) -> None:
             unhashed = {k: dataclasses.replace(t, rollout_log_probs=()) for k, t in found.items()}
             assert unhashed == {k: dataclasses.replace(t, rollout_log_probs=()) for k, t in expected.items()}
         path.write_bytes(whole)
-    assert refused > 50
+    assert refused > 25
 
 
 def test_flipped_token_is_refused_on_first_read_by_file_and_sample(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,8 +44,8 @@ class HFTensors:
         self._open: dict[Path, Any] = {}
         self._folder = folder
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._file_of.get(name)

@@ -51,10 +51,10 @@ class SegmentWriter:
         self._unwritten_CE = np.zeros((layout.chunk_rows, layout.hidden_size), layout.dtype)
 
     def append(self, rows_NE: np.ndarray) -> int:
-        """Add rows and return the index of the first.  The caller may reuse ``rows_NE`` afterwards."""
+        """Add C-contiguous rows; returns the index of the first.  The caller may reuse ``rows_NE`` afterwards."""
         assert rows_NE.dtype == self.layout.dtype and rows_NE.shape[1:] == (self.layout.hidden_size,), rows_NE.shape
         first_row, chunk_rows = self.rows, self.layout.chunk_rows
-        rest_NE = np.ascontiguousarray(rows_NE)
+        rest_NE = rows_NE
         while len(rest_NE):
             filled = self.rows % chunk_rows
             taken = min(chunk_rows - filled, len(rest_NE))

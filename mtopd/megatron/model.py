@@ -88,8 +88,9 @@ class HiddenStateModel(GPTModel):
 
     def output_weight(self) -> torch.Tensor:
         """[V / tp, D] rows of the output layer on the last stage, the embedding itself when tied there."""
-        weight = self.shared_embedding_or_output_weight()
-        return self.output_layer.weight if weight is None else weight
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()  # gives the embedding even when untied: ask only when tied
+        return self.output_layer.weight
 
 
 def block_spec(config: TransformerConfig) -> Any:

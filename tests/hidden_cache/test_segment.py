@@ -90,6 +90,7 @@ def test_a_reader_keeps_no_file_open(tmp_path: Path) -> None:
         (4096, "bfloat16", 128),
         (7168, "bfloat16", 64),
         (4096, "float32", 64),
+        (5120, "bfloat16", 128),
         (8, "float32", 1024),
     ],
 )
@@ -107,14 +108,14 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytes
     assert read(tmp_path / "s", BF16, 10, 2990).tobytes() == rows_NE[10:2990].tobytes()
 
 
-def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     rows_NE = random_rows(BF16, 1000)  # one chunk with padding, its crc, the index and its crc
     write(tmp_path / "s", BF16, rows_NE)
     reader, out_NE = SegmentReader(tmp_path / "s", BF16), np.empty_like(rows_NE)
     shard = tmp_path / "s" / "c" / "0" / "0"
     sound = shard.read_bytes()
     fd = os.open(shard, os.O_WRONLY)
-    for position in range(len(sound)):
+    for position in (*range(0, BF16.stored_chunk_bytes - 4, 11), *range(BF16.stored_chunk_bytes - 4, len(sound))):
         os.pwrite(fd, bytes([sound[position] ^ (1 << position % 8)]), position)
         with pytest.raises(SegmentDamaged):
             reader.read(0, 1000, out_NE)
@@ -213,6 +214,19 @@ def test_unreadable_metadata_is_refused(tmp_path: Path, text: str | None) -> Non
         metadata.write_text(text, "latin-1")
     with pytest.raises(SegmentDamaged):
         SegmentReader(tmp_path / "s", BF16)
+
+
+def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "s", BF16, random_rows(BF16, 10))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)
+    with pytest.raises(SegmentDamaged, match="gave 0 of 8196 bytes"):
+        read(tmp_path / "s", BF16, 0, 10)
+
+
+def test_padding_is_zero(tmp_path: Path) -> None:
+    write(tmp_path / "s", BF16, random_rows(BF16, 2010), pieces=(1000, 2000))  # the last chunk's memory held row 0
+    padding = (tmp_path / "s/c/0/0").read_bytes()[BF16.stored_chunk_bytes + 986 * 8 : 2 * BF16.stored_chunk_bytes - 4]
+    assert padding == bytes(38 * 8)
 
 
 def test_rows_beyond_the_end_are_damage(tmp_path: Path) -> None:

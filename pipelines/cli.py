@@ -1,0 +1,221 @@
+"""The command line: ``mtopd``.  Checks what can be checked, starts the ranks, maps their exit code.
+
+A user's mistake is one clear line and exit code 2; the traceback is shown with --debug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mtopd.types import MtopdError
+
+app = typer.Typer(
+    name="mtopd",
+    help="Consolidate many specialist teachers into one student by full-vocabulary on-policy distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+teachers_app = typer.Typer(help="Teacher stores: the format teachers are streamed from.", no_args_is_help=True)
+app.add_typer(teachers_app, name="teachers")
+_console = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file.")]
+RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
+Iteration = Annotated[int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")  # models and tokenizers come from folders, never from a hub
+
+
+def _say(text: str) -> None:
+    if _is_first():
+        _console.print(f"[dim]{text}[/dim]", highlight=False)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(config: Any, prepare: Callable[..., None], target: str, final: Callable[[Any], Path]) -> bool:
+    """Lock the run directory, prepare it, run the ranks.  False when the run was finished before."""
+    from mtopd.pipelines import ranks
+    from mtopd.run_dir import RunDir, is_sealed
+
+    run = RunDir(config.run_dir)
+    if ranks.under_torchrun():
+        return _run_under_torchrun(config, run, prepare, target)
+    with run.lock():
+        prepare(config, run, _say)
+        if is_sealed(final(run)):
+            _say(f"{run.path} is finished; remove it to start over")
+            return False
+        _say(f"starting {config.student.parallel.world_size} ranks")
+        ranks.launch(config.student.parallel.world_size, target, run.path, run.generation)
+    return True
+
+
+def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], target: str) -> bool:
+    """An outer torchrun started one process per rank: rank 0 locks and prepares, the others wait for its word."""
+    import contextlib
+
+    import torch.distributed as dist
+
+    from mtopd.pipelines import ranks
+    from mtopd.pipelines.prepare import check_world
+
+    check_world(config.student)
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("mtopd", store)
+    with run.lock() if _is_first() else contextlib.nullcontext():
+        if _is_first():
+            try:
+                prepare(config, run, _say)
+            except MtopdError as error:
+                store.set("start", f"error {error}")
+                raise
+            store.set("start", f"generation {run.generation}")
+        word, _, rest = store.get("start").decode().partition(" ")
+        if word == "error":
+            raise MtopdError(rest)
+        ranks.quiet_libraries()
+        ranks.resolve(target)(run.path, int(rest))
+    return _is_first()
+
+
+@app.command()
+def consolidate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Distil all teachers of a config into one student; start again to resume."""
+    from mtopd.config import ConsolidateConfig, load_config
+    from mtopd.pipelines import prepare, report
+
+    loaded = load_config(config, overrides or [], ConsolidateConfig)
+    _run(loaded, prepare.consolidate, "consolidate:main", lambda run: run.export(loaded.train.num_iterations))
+    if _is_first():
+        report.write(loaded.run_dir, Console())
+
+
+@app.command()
+def specialist(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train one model on supervised examples; writes an HF checkpoint and, if asked, a teacher store."""
+    from mtopd.config import SpecialistConfig, load_config
+    from mtopd.pipelines import prepare
+
+    loaded = load_config(config, overrides or [], SpecialistConfig)
+    final = loaded.run_dir / "export" / "final"
+    _run(loaded, prepare.specialist, "specialist:main", lambda run: final)
+    if _is_first() and loaded.store is not None and not loaded.store.path.exists():
+        _add_teacher(loaded.store.name, final, loaded.store.path, loaded.store.slices)
+
+
+def _phase(run_dir: Path, phase: str, iteration: int | None) -> None:
+    from mtopd.config import ConsolidateConfig, load_config
+    from mtopd.pipelines import prepare, ranks
+    from mtopd.run_dir import RunDir
+
+    if not (run_dir / "config.yaml").is_file():
+        raise MtopdError(f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a consolidation")
+    loaded = load_config(run_dir / "config.yaml", [], ConsolidateConfig)
+    run = RunDir(run_dir)
+    with run.lock():
+        prepare.consolidate(loaded, run, _say)
+        chosen = "newest" if iteration is None else str(iteration)
+        ranks.launch(loaded.student.parallel.world_size, "phase:main", run.path, run.generation, phase, chosen)
+
+
+@app.command()
+def rollout(run_dir: RunDirectory, iteration: Iteration = None) -> None:
+    """Phase 1 alone: sample the iteration's trajectories with the checkpoint of that iteration."""
+    _phase(run_dir, "rollout", iteration)
+
+
+@app.command("teacher-pass")
+def teacher_pass(run_dir: RunDirectory, iteration: Iteration = None) -> None:
+    """Phase 2 alone: fill the hidden cache from the iteration's sealed trajectories."""
+    _phase(run_dir, "teacher_pass", iteration)
+
+
+@app.command()
+def train(run_dir: RunDirectory, iteration: Iteration = None) -> None:
+    """Phase 3 alone: the iteration's train steps from its sealed trajectories and cache; ends in a checkpoint."""
+    _phase(run_dir, "train", iteration)
+
+
+@app.command()
+def report(run_dir: RunDirectory) -> None:
+    """Write report.json and report.html of a run, finished or not, and print its table."""
+    from mtopd.pipelines import report as report_pipeline
+
+    report_pipeline.write(run_dir, Console())
+
+
+@teachers_app.command("add")
+def teachers_add(
+    name: Annotated[str, typer.Argument(help="The teacher's name.")],
+    source: Annotated[Path, typer.Option("--from", help="HF checkpoint folder.")],
+    to: Annotated[Path, typer.Option(help="Folder that holds the stores.")] = Path("teachers"),
+    slices: Annotated[int, typer.Option(help="Largest tensor-parallel size that can load it without a copy.")] = 1,
+) -> None:
+    """Write the teacher store TO/NAME from an HF checkpoint."""
+    _add_teacher(name, source, to / name, slices)
+
+
+def _add_teacher(name: str, source: Path, target: Path, slices: int) -> None:
+    from rich.progress import Progress
+
+    from mtopd.convert.teacher import add_teacher
+
+    with Progress(console=_console, transient=True) as progress:
+        task = progress.add_task(f"teacher {name}", total=None)
+        store = add_teacher(
+            name, source, target, slices=slices, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    Console().print(f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and which path each part will take."""
+    from mtopd.pipelines import doctor as doctor_pipeline
+
+    doctor_pipeline.print_report(Console())
+
+
+def main() -> None:
+    """Entry point: user errors become one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except MtopdError as error:
+        if "--debug" in sys.argv:
+            raise
+        _error(str(error))
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _error("stopped; start the same command again to go on")
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _error(error.format_message())  # usage errors of the command line
+        sys.exit(2)
+
+
+def _error(text: str) -> None:
+    if _is_first():
+        _console.print(f"[bold red]error:[/bold red] {text.splitlines()[0] if text else text}", highlight=False, markup=True, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

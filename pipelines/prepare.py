@@ -1,0 +1,112 @@
+"""Everything a launcher can check before a process group exists.  One clear line for each thing a user can get wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
+from mtopd.pipelines import prompts
+from mtopd.run_dir import RunDir, sweep
+from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
+from mtopd.types import MtopdError
+
+Say = Callable[[str], None]
+
+
+def consolidate(config: ConsolidateConfig, run: RunDir, say: Say) -> None:
+    """Check a consolidation and write its run directory's first files.  The caller holds the lock."""
+    tokenizer = check_student(config.student)
+    check_world(config.student)
+    stores = [open_store(t.store) for t in config.teachers]
+    for store, teacher in zip(stores, config.teachers, strict=True):
+        check_teacher(teacher.name, store, tokenizer, config.student.model)
+    for name, folder in config.evaluation.baselines.items():
+        try:
+            check_hf_folder(folder)
+        except MtopdError as error:
+            raise MtopdError(f"evaluation.baselines.{name}: {error}") from None
+    table = [
+        {"index": i, "name": t.name, "fingerprint": s.fingerprint, "weight": w}
+        for i, (t, s, w) in enumerate(zip(config.teachers, stores, config.teacher_weights, strict=True))
+    ]
+    _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table})
+    routes = [t.route for t in config.teachers]
+    prompts.prepare(run, config.data, tokenizer, routes, supervised=False, progress=say)
+
+
+def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
+    """Check a supervised run and write its run directory's first files.  The caller holds the lock."""
+    tokenizer = check_student(config.student)
+    check_world(config.student)
+    size, dp = config.train.global_batch_size, config.student.parallel.dp
+    if size % (dp * config.train.micro_batch_size):
+        raise MtopdError(
+            f"train.global_batch_size {size} is not a multiple of dp {dp} x micro_batch_size {config.train.micro_batch_size}"
+        )
+    _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
+    prompts.prepare(run, config.data, tokenizer, [{}], supervised=True, progress=say)
+
+
+def _start(run: RunDir, config: ConsolidateConfig | SpecialistConfig, manifest: dict[str, Any]) -> None:
+    sweep(run)
+    run.start(resolved(config), manifest, to_yaml(config))
+
+
+def check_student(student: StudentConfig) -> Any:
+    """The student's tokenizer, after its HF folder and its Megatron table were checked."""
+    hf_config = check_hf_folder(student.model)
+    tokenizer = load_tokenizer(student.model)
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
+    if (ids := vocab_size(tokenizer)) > hf_config.vocab_size:
+        raise MtopdError(f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} rows for them")
+    parallel = student.parallel
+    for what, count, ways in (
+        ("key-value heads", hf_config.num_key_value_heads, parallel.tp),
+        ("layers", hf_config.num_hidden_layers, parallel.pp),
+    ):
+        if count % ways:
+            raise MtopdError(f"{student.model} has {count} {what}, which {ways}-way parallelism does not divide")
+    return tokenizer
+
+
+def check_hf_folder(folder: Path) -> Any:
+    """The HF config of a checkpoint whose weight files are whole."""
+    from mtopd.convert.bridge import load_hf_config
+    from mtopd.convert.teacher import HFTensors
+
+    hf_config = load_hf_config(folder)
+    HFTensors(folder)
+    return hf_config
+
+
+def check_world(student: StudentConfig) -> None:
+    """Under an outer torchrun its world size must be the config's."""
+    parallel = student.parallel
+    found = os.environ.get("WORLD_SIZE")
+    if found is not None and int(found) != parallel.world_size:
+        need = parallel.tp * parallel.pp
+        if int(found) % need:
+            raise MtopdError(f"world size {found} is not a multiple of tp {parallel.tp} x pp {parallel.pp} = {need}")
+        raise MtopdError(
+            f"world size is {found}, the config asks for tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = "
+            f"{parallel.world_size}; set student.parallel.dp={int(found) // need}"
+        )
+
+
+def check_teacher(name: str, store: TeacherStore, tokenizer: Any, student: Path) -> None:
+    """A teacher scores the student's tokens: its tokenizer must be the student's, token by token."""
+    if store.manifest["tokenizer_hash"] != tokenizer_hash(tokenizer):
+        difference = first_difference(load_tokenizer(store.folder / "tokenizer"), tokenizer)
+        raise MtopdError(
+            f"teacher {name!r} has another tokenizer than the student {student}: {difference}; exact reverse KL needs one "
+            "tokenizer: use a teacher with the student's, or remove it"
+        )
+    if store.vocab_size != vocab_size(tokenizer):
+        raise MtopdError(
+            f"teacher {name!r} has vocab_size {store.vocab_size}, the student {vocab_size(tokenizer)}; they must be equal"
+        )

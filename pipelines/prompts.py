@@ -1,0 +1,145 @@
+"""The prompts of a run: drawn, routed and tokenized once by the launcher, mapped by every rank.
+
+``run/prompts.arrow`` holds one row per prompt in a fixed order: sources in config order, train rows then held-out rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mtopd import data
+from mtopd.config import DataConfig, SourceConfig
+from mtopd.run_dir import RunDir, write_atomic
+from mtopd.types import MtopdError, Prompt
+
+_SCHEMA = pa.schema(
+    [
+        ("source", pa.int32()),
+        ("held_out", pa.bool_()),
+        ("prompt_id", pa.string()),
+        ("route", pa.string()),
+        ("teacher_index", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),  # supervised training only: ends with EOS
+        ("verify", pa.string()),  # held-out rows only
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """Prompts of one source, read from the mapped table when asked for."""
+
+    rows: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    def __getitem__(self, index: int) -> Prompt:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = {name: self.rows[name][index].as_py() for name in ("prompt_id", "route", "teacher_index", "prompt_ids", "verify")}
+        return Prompt(
+            row["prompt_id"], json.loads(row["route"]), tuple(row["prompt_ids"]), row["teacher_index"], json.loads(row["verify"])
+        )
+
+    def example(self, index: int) -> data.SupervisedExample:
+        ids, answer = self.rows["prompt_ids"][index].as_py(), self.rows["answer_ids"][index].as_py()
+        return data.SupervisedExample(tuple(ids), tuple(answer))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One table per source for training and, where the source has them, held-out prompts."""
+
+    names: list[str]
+    train: list[PromptTable]
+    evaluation: list[list[Prompt]]
+
+    @staticmethod
+    def load(run: RunDir, config: DataConfig) -> Prompts:
+        path = _path(run)
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            raise MtopdError(f"{path} is damaged ({error}); remove it and start the run again") from None
+        if table.schema != _SCHEMA:
+            raise MtopdError(f"{path} was written by another version; remove it and start the run again")
+        source, held_out = table["source"].to_numpy(), table["held_out"].to_numpy()
+        train = [PromptTable(table.filter(pa.array((source == i) & ~held_out))) for i in range(len(config.sources))]
+        tests = [PromptTable(table.filter(pa.array((source == i) & held_out))) for i in range(len(config.sources))]
+        return Prompts([s.name for s in config.sources], train, [[t[i] for i in range(len(t))] for t in tests])
+
+    @staticmethod
+    def score(prompt: Prompt, response_text: str) -> float:
+        return data.verify(prompt, response_text)
+
+
+def prepare(
+    run: RunDir,
+    config: DataConfig,
+    tokenizer: Any,
+    routes: Sequence[Mapping[str, str]],
+    *,
+    supervised: bool,
+    progress: Callable[[str], None],
+) -> None:
+    """Draw, route and tokenize every prompt, and write the run's table.  Raises MtopdError for what cannot be used."""
+    if _path(run).exists():
+        return
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for number, source in enumerate(config.sources):
+        progress(f"preparing prompts of {source.name}")
+        train, held_out = load_source(source)
+        for rows, is_held_out in ((train, False), (held_out, True)):
+            if rows is None:
+                continue
+            prompts = data.tokenize_prompts(
+                rows, tokenizer, routes, context_length=config.context_length, max_response=config.max_response
+            )
+            learn = supervised and not is_held_out
+            examples = data.supervised_examples(rows, tokenizer, context_length=config.context_length) if learn else None
+            columns["source"] += [number] * len(prompts)
+            columns["held_out"] += [is_held_out] * len(prompts)
+            columns["prompt_id"] += [p.prompt_id for p in prompts]
+            columns["route"] += [json.dumps(dict(p.route), sort_keys=True) for p in prompts]
+            columns["teacher_index"] += [p.teacher_index for p in prompts]
+            columns["prompt_ids"] += [p.prompt_ids for p in prompts]
+            columns["answer_ids"] += [e.response_ids for e in examples] if examples else [()] * len(prompts)
+            columns["verify"] += [json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_table(pa.table(columns, schema=_SCHEMA))
+    write_atomic(_path(run), sink.getvalue().to_pybytes())
+
+
+def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSource | None]:
+    """(train rows, held-out rows or None) of one configured source, with its ``fields`` added for routing."""
+    domain = source.fields.get("domain", source.name)
+    if source.reasoning_gym is not None:
+        train, held_out = data.load_reasoning_gym(
+            source.name,
+            source.reasoning_gym,
+            source.config,
+            size=source.train_size,
+            seed=source.seed,
+            eval_size=source.eval_size,
+            eval_seed=source.eval_seed,
+            domain=domain,
+        )
+    else:
+        assert source.path is not None
+        train = data.load_prompt_file(source.name, source.path, domain=domain)
+        held_out = source.eval_path and data.load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
+    return data.with_fields(train, source.fields), held_out and data.with_fields(held_out, source.fields)
+
+
+def _path(run: RunDir) -> Path:
+    return run.path / "prompts.arrow"

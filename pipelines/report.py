@@ -1,0 +1,289 @@
+"""Write a run's report.json and report.html, and show the result on the console.
+
+The page is one file: plots are inlined, every string of the run is escaped, nothing is loaded and no script can run.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mtopd.config import ConsolidateConfig, load_config
+from mtopd.report import RunRecord, build_report, check_rows, in_bytes, number, read_run, result_rows
+from mtopd.run_dir import RunDir, read_json, write_atomic, write_json
+from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900", "#56B4E9", "#666666")  # also for colour-blind eyes
+_GREY, _LIGHT = "#777777", "#BBBBBB"
+_MAX_POINTS = 250  # of a line in a plot; of more train steps the means of neighbours are drawn
+_PLOT_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "text.parse_math": False,  # names are data: "$" means a dollar
+    "svg.hashsalt": "mtopd",  # the same run gives the same bytes
+}
+_CSS = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1c1e21;background:#f5f6f7;margin:0;color-scheme:light}
+main{max-width:1120px;margin:auto;padding:24px 16px 48px}
+h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:0 0 8px}p{margin:4px 0 12px;color:#555}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px;margin:16px 0}
+.tiles div,section{background:#fff;border:1px solid #dfe1e5;border-radius:8px;padding:12px 16px;min-width:0}
+.tiles b{display:block;font-size:20px;line-height:1.3;white-space:nowrap}.tiles span{color:#555;font-size:13px}
+section{margin:16px 0}.scroll{overflow-x:auto}img{width:100%;display:block}
+.wide{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}.wide section{margin:0}
+.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:8px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:5px 12px;text-align:right;border-bottom:1px solid #e6e8eb;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0}th{font-weight:600;color:#444}
+.key{margin-right:16px;color:#333;white-space:nowrap}
+.key i{display:inline-block;width:22px;margin-right:6px;vertical-align:middle}
+pre{overflow-x:auto;font-size:13px;line-height:1.4}summary{cursor:pointer;font-weight:600}
+"""
+
+
+def write(run_dir: Path, console: Console) -> dict[str, Any]:
+    """Write both files into the run directory, print the result table; the last line printed is the verdict."""
+    record = read_run(run_dir, _config(run_dir))
+    report = build_report(record)
+    write_json(run_dir / "report.json", report)
+    write_atomic(run_dir / "report.html", render_page(record, report, str(run_dir)).encode())
+    console.print(_console_table(report))
+    for line in (*_check_lines(report), _last_line(report, run_dir / "report.html")):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def _config(run_dir: Path) -> ConsolidateConfig:
+    run = RunDir(run_dir)
+    for path in (run.config, run.manifest):
+        if not path.is_file():
+            raise MtopdError(f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a consolidation")
+    if "teachers" not in read_json(run.manifest):
+        raise MtopdError(f"{run_dir} is a run without teachers; a report needs the run_dir of a consolidation")
+    return load_config(run.config, [], ConsolidateConfig)
+
+
+# -- console ----------------------------------------------------------------------------------------------------------
+def _console_table(report: Mapping[str, Any]) -> Table:
+    table = Table()
+    table.add_column("")
+    for name in (*report["domains"], "worst recovery"):
+        table.add_column(Text(name), justify="right")
+    for row in result_rows(report):
+        table.add_row(*map(Text, row), style="bold" if row[0] in ("student", "recovery") else None)
+    return table
+
+
+def _check_lines(report: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {found}, wanted {wanted}: {verdict}" for name, found, wanted, verdict in check_rows(report)]
+
+
+def _last_line(report: Mapping[str, Any], page: Path) -> str:
+    kl = report["reverse_kl"]
+    ratio = f" ({kl['first'] / kl['last']:.0f}x)" if kl["first"] is not None and kl["last"] else ""
+    return (
+        f"{'consolidated' if report['finished'] else 'unfinished, ' + _progress(report)}: "
+        f"worst recovery {number(report['worst_recovery'])}, mean {number(report['mean_recovery'])}, "
+        f"reverse KL {number(kl['first'], 3)} -> {number(kl['last'], 3)}{ratio}, report {page}"
+    )
+
+
+def _progress(report: Mapping[str, Any]) -> str:
+    return f"{report['iterations']['done']} of {report['iterations']['planned']} iterations"
+
+
+# -- page -------------------------------------------------------------------------------------------------------------
+def render_page(record: RunRecord, report: Mapping[str, Any], title: str) -> str:
+    """report.html."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        f'<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">'
+        f'<meta name=viewport content="width=device-width"><title>{html.escape(title)}</title><style>{_CSS}</style>'
+        f"<main>{_header(report, title)}{''.join(_sections(record, report))}</main></html>\n"
+    )
+
+
+def _sections(record: RunRecord, report: Mapping[str, Any]) -> Iterator[str]:
+    colours = {t["name"]: _COLOURS[i % len(_COLOURS)] for i, t in enumerate(report["teachers"])}
+    yield _section(
+        "Result",
+        "<p>Greedy accuracy on held-out prompts. Recovery: (student - base) / (teacher - base).</p>",
+        _table(["", *report["domains"], "worst recovery"], result_rows(report)),
+    )
+    lines = {"student": ("#333333", "solid"), "its teacher": ("#333333", "dashed"), "base": (_GREY, "dotted")}
+    keys = _keys({**lines, "weight average": (_LIGHT, "solid")})
+    yield _section("Accuracy by domain", keys, f"<div class=panels>{_accuracy_plots(record, report, colours)}</div>")
+    keys = _keys({name: (colour, "solid") for name, colour in colours.items()})
+    yield "<div class=wide>" + _section("Reverse KL by teacher", keys, _kl_plot(record, colours))
+    keys = _keys({"wall": (_COLOURS[0], "solid"), "of it stalled on transfers": (_COLOURS[1], "solid")})
+    yield _section("Time by phase", keys, _time_plot(report))
+    note = "<p>Peak of any rank. Hollow: the whole teacher as stored.</p>"
+    yield _section("Memory", note, _memory_plot(report, colours))
+    yield _section("Checks", _table(["", "found", "wanted", ""], check_rows(report))) + "</div>"
+    yield _section("Teachers", _table(*_teacher_table(report)))
+    config = html.escape(record.config_yaml)
+    yield f"<section><details><summary>Resolved config</summary><pre>{config}</pre></details></section>"
+
+
+def _header(report: Mapping[str, Any], title: str) -> str:
+    lead = f"{'Finished' if report['finished'] else 'NOT finished'}: {_progress(report)}."
+    return f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{_tiles(report)}"
+
+
+def _tiles(report: Mapping[str, Any]) -> str:
+    kl = report["reverse_kl"]
+    tiles = {
+        "worst recovery": number(report["worst_recovery"]),
+        "mean recovery": number(report["mean_recovery"]),
+        "reverse KL, nats per token": f"{number(kl['first'], 3)} \N{RIGHTWARDS ARROW} {number(kl['last'], 3)}",
+        "train steps": f"{report['train_steps']:,}",
+        "rollout tokens": f"{report['rollout_tokens']:,}",
+        "in all phases": f"{sum(report['wall_s'].values()):,.0f} s",
+        "teacher heads resident at most": str(report["peak_resident_heads"]),
+    }
+    cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
+    return f"<div class=tiles>{''.join(cells)}</div>"
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<div class=scroll><table><tr>{head}{body}</table></div>"
+
+
+def _keys(lines: Mapping[str, tuple[str, str]]) -> str:
+    """A plot's legend as text that wraps; name -> (colour, CSS line style)."""
+    keys = (
+        f'<span class=key><i style="border-top:3px {style} {colour}"></i>{html.escape(name)}</span> '
+        for name, (colour, style) in lines.items()
+    )
+    return f"<p>{''.join(keys)}</p>"
+
+
+def _teacher_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    counts = {"passes": "passes", "tokens": "tokens", "head loads": "head_loads"}
+    sizes = {"size of a pass": "stored_bytes", "read in passes": "bytes_read", "read for heads": "head_bytes_read"}
+    rows = []
+    for t in report["teachers"]:
+        cells = [*(f"{t[key]:,}" for key in counts.values()), *(in_bytes(t[key]) for key in sizes.values())]
+        rows.append([t["name"], *cells, t["fingerprint"][:16]])
+    return ["", *counts, *sizes, "fingerprint"], rows
+
+
+# -- plots ------------------------------------------------------------------------------------------------------------
+def _plot(alt: str, width: float, height: float, draw: Callable[[Axes], None]) -> str:
+    """One plot as an <img> that holds its SVG: a script in an image does not run.  Sizes in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_PLOT_STYLE):
+        figure = Figure((width, height), layout="constrained")
+        draw(figure.add_subplot())
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _accuracy_plots(record: RunRecord, report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    plots = []
+    for i, source in enumerate(record.config.data.sources):
+        colour = colours.get(record.teacher_of(source) or "", _COLOURS[i % len(_COLOURS)])
+        plots.append(_accuracy_plot(record, report, source.name, colour))
+    return "".join(plots)
+
+
+def _accuracy_plot(record: RunRecord, report: Mapping[str, Any], source: str, colour: str) -> str:
+    domain, average = report["domains"][source], report["baselines"]["weight_average"].get(source)
+    levels = ((domain["teacher"], colour, "--"), (domain["base"], _GREY, ":"), (average, _LIGHT, "-"))
+    found = {iteration: accuracy.get(source) for iteration, accuracy in sorted(record.evaluations.items())}
+    points = [(iteration, 100 * accuracy) for iteration, accuracy in found.items() if accuracy is not None]
+
+    def draw(axes: Axes) -> None:
+        for level, level_colour, style in levels:
+            if level is not None:
+                axes.axhline(100 * level, color=level_colour, linestyle=style)
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4)
+        axes.set(title=source, xlabel="iteration", ylabel="accuracy, %", ylim=(-4, 104))
+
+    return _plot(f"accuracy on {source} over iterations", 3.6, 2.7, draw)
+
+
+def _kl_plot(record: RunRecord, colours: Mapping[str, str]) -> str:
+    steps = record.lines.get("train_step", ())
+
+    def draw(axes: Axes) -> None:
+        for name, colour in colours.items():
+            found = [(s["step"], s["reverse_kl_by_teacher"].get(name)) for s in steps]
+            axes.plot(*_means([(x, y) for x, y in found if y is not None]), color=colour, linewidth=1.3)
+        axes.set(xlabel="train step", ylabel="reverse KL, nats per token", yscale="log")
+
+    return _plot("reverse KL by teacher over train steps", 5.4, 3.6, draw)
+
+
+def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """At most _MAX_POINTS points: means of equally many neighbours."""
+    width = -(-len(points) // _MAX_POINTS) or 1
+    bins = [points[i : i + width] for i in range(0, len(points), width)]
+    return [sum(x for x, _ in b) / len(b) for b in bins], [sum(y for _, y in b) / len(b) for b in bins]
+
+
+def _time_plot(report: Mapping[str, Any]) -> str:
+    wall = dict(sorted(report["wall_s"].items(), key=lambda item: item[1]))
+    names = [phase.replace("_", " ") for phase in wall]
+
+    def draw(axes: Axes) -> None:
+        bars = axes.barh(names, list(wall.values()), color=_COLOURS[0], height=0.6)
+        axes.barh(names, [report["stall_s"].get(phase, 0) for phase in wall], color=_COLOURS[1], height=0.6)
+        axes.bar_label(bars, [f"{seconds:,.1f} s" for seconds in wall.values()], padding=4)
+        axes.margins(x=0.2)
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="seconds")
+
+    return _plot("wall and stalled seconds by phase", 5.4, 3.6, draw)
+
+
+def _memory_plot(report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    rows, whole = [("process, host", report["peak_host_bytes"], _GREY)], []
+    rows.append(("head, device", report["peak_head_bytes"], _GREY))
+    for t in reversed(report["teachers"]):
+        rows.append((f"{t['name']}: read ahead, host", t["peak_host_bytes"], colours[t["name"]]))
+        rows.append((f"{t['name']}: layers, device", t["peak_device_bytes"], colours[t["name"]]))
+        whole.append((rows[-1][0], t["stored_bytes"]))
+
+    def draw(axes: Axes) -> None:
+        for name, count, colour in rows:
+            if count:
+                axes.plot(count, name, "o", color=colour, markersize=7)
+                axes.annotate(
+                    in_bytes(count), (count, name), (0, 7), textcoords="offset points", ha="center", fontsize=9
+                )
+        for name, count in whole:
+            if count:
+                axes.plot(count, name, "o", markerfacecolor="none", markeredgecolor=_GREY, markersize=7)
+        axes.set(xscale="log", xlabel="bytes")
+        axes.margins(0.12)
+
+    return _plot("peak memory", 5.4, 1.2 + 0.36 * len(rows), draw)

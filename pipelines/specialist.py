@@ -1,0 +1,137 @@
+"""Supervised training of one model on the student's trainer: the base, and each specialist before it teaches.
+
+Ends as an HF checkpoint ``run/export/<steps>`` and, where the config names one, as a teacher store.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mtopd.config import SpecialistConfig, load_config
+from mtopd.data import SupervisedExample
+from mtopd.megatron import checkpoint
+from mtopd.megatron.cross_entropy import CrossEntropy
+from mtopd.megatron.train_step import PackedMicroBatch
+from mtopd.metrics import MetricsWriter
+from mtopd.pipelines.evaluate import accuracy
+from mtopd.pipelines.job import Student, write_evaluation
+from mtopd.pipelines.progress import Progress
+from mtopd.pipelines.prompts import Prompts
+from mtopd.pipelines.train import pack_rows
+from mtopd.run_dir import RunDir
+
+_CHECKPOINT_EVERY = 100  # train steps
+
+
+def main(run_dir: Path, generation: int) -> None:
+    """All train steps, on this rank."""
+    run = RunDir(run_dir, generation)
+    config: SpecialistConfig = load_config(run.config, [], SpecialistConfig)
+    student = Student(config.student, config.train.optimizer, config.train.num_steps, config.seed)
+    prompts = Prompts.load(run, config.data)
+    metrics = MetricsWriter(run.metrics, enabled=student.ranks.rank == 0)
+    progress = Progress(enabled=student.ranks.rank == 0)
+    objective = CrossEntropy(vocab_size=student.vocab_size, tp_rank=student.ranks.tp_rank)
+    shares = dict.fromkeys(prompts.names, 1.0)
+
+    start = _resume(student, run, shares)
+    for step in range(start, config.train.num_steps):
+        progress.phase("train", step, config.train.num_steps)
+        started = time.perf_counter()
+        batch = draw(prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step)
+        micro_batches, num_tokens = pack(batch, config, student)
+        sums = student.trainer.reduce_metrics(student.trainer.forward_backward(micro_batches, objective), ["loss"])
+        grad_norm, lr = student.trainer.optimizer_step()
+        progress.advance(tokens=num_tokens)
+        seconds = time.perf_counter() - started
+        values = {"loss": sums["loss"], "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, "wall_s": seconds}
+        metrics.write("train_step", step, values, step=step)
+        if _reached_target(config, student, prompts, shares, step, metrics):
+            progress.note(f"every source is at its target accuracy after {step + 1} steps")
+            break
+        if (step + 1) % _CHECKPOINT_EVERY == 0:
+            checkpoint.save(student.trainer, run, step + 1, {"shares": shares})
+
+    student.update_weights()
+    found = accuracy(student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response)
+    progress.note("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    if student.ranks.rank == 0:
+        write_evaluation(run, "final", found)
+    metrics.close()
+    progress.close()
+    student.export(run, run.path / "export" / "final")
+    dist.destroy_process_group()
+
+
+def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
+    newest = [checkpoint.newest(run)]
+    dist.broadcast_object_list(newest, src=0)
+    if newest[0] is None:
+        return 0
+    shares.update(checkpoint.load(student.trainer, run, newest[0])["shares"])
+    return newest[0]
+
+
+def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) -> list[SupervisedExample]:
+    """One mini-batch: ``size`` examples dealt to the sources by their shares (largest remainder), rows at random."""
+    total = sum(shares.values())
+    exact = [size * shares[name] / total for name in prompts.names]
+    counts = [int(x) for x in exact]
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: size - sum(counts)]:
+        counts[i] += 1
+    rng = random.Random(seed)
+    return [
+        table.example(rng.randrange(len(table)))
+        for table, count in zip(prompts.train, counts, strict=True)
+        for _ in range(count)
+    ]
+
+
+def pack(
+    batch: list[SupervisedExample], config: SpecialistConfig, student: Student
+) -> tuple[list[PackedMicroBatch], int]:
+    """This dp rank's micro-batches, dealt by length so that every rank has the same number, and the global token count."""
+    ranks, size = student.ranks, config.train.micro_batch_size
+    num_tokens = sum(len(e.response_ids) for e in batch)
+    seq_length = max(len(e.prompt_ids) + len(e.response_ids) - 1 for e in batch)
+    mine = sorted(batch, key=lambda e: (len(e.prompt_ids) + len(e.response_ids), e.prompt_ids))[ranks.dp_rank :: ranks.dp_size]
+    micro_batches = []
+    for start in range(0, len(mine), size):
+        part = mine[start : start + size]
+        tensors = pack_rows(
+            [_Fields(e) for e in part], [1.0 / num_tokens] * len(part), (size, seq_length), ranks.device
+        )
+        labels = np.concatenate([e.response_ids for e in part]).astype(np.int64)
+        micro_batches.append(PackedMicroBatch(*tensors, payload=torch.from_numpy(labels).to(ranks.device)))
+    return micro_batches, num_tokens
+
+
+class _Fields:
+    """An example in the shape of a trajectory's token fields: the whole answer is trained."""
+
+    def __init__(self, example: SupervisedExample) -> None:
+        self.prompt_ids = np.array(example.prompt_ids, np.int32)
+        self.response_ids = np.array(example.response_ids, np.int32)
+        self.loss_mask = np.ones(len(example.response_ids), np.uint8)
+
+
+def _reached_target(
+    config: SpecialistConfig, student: Student, prompts: Prompts, shares: dict[str, float], step: int, metrics: MetricsWriter
+) -> bool:
+    """Evaluate when due, shift the shares towards the sources that lag; True when every source reached its target."""
+    stop = config.train.stop
+    if stop is None or step + 1 < stop.first or (step + 1) % stop.every:
+        return False
+    student.update_weights()
+    found = accuracy(student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response)
+    metrics.write("evaluation", step, {"accuracy": found, "shares": shares})
+    below = {name: max(stop.accuracy - value, 0.0) for name, value in found.items()}
+    floor = max(stop.min_share, 1e-9)  # all sources above: equal shares
+    shares.update({name: max(value / (sum(below.values()) or 1.0), floor) for name, value in below.items()})
+    return all(abs(value - stop.accuracy) <= stop.tolerance for value in found.values())

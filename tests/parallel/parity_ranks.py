@@ -1,0 +1,184 @@
+"""Worker of test_parity: runs every job of a plan on this rank and compares with the dense reference."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from mtopd.hidden_cache import HiddenCacheReader
+from mtopd.pipelines import evaluate, ranks, teacher_pass, train
+from mtopd.pipelines.job import Job
+from mtopd.planning import plan_train_steps
+from mtopd.rollout.embedded import Request
+from mtopd.teacher_offload import head_slot
+from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def gradients(job: Job) -> dict[str, torch.Tensor]:
+    """The accumulated gradients as HF tensors; on tied models the embedding's is the sum over its two uses."""
+
+    def named() -> list[tuple[str, torch.Tensor]]:
+        result = []
+        for name, parameter in job.trainer.model.named_parameters():
+            gradient = parameter.main_grad.detach().clone()
+            for attribute in ("tensor_model_parallel", "partition_dim"):
+                if hasattr(parameter, attribute):
+                    setattr(gradient, attribute, getattr(parameter, attribute))
+            result.append((name, gradient))
+        return result
+
+    return job.student.bridge.export(job.trainer.model, named())
+
+
+def check_states(job: Job, reference: dict[str, torch.Tensor]) -> float:
+    """Streamed states in the cache against transformers' own, row by row; returns the worst relative error."""
+    worst = 0.0
+    tokens, metadata = TokenStore(job.run.trajectories(0)), read_metadata(job.run.trajectories(0))
+    names = dict(zip(metadata["sample_id"].to_pylist(), metadata["prompt_id"].to_pylist(), strict=True))
+    with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
+        for sample in sample_metadata(metadata):
+            store = job.stores[sample.teacher_index]
+            entry = reader.lookup(teacher_pass.cache_key(job, store, tokens, sample), sample.sample_id, 0)
+            assert entry is not None and entry.n_tokens == sample.num_loss_tokens
+            rows = torch.empty(entry.n_tokens, store.hidden_size)
+            reader.read(entry, rows.numpy())
+            wanted = reference[f"states/{names[sample.sample_id]}"]
+            assert rows.shape == wanted.shape
+            for row, want in zip(rows, wanted, strict=True):  # each token on its own: a shifted row cannot hide
+                worst = max(worst, relative(row, want))
+    return worst
+
+
+class LiveHeads:
+    """Counts live head storages by weak references, not by the slot's own books."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = self.made = 0
+        original = head_slot.HeadSlot._load
+
+        def load(slot: head_slot.HeadSlot, index: int) -> head_slot.TeacherHead:
+            head = original(slot, index)
+            self.made += 1
+            self.live += 1
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(head.weight_vE.untyped_storage(), self._gone)
+            return head
+
+        head_slot.HeadSlot._load = load
+
+    def _gone(self) -> None:
+        self.live -= 1
+
+
+def run_job(spec: dict, heads: LiveHeads) -> str:
+    job = Job(Path(spec["run"]), 1)
+    teacher_pass.run(job, 0)
+    lines = [json.loads(line) for line in job.run.metrics.read_text().splitlines()] if job.ranks.rank == 0 else []
+    for line in lines:
+        for name, values in line.get("teachers", {}).items():
+            assert values["bytes_read"] == values["stored_bytes"], (name, values)
+            assert values["waves"] == 1
+            relayouts = next(s for s in job.stores if s.name == name).num_layers
+            assert values["relayouts"] == (0 if job.teacher_mesh.tp_size == 2 else relayouts), values
+    samples = sample_metadata(read_metadata(job.run.trajectories(0)))
+    config = job.config.train
+    (plan,) = plan_train_steps(
+        samples,
+        num_train_steps=1,
+        teacher_weights=job.config.teacher_weights,
+        dp_size=job.ranks.dp_size,
+        micro_batch_size=config.micro_batch_size,
+        normalization=config.normalization,
+        seed=0,
+    )
+    before = heads.made
+    job.trainer.optimizer_step = lambda: (0.0, 0.0)  # the gradients are what is compared
+    with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
+        values = train.train_step(job, plan, TokenStore(job.run.trajectories(0)), samples, train.CachedStates(job, reader, 0))
+    distinct = len([t for t in plan.teachers_of(job.ranks.dp_rank) if plan.num_tokens.get(t)]) if job.heads else 0
+    assert heads.made - before == distinct, (heads.made - before, distinct)
+    assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
+    assert values["peak_resident_heads"] == 1
+    if "self_kl" in spec:
+        assert values["reverse_kl"] < spec["self_kl"], values["reverse_kl"]
+        report = f"self KL {values['reverse_kl']:.1e}"
+        if spec["self_kl"] == 1e-6:
+            report += f" | {check_argmax(job)}"
+    else:
+        reference = load_file(spec["reference"])
+        loss_error = abs(values["loss"] - reference["loss"].item()) / reference["loss"].item()
+        found = gradients(job)
+        wanted = {n: g for n, g in reference.items() if n in found}
+        assert found.keys() == wanted.keys() and len(wanted) > 20
+        gradient_error = relative(
+            torch.cat([found[n].double().flatten() for n in sorted(wanted)]), torch.cat([wanted[n].flatten() for n in sorted(wanted)])
+        )
+        worst = max(relative(found[n], wanted[n]) for n in wanted)
+        state_error = check_states(job, reference)
+        report = f"loss {loss_error:.1e} gradients {gradient_error:.1e} (worst tensor {worst:.1e}) states {state_error:.1e}"
+        assert loss_error < 1e-6, report
+        assert gradient_error < 1e-5 and worst < 1e-5, report
+        assert state_error < 1e-5, report
+    name = job.run.path.name
+    job.metrics.close()
+    return f"PASSED {name}: {report}"
+
+
+def check_argmax(job: Job) -> str:
+    """Greedy answers of the exported HF model, teacher-forced through Megatron: the same argmax at every clear position."""
+    folder = job.run.path / "export" / "check"
+    job.student.export(job.run, folder)
+    engine = job.student.new_engine()
+    engine.update_weights(evaluate.read_weights(folder))
+    prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
+    responses = engine.generate([Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, greedy=True)
+    width = max(map(len, prompts)) + 12
+    disagree, clear = torch.zeros(2), 0
+    for start in range(0, 256, 64):
+        fields = [_Fields(p, r.response_ids) for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)]
+        batch = train.PackedMicroBatch(*train.pack_rows(fields, [1.0] * 64, (64, width), job.ranks.device), payload=None)
+        wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
+
+        def compare(hidden_TD: torch.Tensor, weight_vD: torch.Tensor, _: object, wanted: torch.Tensor = wanted) -> tuple:
+            local = (hidden_TD @ weight_vD.T).detach()
+            shards = [torch.empty_like(local) for _ in range(job.ranks.tp_size)]
+            dist.all_gather(shards, local, group=job.ranks.tp_group)
+            top = torch.cat(shards, -1)[:, : job.vocab_size].topk(2, -1)
+            is_clear = top.values[:, 0] - top.values[:, 1] > 1e-4
+            wrong = (is_clear & (top.indices[:, 0] != wanted)).sum().double()
+            return hidden_TD.sum() * 0, {"wrong": wrong, "clear": is_clear.sum().double()}
+
+        sums = job.trainer.reduce_metrics(job.trainer.forward_backward([batch], compare), ["wrong", "clear"])
+        disagree[0] += sums["wrong"]
+        clear += int(sums["clear"])
+    assert disagree[0] == 0 and clear > 1000, (disagree, clear)
+    return f"argmax equal at {clear} positions"
+
+
+class _Fields:
+    def __init__(self, prompt: tuple[int, ...], response: tuple[int, ...]) -> None:
+        import numpy as np
+
+        self.prompt_ids, self.response_ids = np.array(prompt), np.array(response)
+        self.loss_mask = np.ones(len(response), np.uint8)
+
+
+if __name__ == "__main__":
+    ranks.quiet_libraries()
+    live = LiveHeads()
+    for job_spec in json.loads(Path(sys.argv[1]).read_text()):
+        line = run_job(job_spec, live)
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
