@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtopd.types import MtopdError
+
 
 class MetricsWriter:
     """Appends to metrics.jsonl; scalars go to TensorBoard too.  ``enabled=False`` (ranks other than 0) writes nothing."""
@@ -57,10 +59,17 @@ def _mend_last_line(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The last line of each (kind, iteration, step), in order of first appearance; half a last line is left out."""
+    """The last line of each (kind, iteration, step), in order of first appearance; half a last line is left out.
+
+    Raises MtopdError that names file and line where another line is damaged.
+    """
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if path.exists():
-        for text in path.read_bytes().split(b"\n")[:-1]:
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
+        try:
             line = json.loads(text)
             lines[line["kind"], line["iteration"], line.get("step")] = line
+        except (ValueError, TypeError, KeyError):
+            raise MtopdError(
+                f"{path}, line {number}: not a line of metrics; the file was damaged: remove the line"
+            ) from None
     return list(lines.values())

@@ -49,7 +49,11 @@ def _devices() -> Iterator[Row]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
-    yield "CUDA devices", f"{count}: {', '.join(names)}" if count else "none", "one GPU for each rank, or all ranks on CPU"
+    yield (
+        "CUDA devices",
+        f"{count}: {', '.join(names)}" if count else "none",
+        "one GPU for each rank, or all ranks on CPU",
+    )
     for num_ranks in sorted({max(count, 1), count + 1}):
         device, why = pick_device(num_ranks)
         yield f"{num_ranks} ranks a node" if num_ranks > 1 else "1 rank a node", device, why
@@ -83,7 +87,9 @@ def _layer_specs() -> str:
         return _with_extra("transformer-engine", "gpu", local)
     from mtopd.megatron.model import have_transformer_engine
 
-    return "Transformer Engine's layer specs" if have_transformer_engine() else f"{local}: it is there but does not import"
+    return (
+        "Transformer Engine's layer specs" if have_transformer_engine() else f"{local}: it is there but does not import"
+    )
 
 
 def _host_budget() -> str:

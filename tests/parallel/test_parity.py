@@ -109,7 +109,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for i, slices in enumerate((2, 2)):
         add_teacher(f"t{i}", root / f"t{i}", root / "stores" / f"t{i}", slices=slices)
-    add_teacher("self", root / "student-True", root / "stores" / "self", slices=2)
+    for name in ("self", "self-again"):
+        add_teacher(name, root / "student-True", root / "stores" / name, slices=2)
     write_prompts(root / "prompts.jsonl")
     vocab = vocab_size(load_tokenizer(root / "student-True"))
     for tied, student in students.items():
@@ -156,7 +157,7 @@ def test_every_layout_gives_the_dense_loss_gradients_and_states(workplace: Path,
         for name, layout in LAYOUTS[world_size].items()
     ]
     for dtype, limit in (("float32", 1e-6), ("bfloat16", 1e-4)) if world_size == 4 else ():
-        run = prepare_run(workplace, f"self-{dtype}", (2, 2, 1, 2, 4, True), teachers=["self", "self"], cache_dtype=dtype)
+        run = prepare_run(workplace, f"self-{dtype}", (2, 2, 1, 2, 4, True), teachers=["self", "self-again"], cache_dtype=dtype)
         jobs.append({"run": str(run), "self_kl": limit})
     plan = workplace / f"plan-{world_size}.json"
     plan.write_text(json.dumps(jobs))
