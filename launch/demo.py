@@ -1,65 +1,96 @@
-"""Build the demo's starting point: a tokenizer over its prompts and a random model, both in one HF folder.
+"""The demo: from nothing to one student with three abilities.  ``make demo`` and ``make smoke`` call it.
 
-    python launch/demo.py runs/demo/init launch/configs/demo_base.yaml
+    python launch/demo.py demo|smoke [--seed N]
 
-There is no model hub in the demo: everything is trained from this folder.
+Each stage is one command of ``mtopd`` and skips itself when its sealed output is there.  The smoke run has the same
+stages with fewer steps; its accuracies mean nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+CONFIGS = Path(__file__).resolve().parent / "configs"
+DOMAINS = ("rot", "rev", "spir")
+SMOKE = {
+    "base": ["train.num_steps=60", "train.stop=null", *(f"data.sources.{i}.train_size=2000" for i in range(3))],
+    "specialist": ["train.num_steps=30", "data.sources.0.train_size=2000"],
+    "consolidate": [
+        "train.num_iterations=8",
+        "evaluation.every=0",
+        "checkpoint.every=4",
+        *(f"data.sources.{i}.{key}" for i in range(3) for key in ("train_size=2000", "eval_size=64")),
+    ],
+}
 
-def main(folder: Path, config_path: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mtopd.config import SpecialistConfig, load_config
-    from mtopd.pipelines.prompts import load_source
-    from mtopd.tokenizer import build_char_tokenizer, vocab_size
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("which", choices=("demo", "smoke"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    smoke = arguments.which == "smoke"
+    root = Path("runs") / (arguments.which if arguments.seed == 0 else f"{arguments.which}-seed{arguments.seed}")
+    extra = SMOKE if smoke else dict.fromkeys(SMOKE, [])
+    seconds: dict[str, float] = {}
 
-    if (folder / "model.safetensors").exists():
-        return
-    config = load_config(config_path, [], SpecialistConfig)
-    questions = {s.name: [row.question for row in load_source(s)[0].rows[:300]] for s in config.data.sources}
-    tokenizer = build_char_tokenizer(questions, folder)
-    torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "qwen3",
-            vocab_size=vocab_size(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    def stage(name: str, *commands: list[str]) -> None:
+        """Run commands side by side; stop everything at the first that fails."""
+        print(f"\n== {name}", flush=True)
+        started = time.perf_counter()
+        processes = [subprocess.Popen([sys.executable, "-m", *command]) for command in commands]
+        codes = [process.wait() for process in processes]
+        seconds[name] = time.perf_counter() - started
+        if any(codes):
+            raise SystemExit(next(code for code in codes if code))
+
+    def mtopd(verb: str, config: str, *overrides: str) -> list[str]:
+        return ["mtopd.pipelines.cli", verb, str(CONFIGS / config), *overrides]
+
+    seed = arguments.seed
+    base = ["specialist", "demo_base.yaml", f"run_dir={root}/base", f"student.model={root}/init", f"seed={seed}"]
+    if not (root / "init" / "model.safetensors").exists():
+        stage("tokenizer and random model", ["launch.demo_init", str(root / "init"), str(CONFIGS / "demo_base.yaml"), str(seed)])
+    stage("base", mtopd(*base, *extra["base"]))
+    specialist = [
+        mtopd(
+            "specialist",
+            f"demo_{name}.yaml",
+            f"run_dir={root}/{name}",
+            f"student.model={root}/base/export/final",
+            f"store.path={root}/teachers/{name}",
+            f"seed={seed + 10}",
+            *extra["specialist"],
+        )
+        for name in DOMAINS
+    ]
+    stage("specialists rot and rev", *specialist[:2])
+    stage("specialist spir", specialist[2])
+    stage(
+        "consolidation",
+        mtopd(
+            "consolidate",
+            "demo.yaml",
+            f"run_dir={root}/consolidate",
+            f"student.model={root}/base/export/final",
+            f"seed={seed}",
+            f"evaluation.baselines.base={root}/base/export/final",
+            *(f"teachers.{i}.store={root}/teachers/{name}" for i, name in enumerate(DOMAINS)),
+            *(f"evaluation.baselines.{name}={root}/{name}/export/final" for name in DOMAINS),
+            *extra["consolidate"],
         ),
-        dtype=torch.float32,
     )
-    _scale_like_the_calibrated_run(model)
-    model.save_pretrained(folder)
-    print(f"{folder}: {vocab_size(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters")
-
-
-def _scale_like_the_calibrated_run(model: object) -> None:
-    """Weights of a matrix with fan-in n at 1/sqrt(n); what writes to the residual stream is halved for two layers."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
-            if parameter.dim() == 2 and "embed" not in name:
-                scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                parameter.normal_(std=scale * parameter.shape[1] ** -0.5)
+    for name in ("report.json", "report.html"):
+        shutil.copyfile(root / "consolidate" / name, root / name)
+    print("\nseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    print(f"{arguments.which} done: {root}/report.json, {root}/report.html")
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main())

@@ -97,7 +97,6 @@ class RolloutConfig(Model):
     prompts_per_iteration: Count
     samples_per_prompt: Count = 1
     batch_size: Count = 96  # the unit of replay
-    temperature: Literal[1.0] = 1.0  # on-policy: the student's own distribution
 
 
 class OffloadConfig(Model):

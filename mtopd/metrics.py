@@ -15,7 +15,10 @@ from mtopd.types import MtopdError
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl; scalars go to TensorBoard too.  ``enabled=False`` (ranks other than 0) writes nothing."""
+    """Appends to metrics.jsonl; scalars go to TensorBoard too.
+
+    Ranks other than 0 are not ``enabled``: they write nothing.
+    """
 
     def __init__(self, path: Path, *, enabled: bool) -> None:
         self._file = self._board = None

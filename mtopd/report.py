@@ -36,7 +36,7 @@ class RunRecord:
     teachers: Sequence[Mapping[str, Any]]  # the manifest's table
     lines: Mapping[str, Sequence[Mapping[str, Any]]]  # metrics by kind, in order of iteration and step
     evaluations: Mapping[int, Accuracy]  # the student after so many iterations
-    models: Mapping[str, Accuracy]  # baselines by name
+    models: Mapping[str, Accuracy]  # baselines by name, teachers in their order
     weight_average: Accuracy | None
     finished: bool
 
@@ -63,13 +63,16 @@ def read_run(path: Path, config: ConsolidateConfig) -> RunRecord:
         lines[line["kind"]].append(line)
     files = sorted((path / "evaluations").glob("*.json"))
     baselines: dict[str, Any] = next((read_json(file) for file in files if file.stem == "baselines"), {})
+    teachers = read_json(run.manifest)["teachers"]
+    order = {teacher["name"]: index for index, teacher in enumerate(teachers)}
+    models = sorted(baselines.get("models", {}).items(), key=lambda item: order.get(item[0], -1))
     return RunRecord(
         config=config,
         config_yaml=run.config.read_text(),
-        teachers=read_json(run.manifest)["teachers"],
+        teachers=teachers,
         lines=lines,
         evaluations={int(file.stem): read_json(file) for file in files if file.stem.isdigit()},
-        models=baselines.get("models", {}),
+        models=dict(models),
         weight_average=baselines.get("weight_average"),
         finished=is_sealed(run.export(config.train.num_iterations)),
     )
@@ -218,6 +221,21 @@ def check_rows(report: Mapping[str, Any]) -> list[list[str]]:
         wanted = f"{check['expected']:,}" if "expected" in check else f"at most {check['at_most']}"
         rows.append([name.replace("_", " "), f"{check['found']:,}", wanted, "ok" if check["ok"] else "WRONG"])
     return rows
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """The run in one line."""
+    kl = report["reverse_kl"]
+    ratio = f" ({kl['first'] / kl['last']:.0f}x)" if kl["first"] is not None and kl["last"] else ""
+    return (
+        f"{'consolidated' if report['finished'] else 'unfinished, ' + progress(report)}: "
+        f"worst recovery {number(report['worst_recovery'])}, mean {number(report['mean_recovery'])}, "
+        f"reverse KL {number(kl['first'], 3)} -> {number(kl['last'], 3)}{ratio}"
+    )
+
+
+def progress(report: Mapping[str, Any]) -> str:
+    return f"{report['iterations']['done']} of {report['iterations']['planned']} iterations"
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -396,14 +396,16 @@ def _map_tokens(folder: Path, name: str, metadata: pa.Table) -> pa.Table:
         raise MtopdError(
             f"{path} does not fit version {SCHEMA_VERSION} of the format: {reason}; see mtopd.trajectories"
         )
-    return table
+    # One schema for all shards, whatever their writers said of nulls; copies nothing.
+    return pa.Table.from_arrays([table[name] for name in TOKENS_SCHEMA.names], schema=TOKENS_SCHEMA)
 
 
 def _format_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:
     """What is wrong with the structure of a tokens table, given the metadata it must belong to."""
     for field in TOKENS_SCHEMA:
-        if field.name not in tokens.schema.names or tokens.schema.field(field.name).type != field.type:
-            return f"it needs a column {field.name} of type {field.type} and has {tokens.schema.to_string()}"
+        index = tokens.schema.get_field_index(field.name)  # -1 when there is none or more than one
+        if index < 0 or tokens.schema.types[index] != field.type:
+            return f"it needs one column {field.name} of type {field.type} and has {tokens.schema.types}"
         chunks = tokens[field.name].chunks
         if any(chunk.null_count for chunk in chunks) and not field.nullable:
             return f"column {field.name} has nulls"

@@ -180,7 +180,7 @@ def _add_teacher(name: str, source: Path, target: Path, slices: int) -> None:
         store = add_teacher(
             name, source, target, slices=slices, progress=lambda done, total: progress.update(task, completed=done, total=total)
         )
-    Console().print(f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}")
+    Console(soft_wrap=True, highlight=False).print(f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}")
 
 
 @app.command()
@@ -193,6 +193,9 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: user errors become one line and exit code 2."""
+    import warnings
+
+    warnings.filterwarnings("ignore")  # of libraries, about backends this machine lacks; `mtopd doctor` says it once
     try:
         app(standalone_mode=False)
     except MtopdError as error:

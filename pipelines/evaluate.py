@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def accuracy(
-    engine: EmbeddedEngine, prompts: Prompts, tokenizer: object, ranks: Ranks, max_response: int
+    engine: EmbeddedEngine, prompts: Prompts, tokenizer: Any, ranks: Ranks, max_response: int
 ) -> dict[str, float]:
     """Share of each source's held-out prompts that are answered correctly, the same on every rank.  Collective."""
     if not prompts.evaluation:

@@ -64,6 +64,12 @@ def check_student(student: StudentConfig) -> Any:
         raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
     if (ids := vocab_size(tokenizer)) > hf_config.vocab_size:
         raise MtopdError(f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} rows for them")
+    if student.megatron:  # checked against Megatron's own fields, whose import takes seconds
+        import torch
+
+        from mtopd.megatron.model import config_overrides
+
+        config_overrides(torch.device("cpu"), student.megatron)
     parallel = student.parallel
     for what, count, ways in (
         ("key-value heads", hf_config.num_key_value_heads, parallel.tp),

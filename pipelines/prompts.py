@@ -123,6 +123,7 @@ def prepare(
 def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSource | None]:
     """(train rows, held-out rows or None) of one configured source, with its ``fields`` added for routing."""
     domain = source.fields.get("domain", source.name)
+    held_out: data.PromptSource | None
     if source.reasoning_gym is not None:
         train, held_out = data.load_reasoning_gym(
             source.name,
@@ -136,8 +137,9 @@ def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSou
         )
     else:
         assert source.path is not None
-        train = data.load_prompt_file(source.name, source.path, domain=domain)
-        held_out = source.eval_path and data.load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
+        train, held_out = data.load_prompt_file(source.name, source.path, domain=domain), None
+        if source.eval_path is not None:
+            held_out = data.load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
     return data.with_fields(train, source.fields), held_out and data.with_fields(held_out, source.fields)
 
 

@@ -112,7 +112,7 @@ def resolve(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     resolved = getattr(importlib.import_module(f"mtopd.pipelines.{module}"), function)
     assert callable(resolved)
-    return resolved  # type: ignore[no-any-return]
+    return resolved
 
 
 def _report(path: Path, message: str) -> None:

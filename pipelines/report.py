@@ -17,16 +17,20 @@ from rich.table import Table
 from rich.text import Text
 
 from mtopd.config import ConsolidateConfig, load_config
-from mtopd.report import RunRecord, build_report, check_rows, in_bytes, number, read_run, result_rows
+from mtopd.report import RunRecord, build_report, check_rows, in_bytes, number, progress, read_run, result_rows, verdict
 from mtopd.run_dir import RunDir, read_json, write_atomic, write_json
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900", "#56B4E9", "#666666")  # also for colour-blind eyes
+_COLOURS = (  # told apart by colour-blind eyes
+    *("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900"),
+    *("#56B4E9", "#666666", "#332288", "#999933", "#882255"),
+)
 _GREY, _LIGHT = "#777777", "#BBBBBB"
-_MAX_POINTS = 250  # of a line in a plot; of more train steps the means of neighbours are drawn
+_MAX_POINTS = 150  # of a line in a plot; of more train steps the means of neighbours are drawn
+_MAX_LABEL = 20  # characters of a name in a plot
 _PLOT_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -37,16 +41,15 @@ _PLOT_STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#E4E4E4",
-    "text.parse_math": False,  # names are data: "$" means a dollar
     "svg.hashsalt": "mtopd",  # the same run gives the same bytes
 }
 _CSS = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c1e21;background:#f5f6f7;margin:0;color-scheme:light}
 main{max-width:1120px;margin:auto;padding:24px 16px 48px}
 h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:0 0 8px}p{margin:4px 0 12px;color:#555}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px;margin:16px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:16px 0}
 .tiles div,section{background:#fff;border:1px solid #dfe1e5;border-radius:8px;padding:12px 16px;min-width:0}
-.tiles b{display:block;font-size:20px;line-height:1.3;white-space:nowrap}.tiles span{color:#555;font-size:13px}
+.tiles b{display:block;font-size:18px;line-height:1.4;white-space:nowrap}.tiles span{color:#555;font-size:13px}
 section{margin:16px 0}.scroll{overflow-x:auto}img{width:100%;display:block}
 .wide{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}.wide section{margin:0}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:8px}
@@ -56,6 +59,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}th{font-weight:600;
 .key{margin-right:16px;color:#333;white-space:nowrap}
 .key i{display:inline-block;width:22px;margin-right:6px;vertical-align:middle}
 pre{overflow-x:auto;font-size:13px;line-height:1.4}summary{cursor:pointer;font-weight:600}
+@media(max-width:600px){th,td{padding:5px 7px;font-size:13px}th{white-space:normal;vertical-align:bottom}}
 """
 
 
@@ -66,7 +70,7 @@ def write(run_dir: Path, console: Console) -> dict[str, Any]:
     write_json(run_dir / "report.json", report)
     write_atomic(run_dir / "report.html", render_page(record, report, str(run_dir)).encode())
     console.print(_console_table(report))
-    for line in (*_check_lines(report), _last_line(report, run_dir / "report.html")):
+    for line in (*_check_lines(report), f"{verdict(report)}, report {run_dir / 'report.html'}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return report
 
@@ -96,20 +100,6 @@ def _check_lines(report: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {found}, wanted {wanted}: {verdict}" for name, found, wanted, verdict in check_rows(report)]
 
 
-def _last_line(report: Mapping[str, Any], page: Path) -> str:
-    kl = report["reverse_kl"]
-    ratio = f" ({kl['first'] / kl['last']:.0f}x)" if kl["first"] is not None and kl["last"] else ""
-    return (
-        f"{'consolidated' if report['finished'] else 'unfinished, ' + _progress(report)}: "
-        f"worst recovery {number(report['worst_recovery'])}, mean {number(report['mean_recovery'])}, "
-        f"reverse KL {number(kl['first'], 3)} -> {number(kl['last'], 3)}{ratio}, report {page}"
-    )
-
-
-def _progress(report: Mapping[str, Any]) -> str:
-    return f"{report['iterations']['done']} of {report['iterations']['planned']} iterations"
-
-
 # -- page -------------------------------------------------------------------------------------------------------------
 def render_page(record: RunRecord, report: Mapping[str, Any], title: str) -> str:
     """report.html."""
@@ -123,11 +113,14 @@ def render_page(record: RunRecord, report: Mapping[str, Any], title: str) -> str
 
 def _sections(record: RunRecord, report: Mapping[str, Any]) -> Iterator[str]:
     colours = {t["name"]: _COLOURS[i % len(_COLOURS)] for i, t in enumerate(report["teachers"])}
-    yield _section(
-        "Result",
-        "<p>Greedy accuracy on held-out prompts. Recovery: (student - base) / (teacher - base).</p>",
-        _table(["", *report["domains"], "worst recovery"], result_rows(report)),
+    note = "<p>Greedy accuracy on held-out prompts. Recovery: (student - base) / (teacher - base).</p>"
+    table = _table(["", *report["domains"], "worst recovery"], result_rows(report))
+    yield "<div class=wide>" + _section("Result", note, table)
+    note = (
+        "<p>A head is loaded once for each teacher in a train step, and one at most is resident. "
+        "A pass reads every stored byte once a wave.</p>"
     )
+    yield _section("Checks", note, _table(["", "found", "wanted", ""], check_rows(report))) + "</div>"
     lines = {"student": ("#333333", "solid"), "its teacher": ("#333333", "dashed"), "base": (_GREY, "dotted")}
     keys = _keys({**lines, "weight average": (_LIGHT, "solid")})
     yield _section("Accuracy by domain", keys, f"<div class=panels>{_accuracy_plots(record, report, colours)}</div>")
@@ -137,14 +130,13 @@ def _sections(record: RunRecord, report: Mapping[str, Any]) -> Iterator[str]:
     yield _section("Time by phase", keys, _time_plot(report))
     note = "<p>Peak of any rank. Hollow: the whole teacher as stored.</p>"
     yield _section("Memory", note, _memory_plot(report, colours))
-    yield _section("Checks", _table(["", "found", "wanted", ""], check_rows(report))) + "</div>"
-    yield _section("Teachers", _table(*_teacher_table(report)))
+    yield _section("Teachers", _teacher_table(report)) + "</div>"
     config = html.escape(record.config_yaml)
     yield f"<section><details><summary>Resolved config</summary><pre>{config}</pre></details></section>"
 
 
 def _header(report: Mapping[str, Any], title: str) -> str:
-    lead = f"{'Finished' if report['finished'] else 'NOT finished'}: {_progress(report)}."
+    lead = f"{'Finished' if report['finished'] else 'NOT finished'}: {progress(report)}."
     return f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{_tiles(report)}"
 
 
@@ -156,8 +148,7 @@ def _tiles(report: Mapping[str, Any]) -> str:
         "reverse KL, nats per token": f"{number(kl['first'], 3)} \N{RIGHTWARDS ARROW} {number(kl['last'], 3)}",
         "train steps": f"{report['train_steps']:,}",
         "rollout tokens": f"{report['rollout_tokens']:,}",
-        "in all phases": f"{sum(report['wall_s'].values()):,.0f} s",
-        "teacher heads resident at most": str(report["peak_resident_heads"]),
+        "wall time of all phases": f"{sum(report['wall_s'].values()):,.0f} s",
     }
     cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
     return f"<div class=tiles>{''.join(cells)}</div>"
@@ -182,14 +173,15 @@ def _keys(lines: Mapping[str, tuple[str, str]]) -> str:
     return f"<p>{''.join(keys)}</p>"
 
 
-def _teacher_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    counts = {"passes": "passes", "tokens": "tokens", "head loads": "head_loads"}
+def _teacher_table(report: Mapping[str, Any]) -> str:
+    """One column for each teacher."""
+    teachers = report["teachers"]
+    counts = {"passes": "passes", "tokens in passes": "tokens", "head loads": "head_loads"}
     sizes = {"size of a pass": "stored_bytes", "read in passes": "bytes_read", "read for heads": "head_bytes_read"}
-    rows = []
-    for t in report["teachers"]:
-        cells = [*(f"{t[key]:,}" for key in counts.values()), *(in_bytes(t[key]) for key in sizes.values())]
-        rows.append([t["name"], *cells, t["fingerprint"][:16]])
-    return ["", *counts, *sizes, "fingerprint"], rows
+    rows = [[label, *(f"{t[key]:,}" for t in teachers)] for label, key in counts.items()]
+    rows += [[label, *(in_bytes(t[key]) for t in teachers)] for label, key in sizes.items()]
+    rows.append(["fingerprint", *(t["fingerprint"][:12] for t in teachers)])
+    return _table(["", *(t["name"] for t in teachers)], rows)
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -205,6 +197,12 @@ def _plot(alt: str, width: float, height: float, draw: Callable[[Axes], None]) -
         figure.savefig(file, format="svg", metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _label(name: str) -> str:
+    """A name short enough to stand beside a plot; text around the plots has it whole."""
+    short = name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 3]}..."
+    return short.replace("$", r"\$")  # a dollar, not the start of a formula
 
 
 def _accuracy_plots(record: RunRecord, report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
@@ -226,33 +224,35 @@ def _accuracy_plot(record: RunRecord, report: Mapping[str, Any], source: str, co
             if level is not None:
                 axes.axhline(100 * level, color=level_colour, linestyle=style)
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4)
-        axes.set(title=source, xlabel="iteration", ylabel="accuracy, %", ylim=(-4, 104))
+        axes.set(title=_label(source), xlabel="iteration", ylabel="accuracy, %", ylim=(-4, 104))
 
     return _plot(f"accuracy on {source} over iterations", 3.6, 2.7, draw)
 
 
 def _kl_plot(record: RunRecord, colours: Mapping[str, str]) -> str:
     steps = record.lines.get("train_step", ())
+    width = -(-len(steps) // _MAX_POINTS)
 
     def draw(axes: Axes) -> None:
         for name, colour in colours.items():
             found = [(s["step"], s["reverse_kl_by_teacher"].get(name)) for s in steps]
-            axes.plot(*_means([(x, y) for x, y in found if y is not None]), color=colour, linewidth=1.3)
-        axes.set(xlabel="train step", ylabel="reverse KL, nats per token", yscale="log")
+            axes.plot(*_means([(x, y) for x, y in found if y is not None], width), color=colour, linewidth=1.3)
+        label = "train step" if width <= 1 else f"train step (means of {width} steps)"
+        axes.set(xlabel=label, ylabel="reverse KL, nats per token", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
 
     return _plot("reverse KL by teacher over train steps", 5.4, 3.6, draw)
 
 
-def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """At most _MAX_POINTS points: means of equally many neighbours."""
-    width = -(-len(points) // _MAX_POINTS) or 1
-    bins = [points[i : i + width] for i in range(0, len(points), width)]
+def _means(points: Sequence[tuple[float, float]], width: int) -> tuple[list[float], list[float]]:
+    """Means of ``width`` neighbours."""
+    bins = [points[i : i + width] for i in range(0, len(points), width or 1)]
     return [sum(x for x, _ in b) / len(b) for b in bins], [sum(y for _, y in b) / len(b) for b in bins]
 
 
 def _time_plot(report: Mapping[str, Any]) -> str:
     wall = dict(sorted(report["wall_s"].items(), key=lambda item: item[1]))
-    names = [phase.replace("_", " ") for phase in wall]
+    names = [_label(phase.replace("_", " ")) for phase in wall]
 
     def draw(axes: Axes) -> None:
         bars = axes.barh(names, list(wall.values()), color=_COLOURS[0], height=0.6)
@@ -269,8 +269,9 @@ def _memory_plot(report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     rows, whole = [("process, host", report["peak_host_bytes"], _GREY)], []
     rows.append(("head, device", report["peak_head_bytes"], _GREY))
     for t in reversed(report["teachers"]):
-        rows.append((f"{t['name']}: read ahead, host", t["peak_host_bytes"], colours[t["name"]]))
-        rows.append((f"{t['name']}: layers, device", t["peak_device_bytes"], colours[t["name"]]))
+        name = _label(t["name"])
+        rows.append((f"{name}: read ahead, host", t["peak_host_bytes"], colours[t["name"]]))
+        rows.append((f"{name}: layers, device", t["peak_device_bytes"], colours[t["name"]]))
         whole.append((rows[-1][0], t["stored_bytes"]))
 
     def draw(axes: Axes) -> None:
@@ -283,7 +284,9 @@ def _memory_plot(report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         for name, count in whole:
             if count:
                 axes.plot(count, name, "o", markerfacecolor="none", markeredgecolor=_GREY, markersize=7)
-        axes.set(xscale="log", xlabel="bytes")
+        axes.set_xscale("log", base=32)
+        axes.xaxis.set_major_formatter(lambda count, _: in_bytes(count))
+        axes.minorticks_off()
         axes.margins(0.12)
 
     return _plot("peak memory", 5.4, 1.2 + 0.36 * len(rows), draw)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -104,21 +105,25 @@ def pack(
     micro_batches = []
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        tensors = pack_rows(
-            [_Fields(e) for e in part], [1.0 / num_tokens] * len(part), (size, seq_length), ranks.device
+        labels = torch.tensor([token for e in part for token in e.response_ids], device=ranks.device)
+        micro_batches.append(
+            pack_rows(
+                [_WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part],
+                [1.0 / num_tokens] * len(part),
+                shape=(size, seq_length),
+                device=ranks.device,
+                payload=labels,
+            )
         )
-        labels = np.concatenate([e.response_ids for e in part]).astype(np.int64)
-        micro_batches.append(PackedMicroBatch(*tensors, payload=torch.from_numpy(labels).to(ranks.device)))
     return micro_batches, num_tokens
 
 
-class _Fields:
-    """An example in the shape of a trajectory's token fields: the whole answer is trained."""
+class _WholeAnswer(NamedTuple):
+    """An example as ``pack_rows`` takes it: every token of the answer is trained."""
 
-    def __init__(self, example: SupervisedExample) -> None:
-        self.prompt_ids = np.array(example.prompt_ids, np.int32)
-        self.response_ids = np.array(example.response_ids, np.int32)
-        self.loss_mask = np.ones(len(example.response_ids), np.uint8)
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    loss_mask: Sequence[int]
 
 
 def _reached_target(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.job import Job
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
-from mtopd.trajectories import TokenFields, TokenStore, read_metadata, sample_metadata
+from mtopd.teacher_offload.head_slot import TeacherHead
+from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
 from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
 
 
@@ -122,7 +124,7 @@ def train_step(
     }
 
 
-def _no_head(teacher_index: int) -> object:
+def _no_head(teacher_index: int) -> TeacherHead:
     raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
 
 
@@ -153,31 +155,51 @@ def pack(
     job: Job, micro_batch: MicroBatch, seq_length: int, tokens: TokenStore, by_id: dict[int, SampleMetadata]
 ) -> PackedMicroBatch:
     """Tensors of one micro-batch.  Only last-stage ranks look up cache keys."""
-    fields = [tokens.tokens(s.sample_id) for s in micro_batch.samples]
-    packed = pack_rows(
-        fields, [s.token_weight for s in micro_batch.samples], (job.config.train.micro_batch_size, seq_length), job.ranks.device
+    return pack_rows(
+        [tokens.tokens(s.sample_id) for s in micro_batch.samples],
+        [s.token_weight for s in micro_batch.samples],
+        shape=(job.config.train.micro_batch_size, seq_length),
+        device=job.ranks.device,
+        payload=_runs(job, micro_batch, tokens, by_id) if job.heads else [],
     )
-    return PackedMicroBatch(*packed, payload=_runs(job, micro_batch, tokens, by_id) if job.heads else [])
+
+
+class TrainedTokens(Protocol):
+    """A prompt, a response, and which of the response's tokens are trained."""
+
+    @property
+    def prompt_ids(self) -> Any: ...
+    @property
+    def response_ids(self) -> Any: ...
+    @property
+    def loss_mask(self) -> Any: ...
 
 
 def pack_rows(
-    fields: Sequence[TokenFields], token_weights: Sequence[float], shape: tuple[int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids [B, S], position [T], row [T], token_weight [T]): loss rows in order of samples and positions."""
+    samples: Sequence[TrainedTokens],
+    token_weights: Sequence[float],
+    *,
+    shape: tuple[int, int],
+    device: torch.device,
+    payload: Any,
+) -> PackedMicroBatch:
+    """Right-pad samples to ``shape`` [B, S]; loss rows stand in order of samples, then positions."""
     input_ids_BS = np.zeros(shape, np.int64)
-    positions, rows, weights = [], [], []
-    for row, (sample, weight) in enumerate(zip(fields, token_weights, strict=True)):
+    positions, rows, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for row, (sample, weight) in enumerate(zip(samples, token_weights, strict=True)):
         ids = np.concatenate([sample.prompt_ids, sample.response_ids[:-1]])
         input_ids_BS[row, : len(ids)] = ids
-        position = len(sample.prompt_ids) - 1 + np.flatnonzero(sample.loss_mask)
-        positions.append(position)
-        rows.append(np.full(len(position), row))
-        weights.append(np.full(len(position), weight, np.float32))
-
-    def tensor(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)).to(device)
-
-    return torch.from_numpy(input_ids_BS).to(device), tensor(positions, np.int64), tensor(rows, np.int64), tensor(weights, np.float32)
+        # Response token k is predicted at position prompt_len - 1 + k.
+        positions.append(len(sample.prompt_ids) - 1 + np.flatnonzero(sample.loss_mask))
+        rows.append(np.full(len(positions[-1]), row))
+        weights.append(np.full(len(positions[-1]), weight, np.float32))
+    return PackedMicroBatch(
+        input_ids_BS=torch.from_numpy(input_ids_BS).to(device),
+        position_T=torch.from_numpy(np.concatenate(positions)).to(device),
+        row_T=torch.from_numpy(np.concatenate(rows)).to(device),
+        token_weight_T=torch.from_numpy(np.concatenate(weights)).to(device),
+        payload=payload,
+    )
 
 
 def _runs(

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,7 +108,10 @@ def test_a_response_is_never_run_as_code(sources, capsys) -> None:
         assert builtins.mtopd_was_run is False
     finally:
         del builtins.mtopd_was_run
-    assert verify(prompt, "4 (5)[6](7)") == 0.0, "no warning of the compiler gets out"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert verify(prompt, "[1or 2]") == 0.0
+    assert caught == [], "what Python's parser says of a response is nobody's warning"
     assert capsys.readouterr() == ("", "")
     with pytest.raises(MtopdError, match="'countdown' gives the response to sympy"):
         load_reasoning_gym("c", "countdown", {}, size=4, seed=1, eval_size=1)

@@ -14,7 +14,7 @@ from rich.console import Console
 from mtopd.config import ConsolidateConfig, resolved, to_yaml, validate
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines import report as pipeline
-from mtopd.report import build_report, in_bytes, read_run, recovery, result_rows
+from mtopd.report import build_report, check_rows, in_bytes, read_run, recovery, result_rows
 from mtopd.run_dir import RunDir, write_json
 from mtopd.types import MtopdError
 
@@ -61,8 +61,8 @@ def step_values(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> dict
         "reverse_kl_by_teacher": {name: (i + 1) / (step + 1) for i, name in enumerate(names)},
         "tokens": step + 1,
         "teachers_in_step": len(names),
-        "head_loads": {name: 1 for name in names},
-        "head_bytes_read": {name: 64 for name in names},
+        "head_loads": dict.fromkeys(names, 1),
+        "head_bytes_read": dict.fromkeys(names, 64),
         "peak_resident_heads": 1,
         "peak_head_bytes": 64,
         "stall_s": 0.25,
@@ -114,7 +114,7 @@ def run(tmp_path: Path) -> RunDir:
     metrics.close()
     write_json(run.path / "evaluations" / "baselines.json", BASELINES)
     write_json(run.evaluation(0), {"rot": 0.4, "rev": 0.5, "spir": 0.6})
-    write_json(run.evaluation(15), {"rot": 0.97, "rev": 0.86, "spir": 0.63})
+    write_json(run.evaluation(15), {"rot": 0.97, "rev": 0.84, "spir": 0.63})
     finish(run, 15)
     return run
 
@@ -156,10 +156,10 @@ def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
 
 def test_recovery(run: RunDir) -> None:
     report = report_of(run)
-    assert report["domains"]["rev"] == pytest.approx({"base": 0.5, "teacher": 0.9, "student": 0.86, "recovery": 0.9})
+    assert report["domains"]["rev"] == pytest.approx({"base": 0.5, "teacher": 0.9, "student": 0.84, "recovery": 0.85})
     assert report["domains"]["spir"]["recovery"] is None  # the teacher is only 0.04 above the base
-    assert report["worst_recovery"] == pytest.approx(0.9)
-    assert report["mean_recovery"] == pytest.approx((0.95 + 0.9) / 2)
+    assert report["worst_recovery"] == pytest.approx(0.85)
+    assert report["mean_recovery"] == pytest.approx(0.9)
     assert report["weight_average_worst_recovery"] == pytest.approx(-0.5)
     assert report["baselines"]["weight_average"] == BASELINES["weight_average"]
     assert report["baselines"]["specialists"].keys() == set(TEACHERS)
@@ -196,14 +196,13 @@ def test_without_baselines_recovery_is_null(run: RunDir) -> None:
     assert report["domains"]["rot"] == {"base": None, "teacher": None, "student": 0.97, "recovery": None}
     assert report["worst_recovery"] is report["mean_recovery"] is report["weight_average_worst_recovery"] is None
     assert report["baselines"] == {"weight_average": {}, "specialists": {}}
-    assert "worst recovery n/a, mean n/a" in written(run)[1][-1]
 
 
 def test_result_rows(run: RunDir) -> None:
     rows = {row[0]: row[1:] for row in result_rows(report_of(run))}
     assert list(rows) == ["base", *TEACHERS, "weight average", "student", "recovery"]
-    assert rows["student"] == ["97.0%", "86.0%", "63.0%", "0.90"]
-    assert rows["recovery"] == ["0.95", "0.90", "n/a", "0.90"]
+    assert rows["student"] == ["97.0%", "84.0%", "63.0%", "0.85"]
+    assert rows["recovery"] == ["0.95", "0.85", "n/a", "0.85"]
     assert rows["weight average"][-1] == "-0.50"
 
 
@@ -231,9 +230,9 @@ def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: di
     metrics = MetricsWriter(run.metrics, enabled=True)
     metrics.write("train_step", 4, step_values(8, **changes), step=8)
     metrics.close()
-    report, lines, page = written(run)
+    report = report_of(run)
     assert [name for name, found in report["checks"].items() if not found["ok"]] == [check]
-    assert any("WRONG" in line and check.replace("_", " ") in line for line in lines) and "WRONG" in page
+    assert [row[0] for row in check_rows(report) if row[-1] != "ok"] == [check.replace("_", " ")]
 
 
 @pytest.mark.parametrize(("changes", "ok"), [({"bytes_read": 1001}, False), ({"bytes_read": 2000, "waves": 2}, True)])
@@ -309,7 +308,7 @@ def test_a_number_that_is_not_finite_becomes_null(run: RunDir) -> None:
     assert report["reverse_kl"]["last"] is report["domains"]["rot"]["student"] is None
     assert report["baselines"]["weight_average"]["rot"] is None
     assert report["wall_s"]["train"] == 60
-    assert "n/a, report" in lines[-1]
+    assert "-> n/a, report" in lines[-1]
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"report.json holds {constant}")
@@ -319,17 +318,14 @@ def test_a_number_that_is_not_finite_becomes_null(run: RunDir) -> None:
 
 # -- files and console
 def test_write_leaves_both_files_and_ends_with_the_verdict(run: RunDir) -> None:
-    report, lines, _ = written(run, width=40)
+    report, lines, page = written(run, width=40)
     assert json.loads((run.path / "report.json").read_text()) == report
     assert {path.name for path in run.path.glob("*report*")} == {"report.json", "report.html"}
     assert lines[-1] == (
-        f"consolidated: worst recovery 0.90, mean 0.93, reverse KL 0.182 -> 0.039 (5x), report {run.path}/report.html"
+        f"consolidated: worst recovery 0.85, mean 0.90, reverse KL 0.182 -> 0.039 (5x), report {run.path}/report.html"
     )
     assert "head loads: 90, wanted 90: ok" in lines
-
-
-def test_the_same_run_gives_the_same_page(run: RunDir) -> None:
-    assert written(run)[2] == written(run)[2]
+    assert written(run)[2] == page  # the same run gives the same bytes
 
 
 def test_what_is_no_consolidation_is_refused(run: RunDir, tmp_path: Path) -> None:
@@ -377,28 +373,19 @@ def hostile_run(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_hostile_strings_are_text(tmp_path: Path) -> None:
+def test_hostile_strings_are_text_and_the_page_loads_nothing(tmp_path: Path) -> None:
     run = hostile_run(tmp_path)
     report, lines, source = written(run)
     page = Page(source)
+    assert report["teachers"][0]["name"].startswith(HOSTILE) and "[bold]" in "".join(lines)
+    assert page.text.count(HOSTILE) >= 5  # keys, tables, config: shown as they are
     assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form", "svg"})
     assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert page.text.count(HOSTILE) >= 5  # keys, tables, config: shown as they are
-    assert "[bold]" in "".join(lines)
-    assert report["teachers"][0]["name"].startswith(HOSTILE)
 
-
-def test_the_page_loads_nothing(tmp_path: Path, run: RunDir) -> None:
-    for case in (run, hostile_run(tmp_path)):
-        source = written(case)[2]
-        page = Page(source)
-        policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-        assert ("content", policy) in page.attributes
-        sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
-        assert len(sources) == 6 and all(value.startswith("data:image/svg+xml;base64,") for value in sources)
-        assert not re.search(
-            r"https?:|//|url\(|@import", re.sub(r"base64,[^\"]*", "", source).replace(str(tmp_path), "")
-        )
-        for value in sources:
-            svg = base64.b64decode(value.partition(",")[2]).decode()
-            assert "<script" not in svg and not re.search(r'(href|src)="(?!#)', svg)
+    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert len(sources) == 6 and all(value.startswith("data:image/svg+xml;base64,") for value in sources)
+    assert not re.search(r"https?:|url\(|@import", re.sub(r"base64,[^\"]*", "", source))
+    for value in sources:
+        svg = base64.b64decode(value.partition(",")[2]).decode()
+        assert "<script" not in svg and not re.search(r'(href|src)="(?!#)', svg)

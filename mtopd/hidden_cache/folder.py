@@ -32,14 +32,16 @@ _MAX_JSON_BYTES = 1 << 16
 def is_marked(root: Path) -> bool:
     """Whether ``root`` is a hidden cache; False where nothing is there yet, MtopdError where something else is."""
     mark = root / _MARK_NAME
+    # A mark that a crash cut short is ours too.
+    is_new = not root.exists() or (
+        root.is_dir() and all(path.match(f".{_MARK_NAME}.*{PARTIAL}") for path in root.iterdir())
+    )
+    # Looked at after the listing: another writer may have put mark and content there meanwhile.
     if mark.is_file():
         if _load_json(mark) != _MARK:
             raise MtopdError(f"{mark} is not {_MARK}: another version wrote it. Remove the folder or name another one")
         return True
-    # A mark that a crash cut short is ours too.
-    if root.exists() and not (
-        root.is_dir() and all(path.match(f".{_MARK_NAME}.*{PARTIAL}") for path in root.iterdir())
-    ):
+    if not is_new:
         raise MtopdError(
             f"{root} holds no {_MARK_NAME} and is not empty, so it is no hidden cache. Name another folder"
         )

@@ -15,9 +15,12 @@ from mtopd.kernels import fused_linear_divergence
 class Head(Protocol):
     """A teacher's output layer on this rank: the same vocabulary rows as the student's shard."""
 
-    weight_vE: torch.Tensor
-    scale: float
-    softcap: float | None
+    @property
+    def weight_vE(self) -> torch.Tensor: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mtopd.types import MtopdError
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tensors_round_trip_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    hidden_NE = torch.randn(1500, 8).to(dtype)
+    hidden_NE = torch.randn(5000, 8).to(dtype)
     hidden_NE[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     request = request_of(0)
     with open_writer(tmp_path / "c", hidden_dtype=str(dtype).removeprefix("torch.")) as writer:
@@ -33,7 +33,7 @@ def test_tensors_round_trip_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> N
     with HiddenCacheReader(tmp_path / "c") as reader:
         entry = reader.lookup(*request)
         assert entry is not None
-        found_NE = torch.zeros(750, 8, dtype=dtype)
+        found_NE = torch.zeros(2500, 8, dtype=dtype)
         reader.read(entry, as_rows(found_NE))
         assert torch.equal(found_NE.view(torch.uint8), hidden_NE[::2].contiguous().view(torch.uint8))
 

@@ -152,6 +152,13 @@ def test_an_index_that_points_outside_is_refused_whole(tmp_path: Path, bad: dict
     assert reader.missing([request_of(0)]) == {}
 
 
+def test_an_index_with_empty_fields_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "c", 0)
+    path = tmp_path / "c" / "t" / MATH[:16] / "index" / "forged.arrow"
+    path.write_bytes(dump_index([GOOD._replace(row=None)], MATH))  # type: ignore[arg-type]
+    assert "empty fields" in HiddenCacheReader(tmp_path / "c").refused[path]
+
+
 def test_a_damaged_teacher_record_hides_its_samples(tmp_path: Path) -> None:
     fill(tmp_path / "c", 0)
     record = tmp_path / "c" / "t" / MATH[:16] / "teacher.json"

@@ -146,7 +146,7 @@ def check_argmax(job: Job) -> str:
     disagree, clear = torch.zeros(2), 0
     for start in range(0, 256, 64):
         fields = [_Fields(p, r.response_ids) for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)]
-        batch = train.PackedMicroBatch(*train.pack_rows(fields, [1.0] * 64, (64, width), job.ranks.device), payload=None)
+        batch = train.pack_rows(fields, [1.0] * 64, shape=(64, width), device=job.ranks.device, payload=None)
         wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
 
         def compare(hidden_TD: torch.Tensor, weight_vD: torch.Tensor, _: object, wanted: torch.Tensor = wanted) -> tuple:

@@ -1,0 +1,105 @@
+"""The import directions of the design, read from the source: who may know whom, and where heavy libraries may enter."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+PARTS = {"rollout", "teacher_offload", "hidden_cache", "kernels", "objectives", "megatron", "convert"}
+LOWER = {"planning", "data", "trajectories", "run_dir", "metrics", "report", "tokenizer", "safetensors_file"}
+BOTTOM = {"config", "types"}
+# Part -> other parts it may import: the stated exceptions.
+ALLOWED = {
+    "teacher_offload": {"megatron"},  # teacher_pass builds layers
+    "convert": {"megatron", "teacher_offload"},  # teacher writes a store
+    "objectives": {"kernels"},
+}
+ONE_PLACE = {  # library -> where it may be imported
+    "megatron": r"mtopd/megatron/.*",
+    "mbridge": r"mtopd/convert/bridge\.py",
+    "zarr": r"(?!)",  # a reader's tool: tests open our segments with it
+    "reasoning_gym": r"mtopd/data\.py",
+    "transformer_engine": r"mtopd/megatron/.*",
+    "triton": r"mtopd/kernels/rows_triton\.py",
+    "matplotlib": r"(mtopd|pipelines)/report.*\.py",
+    "typer": r"pipelines/cli\.py",
+}
+UNSAFE = r"pickle\.load|torch\.load\(|yaml\.(load\((?!.*_Loader)|unsafe_load|full_load)|trust_remote_code=True|\bexec\("
+
+
+def sources() -> list[Path]:
+    return sorted([*(REPOSITORY / "mtopd").rglob("*.py"), *(REPOSITORY / "pipelines").rglob("*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_parts_import_downwards_only() -> None:
+    wrong = []
+    for path in sources():
+        name = str(path.relative_to(REPOSITORY))
+        if name.startswith("pipelines/"):
+            continue
+        part = path.relative_to(REPOSITORY / "mtopd").parts[0].removesuffix(".py")
+        for module in imports(path):
+            pieces = module.split(".")
+            if pieces[0] != "mtopd" or len(pieces) < 2:
+                continue
+            target = pieces[1]
+            if target == "pipelines":
+                wrong.append(f"{name} imports {module}: mtopd never imports pipelines")
+            elif part == "kernels" and target != "kernels":
+                wrong.append(f"{name} imports {module}: kernels import nothing from mtopd")
+            elif part in PARTS and target in PARTS - {part} - ALLOWED.get(part, set()):
+                wrong.append(f"{name} imports {module}: parts do not import one another")
+            elif part in LOWER and target in PARTS:
+                wrong.append(f"{name} imports {module}: it lies above")
+            elif part in BOTTOM and target in PARTS | LOWER:
+                wrong.append(f"{name} imports {module}: it lies above")
+    assert wrong == []
+
+
+def test_heavy_and_optional_libraries_enter_in_one_place() -> None:
+    wrong = []
+    for path in sources():
+        name = str(path.relative_to(REPOSITORY))
+        for library, place in ONE_PLACE.items():
+            if not re.fullmatch(place, name) and any(m.split(".")[0] == library for m in imports(path)):
+                wrong.append(f"{name} imports {library}")
+    assert wrong == []
+
+
+def test_planning_and_types_need_no_tensor_library() -> None:
+    for name in ("planning.py", "types.py", "config.py"):
+        heavy = {m.split(".")[0] for m in imports(REPOSITORY / "mtopd" / name)} & {"torch", "numpy", "pyarrow", "megatron"}
+        assert heavy == set(), f"{name} imports {heavy}"
+
+
+def test_nothing_that_can_execute_code_is_loaded() -> None:
+    wrong = [str(path) for path in sources() if re.search(UNSAFE, path.read_text())]
+    assert wrong == []
+
+
+def test_the_loop_stays_a_table_of_contents() -> None:
+    text = (REPOSITORY / "pipelines" / "consolidate.py").read_text()
+    assert len(text.splitlines()) < 100
+    assert not re.search(r"\btry:|\.rank\b|import torch", text)
+
+
+def test_environment_is_not_configuration() -> None:
+    """os.environ is read only where torchrun's own variables are, and set only for libraries."""
+    allowed = {"mtopd/megatron/parallel.py", "mtopd/megatron/cpu.py"} | {
+        f"pipelines/{n}.py" for n in ("ranks", "cli", "prepare", "doctor")
+    }
+    users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
+    assert users <= allowed, users - allowed
