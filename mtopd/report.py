@@ -251,4 +251,4 @@ def in_bytes(count: float | None) -> str:
     if count is None:
         return "n/a"
     power = min(int(math.log2(max(count, 1)) // 10), 4)
-    return f"{count / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return f"{round(count / 1024**power, 1):g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -59,7 +59,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}th{font-weight:600;
 .key{margin-right:16px;color:#333;white-space:nowrap}
 .key i{display:inline-block;width:22px;margin-right:6px;vertical-align:middle}
 pre{overflow-x:auto;font-size:13px;line-height:1.4}summary{cursor:pointer;font-weight:600}
-@media(max-width:600px){th,td{padding:5px 7px;font-size:13px}th{white-space:normal;vertical-align:bottom}}
+@media(max-width:600px){th,td{padding:5px 7px;font-size:13px}th,td:first-child{white-space:normal}}
 """
 
 
@@ -180,7 +180,7 @@ def _teacher_table(report: Mapping[str, Any]) -> str:
     sizes = {"size of a pass": "stored_bytes", "read in passes": "bytes_read", "read for heads": "head_bytes_read"}
     rows = [[label, *(f"{t[key]:,}" for t in teachers)] for label, key in counts.items()]
     rows += [[label, *(in_bytes(t[key]) for t in teachers)] for label, key in sizes.items()]
-    rows.append(["fingerprint", *(t["fingerprint"][:12] for t in teachers)])
+    rows.append(["fingerprint", *(t["fingerprint"][:8] for t in teachers)])
     return _table(["", *(t["name"] for t in teachers)], rows)
 
 
@@ -284,7 +284,7 @@ def _memory_plot(report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         for name, count in whole:
             if count:
                 axes.plot(count, name, "o", markerfacecolor="none", markeredgecolor=_GREY, markersize=7)
-        axes.set_xscale("log", base=32)
+        axes.set_xscale("log", base=4)
         axes.xaxis.set_major_formatter(lambda count, _: in_bytes(count))
         axes.minorticks_off()
         axes.margins(0.12)

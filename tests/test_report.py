@@ -207,7 +207,7 @@ def test_result_rows(run: RunDir) -> None:
 
 
 def test_bytes_have_units() -> None:
-    assert [in_bytes(n) for n in (0, 1023, 1024, 3 << 20, None)] == ["0 B", "1023 B", "1.0 KiB", "3.0 MiB", "n/a"]
+    assert [in_bytes(n) for n in (0, 1023, 1024, 7 << 19, None)] == ["0 B", "1023 B", "1 KiB", "3.5 MiB", "n/a"]
 
 
 # -- checks

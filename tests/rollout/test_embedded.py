@@ -1,0 +1,127 @@
+"""The embedded engine: counter-based draws, replay, padding and compaction that change nothing, padding never sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mtopd.rollout.embedded import EmbeddedEngine, Request, inverse_cdf
+from mtopd.rollout.philox import philox4x32, uniform
+from tests.small_models import save_model
+
+
+def test_philox_gives_the_published_test_vectors() -> None:
+    """Known answers of Random123 (Salmon et al., SC 2011), philox4x32 with 10 rounds."""
+    vectors = [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, wanted in vectors:
+        found = philox4x32(np.array(counter, np.uint64)[:, None], key)[:, 0]
+        assert tuple(int(w) for w in found) == wanted
+
+
+def test_every_coordinate_of_a_draw_matters_and_draws_are_uniform() -> None:
+    prompts = np.arange(20000, dtype=np.uint64)
+    zeros = np.zeros_like(prompts)
+    base = uniform(1, 2, prompts, zeros, 3)
+    for other in (
+        uniform(2, 2, prompts, zeros, 3),
+        uniform(1, 3, prompts, zeros, 3),
+        uniform(1, 2, prompts + np.uint64(1 << 40), zeros, 3),
+        uniform(1, 2, prompts, zeros + np.uint64(1), 3),
+        uniform(1, 2, prompts, zeros, 4),
+    ):
+        assert not np.any(base == other)
+        assert abs(np.corrcoef(base, other)[0, 1]) < 0.03
+    assert 0 <= base.min() and base.max() < 1
+    assert np.abs(np.histogram(base, 20, (0, 1))[0] / 1000 - 1).max() < 0.15
+
+
+def test_inverse_cdf_never_takes_a_token_of_probability_zero() -> None:
+    log_p = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)).expand(5, -1)
+    u = torch.tensor([0.0, 0.2499999, 0.25, 0.9999999, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert inverse_cdf(log_p, u).tolist() == [1, 1, 3, 3, 3]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
+    # 120 rows for about 100 token ids: the rest must never be sampled, however likely the weights make them.
+    model = save_model(tmp_path_factory.mktemp("model") / "m", seed=5, layers=2, vocab=120)
+    engine = EmbeddedEngine(
+        model.config, dtype=torch.float32, vocab_size=100, eos_id=1, pad_id=0, device=torch.device("cpu")
+    )
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights["model.embed_tokens.weight"][100:] *= 8
+    weights["model.embed_tokens.weight"][1] *= 3  # EOS is likely in about half of all states
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    engine.update_weights(weights)
+    return engine
+
+
+def requests(count: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [Request(f"p/{i}", tuple(rng.integers(3, 100, rng.integers(1, 9)).tolist())) for i in range(count)]
+
+
+def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
+    batch = requests(24)
+    first = engine.generate(batch, max_response=16, seed=3, iteration=7)
+    assert engine.generate(batch, max_response=16, seed=3, iteration=7) == first
+    assert engine.generate(batch, max_response=16, seed=3, iteration=8) != first
+    assert {r.finish_reason for r in first} == {"stop", "length"}, "the test needs both kinds of ending"
+    for response in first:
+        assert max(response.response_ids) < 100
+        assert (response.response_ids[-1] == 1) == (response.finish_reason == "stop")
+        assert 1 not in response.response_ids[:-1]
+        assert len(response.log_probs) == len(response.response_ids) <= 16
+
+
+def test_padding_cache_and_compaction_do_not_change_a_response(engine: EmbeddedEngine) -> None:
+    """Each answer of a ragged, compacted batch has the log-probs of a plain forward pass over that answer alone."""
+    batch = requests(24)
+    for request, response in zip(batch, engine.generate(batch, max_response=16, seed=3, iteration=7), strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *response.response_ids]])
+        with torch.no_grad():
+            logits = engine._model(ids).logits[0, len(request.prompt_ids) - 1 : -1, :100].double()
+        wanted = torch.log_softmax(logits, -1)[torch.arange(len(response.response_ids)), ids[0, len(request.prompt_ids) :]]
+        torch.testing.assert_close(torch.tensor(response.log_probs, dtype=torch.float64), wanted, rtol=0, atol=2e-5)
+
+
+def test_sampling_follows_the_models_distribution(engine: EmbeddedEngine) -> None:
+    """Chi-square of 4000 first tokens against the exact distribution; df = number of pooled cells - 1."""
+    prompt = (5, 9, 33)
+    batch = [Request("same", prompt, sample) for sample in range(4000)]
+    drawn = np.array([r.response_ids[0] for r in engine.generate(batch, max_response=1, seed=11)])
+    with torch.no_grad():
+        p = torch.softmax(engine._model(torch.tensor([prompt])).logits[0, -1, :100].double(), -1).numpy()
+    likely = p * 4000 >= 5
+    expected = np.append(p[likely], p[~likely].sum()) * 4000
+    counts = np.bincount(drawn, minlength=100)
+    found = np.append(counts[likely], counts[~likely].sum())
+    chi_square, freedom = float(((found - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, (chi_square, freedom)
+
+
+def test_greedy_takes_the_argmax(engine: EmbeddedEngine) -> None:
+    (response,) = engine.generate([Request("g", (7, 8, 9))], max_response=5, greedy=True)
+    ids = [7, 8, 9]
+    for token in response.response_ids:
+        with torch.no_grad():
+            assert token == engine._model(torch.tensor([ids])).logits[0, -1, :100].argmax().item()
+        ids.append(token)
+
+
+def test_missing_weights_are_not_filled_with_anything(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    weights = dict(engine._model.state_dict())
+    del weights["model.norm.weight"]
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight"):
+        engine.update_weights(weights)

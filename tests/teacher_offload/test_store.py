@@ -1,0 +1,173 @@
+"""The teacher store: exact tensors for every tp, checksums, fingerprints, and what a damaged store is refused for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mtopd.convert.teacher import add_teacher
+from mtopd.safetensors_file import read_header
+from mtopd.teacher_offload import store as store_module
+from mtopd.teacher_offload.store import TeacherStore, open_store, read_blocks, read_range
+from mtopd.types import MtopdError
+from tests.small_models import save_model
+
+LAYER = "layers/00001.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "BLOCK_BYTES", 4096)  # so that small models have many blocks
+
+
+@pytest.fixture
+def model_and_store(tmp_path: Path) -> tuple[torch.nn.Module, TeacherStore]:
+    model = save_model(tmp_path / "hf", seed=1, layers=2, tied=False, vocab=109)
+    return model, add_teacher("t", tmp_path / "hf", tmp_path / "t", slices=2)
+
+
+def tensor(store: TeacherStore, path: str, name: str) -> torch.Tensor:
+    (entry,) = [e for e in store.files[path].entries if e.name == name]
+    data, _ = read_range(store.files[path], entry.start, entry.stop)
+    return torch.from_numpy(np.array(data)).view(torch.float32).view(entry.shape)
+
+
+def test_slices_join_to_the_checkpoints_tensors(model_and_store: tuple[torch.nn.Module, TeacherStore]) -> None:
+    model, store = model_and_store
+    hf = dict(model.named_parameters())
+
+    def joined(path: str, name: str) -> torch.Tensor:
+        return torch.cat([tensor(store, path, f"slice.{i:04d}/{name}") for i in range(2)])
+
+    assert torch.equal(joined(LAYER, "mlp.linear_fc1.weight.gate"), hf["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(joined(LAYER, "mlp.linear_fc1.weight.up"), hf["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(joined(LAYER, "mlp.linear_fc2.weight.T").T, hf["model.layers.1.mlp.down_proj.weight"])
+    assert torch.equal(joined(LAYER, "self_attention.linear_proj.weight.T").T, hf["model.layers.1.self_attn.o_proj.weight"])
+    qkv = joined(LAYER, "self_attention.linear_qkv.weight").view(2, 64, 64)  # 2 groups of 2 q heads, k, v of 16
+    assert torch.equal(qkv[:, 32:48].reshape(-1, 64), hf["model.layers.1.self_attn.k_proj.weight"])
+    assert torch.equal(qkv[:, :32].reshape(-1, 64), hf["model.layers.1.self_attn.q_proj.weight"])
+    head = joined("head.safetensors", "weight")
+    assert head.shape[0] == 110 and torch.equal(head[:109], hf["lm_head.weight"]) and not head[109:].any()
+    assert torch.equal(tensor(store, "final_norm.safetensors", "common/weight"), hf["model.norm.weight"])
+
+
+def test_a_ranks_part_is_one_range_of_whole_blocks(model_and_store: tuple[torch.nn.Module, TeacherStore]) -> None:
+    _, store = model_and_store
+    for path in store.files:
+        file = store.files[path]
+        for section in (file.section("common"), file.slices(0, 1), file.slices(1, 1), file.slices(0, 2)):
+            if section:
+                assert [a.stop for a in section[:-1]] == [b.start for b in section[1:]]
+                blocks = file.blocks_of(section[0].start, section[-1].stop)
+                assert (blocks[0].start, blocks[-1].stop) == (section[0].start, section[-1].stop)
+        assert [b.stop for b in file.blocks[:-1]] == [b.start for b in file.blocks[1:]]
+        assert file.blocks[-1].stop == file.path.stat().st_size
+
+
+def test_the_tied_matrix_stands_once(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", seed=1, layers=2, tied=True)
+    store = add_teacher("t", tmp_path / "hf", tmp_path / "t", slices=1)
+    assert "head.safetensors" not in store.files and store.head is store.files["embedding.safetensors"]
+
+
+def test_the_fingerprint_names_the_bytes(tmp_path: Path) -> None:
+    save_model(tmp_path / "a", seed=1, layers=2)
+    save_model(tmp_path / "b", seed=2, layers=2)
+    first = add_teacher("x", tmp_path / "a", tmp_path / "s1", slices=2)
+    again = add_teacher("another name", tmp_path / "a", tmp_path / "s2", slices=2)
+    other = add_teacher("x", tmp_path / "b", tmp_path / "s3", slices=2)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_a_flipped_bit_is_found_when_its_block_is_read(model_and_store: tuple[torch.nn.Module, TeacherStore]) -> None:
+    _, store = model_and_store
+    file = store.files[LAYER]
+    with open(file.path, "r+b") as handle:
+        handle.seek(-10, os.SEEK_END)
+        byte = handle.read(1)
+        handle.seek(-1, os.SEEK_CUR)
+        handle.write(bytes([byte[0] ^ 1]))
+    store = open_store(store.folder)  # sizes and headers are right
+    read_range(store.files[LAYER], file.blocks[1].start, file.blocks[1].stop)
+    last = store.files[LAYER].blocks[-1]
+    with pytest.raises(MtopdError, match=r"00001\.safetensors.*checksum"):
+        read_blocks(store.files[LAYER], [last], np.empty(last.stop - last.start, np.uint8))
+
+
+def spoil_manifest(folder: Path, change: object) -> None:
+    path = folder / "teacher.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)  # type: ignore[operator]
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.update(schema="mtopd.teacher_store/9"), "schema"),
+        (lambda m: m["files"].pop(LAYER), LAYER),
+        (lambda m: m["files"][LAYER].update(sha256="0" * 64), "sha256"),
+        (lambda m: m["files"][LAYER]["block_crc32c"].__setitem__(1, 7), "checksums"),
+        (lambda m: m.update(fingerprint="0" * 64), "fingerprint"),
+        (lambda m: m["files"].update({"/etc/hostname": m["files"][LAYER]}), "inside its folder"),
+        (lambda m: m["files"].update({"../t/" + LAYER: m["files"][LAYER]}), "inside its folder"),
+        (lambda m: m.pop("num_layers"), "malformed"),
+    ],
+)
+def test_a_changed_manifest_is_refused(
+    model_and_store: tuple[torch.nn.Module, TeacherStore], change: object, said: str
+) -> None:
+    _, store = model_and_store
+    spoil_manifest(store.folder, change)
+    with pytest.raises(MtopdError, match=said):
+        open_store(store.folder)
+
+
+def test_a_link_out_of_the_store_is_refused(model_and_store: tuple[torch.nn.Module, TeacherStore], tmp_path: Path) -> None:
+    _, store = model_and_store
+    outside = tmp_path / "outside.safetensors"
+    os.replace(store.folder / LAYER, outside)
+    (store.folder / LAYER).symlink_to(outside)
+    with pytest.raises(MtopdError, match="link out of the store"):
+        open_store(store.folder)
+
+
+def test_a_failed_add_leaves_nothing(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", seed=1, layers=2)
+    weights = tmp_path / "hf" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 4)
+    with pytest.raises(MtopdError, match="truncated"):
+        add_teacher("t", tmp_path / "hf", tmp_path / "stores" / "t", slices=2)
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_slices_must_divide_the_architecture(tmp_path: Path) -> None:
+    save_model(tmp_path / "hf", seed=1, layers=2)
+    with pytest.raises(MtopdError, match="2 key-value heads, which 3 slices"):
+        add_teacher("t", tmp_path / "hf", tmp_path / "t", slices=3)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"\xff" * 8, "claims"),
+        (b"\x02\0\0\0\0\0\0\0[]", "not a table"),
+        (b"\x02\0\0\0\0\0\0\0{{", "not JSON"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "malformed"),
+        (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "malformed"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "starts at byte"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "truncated"),
+    ],
+)
+def test_a_hostile_header_is_refused(tmp_path: Path, header: bytes, said: str) -> None:
+    if header.startswith(b"{"):
+        header = len(header).to_bytes(8, "little") + header
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header)
+    with pytest.raises(MtopdError, match=said):
+        read_header(path)
