@@ -186,7 +186,7 @@ class Job:
             if self.ranks.rank == 0:
                 for old in checkpoint.sealed(self.run)[: -self.config.checkpoint.keep]:
                     remove_tree(self.run.checkpoint(old))
-                for done in range(iteration + 1):
+                for done in range(iteration):  # the newest iteration stays to be looked at
                     remove_tree(self.run.iteration(done))
 
     @contextlib.contextmanager

@@ -32,6 +32,7 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
 
     Raises MtopdError with the message of the rank that failed first.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -57,6 +58,8 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
         entry = [sys.executable, "-u", "-m", "mtopd.pipelines.ranks", target, str(run_dir), str(generation), str(error_path)]
         try:
             elastic_launch(config, entry[0])(*entry[1:], *arguments)
+        except SignalException as stop:
+            raise MtopdError(f"stopped by {stop.sigval.name}; start the same command again to go on") from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if error_path.exists():

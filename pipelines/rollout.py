@@ -32,9 +32,10 @@ def run(job: Job, iteration: int) -> None:
         tokens += torch.tensor([sum(done["response_len"].to_pylist()), len(done), done["finish_reason"].to_pylist().count("stop")])
     dist.all_reduce(tokens)
     count, samples, stopped = (int(n) for n in tokens.tolist())
+    # The line first: a kill in between writes it twice, the other order would lose it.
+    job.metrics.write("rollout", iteration, {"tokens": count, "samples": samples, "stopped": stopped})
     if job.ranks.rank == 0:
         job.run.seal(folder)
-    job.metrics.write("rollout", iteration, {"tokens": count, "samples": samples, "stopped": stopped})
     dist.barrier()
 
 

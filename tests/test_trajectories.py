@@ -154,6 +154,14 @@ def test_sealed_shard_is_never_overwritten(folder: Path) -> None:
     assert TokenStore(folder).get(30) == trajectory(30)
 
 
+def test_a_damaged_shard_loses_its_seal_before_it_is_written_anew(folder: Path, monkeypatch) -> None:
+    truncate(folder / "b.tokens.arrow")
+    monkeypatch.setattr(module, "write_atomic", lambda path, data: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_shard(folder, "b", [trajectory(30)], generation=2)
+    assert sealed_shards(folder) == ["a"]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 

@@ -17,6 +17,7 @@ from cache_samples import CODE, MATH, fill, get, open_writer, put, request_of, r
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
+    Request,
     as_rows,
     sample_key,
 )
@@ -94,12 +95,13 @@ def test_bytes_read_counts_storage(tmp_path: Path) -> None:
     assert reader.bytes_read == 1024 * 4 * 2 + 4  # the one chunk and its crc
 
 
-def test_equal_tokens_of_two_samples_are_two_entries(tmp_path: Path) -> None:
+def test_equal_tokens_of_several_samples_are_several_entries(tmp_path: Path) -> None:
     key = request_of(0).key
+    requests = [Request(key, 0, 7), Request(key, 1, 7), Request(key, 1, 8)]
     with open_writer(tmp_path / "c") as writer:
-        for sample_id in (0, 1):
-            writer.put(MATH, 4, key, sample_id, 7, rows_of(0))
-    assert HiddenCacheReader(tmp_path / "c").missing([(key, 0, 7), (key, 1, 7)]) == {}
+        for request in requests:
+            writer.put(MATH, 4, *request, rows_of(0))
+    assert list(HiddenCacheReader(tmp_path / "c").missing([*requests, (key, 0, 8)])) == [(key, 0, 8)]
 
 
 def test_the_key_changes_with_everything_that_decides_the_rows() -> None:
