@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parser.parse_args()
     smoke = arguments.which == "smoke"
     root = Path("runs") / (arguments.which if arguments.seed == 0 else f"{arguments.which}-seed{arguments.seed}")
-    extra = SMOKE if smoke else dict.fromkeys(SMOKE, [])
+    extra: dict[str, list[str]] = SMOKE if smoke else {name: [] for name in SMOKE}
     seconds: dict[str, float] = {}
 
     def stage(name: str, *commands: list[str]) -> None:
@@ -55,7 +55,10 @@ def main() -> int:
     seed = arguments.seed
     base = ["specialist", "demo_base.yaml", f"run_dir={root}/base", f"student.model={root}/init", f"seed={seed}"]
     if not (root / "init" / "model.safetensors").exists():
-        stage("tokenizer and random model", ["launch.demo_init", str(root / "init"), str(CONFIGS / "demo_base.yaml"), str(seed)])
+        stage(
+            "tokenizer and random model",
+            ["launch.demo_init", str(root / "init"), str(CONFIGS / "demo_base.yaml"), str(seed)],
+        )
     stage("base", mtopd(*base, *extra["base"]))
     specialist = [
         mtopd(

@@ -130,7 +130,9 @@ class TrainConfig(Model):
 
 class EvaluationConfig(Model):
     every: Annotated[int, Field(ge=0)] = 0  # iterations; 0: only before the first and after the last
-    baselines: dict[str, Path] = {}  # HF folders evaluated once beside the student, by name; "base" must be one for recovery
+    baselines: dict[
+        str, Path
+    ] = {}  # HF folders evaluated once beside the student, by name; "base" must be one for recovery
     weight_average: list[str] = []  # names of baselines whose plain average is evaluated too
 
 
@@ -171,7 +173,9 @@ class ConsolidateConfig(Model):
         if world % tp:
             raise ValueError(f"teacher_offload.tp {tp} does not divide the world size {world}")
         if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
-            raise ValueError(f"evaluation.weight_average names {sorted(unknown)}, baselines are {sorted(self.evaluation.baselines)}")
+            raise ValueError(
+                f"evaluation.weight_average names {sorted(unknown)}, baselines are {sorted(self.evaluation.baselines)}"
+            )
         return self
 
     @property
@@ -260,8 +264,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     table: Any = values
     for part in parents:
-        table = table[int(part)] if isinstance(table, list) and part.isdigit() and int(part) < len(table) else (
-            table.setdefault(part, {}) if isinstance(table, dict) else None
+        table = (
+            table[int(part)]
+            if isinstance(table, list) and part.isdigit() and int(part) < len(table)
+            else (table.setdefault(part, {}) if isinstance(table, dict) else None)
         )
         if not isinstance(table, dict | list):
             raise MtopdError(f"override {override!r}: {part!r} is not a table in the config")

@@ -1,7 +1,8 @@
 """metrics.jsonl and TensorBoard: rank 0 appends one line for each thing that happened.
 
-A line has a ``kind`` and the iteration; a train step also its number.  Steps that ran again after a resume write
-their line again: readers take the last line of each (kind, iteration, step).
+A line has a ``kind`` and the iteration; a train step also its number, and a ``part`` tells apart what may happen more
+than once in an iteration (the pass of each teacher, a phase of each start).  What ran again after a resume writes its
+line again: readers take the last line of each (kind, iteration, step, part).
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ class MetricsWriter:
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
             self._board = SummaryWriter(str(path.parent / "tensorboard"))
 
-    def write(self, kind: str, iteration: int, values: Mapping[str, Any], *, step: int | None = None) -> None:
+    def write(
+        self, kind: str, iteration: int, values: Mapping[str, Any], *, step: int | None = None, part: str | None = None
+    ) -> None:
         if self._file is None or self._board is None:
             return
-        line = {"kind": kind, "iteration": iteration, **({} if step is None else {"step": step}), **values}
+        which = {k: v for k, v in (("step", step), ("part", part)) if v is not None}
+        line = {"kind": kind, "iteration": iteration, **which, **values}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in _scalars(values, kind):
             self._board.add_scalar(name, value, iteration if step is None else step)
@@ -62,7 +66,7 @@ def _mend_last_line(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The last line of each (kind, iteration, step), in order of first appearance; half a last line is left out.
+    """The last line of each (kind, iteration, step, part), in order of first appearance; half a last line is left out.
 
     Raises MtopdError that names file and line where another line is damaged.
     """
@@ -70,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
         try:
             line = json.loads(text)
-            lines[line["kind"], line["iteration"], line.get("step")] = line
+            lines[line["kind"], line["iteration"], line.get("step"), line.get("part")] = line
         except (ValueError, TypeError, KeyError):
             raise MtopdError(
                 f"{path}, line {number}: not a line of metrics; the file was damaged: remove the line"

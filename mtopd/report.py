@@ -91,7 +91,10 @@ def build_report(record: RunRecord) -> dict[str, Any]:
     report = {
         "schema": SCHEMA,
         "finished": record.finished,
-        "iterations": {"done": len(phases.get("update_weights", ())), "planned": record.config.train.num_iterations},
+        "iterations": {
+            "done": len({line["iteration"] for line in phases.get("update_weights", ())}),
+            "planned": record.config.train.num_iterations,
+        },
         "wall_s": {phase: _total(lines, "wall_s") for phase, lines in phases.items()},
         "stall_s": {"teacher_pass": _total(passes, "stall_s"), "train": _total(steps, "stall_s")},
         "train_steps": len(steps),
@@ -230,7 +233,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     return (
         f"{'consolidated' if report['finished'] else 'unfinished, ' + progress(report)}: "
         f"worst recovery {number(report['worst_recovery'])}, mean {number(report['mean_recovery'])}, "
-        f"reverse KL {number(kl['first'], 3)} -> {number(kl['last'], 3)}{ratio}"
+        f"reverse KL {nats(kl['first'])} -> {nats(kl['last'])}{ratio}"
     )
 
 
@@ -238,8 +241,13 @@ def progress(report: Mapping[str, Any]) -> str:
     return f"{report['iterations']['done']} of {report['iterations']['planned']} iterations"
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
+def number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def nats(value: float | None) -> str:
+    """A divergence, which may be near 1 or far below."""
+    return "n/a" if value is None else f"{value:.2g}"
 
 
 def percent(value: float | None) -> str:

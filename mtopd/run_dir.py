@@ -58,7 +58,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MtopdError(f"{path} is not valid JSON ({error}); it was damaged or edited: remove it and run again") from None
+        raise MtopdError(
+            f"{path} is not valid JSON ({error}); it was damaged or edited: remove it and run again"
+        ) from None
 
 
 class RunDir:
@@ -108,7 +110,8 @@ class RunDir:
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise MtopdError(
-                f"cannot write to the run directory {self.path}: {error.strerror}; choose another run_dir or mend its permissions"
+                f"cannot write to the run directory {self.path}: {error.strerror}; choose another run_dir or mend its "
+                "permissions"
             ) from None
         try:
             try:
@@ -171,7 +174,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder of this run in one visible step: rename first, so that a crash leaves no half that looks whole."""
+    """Delete a folder of this run in one visible step: renamed first, so that a crash leaves no half of it."""
     if not folder.exists():
         return
     doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.removed")
@@ -180,7 +183,7 @@ def remove_tree(folder: Path) -> None:
 
 
 def sweep(run: RunDir) -> None:
-    """Remove what a killed start left behind: temporary files and half-removed folders.  Only inside the run directory."""
+    """Remove what a killed start left in the run directory: temporary files and half-removed folders."""
     for pattern in (".*.tmp", ".*.removed"):
         for path in list(run.path.rglob(pattern)):
             if path.is_dir() and not path.is_symlink():

@@ -16,7 +16,19 @@ from pathlib import Path
 from mtopd.types import MtopdError
 
 MAX_HEADER_BYTES = 100 << 20
-ITEM_SIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+ITEM_SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +43,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> list[TensorEntry]:
-    """Entries in file order.  Raises MtopdError when the file is truncated or its header does not describe its bytes."""
+    """Entries in file order.  Raises MtopdError when the file is truncated or its header does not fit its bytes."""
 
     def refuse(what: str) -> MtopdError:
         return MtopdError(f"{path} is not a whole safetensors file: {what}; copy or export it again")

@@ -24,7 +24,9 @@ class Prompt:
     route: Mapping[str, str]  # the metadata fields that ``route`` of a teacher may match, e.g. {"domain": "rot"}
     prompt_ids: tuple[int, ...]
     teacher_index: int
-    verify: Mapping[str, Any] = field(default_factory=dict)  # what the source's verifier needs besides the response text
+    verify: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the source's verifier needs besides the response text
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mtopd.types import MtopdError
 
@@ -28,7 +29,9 @@ app.add_typer(teachers_app, name="teachers")
 _console = Console(stderr=True)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file.")
+]
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
 Iteration = Annotated[int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")]
 
@@ -40,7 +43,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 
 def _say(text: str) -> None:
     if _is_first():
-        _console.print(f"[dim]{text}[/dim]", highlight=False)
+        _console.print(text, style="dim", highlight=False, markup=False)
 
 
 def _is_first() -> bool:
@@ -178,9 +181,15 @@ def _add_teacher(name: str, source: Path, target: Path, slices: int) -> None:
     with Progress(console=_console, transient=True) as progress:
         task = progress.add_task(f"teacher {name}", total=None)
         store = add_teacher(
-            name, source, target, slices=slices, progress=lambda done, total: progress.update(task, completed=done, total=total)
+            name,
+            source,
+            target,
+            slices=slices,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    Console(soft_wrap=True, highlight=False).print(f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}")
+    Console(soft_wrap=True, highlight=False).print(
+        f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}"
+    )
 
 
 @app.command()
@@ -217,7 +226,8 @@ def main() -> None:
 
 def _error(text: str) -> None:
     if _is_first():
-        _console.print(f"[bold red]error:[/bold red] {text.splitlines()[0] if text else text}", highlight=False, markup=True, soft_wrap=True)
+        line = " ".join(text.split())  # one line, whatever the message holds
+        _console.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

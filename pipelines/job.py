@@ -83,7 +83,9 @@ class Student:
             for leftover in (partial, folder):
                 remove_tree(leftover)
             partial.mkdir(parents=True)
-            save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
+            save_file(
+                {n: t.cpu().contiguous() for n, t in tensors.items()}, partial / "model.safetensors", {"format": "pt"}
+            )
             self.hf_config.dtype = self.dtype
             self.hf_config.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
@@ -115,7 +117,10 @@ class Job:
         train = self.config.train
         torch.use_deterministic_algorithms(self.config.deterministic)
         self.student = Student(
-            self.config.student, train.optimizer, train.num_iterations * train.train_steps_per_iteration, self.config.seed
+            self.config.student,
+            train.optimizer,
+            train.num_iterations * train.train_steps_per_iteration,
+            self.config.seed,
         )
         self.ranks, self.trainer, self.engine = self.student.ranks, self.student.trainer, self.student.engine
         self.vocab_size = self.student.vocab_size
@@ -157,7 +162,7 @@ class Job:
         wanted = self.config.hidden_cache.dtype
         return str(TORCH_DTYPE[store.dtype]).removeprefix("torch.") if wanted == "auto" else wanted
 
-    # -- the loop's services --------------------------------------------------------------------------------------------
+    # -- the loop's services ----------------------------------------------------------------------------------------
     def iteration_seed(self, iteration: int) -> int:
         return self.config.seed * 1_000_003 + iteration
 
@@ -196,7 +201,8 @@ class Job:
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
-        self.metrics.write(f"phase/{phase}", iteration, {"wall_s": seconds})
+        # Time that a killed start spent was spent, too: every start has its own line.
+        self.metrics.write(f"phase/{phase}", iteration, {"wall_s": seconds}, part=f"start {self.run.generation}")
 
     def finish(self) -> None:
         """Export the student, note the peak memory, end the process group.  Collective."""

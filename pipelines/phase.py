@@ -11,7 +11,7 @@ from mtopd.types import MtopdError
 
 
 def main(run_dir: Path, generation: int, phase: str, iteration: str) -> None:
-    """``phase`` of an iteration, on this rank.  rollout and train need the checkpoint of that iteration (0: the start)."""
+    """``phase`` of an iteration, on this rank.  rollout and train need that iteration's checkpoint (0: the start)."""
     job = Job(run_dir, generation)
     available = [0, *checkpoint.sealed(job.run)]
     chosen = available[-1] if iteration == "newest" else int(iteration)

@@ -1,4 +1,4 @@
-"""Everything a launcher can check before a process group exists.  One clear line for each thing a user can get wrong."""
+"""Everything a launcher can check before a process group exists: one clear line for each mistake a user can make."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     size, dp = config.train.global_batch_size, config.student.parallel.dp
     if size % (dp * config.train.micro_batch_size):
         raise MtopdError(
-            f"train.global_batch_size {size} is not a multiple of dp {dp} x micro_batch_size {config.train.micro_batch_size}"
+            f"train.global_batch_size {size} is not a multiple of dp {dp} x "
+            f"micro_batch_size {config.train.micro_batch_size}"
         )
     _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
     prompts.prepare(run, config.data, tokenizer, [{}], supervised=True, progress=say)
@@ -63,7 +64,9 @@ def check_student(student: StudentConfig) -> Any:
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
     if (ids := vocab_size(tokenizer)) > hf_config.vocab_size:
-        raise MtopdError(f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} rows for them")
+        raise MtopdError(
+            f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} rows for them"
+        )
     if student.megatron:  # checked against Megatron's own fields, whose import takes seconds
         import torch
 
@@ -109,10 +112,10 @@ def check_teacher(name: str, store: TeacherStore, tokenizer: Any, student: Path)
     if store.manifest["tokenizer_hash"] != tokenizer_hash(tokenizer):
         difference = first_difference(load_tokenizer(store.folder / "tokenizer"), tokenizer)
         raise MtopdError(
-            f"teacher {name!r} has another tokenizer than the student {student}: {difference}; exact reverse KL needs one "
-            "tokenizer: use a teacher with the student's, or remove it"
+            f"teacher {name!r} has another tokenizer than the student {student}: {difference}; exact reverse KL needs "
+            "one tokenizer: use a teacher with the student's, or remove it"
         )
     if store.vocab_size != vocab_size(tokenizer):
         raise MtopdError(
-            f"teacher {name!r} has vocab_size {store.vocab_size}, the student {vocab_size(tokenizer)}; they must be equal"
+            f"teacher {name!r} has vocab_size {store.vocab_size}, the student {vocab_size(tokenizer)}; they must agree"
         )

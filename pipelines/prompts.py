@@ -44,9 +44,16 @@ class PromptTable:
     def __getitem__(self, index: int) -> Prompt:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        row = {name: self.rows[name][index].as_py() for name in ("prompt_id", "route", "teacher_index", "prompt_ids", "verify")}
+        row = {
+            name: self.rows[name][index].as_py()
+            for name in ("prompt_id", "route", "teacher_index", "prompt_ids", "verify")
+        }
         return Prompt(
-            row["prompt_id"], json.loads(row["route"]), tuple(row["prompt_ids"]), row["teacher_index"], json.loads(row["verify"])
+            row["prompt_id"],
+            json.loads(row["route"]),
+            tuple(row["prompt_ids"]),
+            row["teacher_index"],
+            json.loads(row["verify"]),
         )
 
     def example(self, index: int) -> data.SupervisedExample:
@@ -105,7 +112,9 @@ def prepare(
                 rows, tokenizer, routes, context_length=config.context_length, max_response=config.max_response
             )
             learn = supervised and not is_held_out
-            examples = data.supervised_examples(rows, tokenizer, context_length=config.context_length) if learn else None
+            examples = (
+                data.supervised_examples(rows, tokenizer, context_length=config.context_length) if learn else None
+            )
             columns["source"] += [number] * len(prompts)
             columns["held_out"] += [is_held_out] * len(prompts)
             columns["prompt_id"] += [p.prompt_id for p in prompts]

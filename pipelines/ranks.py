@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mtopd.run_dir import write_atomic
 from mtopd.types import MtopdError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def under_torchrun() -> bool:
 def launch(world_size: int, target: str, run_dir: Path, generation: int, *arguments: str) -> None:
     """Run ``python -m mtopd.pipelines.ranks <target> ...`` on ``world_size`` processes and wait.
 
-    Raises MtopdError with the message of the rank that failed first.
+    Raises MtopdError with the message of the rank that failed first; an unforeseen failure leaves its traceback in
+    ``run_dir/failure.txt``.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,19 +57,43 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
             "TORCHDYNAMO_DISABLE": "1",
         }
         os.environ.update(environment)
-        entry = [sys.executable, "-u", "-m", "mtopd.pipelines.ranks", target, str(run_dir), str(generation), str(error_path)]
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our one line says it
+        entry = [
+            sys.executable,
+            "-u",
+            "-m",
+            "mtopd.pipelines.ranks",
+            target,
+            str(run_dir),
+            str(generation),
+            str(error_path),
+        ]
         try:
             elastic_launch(config, entry[0])(*entry[1:], *arguments)
         except SignalException as stop:
             raise MtopdError(f"stopped by {stop.sigval.name}; start the same command again to go on") from None
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if error_path.exists():
-                raise MtopdError(error_path.read_text()) from None
-            how = f"signal {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            raise MtopdError(
-                f"rank {rank} ended with {how}; what was sealed is kept: start the same command again to go on"
-            ) from None
+            raise MtopdError(_why(error, error_path, run_dir)) from None
+
+
+def _why(error: Any, error_path: Path, run_dir: Path) -> str:
+    """One line for a failed run.  A killed rank is the cause; what the others said then only follows from it."""
+    killed = [
+        (rank, f.exitcode) for rank, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM
+    ]
+    if killed:
+        rank, code = killed[0]
+        how = f"was killed by {signal.Signals(-code).name}"
+    elif error_path.exists():
+        message, _, trace = error_path.read_text().partition("\n")
+        if not trace:
+            return message
+        write_atomic(run_dir / "failure.txt", trace.encode())
+        return f"{message} (unforeseen; the traceback is in {run_dir / 'failure.txt'})"
+    else:
+        rank, failure = error.get_first_failure()
+        how = f"ended with exit code {failure.exitcode}"
+    return f"rank {rank} {how}; what was sealed is kept: start the same command again to go on"
 
 
 def die_with_parent() -> None:
@@ -79,7 +105,7 @@ def die_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """One rank: ``target`` names a function of mtopd.pipelines as "module:function"; it gets run_dir, generation, rest."""
+    """One rank: ``target`` names a function of mtopd.pipelines ("module:function"); it gets run_dir, generation, rest."""
     die_with_parent()
     target, run_dir, generation, error_path, *rest = arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -87,11 +113,11 @@ def main(arguments: list[str]) -> int:
     try:
         resolve(target)(Path(run_dir), int(generation), *rest)
     except MtopdError as error:
-        _report(Path(error_path), str(error))
+        _report(Path(error_path), " ".join(str(error).split()))
         return 2
     except Exception as error:
-        traceback.print_exc()
-        _report(Path(error_path), f"{type(error).__name__}: {error}")
+        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        _report(Path(error_path), f"{summary}\n{traceback.format_exc()}")
         return 1
     return 0
 
@@ -119,7 +145,7 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 def _report(path: Path, message: str) -> None:
-    """The first rank that fails says why: the others usually follow because of it."""
+    """The first rank that fails says why: one line, then the traceback if it was unforeseen."""
     try:
         with open(path, "x") as file:
             file.write(message)

@@ -17,7 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from mtopd.config import ConsolidateConfig, load_config
-from mtopd.report import RunRecord, build_report, check_rows, in_bytes, number, progress, read_run, result_rows, verdict
+from mtopd.report import (
+    RunRecord,
+    build_report,
+    check_rows,
+    in_bytes,
+    nats,
+    number,
+    progress,
+    read_run,
+    result_rows,
+    verdict,
+)
 from mtopd.run_dir import RunDir, read_json, write_atomic, write_json
 from mtopd.types import MtopdError
 
@@ -53,10 +64,9 @@ h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:0 0 8
 section{margin:16px 0}.scroll{overflow-x:auto}img{width:100%;display:block}
 .wide{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}.wide section{margin:0}
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:8px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}.key{margin-right:16px;color:#333;white-space:nowrap}
 th,td{padding:5px 12px;text-align:right;border-bottom:1px solid #e6e8eb;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}th{font-weight:600;color:#444}
-.key{margin-right:16px;color:#333;white-space:nowrap}
 .key i{display:inline-block;width:22px;margin-right:6px;vertical-align:middle}
 pre{overflow-x:auto;font-size:13px;line-height:1.4}summary{cursor:pointer;font-weight:600}
 @media(max-width:600px){th,td{padding:5px 7px;font-size:13px}th,td:first-child{white-space:normal}}
@@ -70,7 +80,8 @@ def write(run_dir: Path, console: Console) -> dict[str, Any]:
     write_json(run_dir / "report.json", report)
     write_atomic(run_dir / "report.html", render_page(record, report, str(run_dir)).encode())
     console.print(_console_table(report))
-    for line in (*_check_lines(report), f"{verdict(report)}, report {run_dir / 'report.html'}"):
+    checks = [f"{name}: {found}, wanted {wanted}: {result}" for name, found, wanted, result in check_rows(report)]
+    for line in (*checks, f"{verdict(report)}, report {run_dir / 'report.html'}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return report
 
@@ -94,10 +105,6 @@ def _console_table(report: Mapping[str, Any]) -> Table:
     for row in result_rows(report):
         table.add_row(*map(Text, row), style="bold" if row[0] in ("student", "recovery") else None)
     return table
-
-
-def _check_lines(report: Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {found}, wanted {wanted}: {verdict}" for name, found, wanted, verdict in check_rows(report)]
 
 
 # -- page -------------------------------------------------------------------------------------------------------------
@@ -145,7 +152,7 @@ def _tiles(report: Mapping[str, Any]) -> str:
     tiles = {
         "worst recovery": number(report["worst_recovery"]),
         "mean recovery": number(report["mean_recovery"]),
-        "reverse KL, nats per token": f"{number(kl['first'], 3)} \N{RIGHTWARDS ARROW} {number(kl['last'], 3)}",
+        "reverse KL, nats per token": f"{nats(kl['first'])} \N{RIGHTWARDS ARROW} {nats(kl['last'])}",
         "train steps": f"{report['train_steps']:,}",
         "rollout tokens": f"{report['rollout_tokens']:,}",
         "wall time of all phases": f"{sum(report['wall_s'].values()):,.0f} s",

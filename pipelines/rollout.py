@@ -29,7 +29,9 @@ def run(job: Job, iteration: int) -> None:
         if not trajectories.is_sealed(folder, name):
             trajectories.write_shard(folder, name, answer(job, iteration, requests, batch), job.run.generation)
         done = trajectories.read_shard_metadata(folder, name)
-        tokens += torch.tensor([sum(done["response_len"].to_pylist()), len(done), done["finish_reason"].to_pylist().count("stop")])
+        tokens += torch.tensor(
+            [sum(done["response_len"].to_pylist()), len(done), done["finish_reason"].to_pylist().count("stop")]
+        )
     dist.all_reduce(tokens)
     count, samples, stopped = (int(n) for n in tokens.tolist())
     # The line first: a kill in between writes it twice, the other order would lose it.

@@ -97,11 +97,13 @@ def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) ->
 def pack(
     batch: list[SupervisedExample], config: SpecialistConfig, student: Student
 ) -> tuple[list[PackedMicroBatch], int]:
-    """This dp rank's micro-batches, dealt by length so that every rank has the same number, and the global token count."""
+    """This dp rank's micro-batches, dealt by length: every rank has the same number; and the global token count."""
     ranks, size = student.ranks, config.train.micro_batch_size
     num_tokens = sum(len(e.response_ids) for e in batch)
     seq_length = max(len(e.prompt_ids) + len(e.response_ids) - 1 for e in batch)
-    mine = sorted(batch, key=lambda e: (len(e.prompt_ids) + len(e.response_ids), e.prompt_ids))[ranks.dp_rank :: ranks.dp_size]
+    mine = sorted(batch, key=lambda e: (len(e.prompt_ids) + len(e.response_ids), e.prompt_ids))[
+        ranks.dp_rank :: ranks.dp_size
+    ]
     micro_batches = []
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
@@ -127,7 +129,12 @@ class _WholeAnswer(NamedTuple):
 
 
 def _reached_target(
-    config: SpecialistConfig, student: Student, prompts: Prompts, shares: dict[str, float], step: int, metrics: MetricsWriter
+    config: SpecialistConfig,
+    student: Student,
+    prompts: Prompts,
+    shares: dict[str, float],
+    step: int,
+    metrics: MetricsWriter,
 ) -> bool:
     """Evaluate when due, shift the shares towards the sources that lag; True when every source reached its target."""
     stop = config.train.stop

@@ -31,21 +31,19 @@ class CachedSample:
 
 
 def run(job: Job, iteration: int) -> None:
-    """Fill and seal ``hidden_cache/`` of the iteration; of a sealed one, check it and mend what is damaged.  Collective."""
+    """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and mend what is damaged.  Collective."""
     folder = job.run.hidden_cache(iteration)
     tokens = TokenStore(job.run.trajectories(iteration))
     samples = sample_metadata(read_metadata(job.run.trajectories(iteration)))
     if job.ranks.rank == 0 and folder.exists():
         discard_orphans(folder)  # segments of a killed start that no index names
     dist.barrier()
-    teachers = {}
     for index, store in enumerate(job.stores):
         own = [s for s in samples if s.teacher_index == index]
         lacking = missing(job, iteration, [CachedSample(s, cache_key(job, store, tokens, s)) for s in own])
         if lacking:
-            teachers[store.name] = _one_teacher(job, iteration, index, tokens, lacking)
-    if teachers:
-        job.metrics.write("teacher_pass", iteration, {"teachers": teachers})
+            done = _one_teacher(job, iteration, index, tokens, lacking)
+            job.metrics.write("teacher_pass", iteration, {"teachers": {store.name: done}}, part=store.name)
     if job.ranks.rank == 0 and not is_sealed(folder):
         job.run.seal(folder)
     dist.barrier()
@@ -72,7 +70,9 @@ def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> list[C
     return [s for s in samples if s.metadata.sample_id in lacking]
 
 
-def _one_teacher(job: Job, iteration: int, index: int, tokens: TokenStore, samples: list[CachedSample]) -> dict[str, float]:
+def _one_teacher(
+    job: Job, iteration: int, index: int, tokens: TokenStore, samples: list[CachedSample]
+) -> dict[str, float]:
     store, mesh = job.stores[index], job.teacher_mesh
     lengths = [s.metadata.prompt_len + s.metadata.response_len for s in samples]
     mine = [samples[i] for i in split_over_replicas(lengths, mesh.num_replicas)[mesh.replica]]
@@ -81,7 +81,10 @@ def _one_teacher(job: Job, iteration: int, index: int, tokens: TokenStore, sampl
     writer_name = f"replica{mesh.replica:04d}"
     try:
         with HiddenCacheWriter(
-            job.run.hidden_cache(iteration), writer=writer_name, generation=job.run.generation, hidden_dtype=hidden_dtype
+            job.run.hidden_cache(iteration),
+            writer=writer_name,
+            generation=job.run.generation,
+            hidden_dtype=hidden_dtype,
         ) as writer:
 
             def keep(sample: TeacherSample, rows_TE: torch.Tensor) -> None:
@@ -89,7 +92,12 @@ def _one_teacher(job: Job, iteration: int, index: int, tokens: TokenStore, sampl
                     rows_TE = rows_TE.to(getattr(torch, hidden_dtype)).cpu().contiguous()
                     cached: CachedSample = sample.key
                     writer.put(
-                        store.fingerprint, store.hidden_size, cached.key, cached.metadata.sample_id, iteration, as_rows(rows_TE)
+                        store.fingerprint,
+                        store.hidden_size,
+                        cached.key,
+                        cached.metadata.sample_id,
+                        iteration,
+                        as_rows(rows_TE),
                     )
 
             result = run_teacher_pass(
@@ -105,7 +113,8 @@ def _one_teacher(job: Job, iteration: int, index: int, tokens: TokenStore, sampl
     counters = result.counters
     sums = torch.tensor([counters.bytes_read, result.tokens if mesh.tp_rank == 0 else 0], dtype=torch.float64)
     peaks = torch.tensor(
-        [counters.stall_s, counters.peak_device_bytes, counters.peak_host_bytes, counters.relayouts], dtype=torch.float64
+        [counters.stall_s, counters.peak_device_bytes, counters.peak_host_bytes, counters.relayouts],
+        dtype=torch.float64,
     )
     sums, peaks = sums.to(job.ranks.device), peaks.to(job.ranks.device)
     dist.all_reduce(sums)
@@ -124,7 +133,7 @@ def _one_teacher(job: Job, iteration: int, index: int, tokens: TokenStore, sampl
 
 
 def teacher_sample(tokens: TokenStore, sample: CachedSample) -> TeacherSample:
-    """Tokens the teacher reads and the positions that predict a trained token: prompt_len - 1 + k where the mask is 1."""
+    """Tokens the teacher reads, and the positions that predict a trained token: prompt_len - 1 + k."""
     fields = tokens.tokens(sample.metadata.sample_id)
     input_ids = np.concatenate([fields.prompt_ids, fields.response_ids[:-1]])
     return TeacherSample(sample, input_ids, len(fields.prompt_ids) - 1 + np.flatnonzero(fields.loss_mask))

@@ -79,7 +79,9 @@ class CachedStates:
             if start < stop:
                 entry = self._reader.lookup(sample.key, sample.metadata.sample_id, self._iteration)
                 if entry is None:
-                    raise CacheMiss(f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache")
+                    raise CacheMiss(
+                        f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache"
+                    )
                 self._reader.read_rows(entry, start, stop, out_TE[at + start - first : at + stop - first])
             at += count
 
@@ -111,7 +113,9 @@ def train_step(
         "loss": sums["loss"],
         "reverse_kl": sum(sums[f"kl_sum/{i}"] for i in range(len(job.stores))) / max(num_tokens, 1),
         "reverse_kl_by_teacher": {
-            store.name: sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"] for i, store in enumerate(job.stores) if sums[f"tokens/{i}"]
+            store.name: sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"]
+            for i, store in enumerate(job.stores)
+            if sums[f"tokens/{i}"]
         },
         "entropy": sums["entropy"] / max(num_tokens, 1),
         "tokens": num_tokens,
@@ -129,12 +133,14 @@ def _no_head(teacher_index: int) -> TeacherHead:
 
 
 def _head_metrics(job: Job, stall_s: float) -> dict[str, object]:
-    """Head loads of this step by teacher (a load by a tp group counts once; dp groups add), residency, stalled seconds."""
+    """Head loads by teacher (a load by a tp group counts once, dp groups add), residency, stalled seconds."""
     teachers = range(len(job.stores))
     sums, peaks = torch.zeros(2, len(job.stores), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     if job.heads:
         counters = job.heads.take_counters()
-        assert all(n == 1 for n in counters.loads.values()), f"a head was loaded twice in one train step: {counters.loads}"
+        assert all(n == 1 for n in counters.loads.values()), (
+            f"a head was loaded twice in one train step: {counters.loads}"
+        )
         for i in teachers:
             sums[0, i] = counters.loads.get(i, 0) if job.ranks.tp_rank == 0 else 0
             sums[1, i] = counters.bytes_read.get(i, 0)
@@ -202,9 +208,7 @@ def pack_rows(
     )
 
 
-def _runs(
-    job: Job, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
-) -> list[TeacherRun]:
+def _runs(job: Job, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows."""
     runs: list[TeacherRun] = []
     start = 0

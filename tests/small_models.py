@@ -18,7 +18,9 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder
 
 
-def save_model(folder: Path, *, seed: int, hidden: int = 64, layers: int = 4, tied: bool = True, vocab: int | None = None) -> Any:
+def save_model(
+    folder: Path, *, seed: int, hidden: int = 64, layers: int = 4, tied: bool = True, vocab: int | None = None
+) -> Any:
     """A random Qwen3 whose logits are spread enough that two of them are more than 1 nat apart; returns the model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,7 +62,11 @@ def save_model(folder: Path, *, seed: int, hidden: int = 64, layers: int = 4, ti
 def write_prompts(path: Path, count: int = 24, domains: tuple[str, ...] = ("a", "b")) -> Path:
     """JSONL prompts over the test tokenizer, routed by domain."""
     rows = [
-        {"prompt": f"Spell this word backward: {WORDS[i % len(WORDS)]}{i}", "answer": WORDS[i % len(WORDS)][::-1], "domain": domains[i % len(domains)]}
+        {
+            "prompt": f"Spell this word backward: {WORDS[i % len(WORDS)]}{i}",
+            "answer": WORDS[i % len(WORDS)][::-1],
+            "domain": domains[i % len(domains)],
+        }
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -36,7 +36,7 @@ def test_an_older_start_cannot_seal(tmp_path: Path) -> None:
     assert (old.generation, new.generation) == (1, 2)
     folder = tmp_path / "run" / "part"
     folder.mkdir()
-    with pytest.raises(MtopdError, match="start 1 .* start 2 has taken over"):
+    with pytest.raises(MtopdError, match=r"start 1 .* start 2 has taken over"):
         old.seal(folder)
     assert not is_sealed(folder)
     new.seal(folder, {"files": 3})

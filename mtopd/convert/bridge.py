@@ -35,9 +35,7 @@ def load_hf_config(folder: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise MtopdError(f"{path} is not a valid HF config ({error})") from None
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise MtopdError(
-            f"{path} has model_type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
+        raise MtopdError(f"{path} has model_type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -48,7 +46,9 @@ def hf_config_from_dict(values: Mapping[str, Any]) -> Any:
     values = dict(values)
     model_type = values.pop("model_type", None)
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise MtopdError(f"architecture has model_type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+        raise MtopdError(
+            f"architecture has model_type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
     return AutoConfig.for_model(model_type, **values)
 
 
@@ -81,7 +81,9 @@ class _TransformerEngineNames:
 
 def te_name(local_name: str) -> str:
     """Local-spec parameter name -> Transformer Engine's, where the norms live inside the following linear layer."""
-    name = re.sub(r"(layers\.\d+\.)input_layernorm\.weight", r"\1self_attention.linear_qkv.layer_norm_weight", local_name)
+    name = re.sub(
+        r"(layers\.\d+\.)input_layernorm\.weight", r"\1self_attention.linear_qkv.layer_norm_weight", local_name
+    )
     return re.sub(r"(layers\.\d+\.)pre_mlp_layernorm\.weight", r"\1mlp.linear_fc1.layer_norm_weight", name)
 
 
@@ -107,7 +109,9 @@ class Bridge:
         adapted.rope_theta = rope_theta(hf_config)
         bridge_class = _MODEL_REGISTRY[hf_config.model_type]
         # mbridge writes the tied mapping into a class attribute: a later untied model of this process would inherit it.
-        own_class = type(bridge_class.__name__, (bridge_class,), {"_DIRECT_MAPPING": dict(bridge_class._DIRECT_MAPPING)})
+        own_class = type(
+            bridge_class.__name__, (bridge_class,), {"_DIRECT_MAPPING": dict(bridge_class._DIRECT_MAPPING)}
+        )
         self._bridge = own_class(
             adapted,
             dtype=dtype,

@@ -59,12 +59,19 @@ class HFTensors:
     def __enter__(self) -> HFTensors:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.clear()
 
 
 def add_teacher(
-    name: str, source: Path, target: Path, *, slices: int, progress: Callable[[int, int], None] = lambda done, total: None
+    name: str,
+    source: Path,
+    target: Path,
+    *,
+    slices: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherStore:
     """Write the store of the HF checkpoint ``source`` to ``target`` (which must not exist), whole or not at all.
 
@@ -81,7 +88,9 @@ def add_teacher(
         if slices < 1 or size % slices:
             raise MtopdError(f"{source} has {size} {what}, which {slices} slices do not divide; choose a divisor")
     if (known := vocab_size(tokenizer)) > hf_config.vocab_size:
-        raise MtopdError(f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows for them")
+        raise MtopdError(
+            f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows for them"
+        )
     dtype = getattr(torch, str(hf_config.dtype).removeprefix("torch.")) if hf_config.dtype else torch.float32
     if dtype not in _STORED:
         raise MtopdError(f"{source} is stored as {dtype}; float32 and bfloat16 can be stored")

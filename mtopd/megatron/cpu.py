@@ -64,7 +64,9 @@ def install() -> None:
     """Answer Megatron's CUDA calls on CPU.  Call once per process, before anything of Megatron is built."""
     if _installed:
         return
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing here
+    os.environ["TORCHDYNAMO_DISABLE"] = (
+        "1"  # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing here
+    )
     # Megatron pulls in torch._dynamo, which refuses to register functions of torch.cuda that are already replaced.
     import megatron.core.tensor_parallel.random as megatron_random
 

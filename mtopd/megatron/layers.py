@@ -21,7 +21,7 @@ _LOCAL_NAME = {
 
 
 class TeacherLayers:
-    """One TransformerLayer, the rotary embedding and the final norm of a teacher; weights come and go through ``bind``."""
+    """One TransformerLayer, rotary embedding and final norm of a teacher; weights come and go through ``bind``."""
 
     def __init__(self, config: TransformerConfig, collection: Any, rotary_base: float, device: torch.device) -> None:
         if config.tensor_model_parallel_size > config.num_query_groups:

@@ -113,7 +113,9 @@ def build_teacher_mesh(tp: int) -> TeacherMesh:
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % tp:
-        raise MtopdError(f"teacher tp {tp} does not divide the world size {world_size}; set teacher_offload.tp to a divisor")
+        raise MtopdError(
+            f"teacher tp {tp} does not divide the world size {world_size}; set teacher_offload.tp to a divisor"
+        )
     mine: dict[str, dist.ProcessGroup] = {}
     members = {
         "tp": [list(range(start, start + tp)) for start in range(0, world_size, tp)],

@@ -29,7 +29,7 @@ from mtopd.megatron.parallel import Ranks
 class PackedMicroBatch:
     """Tensors of one micro-batch: B rows right-padded to S (causal attention never looks at the padding).
 
-    ``position_T``, ``row_T`` address the T loss rows in [S, B]; ``payload`` is the objective's own (sample ids, labels).
+    ``position_T``, ``row_T`` address the T loss rows in [S, B]; ``payload`` is the objective's own (runs, labels).
     """
 
     input_ids_BS: torch.Tensor
@@ -110,7 +110,9 @@ class Trainer:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
 
-    def forward_backward(self, micro_batches: Sequence[PackedMicroBatch], objective: Objective) -> dict[str, torch.Tensor]:
+    def forward_backward(
+        self, micro_batches: Sequence[PackedMicroBatch], objective: Objective
+    ) -> dict[str, torch.Tensor]:
         """Accumulate this mini-batch's gradients in ``main_grad``.  Collective over the whole job.
 
         Returns the objective's metrics summed over micro-batches (last stage; empty elsewhere).
@@ -119,7 +121,9 @@ class Trainer:
         self.optimizer.zero_grad()
         self.ddp.train()
         batch_size, seq_length = micro_batches[0].input_ids_BS.shape
-        assert all(mb.input_ids_BS.shape == (batch_size, seq_length) for mb in micro_batches), "one shape per train step"
+        assert all(mb.input_ids_BS.shape == (batch_size, seq_length) for mb in micro_batches), (
+            "one shape per train step"
+        )
         collected = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, objective=objective),
             data_iterator=iter(micro_batches),

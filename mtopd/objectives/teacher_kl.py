@@ -25,7 +25,7 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """Consecutive loss rows of one micro-batch that belong to one teacher.  ``entries``: their cache entries, in order."""
+    """Consecutive loss rows of a micro-batch that belong to one teacher.  ``entries``: their samples, in order."""
 
     teacher_index: int
     start: int
@@ -34,10 +34,10 @@ class TeacherRun:
 
 
 class TeacherKL:
-    """objective(student_hidden_TD, output_weight_vD, micro_batch): sum over rows of token_weight x KL(student || teacher).
+    """objective(student_hidden_TD, output_weight_vD, micro_batch): sum over rows of weight x KL(student || teacher).
 
-    ``micro_batch.payload`` is a list of TeacherRun in teacher order; the divergence is called once per run, with the one
-    resident head.  ``hidden_states(run)`` fetches [T, E] of a run.  Runs on last-stage ranks only.
+    ``micro_batch.payload`` is a list of TeacherRun in teacher order; the divergence is called once per run, with the
+    one resident head.  ``hidden_states(run)`` fetches [T, E] of a run.  Runs on last-stage ranks only.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from mtopd.teacher_offload.store import TeacherStore, read_range
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """A teacher's output layer on this rank: the rows of the student's vocabulary shard, and what follows the product."""
+    """A teacher's output layer on this rank: rows of the student's vocabulary shard, and what follows the product."""
 
     weight_vE: torch.Tensor
     scale: float
@@ -42,9 +42,7 @@ class HeadCounters:
 class HeadSlot:
     """Loads heads one at a time.  Rows [first_row, first_row + num_rows) of every teacher; missing rows are zero."""
 
-    def __init__(
-        self, stores: Sequence[TeacherStore], *, first_row: int, num_rows: int, device: torch.device
-    ) -> None:
+    def __init__(self, stores: Sequence[TeacherStore], *, first_row: int, num_rows: int, device: torch.device) -> None:
         self._stores, self._first_row, self._num_rows, self._device = stores, first_row, num_rows, device
         self._index: int | None = None
         self._head: TeacherHead | None = None

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -84,7 +85,7 @@ class _Part:
 
 @dataclass
 class LayerStream:
-    """``embedding()``, then ``layers()``, then ``final_norm()``; every rank of the job calls all three in this order."""
+    """``embedding()``, ``layers()``, ``final_norm()``: every rank of the job calls all three in this order."""
 
     store: TeacherStore
     mesh: Mesh
@@ -95,16 +96,16 @@ class LayerStream:
     def __post_init__(self) -> None:
         if self.store.slices % self.mesh.tp_size:
             raise MtopdError(
-                f"teacher {self.store.name!r} is stored in {self.store.slices} slices, which tp {self.mesh.tp_size} does not "
-                "divide; set teacher_offload.tp to a divisor, or add the teacher again with more slices"
+                f"teacher {self.store.name!r} is stored in {self.store.slices} slices, which tp {self.mesh.tp_size} does "
+                "not divide; set teacher_offload.tp to a divisor, or add the teacher again with more slices"
             )
         paths = ["embedding.safetensors", *map(layer_path, range(self.store.num_layers)), "final_norm.safetensors"]
         self._parts = deque(self._part(i, self.store.files[path]) for i, path in enumerate(paths))
         largest = max(self._host_bytes(part) for part in self._parts)
         if largest > self.host_budget:
             raise MtopdError(
-                f"teacher_offload.host_budget is {self.host_budget} bytes, but one share of teacher {self.store.name!r} "
-                f"takes {largest}; raise it to at least that"
+                f"teacher_offload.host_budget is {self.host_budget} bytes, but one share of teacher "
+                f"{self.store.name!r} takes {largest}; raise it to at least that"
             )
         layer_bytes = max(part.nbytes for part in list(self._parts)[1:-1])
         self._buffers = [torch.empty(layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
@@ -158,18 +159,20 @@ class LayerStream:
         if mine:
             blocks = file.blocks_of(mine[0].start, mine[-1].stop)
             borders = [len(blocks) * r // mesh.num_replicas for r in range(mesh.num_replicas + 1)]
-            for replica, (first, last) in enumerate(zip(borders, borders[1:], strict=False)):
+            for replica, (first, last) in enumerate(pairwise(borders)):
                 if first < last:
                     at = offset + blocks[first].start - blocks[0].start
                     source = replica * mesh.tp_size + mesh.tp_rank
                     pieces.append(_Piece(blocks[first:last], at, source, mesh.peer_group))
-        entries = [(e, e.start - common[0].start) for e in common] + [(e, offset + e.start - mine[0].start) for e in mine]
+        entries = [(e, e.start - common[0].start) for e in common] + [
+            (e, offset + e.start - mine[0].start) for e in mine
+        ]
         return _Part(file, entries, pieces, max(p.offset + p.nbytes for p in pieces))
 
     def _host_bytes(self, part: _Part) -> int:
         return sum(p.nbytes for p in part.pieces if p.source == dist.get_rank())
 
-    # -- reading ahead --------------------------------------------------------------------------------------------------
+    # -- reading ahead ----------------------------------------------------------------------------------------------
     def _prefetch(self) -> None:
         while self._parts and (not self._pending or self._held + self._host_bytes(self._parts[0]) <= self.host_budget):
             part = self._parts.popleft()
@@ -259,7 +262,7 @@ def _view(buffer: torch.Tensor, entry: TensorEntry, offset: int) -> torch.Tensor
 
 
 def _raise_together(error: MtopdError | None, device: torch.device) -> None:
-    """Raise on every rank when any rank failed, so that nobody waits in a broadcast that will never come.  Collective."""
+    """Raise on every rank when any rank failed: nobody waits for a broadcast that will never come.  Collective."""
     failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if error is not None:

@@ -121,7 +121,7 @@ def layer_path(index: int) -> str:
     return f"layers/{index:05d}.safetensors"
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_store_file(path: Path, tensors: Sequence[tuple[str, np.ndarray, str]]) -> dict[str, Any]:
@@ -185,7 +185,9 @@ def _blocks(entries: Sequence[TensorEntry], header: int, crcs: Sequence[int]) ->
 
 
 def block_table_sha256(blocks: Iterable[Block]) -> str:
-    return hashlib.sha256(b"".join(struct.pack("<QQI", b.start, b.stop - b.start, b.crc32c) for b in blocks)).hexdigest()
+    return hashlib.sha256(
+        b"".join(struct.pack("<QQI", b.start, b.stop - b.start, b.crc32c) for b in blocks)
+    ).hexdigest()
 
 
 def fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -194,10 +196,12 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    write_json(folder / "teacher.json", {"schema": SCHEMA, **manifest, "files": files, "fingerprint": fingerprint(files)})
+    write_json(
+        folder / "teacher.json", {"schema": SCHEMA, **manifest, "files": files, "fingerprint": fingerprint(files)}
+    )
 
 
-# -- opening ------------------------------------------------------------------------------------------------------------
+# -- opening ----------------------------------------------------------------------------------------------------------
 
 
 def open_store(folder: Path) -> TeacherStore:
@@ -207,7 +211,9 @@ def open_store(folder: Path) -> TeacherStore:
     """
     path = folder / "teacher.json"
     if not path.is_file():
-        raise MtopdError(f"there is no teacher store at {folder} (no teacher.json); write one with `mtopd teachers add`")
+        raise MtopdError(
+            f"there is no teacher store at {folder} (no teacher.json); write one with `mtopd teachers add`"
+        )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -215,11 +221,15 @@ def open_store(folder: Path) -> TeacherStore:
     try:
         files = {name: _open_file(folder, name, entry) for name, entry in manifest["files"].items()}
         store = TeacherStore(folder, manifest, files)
-        missing = {"embedding.safetensors", "final_norm.safetensors", *map(layer_path, range(store.num_layers))} - set(files)
+        missing = {"embedding.safetensors", "final_norm.safetensors", *map(layer_path, range(store.num_layers))} - set(
+            files
+        )
         if missing:
             raise MtopdError(f"{path} lists no {sorted(missing)[0]}; write the store again with `mtopd teachers add`")
         if fingerprint(manifest["files"]) != store.fingerprint:
-            raise MtopdError(f"{path} was changed: its fingerprint does not match its file table; write the store again")
+            raise MtopdError(
+                f"{path} was changed: its fingerprint does not match its file table; write the store again"
+            )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise MtopdError(f"{path} is malformed ({type(error).__name__}: {error}); write the store again") from None
     return store
@@ -236,7 +246,9 @@ def _open_file(folder: Path, name: str, entry: Mapping[str, Any]) -> StoreFile:
         raise MtopdError(f"teacher store {folder} lacks {name}; copy it again or write it with `mtopd teachers add`")
     size = path.stat().st_size
     if size != entry["size"]:
-        raise MtopdError(f"{path} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the store again")
+        raise MtopdError(
+            f"{path} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the store again"
+        )
     entries = tuple(read_header(path))
     if [[e.name, e.dtype, list(e.shape), e.start, e.stop] for e in entries] != entry["tensors"]:
         raise MtopdError(f"{path} holds other tensors than its manifest says; copy the store again")
@@ -267,7 +279,9 @@ def read_blocks(file: StoreFile, blocks: Sequence[Block], out: np.ndarray) -> in
         os.close(descriptor)
     for block in blocks:
         if google_crc32c.value(out[block.start - start : block.stop - start]) != block.crc32c:
-            raise MtopdError(f"{file.path}: bytes {block.start}..{block.stop} do not match their checksum; copy the store again")
+            raise MtopdError(
+                f"{file.path}: bytes {block.start}..{block.stop} do not match their checksum; copy the store again"
+            )
     return stop - start
 
 

@@ -1,4 +1,4 @@
-"""Forward one teacher over its own trajectories, layer-major: one layer is loaded, all tokens go through it, it goes."""
+"""Forward one teacher over its own trajectories, layer-major: a layer is loaded, all tokens go through, it goes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtopd.teacher_offload.layer_stream import LayerStream, StreamCounters
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """Tokens the teacher reads: prompt and response without the last token.  ``rows``: positions whose state is kept."""
+    """Tokens the teacher reads: prompt and response less the last token.  ``rows``: positions whose state is kept."""
 
     key: Any  # handed back with the states
     input_ids: np.ndarray

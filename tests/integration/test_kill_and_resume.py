@@ -66,8 +66,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, run: Path) -> subprocess.Popen[str]:
+def start(root: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mtopd.pipelines.cli", "consolidate", str(root / "config.yaml"), f"run_dir={run}"]
+    command += overrides
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -88,7 +89,9 @@ def rank_processes(launcher: int) -> list[psutil.Process]:
         return []
 
 
-def kill_when(process: subprocess.Popen[str], inside: Callable[[], bool], *, launcher: bool = False) -> list[psutil.Process]:
+def kill_when(
+    process: subprocess.Popen[str], inside: Callable[[], bool], *, launcher: bool = False
+) -> list[psutil.Process]:
     """Wait until ``inside`` holds, then SIGKILL rank 1 (or the launcher); returns all ranks there were."""
     deadline = time.monotonic() + 180
     ranks: list[psutil.Process] = []

@@ -104,7 +104,9 @@ def run_job(spec: dict, heads: LiveHeads) -> str:
     before = heads.made
     job.trainer.optimizer_step = lambda: (0.0, 0.0)  # the gradients are what is compared
     with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
-        values = train.train_step(job, plan, TokenStore(job.run.trajectories(0)), samples, train.CachedStates(job, reader, 0))
+        values = train.train_step(
+            job, plan, TokenStore(job.run.trajectories(0)), samples, train.CachedStates(job, reader, 0)
+        )
     distinct = len([t for t in plan.teachers_of(job.ranks.dp_rank) if plan.num_tokens.get(t)]) if job.heads else 0
     assert heads.made - before == distinct, (heads.made - before, distinct)
     assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
@@ -121,11 +123,14 @@ def run_job(spec: dict, heads: LiveHeads) -> str:
         wanted = {n: g for n, g in reference.items() if n in found}
         assert found.keys() == wanted.keys() and len(wanted) > 20
         gradient_error = relative(
-            torch.cat([found[n].double().flatten() for n in sorted(wanted)]), torch.cat([wanted[n].flatten() for n in sorted(wanted)])
+            torch.cat([found[n].double().flatten() for n in sorted(wanted)]),
+            torch.cat([wanted[n].flatten() for n in sorted(wanted)]),
         )
         worst = max(relative(found[n], wanted[n]) for n in wanted)
         state_error = check_states(job, reference)
-        report = f"loss {loss_error:.1e} gradients {gradient_error:.1e} (worst tensor {worst:.1e}) states {state_error:.1e}"
+        report = (
+            f"loss {loss_error:.1e} gradients {gradient_error:.1e} (worst tensor {worst:.1e}) states {state_error:.1e}"
+        )
         assert loss_error < 1e-6, report
         assert gradient_error < 1e-5 and worst < 1e-5, report
         assert state_error < 1e-5, report
@@ -135,7 +140,7 @@ def run_job(spec: dict, heads: LiveHeads) -> str:
 
 
 def check_argmax(job: Job) -> str:
-    """Greedy answers of the exported HF model, teacher-forced through Megatron: the same argmax at every clear position."""
+    """Greedy answers of the exported HF model, teacher-forced through Megatron: the same argmax where it is clear."""
     folder = job.run.path / "export" / "check"
     job.student.export(job.run, folder)
     engine = job.student.new_engine()
@@ -145,11 +150,16 @@ def check_argmax(job: Job) -> str:
     width = max(map(len, prompts)) + 12
     disagree, clear = torch.zeros(2), 0
     for start in range(0, 256, 64):
-        fields = [_Fields(p, r.response_ids) for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)]
+        fields = [
+            _Fields(p, r.response_ids)
+            for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)
+        ]
         batch = train.pack_rows(fields, [1.0] * 64, shape=(64, width), device=job.ranks.device, payload=None)
         wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
 
-        def compare(hidden_TD: torch.Tensor, weight_vD: torch.Tensor, _: object, wanted: torch.Tensor = wanted) -> tuple:
+        def compare(
+            hidden_TD: torch.Tensor, weight_vD: torch.Tensor, _: object, wanted: torch.Tensor = wanted
+        ) -> tuple:
             local = (hidden_TD @ weight_vD.T).detach()
             shards = [torch.empty_like(local) for _ in range(job.ranks.tp_size)]
             dist.all_gather(shards, local, group=job.ranks.tp_group)

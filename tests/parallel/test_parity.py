@@ -70,7 +70,9 @@ def trajectories(vocab: int, *, permute: bool) -> list[Trajectory]:
     ]
 
 
-def dense_reference(student: torch.nn.Module, teachers: list[torch.nn.Module], samples: list[Trajectory], vocab: int) -> dict:
+def dense_reference(
+    student: torch.nn.Module, teachers: list[torch.nn.Module], samples: list[Trajectory], vocab: int
+) -> dict:
     """Loss, gradients and the teachers' hidden states, one sample at a time in float64 (states in float32)."""
     student = student.double()
     doubles = [t.double() for t in teachers]
@@ -92,7 +94,9 @@ def dense_reference(student: torch.nn.Module, teachers: list[torch.nn.Module], s
         rows = len(s.prompt_ids) - 1 + np.flatnonzero(s.loss_mask)
         with torch.no_grad():
             ids = torch.tensor([[*s.prompt_ids, *s.response_ids[:-1]]])
-            states[f"states/{s.prompt_id}"] = singles[s.teacher_index].model(ids).last_hidden_state[0, rows].contiguous()
+            states[f"states/{s.prompt_id}"] = (
+                singles[s.teacher_index].model(ids).last_hidden_state[0, rows].contiguous()
+            )
     student.float()
     return {"loss": loss.detach(), "kl": torch.tensor(kl_sum / sum(tokens)), **gradients, **states}
 
@@ -153,11 +157,16 @@ def prepare_run(root: Path, name: str, layout: tuple, *, teachers: list[str], ca
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_layout_gives_the_dense_loss_gradients_and_states(workplace: Path, world_size: int) -> None:
     jobs = [
-        {"run": str(prepare_run(workplace, name, layout, teachers=["t0", "t1"])), "reference": str(workplace / f"reference-{layout[5]}.safetensors")}
+        {
+            "run": str(prepare_run(workplace, name, layout, teachers=["t0", "t1"])),
+            "reference": str(workplace / f"reference-{layout[5]}.safetensors"),
+        }
         for name, layout in LAYOUTS[world_size].items()
     ]
     for dtype, limit in (("float32", 1e-6), ("bfloat16", 1e-4)) if world_size == 4 else ():
-        run = prepare_run(workplace, f"self-{dtype}", (2, 2, 1, 2, 4, True), teachers=["self", "self-again"], cache_dtype=dtype)
+        run = prepare_run(
+            workplace, f"self-{dtype}", (2, 2, 1, 2, 4, True), teachers=["self", "self-again"], cache_dtype=dtype
+        )
         jobs.append({"run": str(run), "self_kl": limit})
     plan = workplace / f"plan-{world_size}.json"
     plan.write_text(json.dumps(jobs))

@@ -47,7 +47,9 @@ def test_slices_join_to_the_checkpoints_tensors(model_and_store: tuple[torch.nn.
     assert torch.equal(joined(LAYER, "mlp.linear_fc1.weight.gate"), hf["model.layers.1.mlp.gate_proj.weight"])
     assert torch.equal(joined(LAYER, "mlp.linear_fc1.weight.up"), hf["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(joined(LAYER, "mlp.linear_fc2.weight.T").T, hf["model.layers.1.mlp.down_proj.weight"])
-    assert torch.equal(joined(LAYER, "self_attention.linear_proj.weight.T").T, hf["model.layers.1.self_attn.o_proj.weight"])
+    assert torch.equal(
+        joined(LAYER, "self_attention.linear_proj.weight.T").T, hf["model.layers.1.self_attn.o_proj.weight"]
+    )
     qkv = joined(LAYER, "self_attention.linear_qkv.weight").view(2, 64, 64)  # 2 groups of 2 q heads, k, v of 16
     assert torch.equal(qkv[:, 32:48].reshape(-1, 64), hf["model.layers.1.self_attn.k_proj.weight"])
     assert torch.equal(qkv[:, :32].reshape(-1, 64), hf["model.layers.1.self_attn.q_proj.weight"])
@@ -128,7 +130,9 @@ def test_a_changed_manifest_is_refused(
         open_store(store.folder)
 
 
-def test_a_link_out_of_the_store_is_refused(model_and_store: tuple[torch.nn.Module, TeacherStore], tmp_path: Path) -> None:
+def test_a_link_out_of_the_store_is_refused(
+    model_and_store: tuple[torch.nn.Module, TeacherStore], tmp_path: Path
+) -> None:
     _, store = model_and_store
     outside = tmp_path / "outside.safetensors"
     os.replace(store.folder / LAYER, outside)
