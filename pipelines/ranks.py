@@ -105,7 +105,7 @@ def die_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """One rank: ``target`` names a function of mtopd.pipelines ("module:function"); it gets run_dir, generation, rest."""
+    """One rank: ``target`` is a function of mtopd.pipelines ("module:function"); gets run_dir, generation, rest."""
     die_with_parent()
     target, run_dir, generation, error_path, *rest = arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -96,8 +96,8 @@ class LayerStream:
     def __post_init__(self) -> None:
         if self.store.slices % self.mesh.tp_size:
             raise MtopdError(
-                f"teacher {self.store.name!r} is stored in {self.store.slices} slices, which tp {self.mesh.tp_size} does "
-                "not divide; set teacher_offload.tp to a divisor, or add the teacher again with more slices"
+                f"teacher {self.store.name!r} is stored in {self.store.slices} slices, which tp {self.mesh.tp_size} "
+                "does not divide; set teacher_offload.tp to a divisor, or add the teacher again with more slices"
             )
         paths = ["embedding.safetensors", *map(layer_path, range(self.store.num_layers)), "final_norm.safetensors"]
         self._parts = deque(self._part(i, self.store.files[path]) for i, path in enumerate(paths))
@@ -265,7 +265,7 @@ def _raise_together(error: MtopdError | None, device: torch.device) -> None:
     """Raise on every rank when any rank failed: nobody waits for a broadcast that will never come.  Collective."""
     failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if error is not None:
-        raise error
     if failed.item():
-        raise MtopdError("another rank could not read its share of a teacher; its message says why")
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if error is None else str(error))
+        raise MtopdError(next(message for message in messages if message is not None))
