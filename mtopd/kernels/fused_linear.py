@@ -255,7 +255,7 @@ def _all_gather(local: Tensor, call: _Call) -> Tensor:
     if call.tp_group is None or local.numel() == 0:  # without tokens on one rank, none has any
         return local.expand(call.num_ranks, *local.shape)
     gathered = local.new_empty(call.num_ranks * local.numel())
-    dist.all_gather_into_tensor(gathered, local.reshape(-1), group=call.tp_group)
+    dist.all_gather_single(gathered, local.reshape(-1), group=call.tp_group)
     return gathered.view(call.num_ranks, *local.shape)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,18 +29,22 @@ def run_rank(rank: int, world_size: int, store_path: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-    group = dist.group.WORLD
-    assert group is not None
+    group_while_alive = weakref.ref(dist.group.WORLD)
+    run_checks(rank, dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
+    assert group_while_alive() is None, "a group that outlives destroy now and then aborts the interpreter's exit"
+
+
+def run_checks(rank: int, group: dist.ProcessGroup) -> None:
     check_against_dense(group)
     check_shards_of_different_scale(group)
     check_nothing_to_do(group)
     check_number_of_collectives(group)
     check_refusal_is_collective(group)
-    if world_size == 4:
+    if group.size() == 4:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         check_against_dense(pairs[rank // 2], seed=rank // 2)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
@@ -69,7 +74,7 @@ def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
         case.teacher_weight_VE[:, 0] += offsets * teacher_offset
         case = case.to(torch.float64)
         for actual, oracle in zip(sharded(case, group), dense(case), strict=True):
-            assert relative_error(actual, oracle) < 1e-11
+            assert relative_error(actual, oracle) < 1e-10
         actual_32, oracle_32 = sharded(case.to(torch.float32), group), dense(case.to(torch.float32))
         for actual, oracle in zip(actual_32, oracle_32, strict=True):
             assert relative_error(actual, oracle) < (1e-2 if student_offset == 1e4 else 1e-4)  # ulp of 1e4: 1e-3
@@ -92,15 +97,15 @@ def check_number_of_collectives(group: dist.ProcessGroup) -> None:
 
 @contextmanager
 def counted_all_gathers() -> Iterator[list[int]]:
-    """Bytes sent by each all_gather_into_tensor of this rank."""
-    original, calls = dist.all_gather_into_tensor, []
+    """Bytes sent by each all_gather_single of this rank."""
+    original, calls = dist.all_gather_single, []
 
     def counting(output: Tensor, local: Tensor, **keywords: dist.ProcessGroup) -> None:
         calls.append(local.nbytes)
         original(output, local, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_gather_into_tensor", counting)
+        patch.setattr(dist, "all_gather_single", counting)
         yield calls
 
 
@@ -110,10 +115,14 @@ def check_refusal_is_collective(group: dist.ProcessGroup) -> None:
     bias = torch.zeros(rows)
     bias[rows - 1] = -math.inf
     case = make_case(9, vocab_rows=rows, masked=2, teacher_bias=bias)
-    with pytest.raises(ValueError, match="in 7 of 7 tokens") as refusal:
+    message = ""
+    try:  # pytest.raises would keep the traceback, and with it the group, in a reference cycle
         sharded(case, group, workspace_bytes=CHUNKED)
+    except ValueError as refusal:
+        message = str(refusal)
+    assert "in 7 of 7 tokens" in message
     messages: list[str] = [""] * group.size()
-    dist.all_gather_object(messages, str(refusal.value), group=group)
+    dist.all_gather_object(messages, message, group=group)
     assert len(set(messages)) == 1
     case.options["vocab_size"] = rows - 1
     assert sharded(case, group).loss.isfinite()
