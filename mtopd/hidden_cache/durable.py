@@ -13,18 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mtopd.run_dir import fsync_dir
+
 PARTIAL = ".partial"
 # What a lost or failing file looks like.  Any other OSError (too many open files, permission) is not damage.
 _DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE}
-
-
-def fsync_dir(folder: Path) -> None:
-    """Make the names inside ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def make_dirs(folder: Path) -> None:

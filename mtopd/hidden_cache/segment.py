@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mtopd.hidden_cache.durable import PARTIAL, fsync_dir, lost_file_raises, make_dirs, publish
+from mtopd.hidden_cache.durable import PARTIAL, lost_file_raises, make_dirs, publish
 from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout, stored_crc
+from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
 _MAX_METADATA_BYTES = 1 << 16

@@ -1,4 +1,4 @@
-"""``make smoke`` from nothing: the real stages with few steps; what it promises about counts and files, not accuracy."""
+"""``make smoke`` from nothing: the real stages with few steps; it checks counts and files, not accuracy."""
 
 from __future__ import annotations
 
