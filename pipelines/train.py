@@ -66,7 +66,7 @@ class CachedStates:
             joined_TE = mine_TE.to(ranks.device)
         else:
             joined_TE = torch.empty(share * ranks.tp_size, store.hidden_size, dtype=dtype, device=ranks.device)
-            dist.all_gather_into_tensor(joined_TE, mine_TE.to(ranks.device), group=ranks.tp_group)
+            dist.all_gather_single(joined_TE, mine_TE.to(ranks.device), group=ranks.tp_group)
         self.stall_s += time.perf_counter() - started
         return joined_TE[:rows]
 
