@@ -182,6 +182,22 @@ def test_a_run_directory_of_another_config_is_refused(
     assert "train.optimizer.lr" in line and "0.001" in line and "0.005" in line
 
 
+def test_another_teacher_under_the_same_path_is_refused_on_resume(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample is scored by the bytes it was routed to: the run remembers its teachers' fingerprints."""
+    monkeypatch.setattr(ranks, "launch", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml")])
+    with pytest.raises(SystemExit):
+        cli.main()
+        raise SystemExit
+    capsys.readouterr()
+    save_model(workplace / "other", seed=99, layers=2)
+    shutil.rmtree(workplace / "stores" / "t0")
+    add_teacher("t0", workplace / "other", workplace / "stores" / "t0", slices=2)
+    assert "teachers[0].fingerprint" in refused(workplace, capsys, monkeypatch)
+
+
 def test_a_run_directory_in_use_is_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

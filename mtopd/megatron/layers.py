@@ -44,8 +44,12 @@ class TeacherLayers:
         )
         for module in (self.layer, self.norm, self.rope):
             module.to(device).eval().requires_grad_(False)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of all weights: only bound views hold any, and they would keep a streamed buffer alive."""
         for parameter in (*self.layer.parameters(), *self.norm.parameters()):
-            parameter.data = parameter.data.new_empty(0)  # nothing of its own: only bound views hold weights
+            parameter.data = parameter.data.new_empty(0)
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Point the layer's parameters at ``weights``; every parameter and every weight is used exactly once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mtopd.megatron.parallel import Ranks
 from mtopd.types import MtopdError
 
-VOCAB_MULTIPLE = 128  # rows of the output layer per tp rank are a multiple of this over tp, as in Megatron
-
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding in Megatron: the HF rows padded so that every tp rank holds the same number."""
-    multiple = VOCAB_MULTIPLE * tp
+    """Rows of the embedding in Megatron: a multiple of 128, and of 8 on every tp rank.
+
+    Megatron's own rule, 128 on every rank, would leave whole ranks of a small vocabulary with nothing but padding.
+    """
+    multiple = math.lcm(128, 8 * tp)
     return -(-vocab_size // multiple) * multiple
 
 

@@ -69,6 +69,7 @@ def run_teacher_pass(
         normed_SBE = layers.forward_norm(hidden_SBE)
         for column, sample in enumerate(batch):
             keep(sample, normed_SBE[torch.from_numpy(sample.rows), column])
+    layers.release()
     return PassResult(stream.counters, waves, sum(len(s.input_ids) for s in samples))
 
 

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mtopd.hidden_cache import HiddenCacheReader
+from mtopd.megatron.layers import TeacherLayers
 from mtopd.pipelines import evaluate, ranks, teacher_pass, train
 from mtopd.pipelines.job import Job
 from mtopd.planning import plan_train_steps
 from mtopd.rollout.embedded import Request
-from mtopd.teacher_offload import head_slot
+from mtopd.teacher_offload import head_slot, layer_stream
 from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
 
 
@@ -80,9 +81,41 @@ class LiveHeads:
         self.live -= 1
 
 
-def run_job(spec: dict, heads: LiveHeads) -> str:
+class LiveLayers:
+    """Bytes of live storages that teacher weights were loaded into, by weak references; peak over all passes."""
+
+    def __init__(self) -> None:
+        self.live: dict[int, int] = {}
+        self.worst = 0.0  # peak bytes over what two layers and the largest other part take
+        original = layer_stream.LayerStream._load
+
+        def load(stream: layer_stream.LayerStream, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+            for held in (buffer, *stream._buffers):
+                storage = held.untyped_storage()
+                if id(storage) not in self.live:
+                    self.live[id(storage)] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, id(storage))
+            tensors = original(stream, buffer)
+            others = max(buffer.nbytes, stream._buffers[0].nbytes)
+            self.worst = max(self.worst, sum(self.live.values()) / (2 * stream._buffers[0].nbytes + others))
+            return tensors
+
+        layer_stream.LayerStream._load = load
+        bind = TeacherLayers.bind
+
+        def checked_bind(teacher: TeacherLayers, weights: dict[str, torch.Tensor]) -> None:
+            bind(teacher, weights)
+            storages = {id(p.untyped_storage()) for p in teacher.layer.parameters()}
+            assert len(storages) == 1 and storages <= self.live.keys(), "parameters are views of one buffer, no copies"
+
+        TeacherLayers.bind = checked_bind
+
+
+def run_job(spec: dict, heads: LiveHeads, layers: LiveLayers) -> str:
     job = Job(Path(spec["run"]), 1)
     teacher_pass.run(job, 0)
+    assert 0 < layers.worst <= 1, f"more than two layers were on the device: {layers.worst}"
+    assert not layers.live, "a teacher's weights outlive its pass"
     lines = [json.loads(line) for line in job.run.metrics.read_text().splitlines()] if job.ranks.rank == 0 else []
     for line in lines:
         for name, values in line.get("teachers", {}).items():
@@ -185,9 +218,9 @@ class _Fields:
 
 if __name__ == "__main__":
     ranks.quiet_libraries()
-    live = LiveHeads()
+    live, live_layers = LiveHeads(), LiveLayers()
     for job_spec in json.loads(Path(sys.argv[1]).read_text()):
-        line = run_job(job_spec, live)
+        line = run_job(job_spec, live, live_layers)
         if dist.get_rank() == 0:
             print(line, flush=True)
     dist.barrier()
