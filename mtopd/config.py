@@ -16,12 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mtopd.types import MtopdError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _local(value: Any) -> Any:
+    # The message does not repeat the value: a URL may carry a password.
+    if isinstance(value, str) and "://" in value:
+        raise ValueError("URLs are not read yet; give a local path")
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local)]
 
 
 class Model(BaseModel):
@@ -41,7 +51,7 @@ class ParallelConfig(Model):
 
 
 class StudentConfig(Model):
-    model: Path  # HF folder: initial weights and tokenizer
+    model: LocalPath  # HF folder: initial weights and tokenizer
     dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: ParallelConfig = ParallelConfig()
     megatron: dict[str, Any] = {}  # fields of Megatron's TransformerConfig, verbatim
@@ -51,8 +61,8 @@ class SourceConfig(Model):
     """Prompts of one origin: a JSONL or Parquet file, or a reasoning-gym dataset.  ``fields`` are added for routing."""
 
     name: Name
-    path: Path | None = None
-    eval_path: Path | None = None
+    path: LocalPath | None = None
+    eval_path: LocalPath | None = None
     reasoning_gym: str | None = None
     config: dict[str, Any] = {}
     fields: dict[str, str] = {}
@@ -87,7 +97,7 @@ class DataConfig(Model):
 
 class TeacherConfig(Model):
     name: Name
-    store: Path
+    store: LocalPath
     route: dict[str, str]  # fields of a prompt that must all match
     weight: Annotated[float, Field(gt=0)] | None = None  # w_i; default 1 / number of teachers
 
@@ -130,9 +140,8 @@ class TrainConfig(Model):
 
 class EvaluationConfig(Model):
     every: Annotated[int, Field(ge=0)] = 0  # iterations; 0: only before the first and after the last
-    baselines: dict[
-        str, Path
-    ] = {}  # HF folders evaluated once beside the student, by name; "base" must be one for recovery
+    # HF folders evaluated once beside the student, by name; "base" and the teachers' names give the recovery
+    baselines: dict[str, LocalPath] = {}
     weight_average: list[str] = []  # names of baselines whose plain average is evaluated too
 
 
@@ -142,7 +151,7 @@ class CheckpointConfig(Model):
 
 
 class ConsolidateConfig(Model):
-    run_dir: Path
+    run_dir: LocalPath
     seed: int = 0
     deterministic: bool = True
     student: StudentConfig
@@ -199,7 +208,7 @@ class StopConfig(Model):
 
 class TeacherStoreConfig(Model):
     name: Name
-    path: Path
+    path: LocalPath
     slices: Count = 1
 
 
@@ -212,7 +221,7 @@ class SupervisedConfig(Model):
 
 
 class SpecialistConfig(Model):
-    run_dir: Path
+    run_dir: LocalPath
     seed: int = 0
     student: StudentConfig
     data: DataConfig

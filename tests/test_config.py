@@ -48,12 +48,13 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("evaluation.weight_average", ["z"], "names ['z']"),
         ("teachers.0.name", "../x", "teachers.0.name is '../x'"),
         ("teachers", [], "teachers"),
+        ("teachers.0.store", "s3://user:secret@host/t", "teachers.0.store: URLs are not read yet"),
     ],
 )
 def test_what_cannot_work_is_refused(path: str, value: object, said: str) -> None:
     with pytest.raises(MtopdError) as error:
         validate(spoiled(path, value), ConsolidateConfig, "c.yaml")
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value) and "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
 def test_teacher_weights_default_to_one_over_n() -> None:
