@@ -258,7 +258,7 @@ def validate(values: dict[str, Any], kind: type[Root], where: str) -> Root:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-3 as a number, as everybody expects."""
+    """Still safe_load: SafeLoader that reads 2e-3 as a number, as everybody expects."""
 
 
 _Loader.add_implicit_resolver(

@@ -182,6 +182,18 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def publish_tree(partial: Path, target: Path) -> None:
+    """Give a complete folder its final name: everything in it durable first, then one rename."""
+    for path in (*partial.rglob("*"), partial):
+        if path.is_dir():
+            fsync_dir(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    os.replace(partial, target)
+    fsync_dir(target.parent)
+
+
 def sweep(run: RunDir) -> None:
     """Remove what a killed start left in the run directory: temporary files and half-removed folders."""
     for pattern in (".*.tmp", ".*.removed"):

@@ -23,7 +23,7 @@ from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
-from mtopd.run_dir import RunDir, is_sealed, remove_tree, write_json
+from mtopd.run_dir import RunDir, is_sealed, publish_tree, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -90,7 +90,7 @@ class Student:
             self.hf_config.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
             run.seal(partial)
-            partial.rename(folder)
+            publish_tree(partial, folder)
         dist.barrier()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from mtopd.convert.bridge import Bridge, load_hf_config
-from mtopd.run_dir import fsync_dir
+from mtopd.run_dir import publish_tree
 from mtopd.safetensors_file import read_header
 from mtopd.teacher_offload.store import TeacherStore, layer_path, open_store, write_manifest, write_store_file
 from mtopd.types import MtopdError
@@ -115,8 +114,7 @@ def add_teacher(
             "base": None,
         }
         write_manifest(partial, manifest, files)
-        os.replace(partial, target)
-        fsync_dir(target.parent)
+        publish_tree(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_store(target)

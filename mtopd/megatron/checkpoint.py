@@ -7,7 +7,6 @@ file) already inside.  It belongs to one layout: resuming needs the tp and pp it
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mtopd.megatron.train_step import Trainer
-from mtopd.run_dir import RunDir, fsync_dir, is_sealed, read_seal, remove_tree
+from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_seal, remove_tree
 from mtopd.safetensors_file import read_header
 from mtopd.types import MtopdError
 
@@ -33,8 +32,7 @@ def save(trainer: Trainer, run: RunDir, iteration: int, state: Mapping[str, Any]
     if ranks.dp_rank == 0:
         path = partial / _file_name(trainer)
         save_file({k: v.detach().cpu().contiguous() for k, v in _tensors(trainer).items()}, path)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(path, "rb") as file:
             digest = (path.name, hashlib.file_digest(file, "sha256").hexdigest())
     digests: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(digests, digest)
@@ -42,10 +40,8 @@ def save(trainer: Trainer, run: RunDir, iteration: int, state: Mapping[str, Any]
         files = dict(sorted(d for d in digests if d is not None))
         layout = {"tp": ranks.tp_size, "pp": ranks.pp_size}
         run.seal(partial, {"layout": layout, "files": files, "state": dict(state), "train_steps": trainer.steps_done})
-        fsync_dir(partial)
         remove_tree(target)
-        os.replace(partial, target)
-        fsync_dir(target.parent)
+        publish_tree(partial, target)
     dist.barrier()
 
 
