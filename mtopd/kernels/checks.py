@@ -12,23 +12,52 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mtopd.kernels.rows import DIVERGENCES, NO_BETA
 
-def refuse_what_is_not_there(
-    divergence: str, beta: float | None, logits: str, teacher_neginf: str, weight_grad_accumulator: object, backend: str
-) -> None:
-    """Raise ValueError for values of the fixed signature that have no implementation yet."""
-    for name, value, implemented in (
-        ("divergence", divergence, ("reverse_kl",)),
-        ("logits", logits, ("fp32",)),
-        ("teacher_neginf", teacher_neginf, ("error",)),
-        ("backend", backend, ("auto", "torch")),
+
+def check_choices(divergence: str, beta: float | None, logits: str, teacher_neginf: str, backend: str) -> None:
+    """Raise ValueError for names that do not exist and for a beta that does not fit the divergence."""
+    for name, value, known in (
+        ("divergence", divergence, DIVERGENCES),
+        ("logits", logits, ("fp32", "bf16")),
+        ("teacher_neginf", teacher_neginf, ("error", "floor")),
+        ("backend", backend, ("auto", "triton", "cpu", "torch")),
     ):
-        if value not in implemented:
-            raise ValueError(f"{name}={value!r} is not there yet; implemented: {', '.join(map(repr, implemented))}")
-    if beta is not None:
-        raise ValueError(f"beta={beta!r}: divergence='reverse_kl' takes no beta; leave it None")
-    if weight_grad_accumulator is not None:
-        raise ValueError("weight_grad_accumulator is not there yet; leave it None and add student_weight.grad yourself")
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
+    if divergence in NO_BETA:
+        if beta is not None:
+            raise ValueError(f"beta={beta!r}: divergence={divergence!r} takes no beta; leave it None")
+    elif beta is None or not 0 < beta < 1:
+        limits = {
+            "jsd": "the limits are 'forward_kl' at 0 and 'reverse_kl' at 1",
+            "skewed_reverse_kl": "the limit at 0 is 'reverse_kl', at 1 nothing is left",
+            "skewed_forward_kl": "the limit at 0 is 'forward_kl', at 1 nothing is left",
+        }[divergence]
+        raise ValueError(f"beta={beta!r}: divergence={divergence!r} needs a beta with 0 < beta < 1; {limits}")
+
+
+def check_accumulator(accumulator_vD: object, student_weight_vD: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the weight gradient can be added to the accumulator once, in full precision."""
+    if not isinstance(accumulator_vD, Tensor):
+        raise ValueError(f"weight_grad_accumulator is {type(accumulator_vD).__name__}; a tensor is needed")
+    if accumulator_vD.shape != student_weight_vD.shape or accumulator_vD.device != student_weight_vD.device:
+        raise ValueError(
+            f"weight_grad_accumulator is {list(accumulator_vD.shape)} on {accumulator_vD.device}, but student_weight "
+            f"is {list(student_weight_vD.shape)} on {student_weight_vD.device}"
+        )
+    if accumulator_vD.dtype != dtype or not accumulator_vD.is_contiguous() or accumulator_vD.requires_grad:
+        raise ValueError(
+            f"weight_grad_accumulator has dtype {accumulator_vD.dtype}, strides {accumulator_vD.stride()} and "
+            f"requires_grad={accumulator_vD.requires_grad}; a contiguous {dtype} buffer without gradient is needed"
+        )
+    if not student_weight_vD.requires_grad:
+        raise ValueError("weight_grad_accumulator is given, but student_weight does not require a gradient")
+    if torch._C._current_graph_task_id() != -1:
+        raise ValueError(
+            "weight_grad_accumulator cannot be used under activation recompute: the gradient would be added again in "
+            "backward.  Keep the loss out of the recomputed part, or leave weight_grad_accumulator None"
+        )
 
 
 def check_tensors(

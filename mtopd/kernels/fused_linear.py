@@ -1,27 +1,31 @@
-"""Output layers and divergence in one operation: exact reverse KL without ever holding the logits of all tokens.
+"""Output layers and divergence in one operation: exact, over the whole vocabulary, without the logits of all tokens.
 
 Legend: T tokens, D student hidden size, E teacher hidden size (X: either), V vocabulary, v this rank's rows of it,
-A tokens with a weight, C tokens of one chunk, R tensor-parallel ranks.
+A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient chunk, R tensor-parallel ranks.
 
-Logits exist for one token chunk at a time.  The gradients of both student tensors are made in the forward pass, while
-the chunk's logits are there, and summed over chunks in the compute dtype; backward multiplies them by the upstream
-scalar.  The compute dtype is float32, or float64 if any input is float64.  The arithmetic of a row is in `statistics`.
+The gradients of both student tensors are made in the forward pass, while a chunk's logits are there: four matrix
+products per token and no recomputation.  Two levels of chunks: logits of C tokens at a time; their derivatives, where
+they are narrower than the logits (16-bit operands on CUDA), are collected for G tokens before the two products that
+use them, so that these run at a good size and the sum over tokens in the weight gradient is read and written seldom.
+The arithmetic of a row is in `rows`.
 
 Invariants:
-* No tensor of [T, v] exists; logits, their derivatives and upcast weights together stay within `workspace_bytes`, as
+* No tensor of [T, v] exists.  Logits, derivatives and upcast weights live in one workspace of `workspace_bytes`, as
   long as that holds one row and one weight row.  Gradients ([T, D] and [v, D]) and [T] tensors come on top.
 * Masked tokens are dropped before the first product, columns >= vocab_size are never computed: neither can leak.
-* 16-bit operands are multiplied with float32 results; logits are never rounded to 16 bits, under autocast neither.
-* Every tp rank joins the same collectives (one per chunk, one per call), raises the same error, and gets bit-identical
-  outputs.  The caller's tensors are not written.
+* 16-bit operands are multiplied with float32 results and sums; under autocast too.
+* The products that make logits have the same number of rows whatever T is (the last chunk is filled up), so the value
+  of a token does not depend on what else is in the batch.  Sums run in a fixed order: two runs agree bit for bit.
+* Every tp rank joins the same collectives, raises the same error, and gets bit-identical outputs.  A chunk's
+  collectives travel while the next chunk is multiplied.
+* The caller's tensors are not written, except weight_grad_accumulator.
 
 It does not sum the student_hidden gradient over tp ranks, and gives token_weight and the teacher no gradient.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +33,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtopd.kernels.checks import check_numbers, check_tensors, refuse_what_is_not_there
-from mtopd.kernels.products import add_gradient_times_hidden_, gradient_times_weight, hidden_times_weight
-from mtopd.kernels.statistics import local_statistics, loss_and_gradient, merge
-
-_CPU_WORKSPACE_BYTES = 64 << 20
-_CUDA_WORKSPACE_BYTES = 256 << 20
-_LIVE_LOGIT_TENSORS = 8  # [C, v] tensors alive at the worst moment: six, their boolean masks, the softcap's slope
+from mtopd.kernels.checks import check_accumulator, check_choices, check_numbers, check_tensors
+from mtopd.kernels.chunks import (
+    Call,
+    Chunk,
+    Head,
+    TensorParallel,
+    compute_dtype,
+    default_workspace_bytes,
+    empty,
+    has_neginf,
+    valid_columns,
+)
+from mtopd.kernels.products import add_gradient_times_hidden_, gradient_times_weight
+from mtopd.kernels.rows import NO_BETA, Kind, Mixture, Row, RowProblem, mixture_of, select_row_kernels
 
 
 class Divergence(NamedTuple):
@@ -69,201 +80,269 @@ def fused_linear_divergence(
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> Divergence:
-    """Exact KL(student || teacher) over the whole vocabulary, weighted and summed over tokens.
+    """A divergence between student p and teacher q over the whole vocabulary, weighted and summed over tokens.
 
     Of a model's hidden states h [T, D] or [T, E] and this rank's rows W [v, D] or [v, E] of its output layer:
     z = softcap * tanh((logit_scale * (h @ W.T) + bias) / softcap); temperature divides z last; no temperature**2.
 
     token_weight [T]: 0 = masked; holds 1/N and the teacher's weight.  The same on every tp rank, as are hidden states.
+    divergence, beta: the definitions and their sources are in `mtopd.kernels.rows`.  Beta, in (0, 1), is needed by
+        jsd, skewed_reverse_kl and skewed_forward_kl.
     vocab_size: columns >= it take no part; tp rank r holds columns r * v to (r + 1) * v.  None: all columns.
-    teacher_bias [v]: this rank's part.
-    workspace_bytes: bound on temporary memory (module docstring); None: 64 MiB on CPU, 256 MiB on CUDA.
+    teacher_bias [v]: this rank's part.  -inf excludes a token from the teacher.
+    logits: "fp32", or "bf16", which rounds logits as most systems do.  That is wrong near convergence (gradients off
+        by 6 % at KL 0.4, 50 % at 4e-3, 100 % at 4e-5) and no faster: it is there for comparison.
+    teacher_neginf: "error" refuses reverse_kl where the teacher excludes a token that the student can sample (the
+        divergence is infinite); "floor" takes log q = -87.3 there.  The other divergences are finite.
+    weight_grad_accumulator [v, D] in float32 (float64 for float64 inputs), Megatron's main_grad: the gradient of
+        student_weight is added to it in forward, if gradients are enabled.  Backward then needs an upstream gradient
+        of 1, sets student_weight.grad_added_to_main_grad and returns zeros, so that hooks fire.  Not with activation
+        recompute, which would add it twice.
+    backend: the row kernels: "triton" (CUDA), "cpu" (compiled C++), "torch" (slow), or "auto", logged once.
+    workspace_bytes: bound on temporary memory (module docstring); None: 192 MiB on CPU, 1792 MiB on CUDA.
 
-    Raises ValueError for inputs that do not fit together, for what is not implemented, and, after all collectives and
-    alike on every rank, where the teacher's logit is -inf for a token that the student can sample (the KL is infinite).
+    Raises ValueError, alike on every tp rank, for inputs that do not fit together and for -inf teacher logits as said.
     NaN or +inf logits in a token with a weight give a NaN loss.
     """
-    refuse_what_is_not_there(divergence, beta, logits, teacher_neginf, weight_grad_accumulator, backend)
+    check_choices(divergence, beta, logits, teacher_neginf, backend)
     check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, teacher_bias)
-    num_ranks, rank = (1, 0) if tp_group is None else (dist.get_world_size(tp_group), dist.get_rank(tp_group))
+    tp = TensorParallel.of(tp_group)
     check_numbers(
         positive={"temperature": temperature, "student_softcap": student_softcap, "teacher_softcap": teacher_softcap},
         finite={"student_logit_scale": student_logit_scale, "teacher_logit_scale": teacher_logit_scale},
         vocab_size=vocab_size,
-        num_columns=num_ranks * student_weight.shape[0],
+        num_columns=tp.size * student_weight.shape[0],
         workspace_bytes=workspace_bytes,
     )
-    student = _Head(student_hidden, student_weight, student_logit_scale, student_softcap, None)
-    teacher = _Head(teacher_hidden, teacher_weight, teacher_logit_scale, teacher_softcap, teacher_bias)
-    call = _Call(student, teacher, token_weight, temperature, vocab_size, tp_group, num_ranks, rank, workspace_bytes)
-    return Divergence(*_GradientInForward.apply(student_hidden, student_weight, call, torch.is_grad_enabled()))
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A model's hidden states and this rank's rows of its output layer, before the vocabulary's padding is cut."""
-
-    hidden_TX: Tensor
-    weight_vX: Tensor
-    logit_scale: float
-    softcap: float | None
-    bias_v: Tensor | None
-
-    def logits(self, rows_C: Tensor, call: _Call, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Logits z [C, columns] of some tokens, and the slope of the softcap there if wanted (None: no softcap)."""
-        hidden_CX, columns = self.hidden_TX.index_select(0, rows_C), slice(call.num_columns)
-        logits_Cv = hidden_times_weight(hidden_CX, self.weight_vX[columns], call.dtype, call.tile_rows)
-        logits_Cv.mul_(self.logit_scale)
-        if self.bias_v is not None:
-            logits_Cv.add_(self.bias_v[columns])
-        if self.softcap is None:
-            return logits_Cv, None
-        logits_Cv.div_(self.softcap)
-        # 1 / cosh**2 keeps its relative accuracy where 1 - tanh**2 has cancelled.
-        slope_Cv = logits_Cv.cosh().pow_(-2) if with_slope else None
-        return logits_Cv.tanh_().mul_(self.softcap), slope_Cv
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One checked call, and the sizes that follow from it (alike on every tp rank, except num_columns)."""
-
-    student: _Head
-    teacher: _Head
-    token_weight_T: Tensor
-    temperature: float
-    vocab_size: int | None
-    tp_group: dist.ProcessGroup | None
-    num_ranks: int
-    rank: int
-    workspace_bytes: int | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        tensors = (t for head in (self.student, self.teacher) for t in (head.hidden_TX, head.weight_vX, head.bias_v))
-        has_float64 = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-        return torch.float64 if has_float64 else torch.float32
-
-    @property
-    def num_columns(self) -> int:
-        """This rank's columns below vocab_size: a prefix of its rows, possibly empty."""
-        num_rows = self.student.weight_vX.shape[0]
-        return num_rows if self.vocab_size is None else min(max(self.vocab_size - self.rank * num_rows, 0), num_rows)
-
-    @property
-    def chunk_rows(self) -> int:
-        """Tokens of a chunk: three quarters of the workspace, for a whole shard whatever part of it is padding."""
-        hidden_sizes = self.student.hidden_TX.shape[1] + self.teacher.hidden_TX.shape[1]
-        row_elements = _LIVE_LOGIT_TENSORS * self.student.weight_vX.shape[0] + 2 * hidden_sizes
-        return max(1, self._workspace_bytes * 3 // 4 // (row_elements * self.dtype.itemsize))
-
-    @property
-    def tile_rows(self) -> int:
-        """Vocabulary rows that are upcast at once: one quarter of the workspace."""
-        hidden_size = max(self.student.hidden_TX.shape[1], self.teacher.hidden_TX.shape[1])
-        return max(1, self._workspace_bytes // 4 // (hidden_size * self.dtype.itemsize))
-
-    @property
-    def _workspace_bytes(self) -> int:
-        if self.workspace_bytes is not None:
-            return self.workspace_bytes
-        return _CUDA_WORKSPACE_BYTES if self.token_weight_T.is_cuda else _CPU_WORKSPACE_BYTES
+    dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
+    accumulates = weight_grad_accumulator is not None and torch.is_grad_enabled()
+    if accumulates:
+        check_accumulator(weight_grad_accumulator, student_weight, dtype)
+    kernels = select_row_kernels(backend, student_hidden.device.type, dtype)
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace_bytes(student_hidden.device)
+    if logits == "bf16":
+        warnings.warn(
+            "logits='bf16' gives wrong gradients near convergence (half off at KL 4e-3); use logits='fp32'",
+            stacklevel=2,
+        )
+    num_columns = valid_columns(vocab_size, student_weight.shape[0], tp.rank)
+    student = Head.of(student_hidden, student_weight, student_logit_scale, student_softcap, None, num_columns, dtype)
+    teacher = Head.of(
+        teacher_hidden, teacher_weight, teacher_logit_scale, teacher_softcap, teacher_bias, num_columns, dtype
+    )
+    problem = RowProblem(
+        kind=NO_BETA.get(divergence, Kind.MIXTURE),
+        mixture=Mixture() if beta is None else mixture_of(divergence, beta),
+        temperature=temperature,
+        student=student.transform,
+        teacher=teacher.transform,
+        scratch_bytes=workspace_bytes // 4 if kernels.NAME == "torch" else 0,
+    )
+    call = Call(
+        student=student,
+        teacher=teacher,
+        problem=problem,
+        kernels=kernels,
+        token_weight_T=token_weight.detach(),
+        tp=tp,
+        dtype=dtype,
+        shard_rows=student_weight.shape[0],
+        round_to_bf16=logits == "bf16",
+        workspace_bytes=workspace_bytes,
+    )
+    refuses = problem.kind == Kind.REVERSE_KL and teacher_neginf == "error"
+    if refuses and has_neginf(teacher_bias, tp):  # looked at before anything is accumulated
+        _refuse_excluded_tokens(_evaluate(call, None).excluded_A, call.rows_A)
+    accumulator_vD = weight_grad_accumulator if accumulates else None
+    loss, per_token_T, entropy_T, excluded_A = _GradientInForward.apply(
+        student_hidden, student_weight, call, accumulator_vD, torch.is_grad_enabled()
+    )
+    if refuses:
+        _refuse_excluded_tokens(excluded_A, call.rows_A)
+    return Divergence(loss, per_token_T, entropy_T)
 
 
 class _GradientInForward(torch.autograd.Function):
-    """The student's gradients are ready when forward returns; backward only scales them."""
+    """The student's gradients are ready when forward returns; backward hands them over, scaled."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_hidden_TD: Tensor, student_weight_vD: Tensor, call: _Call, is_grad_enabled: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        def gradient_of(tensor: Tensor, is_needed: bool) -> Tensor | None:
-            return torch.zeros_like(tensor, dtype=call.dtype) if is_grad_enabled and is_needed else None
-
-        hidden_grad_TD = gradient_of(student_hidden_TD, ctx.needs_input_grad[0])
-        weight_grad_vD = gradient_of(student_weight_vD, ctx.needs_input_grad[1])
+        ctx: Any,
+        student_hidden_TD: Tensor,
+        student_weight_vD: Tensor,
+        call: Call,
+        accumulator_vD: Tensor | None,
+        is_grad_enabled: bool,
+    ) -> tuple[Tensor, ...]:
+        gradients = None
+        if is_grad_enabled and any(ctx.needs_input_grad[:2]):
+            needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+            hidden_grad_TD = torch.zeros_like(student_hidden_TD, dtype=call.dtype) if needs_hidden else None
+            weight_grad_vD = accumulator_vD
+            if needs_weight and accumulator_vD is None:
+                weight_grad_vD = empty(student_weight_vD.shape, call.dtype, student_weight_vD.device)
+            gradients = _StudentGradients(call, hidden_grad_TD, weight_grad_vD, accumulator_vD is not None)
         with torch.autocast(student_hidden_TD.device.type, enabled=False):
-            loss, per_token_T, entropy_T = _evaluate(call, hidden_grad_TD, weight_grad_vD)
-        ctx.save_for_backward(hidden_grad_TD, weight_grad_vD)
-        ctx.input_dtypes = (student_hidden_TD.dtype, student_weight_vD.dtype)
-        ctx.mark_non_differentiable(per_token_T, entropy_T)
-        return loss, per_token_T, entropy_T
+            tokens = _evaluate(call, gradients)
+            weight_A = call.token_weight_T[call.rows_A].double()
+            loss = torch.dot(weight_A, tokens.value_A).to(call.dtype)
+        zeros_T = call.token_weight_T.new_zeros(call.token_weight_T.shape, dtype=call.dtype)
+        per_token_T = zeros_T.index_copy(0, call.rows_A, tokens.value_A.to(call.dtype))
+        entropy_T = zeros_T.index_copy(0, call.rows_A, tokens.entropy_A)
+        if gradients is not None:
+            ctx.hidden_grad_TD = gradients.hidden_TD
+            ctx.weight_grad_vD = None if accumulator_vD is not None else gradients.weight_vD
+            ctx.accumulated_weight = student_weight_vD if accumulator_vD is not None else None
+            ctx.input_dtypes = (student_hidden_TD.dtype, student_weight_vD.dtype)
+            ctx.is_spent = False
+        ctx.mark_non_differentiable(per_token_T, entropy_T, tokens.excluded_A)
+        return loss, per_token_T, entropy_T, tokens.excluded_A
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Out of place: the saved gradients serve every later backward through a retained graph.
+        assert not ctx.is_spent, "a graph that is not retained runs backward once"
+        is_retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        ctx.is_spent = not is_retained
+        if ctx.accumulated_weight is not None:
+            if is_retained or loss_grad != 1:
+                raise ValueError(
+                    f"weight_grad_accumulator has the gradient for an upstream gradient of 1 and one backward; found "
+                    f"{loss_grad.item():g}{' and a retained graph' if is_retained else ''}.  Put scales into "
+                    "token_weight, or leave weight_grad_accumulator None"
+                )
+            ctx.accumulated_weight.grad_added_to_main_grad = True
         hidden_grad_TD, weight_grad_vD = (
-            None if gradient is None else (gradient * loss_grad).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.input_dtypes, strict=True)
+            _scaled(gradient, loss_grad, dtype, is_retained)
+            for gradient, dtype in zip((ctx.hidden_grad_TD, ctx.weight_grad_vD), ctx.input_dtypes, strict=True)
         )
-        return hidden_grad_TD, weight_grad_vD, None, None
+        if ctx.accumulated_weight is not None:
+            weight_grad_vD = torch.zeros_like(ctx.accumulated_weight)
+        if not is_retained:
+            ctx.hidden_grad_TD = ctx.weight_grad_vD = ctx.accumulated_weight = None
+        return hidden_grad_TD, weight_grad_vD, None, None, None
 
 
-def _evaluate(
-    call: _Call, hidden_grad_TD: Tensor | None, weight_grad_vD: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, divergence [T] and entropy [T]; adds the gradients to the buffers given."""
-    weight_T = call.token_weight_T
-    rows_A = weight_T.nonzero().squeeze(1)
-    shard_loss_A = weight_T.new_zeros(len(rows_A), dtype=call.dtype)
-    entropy_A = torch.zeros_like(shard_loss_A)
-    for start in range(0, len(rows_A), call.chunk_rows):
-        chunk = slice(start, start + call.chunk_rows)
-        shard_loss_A[chunk], entropy_A[chunk] = _evaluate_chunk(call, rows_A[chunk], hidden_grad_TD, weight_grad_vD)
-    loss_A = _all_gather(shard_loss_A, call).double().sum(0)
-    _refuse_excluded_tokens(loss_A, rows_A)
-    loss = torch.dot(weight_T[rows_A].double(), loss_A).to(call.dtype)
-    per_token_T, entropy_T = torch.zeros(2, *weight_T.shape, dtype=call.dtype, device=weight_T.device)
-    return loss, per_token_T.index_copy(0, rows_A, loss_A.to(call.dtype)), entropy_T.index_copy(0, rows_A, entropy_A)
+def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype, is_retained: bool) -> Tensor | None:
+    """gradient * scale in `dtype`; in place, or the gradient itself, unless a retained graph needs it again."""
+    if gradient is None:
+        return None
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    if is_retained:
+        return gradient * scale
+    if scale.device.type == "cpu" and scale == 1:  # on CUDA the question would cost more than the multiplication
+        return gradient
+    return gradient.mul_(scale)
 
 
-def _evaluate_chunk(
-    call: _Call, rows_C: Tensor, hidden_grad_TD: Tensor | None, weight_grad_vD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """This shard's part of the divergence [C], and the entropy [C], of some tokens; adds their gradients."""
-    needs_gradient = hidden_grad_TD is not None or weight_grad_vD is not None
-    teacher_Cv, _ = call.teacher.logits(rows_C, call)
-    student_Cv, slope_Cv = call.student.logits(rows_C, call, with_slope=needs_gradient)
-    columns, statistics_6C = local_statistics(student_Cv.div_(call.temperature), teacher_Cv.div_(call.temperature))
-    del student_Cv, teacher_Cv
-    merged = merge(_all_gather(statistics_6C, call), call.rank)
-    row_scale_C = call.token_weight_T[rows_C].to(call.dtype) * (call.student.logit_scale / call.temperature)
-    loss_C, gradient_Cv = loss_and_gradient(columns, merged, row_scale_C if needs_gradient else None)
-    if gradient_Cv is not None:
-        if slope_Cv is not None:
-            gradient_Cv.mul_(slope_Cv)
-        _add_gradients(call, rows_C, gradient_Cv, hidden_grad_TD, weight_grad_vD)
-    return loss_C, merged.entropy_C
+class _Tokens(NamedTuple):
+    """What is known of the tokens with a weight."""
+
+    value_A: Tensor  # float64
+    entropy_A: Tensor
+    excluded_A: Tensor  # the student's mass on tokens that the teacher excludes
 
 
-def _add_gradients(
-    call: _Call, rows_C: Tensor, gradient_Cv: Tensor, hidden_grad_TD: Tensor | None, weight_grad_vD: Tensor | None
-) -> None:
-    """Carry the gradient of h @ W.T for some tokens on to the student tensors that need one."""
-    student, columns = call.student, slice(call.num_columns)
-    if hidden_grad_TD is not None:
-        hidden_grad_CD = gradient_times_weight(gradient_Cv, student.weight_vX[columns], call.tile_rows)
-        hidden_grad_TD.index_copy_(0, rows_C, hidden_grad_CD)
-    if weight_grad_vD is not None:
-        hidden_CD = student.hidden_TX.index_select(0, rows_C)
-        add_gradient_times_hidden_(weight_grad_vD[columns], gradient_Cv, hidden_CD, call.tile_rows)
+def _evaluate(call: Call, gradients: _StudentGradients | None) -> _Tokens:
+    """All chunks, each overlapping the one before where there are collectives; adds to the gradients."""
+    num_tokens = len(call.rows_A)
+    shard_value_A, entropy_A, excluded_A = call.token_weight_T.new_zeros(3, num_tokens, dtype=call.dtype)
+
+    def finish(chunk: Chunk) -> None:
+        out_Cv = None if gradients is None else gradients.destination(chunk)
+        shard_value_A[chunk.tokens] = chunk.gradient(out_Cv)
+        entropy_A[chunk.tokens] = chunk.rows_9C[Row.ENTROPY]
+        excluded_A[chunk.tokens] = chunk.rows_9C[Row.EXCLUDED_MASS]
+        if gradients is not None:
+            gradients.add(chunk)
+
+    needs_gradient = gradients is not None
+    with call.chunks() as chunks:
+        previous: Chunk | None = None
+        for chunk in chunks:
+            chunk.multiply_teacher()
+            if previous is not None:
+                previous.find_centre(needs_gradient)
+            chunk.multiply_student()
+            chunk.exchange_statistics()
+            if previous is not None:
+                finish(previous)
+            previous = chunk
+            if call.num_buffers == 1:  # no other rank to wait for
+                chunk.find_centre(needs_gradient)
+                finish(chunk)
+                previous = None
+        if previous is not None:
+            previous.find_centre(needs_gradient)
+            finish(previous)
+    if gradients is not None:
+        gradients.finish()
+    value_A = call.tp.all_gather(shard_value_A).wait().double().sum(0)
+    return _Tokens(value_A, entropy_A, excluded_A)
 
 
-def _all_gather(local: Tensor, call: _Call) -> Tensor:
-    """The tensors of all tp ranks in rank order, stacked on a new first dimension."""
-    if call.tp_group is None or local.numel() == 0:  # without tokens on one rank, none has any
-        return local.expand(call.num_ranks, *local.shape)
-    gathered = local.new_empty(call.num_ranks * local.numel())
-    dist.all_gather_single(gathered, local.reshape(-1), group=call.tp_group)
-    return gathered.view(call.num_ranks, *local.shape)
+class _StudentGradients:
+    """Carries the derivatives of logits on to the student tensors that need a gradient."""
+
+    def __init__(self, call: Call, hidden_TD: Tensor | None, weight_vD: Tensor | None, accumulates: bool) -> None:
+        self._call, self.hidden_TD, self.weight_vD = call, hidden_TD, weight_vD
+        self._has_weight_sum = accumulates
+        self._buffer_Gv: Tensor | None = None
+        self._rows: list[Tensor] = []
+        if call.gradient_dtype != call.dtype and len(call.rows_A) > 0:
+            shape = (call.gradient_rows, call.num_columns)
+            self._buffer_Gv = torch.empty(shape, dtype=call.gradient_dtype, device=call.rows_A.device)
+
+    def destination(self, chunk: Chunk) -> Tensor:
+        """Where the chunk's derivatives go: over its logits, or into the gradient chunk."""
+        if self._buffer_Gv is None:
+            return chunk.student_Cv
+        start = sum(map(len, self._rows))
+        return self._buffer_Gv[start : start + len(chunk.rows_C)]
+
+    def add(self, chunk: Chunk) -> None:
+        if self._buffer_Gv is None:
+            self._multiply(chunk.rows_C, chunk.student_Cv)
+            return
+        self._rows.append(chunk.rows_C)
+        if len(self._rows) * self._call.chunk_rows == self._call.gradient_rows:
+            self._multiply_collected()
+
+    def finish(self) -> None:
+        self._multiply_collected()
+        if self.weight_vD is not None and not self._has_weight_sum:
+            self.weight_vD.zero_()
+
+    def _multiply_collected(self) -> None:
+        if self._rows:
+            assert self._buffer_Gv is not None
+            rows_G = torch.cat(self._rows)
+            self._multiply(rows_G, self._buffer_Gv[: len(rows_G)])
+            self._rows = []
+
+    def _multiply(self, rows_G: Tensor, gradient_Gv: Tensor) -> None:
+        call = self._call
+        student = call.student
+        if self.hidden_TD is not None:
+            product_GD = gradient_times_weight(gradient_Gv, student.weight_vX, call.tile_rows, call.dtype)
+            self.hidden_TD.index_copy_(0, rows_G, product_GD)
+        if self.weight_vD is not None and call.num_columns > 0:
+            hidden_GD = student.hidden_TX.index_select(0, rows_G)
+            sum_vD = self.weight_vD[: call.num_columns]
+            add_gradient_times_hidden_(sum_vD, gradient_Gv, hidden_GD, is_first=not self._has_weight_sum)
+            if not self._has_weight_sum:
+                self.weight_vD[call.num_columns :].zero_()
+                self._has_weight_sum = True
 
 
-def _refuse_excluded_tokens(loss_A: Tensor, rows_A: Tensor) -> None:
-    infinite_A = loss_A == math.inf
-    if infinite_A.any():
+def _refuse_excluded_tokens(excluded_A: Tensor, rows_A: Tensor) -> None:
+    is_excluded_A = excluded_A > 0
+    if is_excluded_A.any():
         raise ValueError(
-            f"the teacher's logit is -inf for a token that the student can sample, in {int(infinite_A.sum())} of "
-            f"{len(rows_A)} tokens with a weight (first: row {int(rows_A[infinite_A][0])}); the reverse KL is infinite "
-            "there.  Exclude such tokens on both sides, or give the teacher finite logits"
+            f"the teacher's logit is -inf for a token that the student can sample, in {int(is_excluded_A.sum())} of "
+            f"{len(rows_A)} tokens with a weight (first: row {int(rows_A[is_excluded_A][0])}); the reverse KL is "
+            "infinite there.  Exclude such tokens on both sides, give the teacher finite logits, or take "
+            "teacher_neginf='floor'"
         )

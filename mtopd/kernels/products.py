@@ -14,49 +14,44 @@ import torch
 from torch import Tensor
 
 
-def hidden_times_weight(hidden_CX: Tensor, weight_vX: Tensor, dtype: torch.dtype, tile_rows: int) -> Tensor:
-    """hidden @ weight.T, [C, v] in `dtype`."""
-    if _has_wide_product(hidden_CX, weight_vX, dtype):
-        return torch.mm(hidden_CX, weight_vX.T, out_dtype=dtype)
+def hidden_times_weight_(out_Cv: Tensor, hidden_CX: Tensor, weight_vX: Tensor, tile_rows: int) -> None:
+    """out = hidden @ weight.T, in the dtype of `out`."""
+    dtype = out_Cv.dtype
+    if has_wide_product(hidden_CX, weight_vX, dtype):
+        torch.mm(hidden_CX, weight_vX.T, out_dtype=dtype, out=out_Cv)
+        return
     hidden_CX = hidden_CX.to(dtype)
-    product_Cv = hidden_CX.new_empty(hidden_CX.shape[0], weight_vX.shape[0])
-    for tile in _tiles(weight_vX.shape[0], tile_rows if weight_vX.dtype != dtype else weight_vX.shape[0]):
-        torch.mm(hidden_CX, weight_vX[tile].to(dtype).T, out=product_Cv[:, tile])
-    return product_Cv
+    for tile in _tiles(weight_vX, tile_rows, dtype):
+        torch.mm(hidden_CX, weight_vX[tile].to(dtype).T, out=out_Cv[:, tile])
 
 
-def gradient_times_weight(gradient_Cv: Tensor, weight_vX: Tensor, tile_rows: int) -> Tensor:
-    """gradient @ weight, [C, X] in the dtype of the gradient."""
-    dtype = gradient_Cv.dtype
-    if _has_wide_gradient_product(weight_vX, dtype):
-        return torch.mm(gradient_Cv.to(weight_vX.dtype), weight_vX, out_dtype=dtype)
-    product_CX = gradient_Cv.new_zeros(gradient_Cv.shape[0], weight_vX.shape[1])
-    for tile in _tiles(weight_vX.shape[0], tile_rows if weight_vX.dtype != dtype else weight_vX.shape[0]):
-        product_CX.addmm_(gradient_Cv[:, tile], weight_vX[tile].to(dtype))
+def gradient_times_weight(gradient_Cv: Tensor, weight_vX: Tensor, tile_rows: int, dtype: torch.dtype) -> Tensor:
+    """gradient @ weight, [C, X] in `dtype`."""
+    if has_wide_product(gradient_Cv, weight_vX, dtype):
+        return torch.mm(gradient_Cv, weight_vX, out_dtype=dtype)
+    product_CX = gradient_Cv.new_zeros(gradient_Cv.shape[0], weight_vX.shape[1], dtype=dtype)
+    for tile in _tiles(weight_vX, tile_rows, dtype):
+        product_CX.addmm_(gradient_Cv[:, tile].to(dtype), weight_vX[tile].to(dtype))
     return product_CX
 
 
-def add_gradient_times_hidden_(sum_vX: Tensor, gradient_Cv: Tensor, hidden_CX: Tensor, tile_rows: int) -> None:
-    """sum += gradient.T @ hidden; the sum has the dtype of the gradient."""
-    dtype = gradient_Cv.dtype
-    if not _has_wide_gradient_product(hidden_CX, dtype):
-        sum_vX.addmm_(gradient_Cv.T, hidden_CX.to(dtype))
-        return
-    gradient_Cv = gradient_Cv.to(hidden_CX.dtype)
-    for tile in _tiles(sum_vX.shape[0], tile_rows):
-        sum_vX[tile].add_(torch.mm(gradient_Cv[:, tile].T, hidden_CX, out_dtype=dtype))
+def add_gradient_times_hidden_(sum_vX: Tensor, gradient_Cv: Tensor, hidden_CX: Tensor, is_first: bool) -> None:
+    """sum += gradient.T @ hidden in the dtype of the sum; with `is_first` the sum's content is not read."""
+    beta = 0 if is_first else 1
+    if has_wide_product(gradient_Cv, hidden_CX, sum_vX.dtype):
+        torch.addmm(sum_vX, gradient_Cv.T, hidden_CX, out_dtype=sum_vX.dtype, beta=beta, out=sum_vX)
+    else:
+        sum_vX.addmm_(gradient_Cv.T.to(sum_vX.dtype), hidden_CX.to(sum_vX.dtype), beta=beta)
 
 
-def _has_wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+def has_wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch.mm takes these operands with out_dtype=dtype."""
     is_16_bit = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
     return left.is_cuda and is_16_bit and dtype == torch.float32
 
 
-def _has_wide_gradient_product(operand: Tensor, dtype: torch.dtype) -> bool:
-    """The same for a gradient cast to the operand's dtype: not float16, where 1/N times a small p underflows."""
-    return operand.dtype != torch.float16 and _has_wide_product(operand, operand, dtype)
-
-
-def _tiles(num_rows: int, tile_rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + tile_rows, num_rows)) for start in range(0, num_rows, max(tile_rows, 1)))
+def _tiles(weight_vX: Tensor, tile_rows: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Vocabulary rows to upcast at once; all of them where nothing is upcast."""
+    num_rows = weight_vX.shape[0]
+    step = num_rows if weight_vX.dtype == dtype else tile_rows
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, max(step, 1)))

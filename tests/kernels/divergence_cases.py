@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtopd.kernels import Divergence, fused_linear_divergence
-from mtopd.kernels.reference import reverse_kl
+from mtopd.kernels import Divergence, fused_linear_divergence, reference
 
 
 class Answer(NamedTuple):
@@ -102,7 +101,8 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
     bias = options.get("teacher_bias")
     teacher = _logits(case.teacher_hidden_TE, case.teacher_weight_VE, bias, "teacher", options)[:, :vocab_size]
     is_live = case.token_weight_T != 0
-    per_token = torch.where(is_live, reverse_kl(student, teacher, temperature), 0)
+    name, beta = options.get("divergence", "reverse_kl"), options.get("beta")
+    per_token = torch.where(is_live, reference.divergence(name, student, teacher, beta or 0.5, temperature), 0)
     loss = (case.token_weight_T.to(dtype) * per_token).sum()
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None

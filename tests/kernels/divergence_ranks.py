@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from divergence_cases import Answer, Case, assert_as_good_as_dense, dense, make_case, relative_error
+from row_cases import SIX
 from torch import Tensor
+
+from mtopd.kernels import chunks
 
 ROWS = 13  # of the vocabulary on each rank
 CHUNKED = 8_000  # workspace_bytes that makes several chunks of every case here
@@ -41,6 +45,8 @@ def run_checks(rank: int, group: dist.ProcessGroup) -> None:
     check_shards_of_different_scale(group)
     check_nothing_to_do(group)
     check_number_of_collectives(group)
+    check_collectives_travel_behind_products(group)
+    check_accumulator(group)
     check_refusal_is_collective(group)
     if group.size() == 4:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -55,12 +61,14 @@ def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
             {},
             {"temperature": 1.4, "student_logit_scale": 1.3, "student_softcap": 5.0, "teacher_bias": bias},
         ):
-            case = make_case(23, 6, 9, rows, distance=3.0, seed=seed, vocab_size=vocab_size, **options)
-            assert_as_good_as_dense(sharded(case, group), case)
-            assert_as_good_as_dense(sharded(case, group, workspace_bytes=CHUNKED), case)
-            case = case.to(torch.float64)
-            for actual, oracle in zip(sharded(case, group, workspace_bytes=CHUNKED), dense(case), strict=True):
-                assert relative_error(actual, oracle) < 1e-13
+            for name, beta in SIX:
+                kind = {"divergence": name, "beta": beta, "vocab_size": vocab_size}
+                case = make_case(23, 6, 9, rows, distance=3.0, seed=seed, **kind, **options)
+                assert_as_good_as_dense(sharded(case, group), case)
+                assert_as_good_as_dense(sharded(case, group, workspace_bytes=CHUNKED), case)
+                case = case.to(torch.float64)
+                for actual, oracle in zip(sharded(case, group, workspace_bytes=CHUNKED), dense(case), strict=True):
+                    assert relative_error(actual, oracle) < 1e-12
 
 
 def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
@@ -75,9 +83,7 @@ def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
         case = case.to(torch.float64)
         for actual, oracle in zip(sharded(case, group), dense(case), strict=True):
             assert relative_error(actual, oracle) < 1e-10
-        actual_32, oracle_32 = sharded(case.to(torch.float32), group), dense(case.to(torch.float32))
-        for actual, oracle in zip(actual_32, oracle_32, strict=True):
-            assert relative_error(actual, oracle) < (1e-2 if student_offset == 1e4 else 1e-4)  # ulp of 1e4: 1e-3
+        assert_as_good_as_dense(sharded(case.to(torch.float32), group), case.to(torch.float32))
 
 
 def check_nothing_to_do(group: dist.ProcessGroup) -> None:
@@ -87,12 +93,44 @@ def check_nothing_to_do(group: dist.ProcessGroup) -> None:
 
 
 def check_number_of_collectives(group: dist.ProcessGroup) -> None:
-    """One all-gather for each chunk and one for each call; bytes do not depend on the vocabulary."""
+    """One all-gather for each chunk, two where a centre is needed, and one for each call; no bytes per vocabulary."""
     case = make_case(19, vocab_rows=ROWS * group.size(), masked=0)
-    for workspace_bytes, num_chunks in ((1, 19), (None, 1)):
-        with counted_all_gathers() as calls:
-            sharded(case, group, workspace_bytes=workspace_bytes)
-        assert len(calls) == num_chunks + 1 and sum(calls) == 4 * (6 + 1) * 19
+    for name, beta in SIX:
+        per_chunk = 1 if name in ("reverse_kl", "forward_kl") else 2
+        for workspace_bytes, num_chunks in ((1, 19), (None, 1)):
+            with counted_all_gathers() as calls:
+                sharded(case, group, workspace_bytes=workspace_bytes, divergence=name, beta=beta)
+            assert len(calls) == per_chunk * num_chunks + 1
+            assert sum(calls) == 4 * (9 + (per_chunk - 1) + 1) * 19
+
+
+def check_collectives_travel_behind_products(group: dist.ProcessGroup) -> None:
+    """Between the start of a chunk's collective and the wait for it stands a product of the next chunk."""
+    events: list[str] = []
+    all_gather, wait, mm = chunks.TensorParallel.all_gather, chunks.Gathered.wait, torch.mm
+
+    def record(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(*arguments: Any, **keywords: Any) -> Any:
+            events.append(name)
+            return function(*arguments, **keywords)
+
+        return recording
+
+    case = make_case(100, vocab_rows=ROWS * group.size(), masked=0)
+    for name, beta in SIX:
+        events.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chunks.TensorParallel, "all_gather", record("start", all_gather))
+            patch.setattr(chunks.Gathered, "wait", record("wait", wait))
+            patch.setattr(torch, "mm", record("product", mm))
+            sharded(case, group, workspace_bytes=CHUNKED, divergence=name, beta=beta)
+        starts = [i for i, event in enumerate(events) if event == "start"]
+        last_wait = max(i for i, event in enumerate(events) if event == "wait")
+        steady = starts[: -3 if name in ("reverse_kl", "forward_kl") else -4]  # the last chunk has no successor
+        assert len(steady) >= 3
+        for start in steady:
+            assert events[start + 1 : start + 3].count("product") >= 1, (name, events)
+        assert events[last_wait - 1] == "start", "only the value of the whole call is waited for at once"
 
 
 @contextmanager
@@ -100,9 +138,9 @@ def counted_all_gathers() -> Iterator[list[int]]:
     """Bytes sent by each all_gather_single of this rank."""
     original, calls = dist.all_gather_single, []
 
-    def counting(output: Tensor, local: Tensor, **keywords: dist.ProcessGroup) -> None:
+    def counting(output: Tensor, local: Tensor, **keywords: Any) -> Any:
         calls.append(local.nbytes)
-        original(output, local, **keywords)
+        return original(output, local, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather_single", counting)
@@ -128,7 +166,18 @@ def check_refusal_is_collective(group: dist.ProcessGroup) -> None:
     assert sharded(case, group).loss.isfinite()
 
 
-def sharded(case: Case, group: dist.ProcessGroup, **options: int | None) -> Answer:
+def check_accumulator(group: dist.ProcessGroup) -> None:
+    """Each rank's rows of the weight gradient arrive in its accumulator, whatever part of its shard is padding."""
+    for vocab_size in (None, ROWS * group.size() - ROWS):
+        case = make_case(19, vocab_rows=ROWS * group.size(), vocab_size=vocab_size)
+        main_grad = torch.zeros(ROWS, case.student_weight_VD.shape[1])
+        answer = sharded(case, group, workspace_bytes=CHUNKED, weight_grad_accumulator=main_grad)
+        assert not answer.weight_grad.any()
+        whole = torch.cat(gather(main_grad, group))
+        assert_as_good_as_dense(answer._replace(weight_grad=whole), case)
+
+
+def sharded(case: Case, group: dist.ProcessGroup, **options: Any) -> Answer:
     """The answer of all ranks together; checks that outputs agree bit for bit."""
     rows = slice(group.rank() * ROWS, (group.rank() + 1) * ROWS)
     weights = (case.student_weight_VD[rows], case.teacher_weight_VE[rows])

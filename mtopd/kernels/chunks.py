@@ -1,0 +1,284 @@
+"""Logits of a few tokens at a time, their rows' statistics, and what the tp ranks exchange about them.
+
+Legend: T tokens, D student hidden size, E teacher hidden size (X: either), v valid vocabulary columns of this rank,
+A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient chunk, R tensor-parallel ranks.
+
+A chunk goes through its methods in the order in which they stand; between `exchange_statistics` and `find_centre`,
+and between that and `gradient`, a collective is under way, so a second chunk's products belong there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtopd.kernels.products import has_wide_product, hidden_times_weight_
+from mtopd.kernels.rows import LogitTransform, Row, RowKernels, RowProblem, no_columns
+
+_WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1792 << 20}
+# Rows of a logit chunk, if the workspace holds them: enough for the products to run at full speed, more where there
+# are so few columns that a chunk would not be worth its overhead.
+_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
+_SMALL_CHUNK_ELEMENTS, _SMALL_CHUNK_ROWS = 1 << 17, 1024
+_GRADIENT_CHUNKS = 8  # logit chunks of a gradient chunk, where derivatives are kept apart from logits
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share the vocabulary."""
+
+    group: dist.ProcessGroup | None
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> TensorParallel:
+        return cls(None, 1, 0) if group is None else cls(group, dist.get_world_size(group), dist.get_rank(group))
+
+    def all_gather(self, local: Tensor) -> Gathered:
+        """Start to stack the ranks' tensors, in rank order, on a new first dimension."""
+        if self.group is None or local.numel() == 0:  # without tokens on one rank, none has any
+            return Gathered(local, local.expand(self.size, *local.shape), None)
+        gathered = local.new_empty(self.size * local.numel())
+        work = dist.all_gather_single(gathered, local.reshape(-1), group=self.group, async_op=True)
+        return Gathered(local, gathered.view(self.size, *local.shape), work)
+
+
+@dataclass
+class Gathered:
+    """An all-gather under way; holds what it sends."""
+
+    local: Tensor
+    _result: Tensor
+    _work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._result
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's hidden states and this rank's valid rows of its output layer."""
+
+    hidden_TX: Tensor
+    weight_vX: Tensor
+    transform: LogitTransform
+
+    @classmethod
+    def of(
+        cls,
+        hidden_TX: Tensor,
+        weight_vX: Tensor,
+        scale: float,
+        softcap: float | None,
+        bias_v: Tensor | None,
+        num_columns: int,
+        dtype: torch.dtype,
+    ) -> Head:
+        if bias_v is not None:
+            bias_v = bias_v.detach()[:num_columns].to(dtype).contiguous()
+        return cls(hidden_TX.detach(), weight_vX.detach()[:num_columns], LogitTransform(scale, softcap, bias_v))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call, and the sizes that follow from it: alike on every tp rank, except num_columns."""
+
+    student: Head
+    teacher: Head
+    problem: RowProblem
+    kernels: RowKernels
+    token_weight_T: Tensor
+    tp: TensorParallel
+    dtype: torch.dtype
+    shard_rows: int  # v with padding
+    round_to_bf16: bool
+    workspace_bytes: int
+
+    @property
+    def num_columns(self) -> int:
+        """This rank's columns below vocab_size: a prefix of its rows, possibly empty."""
+        return self.student.weight_vX.shape[0]
+
+    @cached_property
+    def rows_A(self) -> Tensor:
+        return self.token_weight_T.nonzero().squeeze(1)
+
+    @cached_property
+    def num_buffers(self) -> int:
+        """Pairs of logit buffers: a second chunk is multiplied while the first one's collective travels."""
+        return 1 if self.tp.size == 1 else 2
+
+    @cached_property
+    def gradient_dtype(self) -> torch.dtype:
+        """Derivatives of logits replace the logits, unless the products take narrower operands."""
+        weight_vD = self.student.weight_vX
+        is_narrow = has_wide_product(self.student.hidden_TX, weight_vD, self.dtype)
+        # Not float16, where 1/N times a small p underflows.
+        return torch.bfloat16 if is_narrow and weight_vD.dtype == torch.bfloat16 else self.dtype
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        """C: from the workspace and the shard's size with padding, never from the number of tokens."""
+        device = self.token_weight_T.device.type
+        row_elements = 2 * self.num_buffers * self.shard_rows
+        row_elements += 2 * (self.student.hidden_TX.shape[1] + self.teacher.hidden_TX.shape[1])
+        row_bytes = row_elements * self.dtype.itemsize
+        if self.gradient_dtype != self.dtype:
+            row_bytes += _GRADIENT_CHUNKS * self.shard_rows * self.gradient_dtype.itemsize
+        if self.round_to_bf16:
+            row_bytes += self.shard_rows * torch.bfloat16.itemsize
+        reserved = self.upcast_bytes + self.problem.scratch_bytes
+        affordable = max(1, (self.workspace_bytes - reserved) // row_bytes)
+        wanted = max(_CHUNK_ROWS.get(device, 128), min(_SMALL_CHUNK_ELEMENTS // self.shard_rows, _SMALL_CHUNK_ROWS))
+        rows = min(affordable, wanted)
+        return rows - rows % 64 if rows > 64 else rows  # whole tiles of the products
+
+    @property
+    def gradient_rows(self) -> int:
+        """G."""
+        return self.chunk_rows * (_GRADIENT_CHUNKS if self.gradient_dtype != self.dtype else 1)
+
+    @property
+    def upcast_bytes(self) -> int:
+        """Workspace kept for upcast weights."""
+        for head in (self.student, self.teacher):
+            if head.weight_vX.dtype != self.dtype and not has_wide_product(head.hidden_TX, head.weight_vX, self.dtype):
+                return self.workspace_bytes // 4
+        return 0
+
+    @property
+    def tile_rows(self) -> int:
+        """Vocabulary rows that are upcast at once."""
+        hidden_size = max(self.student.hidden_TX.shape[1], self.teacher.hidden_TX.shape[1])
+        return max(1, self.upcast_bytes // (hidden_size * self.dtype.itemsize))
+
+    @contextmanager
+    def chunks(self) -> Iterator[Iterator[Chunk]]:
+        """The chunks of the tokens with a weight, in order, on alternating buffers of the workspace."""
+        shape = (self.num_buffers, 2, self.chunk_rows, self.num_columns)
+        with _borrowed(math.prod(shape), self.dtype, self.token_weight_T.device) as flat:
+            yield self._chunks(flat.view(shape))
+
+    def _chunks(self, logits: Tensor) -> Iterator[Chunk]:
+        rows_A = self.rows_A
+        padded_rows_A = torch.cat([rows_A, rows_A[:1].expand(-len(rows_A) % self.chunk_rows)])
+        for number, start in enumerate(range(0, len(rows_A), self.chunk_rows)):
+            chunk = slice(start, min(start + self.chunk_rows, len(rows_A)))
+            padded_rows_C = padded_rows_A[start : start + self.chunk_rows]
+            yield Chunk(self, chunk, rows_A[chunk], padded_rows_C, *logits[number % self.num_buffers])
+
+
+class Chunk:
+    """Some tokens on their way from hidden states to the derivatives of their logits."""
+
+    def __init__(
+        self, call: Call, tokens: slice, rows_C: Tensor, padded_rows_C: Tensor, student_Cv: Tensor, teacher_Cv: Tensor
+    ) -> None:
+        self.tokens, self.rows_C = tokens, rows_C
+        self._call, self._padded_rows_C = call, padded_rows_C
+        self._whole_student_Cv, self._whole_teacher_Cv = student_Cv, teacher_Cv
+        # Raw products of the real tokens, without those that fill the chunk up.
+        self.student_Cv, self.teacher_Cv = student_Cv[: len(rows_C)], teacher_Cv[: len(rows_C)]
+        self._statistics: Gathered | None = None
+        self._centre: Gathered | None = None
+
+    def multiply_teacher(self) -> None:
+        self._multiply(self._call.teacher, self._whole_teacher_Cv)
+
+    def multiply_student(self) -> None:
+        self._multiply(self._call.student, self._whole_student_Cv)
+
+    def exchange_statistics(self) -> None:
+        call = self._call
+        if call.num_columns == 0:
+            statistics_9C = no_columns(len(self.rows_C), self.student_Cv)
+        else:
+            statistics_9C = call.kernels.statistics(call.problem, self.student_Cv, self.teacher_Cv)
+        self._statistics = call.tp.all_gather(statistics_9C)
+
+    def find_centre(self, needs_gradient: bool) -> None:
+        """Merge the statistics into `rows_9C`; start a second exchange for the divergences that need one."""
+        assert self._statistics is not None
+        call = self._call
+        statistics_R9C = self._statistics.wait()
+        self.rows_9C = call.kernels.merge(call.problem, statistics_R9C, call.token_weight_T[self.rows_C])
+        if needs_gradient and call.problem.needs_centre:
+            _, mean_C = self._run(None)
+            self._centre = call.tp.all_gather(mean_C)
+
+    def gradient(self, out_Cv: Tensor | None) -> Tensor:
+        """This shard's part of the divergence [C]; dL / d(h @ W.T) goes to `out_Cv` if given."""
+        if self._centre is not None:
+            self.rows_9C[Row.CENTRE] = self._centre.wait().sum(0)
+        return self._run(out_Cv)[0]
+
+    def _run(self, out_Cv: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._call.num_columns == 0:
+            value_C, mean_C = self.rows_9C.new_zeros(2, len(self.rows_C))
+            return value_C, mean_C
+        kernels, problem = self._call.kernels, self._call.problem
+        return kernels.gradient(problem, self.student_Cv, self.teacher_Cv, self.rows_9C, out_Cv)
+
+    def _multiply(self, head: Head, out_Cv: Tensor) -> None:
+        hidden_CX = head.hidden_TX.index_select(0, self._padded_rows_C)
+        hidden_times_weight_(out_Cv, hidden_CX, head.weight_vX, self._call.tile_rows)
+        if self._call.round_to_bf16:
+            out_Cv.copy_(out_Cv.bfloat16())
+
+
+_kept: dict[torch.dtype, Tensor] = {}
+
+
+@contextmanager
+def _borrowed(num_elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Uninitialised memory, [num_elements].
+
+    On CPU it is kept for the next call: pages that the system hands out anew cost a tenth of the products.
+    CUDA's allocator keeps memory by itself.
+    """
+    kept = _kept.pop(dtype, None) if device.type == "cpu" else None
+    if kept is None or kept.numel() < num_elements:
+        kept = empty((num_elements,), dtype, device)
+    yield kept[:num_elements]
+    if device.type == "cpu":
+        _kept[dtype] = kept
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty; on CPU through numpy, which asks for huge pages, so that first use of the memory costs half."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, {torch.float32: np.float32, torch.float64: np.float64}[dtype]))
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    return _WORKSPACE_BYTES.get(device.type, _WORKSPACE_BYTES["cuda"])
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32."""
+    has_float64 = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if has_float64 else torch.float32
+
+
+def valid_columns(vocab_size: int | None, shard_rows: int, rank: int) -> int:
+    return shard_rows if vocab_size is None else min(max(vocab_size - rank * shard_rows, 0), shard_rows)
+
+
+def has_neginf(bias_v: Tensor | None, tp: TensorParallel) -> bool:
+    """Whether any rank's part of a bias excludes a token."""
+    if bias_v is None:
+        return False
+    excludes = (bias_v == -math.inf).any().float().reshape(1)
+    return bool(tp.all_gather(excludes).wait().any())

@@ -1,0 +1,145 @@
+"""Row kernels for CPU: rows_cpu.cpp, compiled at first use by torch's extension loader and kept in the user's cache.
+
+Legend: C rows, v columns.  Importing this module compiles; ValueError says what is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtopd.kernels.rows import LogitTransform, Mixture, RowProblem, Statistic, merge
+
+_SOURCE = Path(__file__).with_name("rows_cpu.cpp")
+# Named instruction sets, not "native": the cache folder may be shared by machines that differ.
+_INSTRUCTIONS = {
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "columns", "student_stride", "teacher_stride")]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("bias", ctypes.c_void_p)]
+
+
+class _Mixture(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in Mixture._fields]
+
+
+class CpuRows:
+    NAME = "cpu"
+    merge = staticmethod(merge)
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, model = ctypes.c_void_p, _Model
+        self._statistics, self._gradient = library.mtopd_statistics, library.mtopd_gradient
+        common = [_Shape, model, model, ctypes.c_float]
+        self._statistics.argtypes = [pointer, pointer, *common, pointer, ctypes.c_int]
+        gradient_arguments = [ctypes.c_int, _Mixture, pointer, pointer, pointer, ctypes.c_int]
+        self._gradient.argtypes = [pointer, pointer, pointer, *common, *gradient_arguments]
+        self._statistics.restype = self._gradient.restype = None
+
+    def statistics(self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
+        statistics_9C = torch.empty(len(Statistic), student_Cv.shape[0])
+        self._statistics(
+            student_Cv.data_ptr(),
+            teacher_Cv.data_ptr(),
+            _shape(student_Cv, teacher_Cv),
+            _model(problem.student),
+            _model(problem.teacher),
+            1 / problem.temperature,
+            statistics_9C.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return statistics_9C
+
+    def gradient(
+        self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert out_Cv is None or out_Cv.data_ptr() == student_Cv.data_ptr(), "the gradient is made in place"
+        assert rows_9C.is_contiguous()
+        value_C, mean_C = torch.empty(2, student_Cv.shape[0])
+        self._gradient(
+            student_Cv.data_ptr(),
+            teacher_Cv.data_ptr(),
+            None if out_Cv is None else out_Cv.data_ptr(),
+            _shape(student_Cv, teacher_Cv),
+            _model(problem.student),
+            _model(problem.teacher),
+            1 / problem.temperature,
+            int(problem.kind),
+            _Mixture(*problem.mixture),
+            rows_9C.data_ptr(),
+            value_C.data_ptr(),
+            mean_C.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return value_C, mean_C
+
+
+def _shape(student_Cv: Tensor, teacher_Cv: Tensor) -> _Shape:
+    assert student_Cv.dtype == teacher_Cv.dtype == torch.float32 and student_Cv.shape == teacher_Cv.shape
+    assert student_Cv.stride(1) == teacher_Cv.stride(1) == 1
+    return _Shape(*student_Cv.shape, student_Cv.stride(0), teacher_Cv.stride(0))
+
+
+def _model(transform: LogitTransform) -> _Model:
+    bias = transform.bias_v
+    assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+    return _Model(transform.scale, transform.softcap or 0.0, None if bias is None else bias.data_ptr())
+
+
+def _library() -> ctypes.CDLL:
+    """Compile once per source, compiler flags and torch version; processes wait for each other, the kernel ends a
+    dead one's lock."""
+    flags = ["-O3", "-fopenmp", "-Wno-psabi", *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    key = hashlib.sha256(repr((_SOURCE.read_bytes(), flags, torch.__version__, platform.machine())).encode())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtopd"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        library = folder / f"rows_cpu_{key.hexdigest()[:16]}.so"
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as build_dir:
+                    os.replace(_compile(flags, build_dir), library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise ValueError(f"the compiled CPU row kernels cannot be kept in {folder}: {error}") from error
+
+
+def _compile(flags: list[str], build_dir: str) -> Path:
+    import torch.utils.cpp_extension as extension
+
+    try:
+        extension.load(
+            "rows_cpu",
+            [str(_SOURCE)],
+            extra_cflags=flags,
+            extra_ldflags=["-fopenmp"],
+            build_directory=build_dir,
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if re.search(r"error:|not found|required", line)), lines[0])
+        raise ValueError(
+            f"the CPU row kernels cannot be compiled ({reason.strip()}); a C++ compiler and ninja are needed"
+        ) from error
+    return Path(build_dir) / "rows_cpu.so"
+
+
+KERNELS = CpuRows(_library())

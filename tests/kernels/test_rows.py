@@ -1,0 +1,85 @@
+"""The row kernels on CPU against float64 autograd of the reference, given the same float32 logits."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from row_cases import CHECKS, DIVERGENCES, check_levels, logits_like_a_model, oracle, problem, relative_error, run
+
+from mtopd.kernels import rows, rows_cpu, rows_torch
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kernels", [rows_cpu.KERNELS, rows_torch.KERNELS], ids=["cpu", "torch"])
+def test_rows(kernels: rows.RowKernels, check: Callable[[rows.RowKernels, str], None]) -> None:
+    check(kernels, "cpu")
+
+
+@pytest.mark.parametrize("kernels", [rows_cpu.KERNELS, rows_torch.KERNELS], ids=["cpu", "torch"])
+def test_a_whole_vocabulary(kernels: rows.RowKernels) -> None:
+    check_levels(kernels, "cpu", num_rows=2, num_columns=151936)
+
+
+@pytest.mark.parametrize("num_columns", [1, 2, 15, 16, 17, 1023, 1024, 1025, 2047])
+def test_every_way_to_fill_vectors_and_blocks(num_columns: int) -> None:
+    generator = torch.Generator().manual_seed(num_columns)
+    student_CV = torch.randn(3, num_columns, generator=generator) * 3
+    teacher_CV = student_CV + torch.randn(3, num_columns, generator=generator)
+    for name, beta in DIVERGENCES:
+        actual = run(rows_cpu.KERNELS, problem(name, beta), student_CV, teacher_CV)
+        expected = oracle(name, beta, student_CV, teacher_CV)
+        if num_columns == 1:
+            assert not actual.value_C.any() and not actual.gradient_CV.any()
+        else:
+            assert relative_error(actual.gradient_CV, expected.gradient_CV) <= 1e-5
+            assert relative_error(actual.value_C, expected.value_C) <= 5e-5
+
+
+def test_float64_in_plain_torch() -> None:
+    student_CV, teacher_CV = (z.double() for z in logits_like_a_model(4, 300, 0.3))
+    for name, beta in DIVERGENCES:
+        actual = run(rows_torch.KERNELS, problem(name, beta), student_CV, teacher_CV, cuts=(100,))
+        expected = oracle(name, beta, student_CV, teacher_CV)
+        assert relative_error(actual.gradient_CV, expected.gradient_CV) < 1e-12, name
+        assert relative_error(actual.value_C, expected.value_C) < 1e-10, name
+
+
+def test_threads_do_not_matter() -> None:
+    student_CV, teacher_CV = logits_like_a_model(33, 4000, 1.0)
+    answers = []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        answers.append(run(rows_cpu.KERNELS, problem("jsd", 0.3), student_CV, teacher_CV))
+    for answer in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answer, answers[0], strict=True))
+
+
+def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mtopd.kernels.rows")
+    rows.select_row_kernels.cache_clear()
+    for _ in range(3):
+        assert rows.select_row_kernels("auto", "cpu", torch.float32).NAME == "cpu"
+        assert rows.select_row_kernels("auto", "cpu", torch.float64).NAME == "torch"
+    assert len(caplog.messages) == 2, "once for each choice"
+    with pytest.raises(ValueError, match=r"backend='cpu' computes in float32, but an input is torch.float64"):
+        rows.select_row_kernels("cpu", "cpu", torch.float64)
+    with pytest.raises(ValueError, match="needs tensors on the CPU, found cuda"):
+        rows.select_row_kernels("cpu", "cuda", torch.float32)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path) -> None:
+    """Plain torch with one warning that says why; asking for the compiled kernels by name is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delitem(__import__("sys").modules, "mtopd.kernels.rows_cpu")
+    rows.select_row_kernels.cache_clear()
+    for _ in range(3):
+        assert rows.select_row_kernels("auto", "cpu", torch.float32).NAME == "torch"
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "mtopd.kernels.rows")
+    assert "plain torch, which is slow, because the CPU row kernels cannot be compiled (" in message
+    assert "no-such-compiler: not found" in message
+    with pytest.raises(ValueError, match="a C\\+\\+ compiler and ninja are needed"):
+        rows.select_row_kernels("cpu", "cpu", torch.float32)
+    assert not list((tmp_path / "mtopd").glob("*.so"))
+    rows.select_row_kernels.cache_clear()
