@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, as_rows
 from mtopd.megatron.train_step import PackedMicroBatch
-from mtopd.objectives.teacher_kl import TeacherKL, TeacherRun
+from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
 from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.job import Job
 from mtopd.planning import plan_train_steps
@@ -42,7 +42,7 @@ def run(job: Job, iteration: int) -> None:
         states = CachedStates(job, reader, iteration)
         for number, plan in enumerate(plans):
             step = iteration * len(plans) + number
-            job.metrics.write("train_step", iteration, train_step(job, plan, tokens, samples, states), step=step)
+            job.metrics.write("train_step", iteration, train_step(job, plan, tokens, samples, states, step), step=step)
             job.progress.advance(tokens=sum(plan.num_tokens.values()))
 
 
@@ -87,13 +87,17 @@ class CachedStates:
 
 
 def train_step(
-    job: Job, plan: TrainStepPlan, tokens: TokenStore, samples: Sequence[SampleMetadata], states: CachedStates
+    job: Job,
+    plan: TrainStepPlan,
+    tokens: TokenStore,
+    samples: Sequence[SampleMetadata],
+    states: CachedStates,
+    step: int,
 ) -> dict[str, object]:
     """One optimizer update; returns the values of its metrics line.  Collective."""
     started, heads = time.perf_counter(), job.heads
     stalled = states.stall_s
     by_id = {s.sample_id: s for s in samples}
-    names = ["loss", "entropy", *(f"{what}/{i}" for i in range(len(job.stores)) for what in ("kl_sum", "tokens"))]
     micro_batches = [
         pack(job, micro_batch, plan.seq_length, tokens, by_id) for micro_batch in plan.micro_batches[job.ranks.dp_rank]
     ]
@@ -103,7 +107,9 @@ def train_step(
         hidden_states=states,
         vocab_size=job.vocab_size,
         tp_group=job.ranks.tp_group,
+        seed=job.iteration_seed(step),
     )
+    names = objective.metric_names(len(job.stores))
     sums = job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), names)
     if heads:
         heads.drop()
@@ -123,19 +129,27 @@ def train_step(
         "lr": lr,
         "micro_batches": len(micro_batches),
         "teachers_in_step": sum(len(plan.teachers_of(rank)) for rank in range(job.ranks.dp_size)),
-        **_head_metrics(job, states.stall_s - stalled),
+        "statistics": {store.name: _statistics(sums, i) for i, store in enumerate(job.stores) if sums[f"measured/{i}"]},
+        **_head_metrics(job, states.stall_s - stalled, objective.statistics_s),
         "wall_s": time.perf_counter() - started,
     }
+
+
+def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, float]:
+    """Means over the measured tokens of a teacher (`mtopd.kernels.DistributionStatistics`)."""
+    measured = sums[f"measured/{teacher_index}"]
+    means = {name: sums[f"{name}/{teacher_index}"] / measured for name in STATISTICS}
+    return {"tokens": measured, **means, "entropy_gap": abs(means["teacher_entropy"] - means["student_entropy"])}
 
 
 def _no_head(teacher_index: int) -> TeacherHead:
     raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
 
 
-def _head_metrics(job: Job, stall_s: float) -> dict[str, object]:
-    """Head loads by teacher (a load by a tp group counts once, dp groups add), residency, stalled seconds."""
+def _head_metrics(job: Job, stall_s: float, statistics_s: float) -> dict[str, object]:
+    """Head loads by teacher (a load by a tp group counts once, dp groups add), residency, slowest rank's seconds."""
     teachers = range(len(job.stores))
-    sums, peaks = torch.zeros(2, len(job.stores), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    sums, peaks = torch.zeros(2, len(job.stores), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     if job.heads:
         counters = job.heads.take_counters()
         assert all(n == 1 for n in counters.loads.values()), (
@@ -144,7 +158,8 @@ def _head_metrics(job: Job, stall_s: float) -> dict[str, object]:
         for i in teachers:
             sums[0, i] = counters.loads.get(i, 0) if job.ranks.tp_rank == 0 else 0
             sums[1, i] = counters.bytes_read.get(i, 0)
-        peaks += torch.tensor([counters.peak_resident, counters.peak_device_bytes, stall_s + counters.stall_s])
+        stall_s += counters.stall_s
+        peaks += torch.tensor([counters.peak_resident, counters.peak_device_bytes, stall_s, statistics_s])
     sums, peaks = sums.to(job.ranks.device), peaks.to(job.ranks.device)
     dist.all_reduce(sums)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
@@ -154,6 +169,7 @@ def _head_metrics(job: Job, stall_s: float) -> dict[str, object]:
         "peak_resident_heads": int(peaks[0]),
         "peak_head_bytes": int(peaks[1]),
         "stall_s": float(peaks[2]),
+        "statistics_s": float(peaks[3]),
     }
 
 

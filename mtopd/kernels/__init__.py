@@ -1,5 +1,6 @@
-"""Fused losses over the vocabulary.  Imports nothing from mtopd; third party: torch."""
+"""Exact divergences over vocabularies too large for logits.  Imports nothing from mtopd; third party: torch, numpy."""
 
 from mtopd.kernels.fused_linear import Divergence, fused_linear_divergence
+from mtopd.kernels.statistics import DistributionStatistics, distribution_statistics
 
-__all__ = ["Divergence", "fused_linear_divergence"]
+__all__ = ["DistributionStatistics", "Divergence", "distribution_statistics", "fused_linear_divergence"]

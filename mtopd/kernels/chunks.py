@@ -163,6 +163,21 @@ class Call:
         hidden_size = max(self.student.hidden_TX.shape[1], self.teacher.hidden_TX.shape[1])
         return max(1, self.upcast_bytes // (hidden_size * self.dtype.itemsize))
 
+    def row_statistics(self, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
+        """`RowKernels.statistics`, [9, C], on a rank without columns too."""
+        if self.num_columns == 0:
+            return no_columns(len(student_Cv), student_Cv)
+        return self.kernels.statistics(self.problem, student_Cv, teacher_Cv)
+
+    def row_gradient(
+        self, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`RowKernels.gradient`, on a rank without columns too."""
+        if self.num_columns == 0:
+            value_C, mean_C = rows_9C.new_zeros(2, len(student_Cv))
+            return value_C, mean_C
+        return self.kernels.gradient(self.problem, student_Cv, teacher_Cv, rows_9C, out_Cv)
+
     @contextmanager
     def chunks(self) -> Iterator[Iterator[Chunk]]:
         """The chunks of the tokens with a weight, in order, on alternating buffers of the workspace."""
@@ -201,11 +216,7 @@ class Chunk:
 
     def exchange_statistics(self) -> None:
         call = self._call
-        if call.num_columns == 0:
-            statistics_9C = no_columns(len(self.rows_C), self.student_Cv)
-        else:
-            statistics_9C = call.kernels.statistics(call.problem, self.student_Cv, self.teacher_Cv)
-        self._statistics = call.tp.all_gather(statistics_9C)
+        self._statistics = call.tp.all_gather(call.row_statistics(self.student_Cv, self.teacher_Cv))
 
     def find_centre(self, needs_gradient: bool) -> None:
         """Merge the statistics into `rows_9C`; start a second exchange for the divergences that need one."""
@@ -224,11 +235,7 @@ class Chunk:
         return self._run(out_Cv)[0]
 
     def _run(self, out_Cv: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._call.num_columns == 0:
-            value_C, mean_C = self.rows_9C.new_zeros(2, len(self.rows_C))
-            return value_C, mean_C
-        kernels, problem = self._call.kernels, self._call.problem
-        return kernels.gradient(problem, self.student_Cv, self.teacher_Cv, self.rows_9C, out_Cv)
+        return self._call.row_gradient(self.student_Cv, self.teacher_Cv, self.rows_9C, out_Cv)
 
     def _multiply(self, head: Head, out_Cv: Tensor) -> None:
         hidden_CX = head.hidden_TX.index_select(0, self._padded_rows_C)

@@ -37,7 +37,8 @@ inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 inline double sum(Vec v) { double s = 0; for (int i = 0; i < kLanes; ++i) s += v[i]; return s; }
 
-// e^x for x <= 0 to about 1 ulp; 0 below the smallest normal number; NaN stays NaN.
+// e^x for x <= 0 to about 1 ulp; 0 below the smallest normal number.  A NaN may come out as a number: it reaches the
+// value through Delta.
 inline Vec exp_nonpositive(Vec x) {
   const Vec is_tiny_to_zero = set(-87.33f);
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -55,7 +56,6 @@ inline Vec exp_nonpositive(Vec x) {
   Vec value = poly * (r * r) + r + 1.f;
   Int exponent = (bits(shifted) - bits(set(magic))) << 23;
   value = from_bits(bits(value) + exponent);
-  value = x == x ? value : x;
   return x < is_tiny_to_zero ? Vec{} : value;
 }
 
@@ -148,21 +148,37 @@ struct Frame {  // of a row: both maxima, their difference in two parts
   }
 };
 
-struct Columns {  // one vector of columns in the frame
+// One vector of columns in the frame.  Blocks in which no logit is -inf, nearly all, skip what only those need.
+template <bool excludes> struct Columns {
   Vec student, student_exp, teacher_exp, delta;
-  Int student_excludes, teacher_excludes;
+  Int student_excludes{}, teacher_excludes{};
   Columns(Vec a, Vec b, const Frame& frame, float inverse_temperature) {
-    student_excludes = a == set(-kInfinity);
-    teacher_excludes = b == set(-kInfinity);
     student = (a - frame.student_max) * inverse_temperature;
     student_exp = exp_nonpositive(student);
     teacher_exp = exp_nonpositive((b - frame.teacher_max) * inverse_temperature);
-    student = student_excludes ? Vec{} : student;
     Vec error, d = difference(a, b, &error);
     delta = ((d - frame.offset) + (error - frame.offset_error)) * inverse_temperature;
-    delta = (student_excludes | teacher_excludes) ? Vec{} : delta;
+    if constexpr (excludes) {
+      student_excludes = a == set(-kInfinity);
+      teacher_excludes = b == set(-kInfinity);
+      student = student_excludes ? Vec{} : student;
+      delta = (student_excludes | teacher_excludes) ? Vec{} : delta;
+    }
+  }
+  // Whether delta, or a shifted delta, is close to 0 and both sides have mass.
+  Int is_near(Vec delta) const {
+    if constexpr (excludes) return (abs(delta) < set(0.5f)) & ~(student_excludes | teacher_excludes);
+    return abs(delta) < set(0.5f);
   }
 };
+
+bool has_neginf(const float* a, const float* b, int n) {
+  Vec m = set(kInfinity);
+  for (int i = 0; i < n; i += kLanes) m = min(load_vec(a + i), min(load_vec(b + i), m));
+  for (int i = 0; i < kLanes; ++i)
+    if (m[i] == -kInfinity) return true;
+  return false;
+}
 
 enum Statistic { kStudentMax, kStudentSum, kMeanDelta, kMeanStudent, kTeacherMax, kTeacherSum, kSumDifference,
                  kExcludedMass, kExcludedMean, kNumStatistics };
@@ -187,41 +203,54 @@ float row_max(const Model& model, const float* raw, int64_t columns, float* bloc
   return m;
 }
 
+struct Sums { double s = 0, delta = 0, student = 0, t = 0, difference = 0, excluded = 0, excluded_student = 0; };
+
+template <bool excludes>
+void add_statistics(Sums* sums, const float* a, const float* b, int n, const Frame& frame, float inverse_temperature) {
+  Vec s{}, delta{}, student{}, t{}, difference{}, excluded{}, excluded_student{};
+  for (int i = 0; i < n; i += kLanes) {
+    const Columns<excludes> c(load_vec(a + i), load_vec(b + i), frame, inverse_temperature);
+    const Vec near = c.student_exp * (expm1_remainder(c.delta) - c.delta);
+    s += c.student_exp;
+    delta += c.student_exp * c.delta;
+    student += c.student_exp * c.student;
+    t += c.teacher_exp;
+    difference += c.is_near(c.delta) ? near : c.teacher_exp - c.student_exp;
+    if constexpr (excludes) {
+      const Vec e = c.teacher_excludes ? c.student_exp : Vec{};
+      excluded += e;
+      excluded_student += e * c.student;
+    }
+  }
+  sums->s += sum(s), sums->delta += sum(delta), sums->student += sum(student), sums->t += sum(t);
+  sums->difference += sum(difference);
+  if constexpr (excludes) sums->excluded += sum(excluded), sums->excluded_student += sum(excluded_student);
+}
+
 void statistics_row(const float* student_raw, const float* teacher_raw, int64_t columns, const Model& student,
                     const Model& teacher, float inverse_temperature, float* out, int64_t stride) {
   alignas(64) float a_block[kBlock], b_block[kBlock];
   const float student_max = row_max(student, student_raw, columns, a_block);
   const float teacher_max = row_max(teacher, teacher_raw, columns, b_block);
   const Frame frame(student_max, teacher_max);
-  double s = 0, d = 0, a_mean = 0, t = 0, g = 0, x = 0, y = 0;
+  Sums sums;
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     const int n = (int)std::min<int64_t>(kBlock, columns - begin);
     const float* a = load(student, student_raw, begin, n, a_block, nullptr);
     const float* b = load(teacher, teacher_raw, begin, n, b_block, nullptr);
-    Vec sv{}, dv{}, av{}, tv{}, gv{}, xv{}, yv{};
-    for (int i = 0; i < n; i += kLanes) {
-      const Columns c(load_vec(a + i), load_vec(b + i), frame, inverse_temperature);
-      const Int is_near = (abs(c.delta) < set(0.5f)) & ~(c.student_excludes | c.teacher_excludes);
-      const Vec near = c.student_exp * (expm1_remainder(c.delta) - c.delta);
-      const Vec excluded = c.teacher_excludes ? c.student_exp : Vec{};
-      sv += c.student_exp;
-      dv += c.student_exp * c.delta;
-      av += c.student_exp * c.student;
-      tv += c.teacher_exp;
-      gv += is_near ? near : c.teacher_exp - c.student_exp;
-      xv += excluded;
-      yv += excluded * c.student;
-    }
-    s += sum(sv), d += sum(dv), a_mean += sum(av), t += sum(tv), g += sum(gv), x += sum(xv), y += sum(yv);
+    (has_neginf(a, b, n) ? add_statistics<true> : add_statistics<false>)(&sums, a, b, n, frame, inverse_temperature);
   }
-  const double inverse = s == 0 ? 0 : 1 / s;
-  out[kStudentMax * stride] = student_max, out[kStudentSum * stride] = (float)s;
-  out[kMeanDelta * stride] = (float)(d * inverse), out[kMeanStudent * stride] = (float)(a_mean * inverse);
-  out[kTeacherMax * stride] = teacher_max, out[kTeacherSum * stride] = (float)t;
-  out[kSumDifference * stride] = (float)g;
-  out[kExcludedMass * stride] = (float)x, out[kExcludedMean * stride] = (float)(y * inverse);
+  const double inverse = sums.s == 0 ? 0 : 1 / sums.s;
+  out[kStudentMax * stride] = student_max, out[kStudentSum * stride] = (float)sums.s;
+  out[kMeanDelta * stride] = (float)(sums.delta * inverse), out[kMeanStudent * stride] = (float)(sums.student * inverse);
+  out[kTeacherMax * stride] = teacher_max, out[kTeacherSum * stride] = (float)sums.t;
+  out[kSumDifference * stride] = (float)sums.difference;
+  out[kExcludedMass * stride] = (float)sums.excluded;
+  out[kExcludedMean * stride] = (float)(sums.excluded_student * inverse);
 }
 
+enum Row { kRowStudentMax, kRowTeacherMax, kRowStudentInverseSum, kRowTeacherInverseSum, kRowLogRatio, kRowCentre,
+           kRowAlpha };
 enum Kind { kReverseKl, kForwardKl, kTvd, kMixture };
 struct Mixture { float student_part, teacher_part, student_term, teacher_term, phi_log, phi_excess, phi_share; };
 
@@ -244,75 +273,95 @@ inline MixtureTerm mixture_term(Vec self, Vec mixture, Vec delta, Vec near_expm1
           use_series ? y * (y / (1.f + y)) - remainder : log_ratio - far_share};
 }
 
+// What `gradient` knows of a row; the names are those of rows.Row.
+struct RowNumbers {
+  float student_inverse_sum, teacher_inverse_sum, log_ratio, centre, alpha, log_prob_offset, inverse_temperature;
+};
+
+struct Terms { Vec value, phi; };  // phi times p; reverse_kl and forward_kl: centred
+
+template <Kind kind, bool excludes>
+inline Terms terms(const Columns<excludes>& c, const RowNumbers& row, const Mixture& mix, Vec p, Vec q) {
+  Vec delta = c.delta + row.log_ratio;  // log p - log q
+  if constexpr (kind == kReverseKl) {
+    Vec u = c.delta;
+    if constexpr (excludes) {
+      const Int excluded = c.student_excludes | c.teacher_excludes;
+      const Vec floored = c.student + row.log_prob_offset;
+      delta = excluded ? (c.student_excludes ? Vec{} : floored) : delta;
+      u = excluded ? floored - row.log_ratio : u;
+    }
+    return {c.is_near(delta) ? p * expm1_remainder(delta) : p * delta - p + q, p * (u - row.centre)};
+  } else {
+    if constexpr (excludes)
+      delta = c.teacher_excludes ? set(kExcluded) : c.student_excludes ? set(-kExcluded) : delta;
+    const Int is_near = abs(delta) < set(0.5f);
+    const Vec remainder = expm1_remainder(delta);  // delta + expm1(-delta)
+    const Vec difference = is_near ? p * (delta - remainder) : p - q;
+    if constexpr (kind == kForwardKl) {
+      Vec far = p - q - q * delta;
+      if constexpr (excludes) far = (c.student_excludes & (q > Vec{})) ? set(kInfinity) : far;
+      return {is_near ? q * expm1_remainder(-delta) : far, difference};
+    } else if constexpr (kind == kTvd) {
+      const Vec sign = difference > Vec{} ? set(0.5f) : difference < Vec{} ? set(-0.5f) : Vec{};
+      return {0.5f * abs(difference), p * sign};
+    } else {
+      const Vec far_exp = exp_nonpositive(-abs(delta));
+      const Vec mixture = mix.student_part * p + mix.teacher_part * q;
+      const MixtureTerm of_p = mixture_term(p, mixture, delta, remainder - delta, far_exp, is_near, mix.student_part,
+                                            mix.teacher_part);
+      const MixtureTerm of_q = mixture_term(q, mixture, -delta, expm1_remainder(-delta) + delta, far_exp, is_near,
+                                            mix.teacher_part, mix.student_part);
+      const Vec share = mixture > Vec{} ? difference / mixture : Vec{};
+      return {mix.student_term * of_p.term + mix.teacher_term * of_q.term,
+              p * (mix.phi_share * share - mix.phi_log * of_p.log_ratio - mix.phi_excess * of_p.excess)};
+    }
+  }
+}
+
 // Whether derivatives are written is asked at run time, so that the compiler rounds the values in one way.
+template <Kind kind, bool excludes>
+void add_gradient(double* value, double* mean, const float* a, const float* b, const float* slope, float* out, int n,
+                  const Frame& frame, const RowNumbers& row, const Mixture& mix) {
+  Vec value_sum{}, mean_sum{};
+  for (int i = 0; i < n; i += kLanes) {
+    const Columns<excludes> c(load_vec(a + i), load_vec(b + i), frame, row.inverse_temperature);
+    const Vec p = c.student_exp * row.student_inverse_sum, q = c.teacher_exp * row.teacher_inverse_sum;
+    const Terms t = terms<kind>(c, row, mix, p, q);
+    Vec gradient = t.phi;
+    value_sum += t.value;
+    if constexpr (kind == kTvd || kind == kMixture) {
+      mean_sum += gradient;
+      gradient = gradient - p * row.centre;
+    }
+    if (out) {
+      gradient = gradient * row.alpha;
+      if (slope) gradient = gradient * load_vec(slope + i);
+      if (n - i >= kLanes) store_vec(out + i, gradient);
+      else std::memcpy(out + i, &gradient, (n - i) * sizeof(float));
+    }
+  }
+  *value += sum(value_sum), *mean += sum(mean_sum);
+}
+
 template <Kind kind>
 void gradient_row(const float* student_raw, const float* teacher_raw, float* out, int64_t columns, const Model& student,
                   const Model& teacher, float inverse_temperature, const Mixture& mix, const float* row,
                   int64_t stride, float* value_out, float* mean_out) {
-  const bool write = out != nullptr;
-  const Frame frame(row[0], row[stride]);
-  const float inverse_s = row[2 * stride], inverse_t = row[3 * stride], log_ratio = row[4 * stride];
-  const float centre = row[5 * stride], alpha = row[6 * stride];
-  const float log_prob_offset = std::log(inverse_s) - kLogProbFloor;
-  alignas(64) float a_block[kBlock], b_block[kBlock], slope[kBlock];
+  const Frame frame(row[kRowStudentMax * stride], row[kRowTeacherMax * stride]);
+  const float inverse_sum = row[kRowStudentInverseSum * stride];
+  const RowNumbers numbers{inverse_sum, row[kRowTeacherInverseSum * stride], row[kRowLogRatio * stride],
+                           row[kRowCentre * stride], row[kRowAlpha * stride], std::log(inverse_sum) - kLogProbFloor,
+                           inverse_temperature};
+  alignas(64) float a_block[kBlock], b_block[kBlock], slope_block[kBlock];
+  float* slope = student.softcap != 0.f ? slope_block : nullptr;
   double value = 0, mean = 0;
   for (int64_t begin = 0; begin < columns; begin += kBlock) {
     const int n = (int)std::min<int64_t>(kBlock, columns - begin);
     const float* a = load(student, student_raw, begin, n, a_block, slope);
     const float* b = load(teacher, teacher_raw, begin, n, b_block, nullptr);
-    Vec value_v{}, mean_v{};
-    for (int i = 0; i < n; i += kLanes) {
-      const Columns c(load_vec(a + i), load_vec(b + i), frame, inverse_temperature);
-      const Vec p = c.student_exp * inverse_s, q = c.teacher_exp * inverse_t;
-      const Int excluded = c.student_excludes | c.teacher_excludes;
-      Vec delta = c.delta + log_ratio;  // log p - log q
-      Vec term, gradient;
-      if constexpr (kind == kReverseKl) {
-        const Vec floored = c.student + log_prob_offset;
-        delta = excluded ? (c.student_excludes ? Vec{} : floored) : delta;
-        const Vec u = excluded ? floored - log_ratio : c.delta;
-        const Int is_near = (abs(delta) < set(0.5f)) & ~excluded;
-        term = is_near ? p * expm1_remainder(delta) : p * delta - p + q;
-        gradient = p * (u - centre);
-      } else {
-        delta = c.teacher_excludes ? set(kExcluded) : c.student_excludes ? set(-kExcluded) : delta;
-        const Int is_near = abs(delta) < set(0.5f);
-        const Vec remainder = expm1_remainder(delta);         // delta + expm1(-delta)
-        const Vec difference = is_near ? p * (delta - remainder) : p - q;
-        if constexpr (kind == kForwardKl) {
-          const Vec far = (c.student_excludes & (q > Vec{})) ? set(kInfinity) : p - q - q * delta;
-          term = is_near ? q * expm1_remainder(-delta) : far;
-          gradient = difference;
-        } else if constexpr (kind == kTvd) {
-          term = 0.5f * abs(difference);
-          const Vec sign = difference > Vec{} ? set(0.5f) : difference < Vec{} ? set(-0.5f) : Vec{};
-          gradient = p * sign;
-        } else {
-          const Vec far_exp = exp_nonpositive(-abs(delta));
-          const Vec mixture = mix.student_part * p + mix.teacher_part * q;
-          const MixtureTerm of_p = mixture_term(p, mixture, delta, remainder - delta, far_exp, is_near,
-                                                mix.student_part, mix.teacher_part);
-          const MixtureTerm of_q = mixture_term(q, mixture, -delta, expm1_remainder(-delta) + delta, far_exp, is_near,
-                                                mix.teacher_part, mix.student_part);
-          term = mix.student_term * of_p.term + mix.teacher_term * of_q.term;
-          const Vec share = mixture > Vec{} ? difference / mixture : Vec{};
-          gradient = p * (mix.phi_share * share - mix.phi_log * of_p.log_ratio - mix.phi_excess * of_p.excess);
-        }
-        if constexpr (kind == kTvd || kind == kMixture) {
-          mean_v += gradient;
-          gradient = gradient - p * centre;
-        }
-      }
-      value_v += term;
-      if (write) {
-        gradient = gradient * alpha;
-        if (student.softcap != 0.f) gradient = gradient * load_vec(slope + i);
-        const int valid = std::min(kLanes, n - i);
-        if (valid == kLanes) store_vec(out + begin + i, gradient);
-        else std::memcpy(out + begin + i, &gradient, valid * sizeof(float));
-      }
-    }
-    value += sum(value_v), mean += sum(mean_v);
+    (has_neginf(a, b, n) ? add_gradient<kind, true> : add_gradient<kind, false>)(
+        &value, &mean, a, b, slope, out ? out + begin : nullptr, n, frame, numbers, mix);
   }
   *value_out = (float)value;
   *mean_out = (float)mean;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +10,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from mtopd.kernels import fused_linear_divergence
+from mtopd.kernels import DistributionStatistics, distribution_statistics, fused_linear_divergence
+
+STATISTICS = DistributionStatistics._fields[1:]
+STATISTICS_TOKENS = 64  # of each teacher in a train step on a dp rank
 
 
 class Head(Protocol):
@@ -36,8 +40,13 @@ class TeacherRun:
 class TeacherKL:
     """objective(student_hidden_TD, output_weight_vD, micro_batch): sum over rows of weight x KL(student || teacher).
 
-    ``micro_batch.payload`` is a list of TeacherRun in teacher order; the divergence is called once per run, with the
-    one resident head.  ``hidden_states(run)`` fetches [T, E] of a run.  Runs on last-stage ranks only.
+    One object for one train step.  ``micro_batch.payload`` is a list of TeacherRun in teacher order; the divergence is
+    called once per run, with the one resident head.  ``hidden_states(run)`` fetches [T, E] of a run.  Runs on
+    last-stage ranks only.  The gradient of ``output_weight_vD``, a parameter under Megatron's DDP, is added to its
+    ``main_grad`` in forward, in float32.
+
+    The metrics that need both distributions are taken of the first run of each teacher, on at most STATISTICS_TOKENS
+    tokens drawn by ``seed``; ``statistics_s`` is the time that took.
     """
 
     def __init__(
@@ -48,40 +57,66 @@ class TeacherKL:
         hidden_states: Callable[[TeacherRun], torch.Tensor],
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
+        seed: int,
     ) -> None:
         self._num_teachers, self._head, self._hidden_states = num_teachers, head, hidden_states
-        self._vocab_size, self._tp_group = vocab_size, tp_group
+        self._vocab_size, self._tp_group, self._seed = vocab_size, tp_group, seed
+        self._measured: set[int] = set()
+        self.statistics_s = 0.0
+
+    @staticmethod
+    def metric_names(num_teachers: int) -> list[str]:
+        """Names of the sums that a call returns, alike on all ranks."""
+        of_a_teacher = ("kl_sum", "tokens", "measured", *STATISTICS)
+        return ["loss", "entropy", *(f"{name}/{i}" for i in range(num_teachers) for name in of_a_teacher)]
 
     def __call__(
-        self, student_hidden_TD: torch.Tensor, output_weight_vD: torch.Tensor, micro_batch: Any
+        self, student_hidden_TD: torch.Tensor, output_weight_vD: Any, micro_batch: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         # A micro-batch without rows must still reach backward on every stage.
         loss = student_hidden_TD[:0].sum().float()
-        kl_sum = torch.zeros(self._num_teachers, dtype=torch.float64, device=student_hidden_TD.device)
-        tokens = torch.zeros_like(kl_sum)
-        weighted = torch.zeros((), dtype=torch.float64, device=kl_sum.device)
-        entropy = torch.zeros_like(weighted)
+        metrics = dict.fromkeys(
+            self.metric_names(self._num_teachers), torch.zeros((), dtype=torch.float64, device=loss.device)
+        )
+
+        def add(name: str, value: torch.Tensor) -> None:
+            metrics[name] = metrics[name] + value.double()
+
         for run in micro_batch.payload:
             head = self._head(run.teacher_index)
             rows = slice(run.start, run.stop)
-            out = fused_linear_divergence(
-                student_hidden_TD[rows],
-                output_weight_vD,
-                self._hidden_states(run),
-                head.weight_vE,
-                token_weight=micro_batch.token_weight_T[rows],
-                vocab_size=self._vocab_size,
-                tp_group=self._tp_group,
-                teacher_logit_scale=head.scale,
-                teacher_softcap=head.softcap,
-            )
-            del head  # the slot alone may hold it when the next teacher's is asked for
+            token_weight_T = micro_batch.token_weight_T[rows]
+            tensors = (student_hidden_TD[rows], output_weight_vD, self._hidden_states(run), head.weight_vE)
+            options: dict[str, Any] = {
+                "token_weight": token_weight_T,
+                "vocab_size": self._vocab_size,
+                "tp_group": self._tp_group,
+                "teacher_logit_scale": head.scale,
+                "teacher_softcap": head.softcap,
+            }
+            out = fused_linear_divergence(*tensors, **options, weight_grad_accumulator=output_weight_vD.main_grad)
             loss = loss + out.loss
-            kl_sum[run.teacher_index] += out.per_token.double().sum()
-            tokens[run.teacher_index] += run.stop - run.start
-            weighted += (out.per_token.double() * micro_batch.token_weight_T[rows].double()).sum()
-            entropy += out.entropy.double().sum()
-        metrics = {"loss": weighted, "entropy": entropy}
-        for i in range(self._num_teachers):
-            metrics[f"kl_sum/{i}"], metrics[f"tokens/{i}"] = kl_sum[i], tokens[i]
+            add("loss", (out.per_token.double() * token_weight_T.double()).sum())
+            add("entropy", out.entropy.double().sum())
+            add(f"kl_sum/{run.teacher_index}", out.per_token.double().sum())
+            add(f"tokens/{run.teacher_index}", torch.tensor(run.stop - run.start))
+            if run.teacher_index not in self._measured:
+                self._measured.add(run.teacher_index)
+                for name, value in self._statistics(tensors, options).items():
+                    add(f"{name}/{run.teacher_index}", value)
+            del head, tensors  # the slot alone may hold it when the next teacher's is asked for
         return loss, metrics
+
+    def _statistics(self, tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Sums over the measured tokens, and their number."""
+        started = _now(tensors[0].device)
+        found = distribution_statistics(*tensors, **options, num_tokens=STATISTICS_TOKENS, seed=self._seed)
+        sums = {name: getattr(found, name).double().sum() for name in STATISTICS}
+        self.statistics_s += _now(tensors[0].device) - started
+        return {"measured": torch.tensor(len(found.rows)), **sums}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # once for each teacher and train step
+    return time.perf_counter()

@@ -96,10 +96,8 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
     options = case.options
     case = case.to(dtype)
     hidden, weight = case.leaves()
-    vocab_size, temperature = options.get("vocab_size"), options.get("temperature", 1.0)
-    student = _logits(hidden, weight, None, "student", options)[:, :vocab_size]
-    bias = options.get("teacher_bias")
-    teacher = _logits(case.teacher_hidden_TE, case.teacher_weight_VE, bias, "teacher", options)[:, :vocab_size]
+    temperature = options.get("temperature", 1.0)
+    student, teacher = _all_logits(case, hidden, weight)
     is_live = case.token_weight_T != 0
     name, beta = options.get("divergence", "reverse_kl"), options.get("beta")
     per_token = torch.where(is_live, reference.divergence(name, student, teacher, beta or 0.5, temperature), 0)
@@ -109,6 +107,21 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
     log_probs = (student.detach() / temperature).log_softmax(-1)
     entropy = torch.where(is_live, -(log_probs.exp() * log_probs).sum(-1), 0)
     return Answer(loss.detach(), per_token.detach(), entropy, hidden.grad, weight.grad)
+
+
+def dense_logits(case: Case) -> tuple[Tensor, Tensor]:
+    """Logits of student and teacher over the temperature, [T, V] without padding."""
+    temperature = case.options.get("temperature", 1.0)
+    student, teacher = _all_logits(case, case.student_hidden_TD, case.student_weight_VD)
+    return student / temperature, teacher / temperature
+
+
+def _all_logits(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    options = case.options
+    vocab_size, bias = options.get("vocab_size"), options.get("teacher_bias")
+    student = _logits(hidden, weight, None, "student", options)[:, :vocab_size]
+    teacher = _logits(case.teacher_hidden_TE, case.teacher_weight_VE, bias, "teacher", options)[:, :vocab_size]
+    return student, teacher
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, model: str, options: dict[str, Any]) -> Tensor:

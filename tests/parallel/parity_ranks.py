@@ -138,12 +138,20 @@ def run_job(spec: dict, heads: LiveHeads, layers: LiveLayers) -> str:
     job.trainer.optimizer_step = lambda: (0.0, 0.0)  # the gradients are what is compared
     with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
         values = train.train_step(
-            job, plan, TokenStore(job.run.trajectories(0)), samples, train.CachedStates(job, reader, 0)
+            job, plan, TokenStore(job.run.trajectories(0)), samples, train.CachedStates(job, reader, 0), step=0
         )
     distinct = len([t for t in plan.teachers_of(job.ranks.dp_rank) if plan.num_tokens.get(t)]) if job.heads else 0
     assert heads.made - before == distinct, (heads.made - before, distinct)
     assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
     assert values["peak_resident_heads"] == 1
+    for name, statistics in values["statistics"].items():
+        assert 0 < statistics["tokens"] <= 64 * job.ranks.dp_size, (name, statistics)
+        assert 0 < statistics["teacher_overlap_mass"] <= 1 + 1e-5 and 0 < statistics["overlap_ratio"] <= 1, statistics
+        if "self_kl" in spec:
+            assert statistics["forward_kl"] < spec["self_kl"] and statistics["overlap_ratio"] > 0.95, statistics
+        else:
+            assert statistics["forward_kl"] > 1e-3 and statistics["entropy_gap"] > 1e-5, statistics
+    assert values["statistics"].keys() == values["reverse_kl_by_teacher"].keys() and values["statistics_s"] > 0
     if "self_kl" in spec:
         assert values["reverse_kl"] < spec["self_kl"], values["reverse_kl"]
         report = f"self KL {values['reverse_kl']:.1e}"
