@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smoke test integration lint clean-demo clean-smoke help
+.PHONY: demo smoke test integration lint benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
@@ -13,12 +13,13 @@ help:
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
+	@echo "make benchmark    the divergence against its peers, at real sizes (about 6 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
 demo: $(READY)
@@ -37,6 +38,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmark: $(READY)
+	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --json benchmarks/results/divergence_2core_cpu.json
+
+benchmark-quick: $(READY)
+	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --quick
 
 clean-demo:
 	rm -rf runs/demo

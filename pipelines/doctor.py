@@ -19,7 +19,7 @@ from rich.text import Text
 Row = tuple[str, str, str]  # what, found, path taken
 
 _MISSING = "missing"
-_COMPILERS = ("cc", "gcc", "clang")
+_COMPILERS = ("c++", "g++", "clang++")
 
 
 def print_report(console: Console) -> None:
@@ -38,7 +38,7 @@ def _software() -> Iterator[Row]:
     yield "mbridge", _version("mbridge"), "weights between HF and Megatron"
     yield "transformers", _version("transformers"), "tokenizers, the embedded rollout engine"
     yield "sglang", _version("sglang"), _with_extra("sglang", "sglang", "not used yet: rollout.engine is embedded")
-    yield "triton", _version("triton"), "not used yet: the divergence runs in torch"
+    yield "triton", _version("triton"), _with_extra("triton", "gpu", "the divergence's row kernels on CUDA")
     yield "zarr", _version("zarr"), "the hidden cache's format"
 
 
@@ -61,9 +61,14 @@ def _devices() -> Iterator[Row]:
 
 def _machine() -> Iterator[Row]:
     import psutil
+    import torch
+
+    from mtopd.kernels.rows import select_row_kernels
 
     compiler = next((path for path in map(shutil.which, _COMPILERS) if path), _MISSING)
-    yield "C compiler", compiler, "not used yet"
+    chosen = select_row_kernels("auto", "cpu", torch.float32).NAME
+    path = "compiled at first use" if chosen == "cpu" else "plain torch, which is slow, for want of a compiler or ninja"
+    yield "C++ compiler", compiler, f"the divergence's row kernels on CPU: {path}"
     yield "CPU cores", str(len(os.sched_getaffinity(0))), "one for each CPU rank"
     memory = psutil.virtual_memory()
     yield "memory", f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB", _host_budget()

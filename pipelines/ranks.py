@@ -109,6 +109,8 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     target, run_dir, generation, error_path, *rest = arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("mtopd.kernels").setLevel(logging.INFO)  # which row kernels were chosen, and why
     quiet_libraries()
     try:
         resolve(target)(Path(run_dir), int(generation), *rest)

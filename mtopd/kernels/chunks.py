@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -256,17 +255,10 @@ def _borrowed(num_elements: int, dtype: torch.dtype, device: torch.device) -> It
     """
     kept = _kept.pop(dtype, None) if device.type == "cpu" else None
     if kept is None or kept.numel() < num_elements:
-        kept = empty((num_elements,), dtype, device)
+        kept = torch.empty(num_elements, dtype=dtype, device=device)
     yield kept[:num_elements]
     if device.type == "cpu":
         _kept[dtype] = kept
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; on CPU through numpy, which asks for huge pages, so that first use of the memory costs half."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, {torch.float32: np.float32, torch.float64: np.float64}[dtype]))
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def default_workspace_bytes(device: torch.device) -> int:
