@@ -152,7 +152,12 @@ class Inputs:
             tensor.grad = None
 
     def gradient_bytes(self) -> int:
-        return sum(tensor.grad.nbytes for tensor in self.student if tensor.grad is not None)
+        """Without the placeholder of a gradient that went into a main_grad: that one is not an output."""
+        return sum(
+            tensor.grad.nbytes
+            for tensor in self.student
+            if tensor.grad is not None and not getattr(tensor, "grad_added_to_main_grad", False)
+        )
 
 
 Step = Callable[[], Tensor]  # leaves the gradients, returns the loss

@@ -19,8 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtopd.kernels.checks import check_numbers, check_tensors
 from mtopd.kernels.products import has_wide_product, hidden_times_weight_
-from mtopd.kernels.rows import LogitTransform, Row, RowKernels, RowProblem, no_columns
+from mtopd.kernels.rows import (
+    REVERSE_KL_AS_MIXTURE,
+    Kind,
+    LogitTransform,
+    Mixture,
+    Row,
+    RowKernels,
+    RowProblem,
+    no_columns,
+    select_row_kernels,
+)
 
 _WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1792 << 20}
 # Rows of a logit chunk, if the workspace holds them: enough for the products to run at full speed, more where there
@@ -71,22 +82,6 @@ class Head:
 
     hidden_TX: Tensor
     weight_vX: Tensor
-    transform: LogitTransform
-
-    @classmethod
-    def of(
-        cls,
-        hidden_TX: Tensor,
-        weight_vX: Tensor,
-        scale: float,
-        softcap: float | None,
-        bias_v: Tensor | None,
-        num_columns: int,
-        dtype: torch.dtype,
-    ) -> Head:
-        if bias_v is not None:
-            bias_v = bias_v.detach()[:num_columns].to(dtype).contiguous()
-        return cls(hidden_TX.detach(), weight_vX.detach()[:num_columns], LogitTransform(scale, softcap, bias_v))
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,76 @@ class Call:
     shard_rows: int  # v with padding
     round_to_bf16: bool
     workspace_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        student_hidden_TD: Tensor,
+        student_weight_vD: Tensor,
+        teacher_hidden_TE: Tensor,
+        teacher_weight_vE: Tensor,
+        *,
+        token_weight: Tensor,
+        temperature: float,
+        vocab_size: int | None,
+        tp_group: dist.ProcessGroup | None,
+        student_logit_scale: float,
+        student_softcap: float | None,
+        teacher_logit_scale: float,
+        teacher_softcap: float | None,
+        teacher_bias: Tensor | None,
+        backend: str,
+        workspace_bytes: int | None,
+        kind: Kind = Kind.REVERSE_KL,
+        mixture: Mixture = REVERSE_KL_AS_MIXTURE,
+        round_to_bf16: bool = False,
+    ) -> Call:
+        """The arguments of the public functions, checked (ValueError) and cut to this rank's valid columns."""
+        tensors = (student_hidden_TD, student_weight_vD, teacher_hidden_TE, teacher_weight_vE)
+        check_tensors(*tensors, token_weight, teacher_bias)
+        tp, shard_rows = TensorParallel.of(tp_group), student_weight_vD.shape[0]
+        check_numbers(
+            positive={
+                "temperature": temperature,
+                "student_softcap": student_softcap,
+                "teacher_softcap": teacher_softcap,
+            },
+            finite={"student_logit_scale": student_logit_scale, "teacher_logit_scale": teacher_logit_scale},
+            vocab_size=vocab_size,
+            num_columns=tp.size * shard_rows,
+            workspace_bytes=workspace_bytes,
+        )
+        device = student_hidden_TD.device
+        if workspace_bytes is None:
+            workspace_bytes = _WORKSPACE_BYTES.get(device.type, _WORKSPACE_BYTES["cuda"])
+        has_float64 = any(t is not None and t.dtype == torch.float64 for t in (*tensors, teacher_bias))
+        dtype = torch.float64 if has_float64 else torch.float32
+        kernels = select_row_kernels(backend, device.type, dtype)
+        num_columns = shard_rows
+        if vocab_size is not None:
+            num_columns = min(max(vocab_size - tp.rank * shard_rows, 0), shard_rows)
+        bias_v = None if teacher_bias is None else teacher_bias.detach()[:num_columns].to(dtype).contiguous()
+        student = LogitTransform(student_logit_scale, student_softcap, None)
+        teacher = LogitTransform(teacher_logit_scale, teacher_softcap, bias_v)
+        return cls(
+            student=Head(student_hidden_TD.detach(), student_weight_vD.detach()[:num_columns]),
+            teacher=Head(teacher_hidden_TE.detach(), teacher_weight_vE.detach()[:num_columns]),
+            problem=RowProblem(
+                kind=kind,
+                mixture=mixture,
+                temperature=temperature,
+                student=student,
+                teacher=teacher,
+                scratch_bytes=workspace_bytes // 4 if kernels.NAME == "torch" else 0,
+            ),
+            kernels=kernels,
+            token_weight_T=token_weight.detach(),
+            tp=tp,
+            dtype=dtype,
+            shard_rows=shard_rows,
+            round_to_bf16=round_to_bf16,
+            workspace_bytes=workspace_bytes,
+        )
 
     @property
     def num_columns(self) -> int:
@@ -150,11 +215,14 @@ class Call:
 
     @property
     def upcast_bytes(self) -> int:
-        """Workspace kept for upcast weights."""
-        for head in (self.student, self.teacher):
-            if head.weight_vX.dtype != self.dtype and not has_wide_product(head.hidden_TX, head.weight_vX, self.dtype):
-                return self.workspace_bytes // 4
-        return 0
+        """Workspace kept for upcast weights: of either model for its logits, of the student for its derivatives."""
+        heads = (self.student, self.teacher)
+        upcasts_logits = any(
+            head.weight_vX.dtype != self.dtype and not has_wide_product(head.hidden_TX, head.weight_vX, self.dtype)
+            for head in heads
+        )
+        upcasts_derivatives = self.student.weight_vX.dtype not in (self.dtype, self.gradient_dtype)
+        return self.workspace_bytes // 4 if upcasts_logits or upcasts_derivatives else 0
 
     @property
     def tile_rows(self) -> int:
@@ -259,20 +327,6 @@ def _borrowed(num_elements: int, dtype: torch.dtype, device: torch.device) -> It
     yield kept[:num_elements]
     if device.type == "cpu":
         _kept[dtype] = kept
-
-
-def default_workspace_bytes(device: torch.device) -> int:
-    return _WORKSPACE_BYTES.get(device.type, _WORKSPACE_BYTES["cuda"])
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is, else float32."""
-    has_float64 = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if has_float64 else torch.float32
-
-
-def valid_columns(vocab_size: int | None, shard_rows: int, rank: int) -> int:
-    return shard_rows if vocab_size is None else min(max(vocab_size - rank * shard_rows, 0), shard_rows)
 
 
 def has_neginf(bias_v: Tensor | None, tp: TensorParallel) -> bool:

@@ -34,19 +34,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtopd.kernels.checks import check_accumulator, check_choices, check_numbers, check_tensors
-from mtopd.kernels.chunks import (
-    Call,
-    Chunk,
-    Head,
-    TensorParallel,
-    compute_dtype,
-    default_workspace_bytes,
-    has_neginf,
-    valid_columns,
-)
+from mtopd.kernels.checks import check_accumulator, check_choices
+from mtopd.kernels.chunks import Call, Chunk, has_neginf
 from mtopd.kernels.products import add_gradient_times_hidden_, gradient_times_weight
-from mtopd.kernels.rows import NO_BETA, Kind, Mixture, Row, RowProblem, mixture_of, select_row_kernels
+from mtopd.kernels.rows import NO_BETA, REVERSE_KL_AS_MIXTURE, Kind, Row, mixture_of
 
 
 class Divergence(NamedTuple):
@@ -105,58 +96,40 @@ def fused_linear_divergence(
     NaN or +inf logits in a token with a weight give a NaN loss.
     """
     check_choices(divergence, beta, logits, teacher_neginf, backend)
-    check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, teacher_bias)
-    tp = TensorParallel.of(tp_group)
-    check_numbers(
-        positive={"temperature": temperature, "student_softcap": student_softcap, "teacher_softcap": teacher_softcap},
-        finite={"student_logit_scale": student_logit_scale, "teacher_logit_scale": teacher_logit_scale},
+    call = Call.of(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        token_weight=token_weight,
+        temperature=temperature,
         vocab_size=vocab_size,
-        num_columns=tp.size * student_weight.shape[0],
+        tp_group=tp_group,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        teacher_bias=teacher_bias,
+        backend=backend,
         workspace_bytes=workspace_bytes,
+        kind=NO_BETA.get(divergence, Kind.MIXTURE),
+        mixture=REVERSE_KL_AS_MIXTURE if beta is None else mixture_of(divergence, beta),
+        round_to_bf16=logits == "bf16",
     )
-    dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
-    accumulates = weight_grad_accumulator is not None and torch.is_grad_enabled()
-    if accumulates:
-        check_accumulator(weight_grad_accumulator, student_weight, dtype)
-    kernels = select_row_kernels(backend, student_hidden.device.type, dtype)
-    if workspace_bytes is None:
-        workspace_bytes = default_workspace_bytes(student_hidden.device)
+    is_grad_enabled = torch.is_grad_enabled()
+    accumulator_vD = weight_grad_accumulator if is_grad_enabled else None
+    if accumulator_vD is not None:
+        check_accumulator(accumulator_vD, student_weight, call.dtype)
     if logits == "bf16":
         warnings.warn(
-            "logits='bf16' gives wrong gradients near convergence (half off at KL 4e-3); use logits='fp32'",
+            "logits='bf16' gives wrong gradients near convergence (a third off at KL 4e-3); use logits='fp32'",
             stacklevel=2,
         )
-    num_columns = valid_columns(vocab_size, student_weight.shape[0], tp.rank)
-    student = Head.of(student_hidden, student_weight, student_logit_scale, student_softcap, None, num_columns, dtype)
-    teacher = Head.of(
-        teacher_hidden, teacher_weight, teacher_logit_scale, teacher_softcap, teacher_bias, num_columns, dtype
-    )
-    problem = RowProblem(
-        kind=NO_BETA.get(divergence, Kind.MIXTURE),
-        mixture=Mixture() if beta is None else mixture_of(divergence, beta),
-        temperature=temperature,
-        student=student.transform,
-        teacher=teacher.transform,
-        scratch_bytes=workspace_bytes // 4 if kernels.NAME == "torch" else 0,
-    )
-    call = Call(
-        student=student,
-        teacher=teacher,
-        problem=problem,
-        kernels=kernels,
-        token_weight_T=token_weight.detach(),
-        tp=tp,
-        dtype=dtype,
-        shard_rows=student_weight.shape[0],
-        round_to_bf16=logits == "bf16",
-        workspace_bytes=workspace_bytes,
-    )
-    refuses = problem.kind == Kind.REVERSE_KL and teacher_neginf == "error"
-    if refuses and has_neginf(teacher_bias, tp):  # looked at before anything is accumulated
+    refuses = divergence == "reverse_kl" and teacher_neginf == "error"
+    if refuses and has_neginf(call.problem.teacher.bias_v, call.tp):  # looked at before anything is accumulated
         _refuse_excluded_tokens(_evaluate(call, None).excluded_A, call.rows_A)
-    accumulator_vD = weight_grad_accumulator if accumulates else None
     loss, per_token_T, entropy_T, excluded_A = _GradientInForward.apply(
-        student_hidden, student_weight, call, accumulator_vD, torch.is_grad_enabled()
+        student_hidden, student_weight, call, accumulator_vD, is_grad_enabled
     )
     if refuses:
         _refuse_excluded_tokens(excluded_A, call.rows_A)

@@ -10,23 +10,15 @@ look at the logits for each, in the workspace of `fused_linear_divergence`, noth
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtopd.kernels.checks import check_numbers, check_tensors
-from mtopd.kernels.chunks import (
-    Call,
-    Chunk,
-    Head,
-    TensorParallel,
-    compute_dtype,
-    default_workspace_bytes,
-    valid_columns,
-)
-from mtopd.kernels.rows import LogitTransform, Row, RowProblem, select_row_kernels
+from mtopd.kernels.chunks import Call, Chunk
+from mtopd.kernels.rows import LogitTransform, Row
 
 
 class DistributionStatistics(NamedTuple):
@@ -68,43 +60,33 @@ def distribution_statistics(
     The other arguments are those of `fused_linear_divergence`; overlap as in arXiv:2604.13016 (k = 16 there).
     Raises ValueError for inputs that do not fit together.
     """
-    check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, teacher_bias)
-    tp = TensorParallel.of(tp_group)
-    total_columns = tp.size * student_weight.shape[0]
-    check_numbers(
-        positive={"temperature": temperature, "student_softcap": student_softcap, "teacher_softcap": teacher_softcap},
-        finite={"student_logit_scale": student_logit_scale, "teacher_logit_scale": teacher_logit_scale},
-        vocab_size=vocab_size,
-        num_columns=total_columns,
-        workspace_bytes=workspace_bytes,
-    )
     if num_tokens < 1 or k < 1:
         raise ValueError(f"num_tokens is {num_tokens} and k is {k}; at least 1 of each is needed")
-    k = min(k, total_columns if vocab_size is None else vocab_size)
-    dtype = compute_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
-    kernels = select_row_kernels(backend, student_hidden.device.type, dtype)
-    workspace_bytes = default_workspace_bytes(student_hidden.device) if workspace_bytes is None else workspace_bytes
-    columns = valid_columns(vocab_size, student_weight.shape[0], tp.rank)
-    call = Call(
-        student=Head.of(student_hidden, student_weight, student_logit_scale, student_softcap, None, columns, dtype),
-        teacher=Head.of(
-            teacher_hidden, teacher_weight, teacher_logit_scale, teacher_softcap, teacher_bias, columns, dtype
-        ),
-        # The logits are transformed before the row kernels see them: the likeliest tokens are looked up in them.
-        problem=RowProblem(
-            temperature=temperature, scratch_bytes=workspace_bytes // 4 if kernels.NAME == "torch" else 0
-        ),
-        kernels=kernels,
-        token_weight_T=_drawn(token_weight, num_tokens, seed),
-        tp=tp,
-        dtype=dtype,
-        shard_rows=student_weight.shape[0],
-        round_to_bf16=False,
+    call = Call.of(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        token_weight=token_weight,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+        teacher_bias=teacher_bias,
+        backend=backend,
         workspace_bytes=workspace_bytes,
     )
+    transforms = (call.problem.student, call.problem.teacher)
+    # Applied here, before the row kernels: the likeliest tokens are looked up in the finished logits.
+    problem = replace(call.problem, student=LogitTransform(), teacher=LogitTransform())
+    call = replace(call, problem=problem, token_weight_T=_drawn(call.token_weight_T, num_tokens, seed))
+    k = min(k, call.tp.size * call.shard_rows if vocab_size is None else vocab_size)
     with torch.autocast(student_hidden.device.type, enabled=False), call.chunks() as chunks:
-        measured = [_measure(call, chunk, k) for chunk in chunks]
-    empty = [call.token_weight_T.new_empty(6, 0, dtype=dtype)]
+        measured = [_measure(call, chunk, k, transforms) for chunk in chunks]
+    empty = [call.token_weight_T.new_empty(6, 0, dtype=call.dtype)]
     return DistributionStatistics(call.rows_A, *torch.cat(measured or empty, 1))
 
 
@@ -115,13 +97,13 @@ def _drawn(token_weight_T: Tensor, num_tokens: int, seed: int) -> Tensor:
     return torch.zeros_like(token_weight_T).index_fill_(0, rows_A[order.to(rows_A.device)], 1)
 
 
-def _measure(call: Call, chunk: Chunk, k: int) -> Tensor:
+def _measure(call: Call, chunk: Chunk, k: int, transforms: tuple[LogitTransform, LogitTransform]) -> Tensor:
     """Rows of `DistributionStatistics` but the first, [6, C]."""
     chunk.multiply_teacher()
     chunk.multiply_student()
     student_Cv, teacher_Cv = chunk.student_Cv, chunk.teacher_Cv
-    _transform_(student_Cv, call.student.transform)
-    _transform_(teacher_Cv, call.teacher.transform)
+    for logits_Cv, transform in zip((student_Cv, teacher_Cv), transforms, strict=True):
+        _transform_(logits_Cv, transform)
     student_entropy_C, student_inverse_sum_C, student_max_C, _ = _row_numbers(call, student_Cv, teacher_Cv)
     # The reverse KL with the roles exchanged is the forward KL.
     teacher_entropy_C, teacher_inverse_sum_C, teacher_max_C, forward_kl_C = _row_numbers(call, teacher_Cv, student_Cv)

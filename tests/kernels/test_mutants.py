@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,25 +28,24 @@ def scaled_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_linear, "_scaled", lambda gradient, *rest: original(gradient, *rest).mul_(1.00001))
 
 
+def with_teacher(monkeypatch: pytest.MonkeyPatch, change: Callable[[chunks.Head], chunks.Head]) -> None:
+    original = chunks.Call.of
+    monkeypatch.setattr(
+        chunks.Call, "of", lambda *tensors, **options: replace_teacher(original(*tensors, **options), change)
+    )
+
+
+def replace_teacher(call: chunks.Call, change: Callable[[chunks.Head], chunks.Head]) -> chunks.Call:
+    return replace(call, teacher=change(call.teacher))
+
+
 def transposed_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's head read as if its rows were columns."""
-    original = chunks.Head.of
-
-    def of(hidden_TX: Tensor, weight_vX: Tensor, *rest: Any) -> chunks.Head:
-        if weight_vX.requires_grad:
-            return original(hidden_TX, weight_vX, *rest)
-        return original(hidden_TX, weight_vX.T.reshape(weight_vX.shape), *rest)
-
-    monkeypatch.setattr(chunks.Head, "of", of)
+    with_teacher(monkeypatch, lambda head: chunks.Head(head.hidden_TX, head.weight_vX.T.reshape(head.weight_vX.shape)))
 
 
 def one_row_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = chunks.Head.of
-
-    def of(hidden_TX: Tensor, weight_vX: Tensor, *rest: Any) -> chunks.Head:
-        return original(hidden_TX if weight_vX.requires_grad else hidden_TX.roll(1, 0), weight_vX, *rest)
-
-    monkeypatch.setattr(chunks.Head, "of", of)
+    with_teacher(monkeypatch, lambda head: chunks.Head(head.hidden_TX.roll(1, 0), head.weight_vX))
 
 
 def last_chunk_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from row_cases import CHECKS, DIVERGENCES, check_levels, logits_like_a_model, oracle, problem, relative_error, run
+from row_cases import (
+    CHECKS,
+    DIVERGENCES,
+    check_extremes,
+    check_levels,
+    check_transforms,
+    logits_like_a_model,
+    oracle,
+    problem,
+    relative_error,
+    run,
+)
 
 from mtopd.kernels import rows, rows_cpu, rows_torch
 
@@ -53,6 +64,15 @@ def test_threads_do_not_matter() -> None:
         answers.append(run(rows_cpu.KERNELS, problem("jsd", 0.3), student_CV, teacher_CV))
     for answer in answers[1:]:
         assert all(torch.equal(a, b) for a, b in zip(answer, answers[0], strict=True))
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_other_instruction_sets(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same source for narrower vectors; each set has a library of its own in the cache."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    kernels = rows_cpu.CpuRows(rows_cpu._library())
+    for check in (check_levels, check_extremes, check_transforms):
+        check(kernels, "cpu")
 
 
 def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
