@@ -139,7 +139,8 @@ def _compile(flags: list[str], build_dir: str) -> Path:
         raise ValueError(
             f"the CPU row kernels cannot be compiled ({reason.strip()}); a C++ compiler and ninja are needed"
         ) from error
-    return Path(build_dir) / "rows_cpu.so"
+    (library,) = Path(build_dir).glob("*.so")  # the loader numbers a second one of a process
+    return library
 
 
 KERNELS = CpuRows(_library())
