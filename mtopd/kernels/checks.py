@@ -100,6 +100,16 @@ def check_tensors(
         raise ValueError(f"token_weight holds {int((~torch.isfinite(token_weight_T)).sum())} NaN or infinite values")
 
 
+def check_matmul_precision(*operands: Tensor) -> None:
+    """Raise ValueError where torch would round float32 operands of products to TF32 or bfloat16."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest" and any(operand.dtype == torch.float32 for operand in operands):
+        raise ValueError(
+            f"torch.get_float32_matmul_precision() is {precision!r}: float32 operands would be rounded, which is wrong "
+            "near convergence.  Set it to 'highest', or pass bfloat16 tensors: their products are exact"
+        )
+
+
 def check_numbers(
     *,
     positive: Mapping[str, float | None],

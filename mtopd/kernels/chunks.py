@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtopd.kernels.checks import check_numbers, check_tensors
+from mtopd.kernels.checks import check_matmul_precision, check_numbers, check_tensors
 from mtopd.kernels.products import has_wide_product, hidden_times_weight_
 from mtopd.kernels.rows import (
     REVERSE_KL_AS_MIXTURE,
@@ -143,6 +143,7 @@ class Call:
         has_float64 = any(t is not None and t.dtype == torch.float64 for t in (*tensors, teacher_bias))
         dtype = torch.float64 if has_float64 else torch.float32
         kernels = select_row_kernels(backend, device.type, dtype)
+        check_matmul_precision(*tensors)
         num_columns = shard_rows
         if vocab_size is not None:
             num_columns = min(max(vocab_size - tp.rank * shard_rows, 0), shard_rows)

@@ -148,6 +148,7 @@ class RowKernels(Protocol):
     """One implementation; the arguments are raw products, float32 (plain torch: float64 too)."""
 
     NAME: str
+    DEVICES: tuple[str, ...]  # types of devices it works on; empty: any
 
     def statistics(self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
         """[9, C] in the order of `Statistic`; v > 0."""
@@ -245,9 +246,11 @@ def select_row_kernels(backend: str, device_type: str, dtype: torch.dtype) -> Ro
         return _choose(device_type, dtype)
     if backend != "torch" and dtype != torch.float32:
         raise ValueError(f"backend={backend!r} computes in float32, but an input is {dtype}; use backend='torch'")
-    if backend == "cpu" and device_type != "cpu":
-        raise ValueError(f"backend='cpu' needs tensors on the CPU, found {device_type}; use backend='auto'")
-    return _load(backend)
+    kernels = _load(backend)
+    if kernels.DEVICES and device_type not in kernels.DEVICES:
+        where = " or ".join(kernels.DEVICES)
+        raise ValueError(f"backend={backend!r} works on {where}, but the tensors are on {device_type}; use 'auto'")
+    return kernels
 
 
 def _choose(device_type: str, dtype: torch.dtype) -> RowKernels:

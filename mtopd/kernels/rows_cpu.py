@@ -41,6 +41,7 @@ class _Mixture(ctypes.Structure):
 
 class CpuRows:
     NAME = "cpu"
+    DEVICES = ("cpu",)
     merge = staticmethod(merge)
 
     def __init__(self, library: ctypes.CDLL) -> None:

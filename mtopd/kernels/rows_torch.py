@@ -21,6 +21,7 @@ _EXCLUDED = 1e30  # log ratio where one side has no mass; finite, so that 0 * it
 
 class TorchRows:
     NAME = "torch"
+    DEVICES = ()
     merge = staticmethod(merge)
 
     def statistics(self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:

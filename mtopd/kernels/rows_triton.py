@@ -29,97 +29,6 @@ _SERIES_LIMIT = tl.constexpr(0.35)
 _NEGINF = tl.constexpr(float("-inf"))
 
 
-class TritonRows:
-    NAME = "triton"
-
-    def statistics(self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
-        num_rows, num_columns = student_Cv.shape
-        statistics_9C = torch.empty(len(Statistic), num_rows, device=student_Cv.device)
-        statistics_kernel[(num_rows,)](
-            student_Cv,
-            teacher_Cv,
-            statistics_9C,
-            *_model_arguments(problem.student, problem.teacher, student_Cv, teacher_Cv),
-            num_rows,
-            num_columns,
-            1 / problem.temperature,
-            **_options(problem, num_columns),
-        )
-        return statistics_9C
-
-    def merge(self, problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -> Tensor:
-        num_ranks, _, num_rows = statistics_R9C.shape
-        rows_9C = torch.empty(len(Row), num_rows, device=statistics_R9C.device)
-        merge_kernel[(triton.cdiv(num_rows, _MERGE_ROWS),)](
-            statistics_R9C.contiguous(),
-            token_weight_C.float(),
-            rows_9C,
-            num_rows,
-            1 / problem.temperature,
-            problem.student.scale / problem.temperature,
-            num_ranks,
-            HAS_CENTRE=problem.kind == Kind.REVERSE_KL,
-            BLOCK=_MERGE_ROWS,
-        )
-        return rows_9C
-
-    def gradient(
-        self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        num_rows, num_columns = student_Cv.shape
-        value_C, mean_C = torch.empty(2, num_rows, device=student_Cv.device)
-        gradient_kernel[(num_rows,)](
-            student_Cv,
-            teacher_Cv,
-            student_Cv if out_Cv is None else out_Cv,
-            rows_9C,
-            value_C,
-            mean_C,
-            *_model_arguments(problem.student, problem.teacher, student_Cv, teacher_Cv),
-            student_Cv.stride(0) if out_Cv is None else out_Cv.stride(0),
-            num_rows,
-            num_columns,
-            1 / problem.temperature,
-            *problem.mixture,
-            KIND=int(problem.kind),
-            WRITE=out_Cv is not None,
-            **_options(problem, num_columns),
-        )
-        return value_C, mean_C
-
-
-KERNELS = TritonRows()
-
-
-def _model_arguments(
-    student: LogitTransform, teacher: LogitTransform, student_Cv: Tensor, teacher_Cv: Tensor
-) -> tuple[Tensor | float | int, ...]:
-    """Strides, then scale, softcap and bias of each model; a tensor that is not read stands for no bias."""
-    arguments: list[Tensor | float | int] = []
-    for transform, logits_Cv in ((student, student_Cv), (teacher, teacher_Cv)):
-        assert logits_Cv.stride(1) == 1
-        bias = logits_Cv if transform.bias_v is None else transform.bias_v
-        arguments += [logits_Cv.stride(0), transform.scale, transform.softcap or 1.0, bias]
-    return tuple(arguments)
-
-
-def _options(problem: RowProblem, num_columns: int) -> dict[str, object]:
-    models = (problem.student, problem.teacher)
-    is_plain = all(model == LogitTransform() for model in models)
-    return {
-        "STUDENT_SCALED": problem.student.scale != 1,
-        "STUDENT_CAPPED": problem.student.softcap is not None,
-        "STUDENT_BIASED": problem.student.bias_v is not None,
-        "TEACHER_SCALED": problem.teacher.scale != 1,
-        "TEACHER_CAPPED": problem.teacher.softcap is not None,
-        "TEACHER_BIASED": problem.teacher.bias_v is not None,
-        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(num_columns)),
-        "num_warps": NUM_WARPS,
-        # A product fused into the error-free difference would not be rounded by itself.
-        "enable_fp_fusion": is_plain,
-    }
-
-
 @triton.jit
 def _expm1_remainder(x):
     """x + expm1(-x) >= 0 for |x| < 0.5."""
@@ -497,3 +406,96 @@ def gradient_kernel(
             mean += tl.sum(gradient, 0)
     tl.store(value_ptr + row, value.to(tl.float32))
     tl.store(mean_ptr + row, mean.to(tl.float32))
+
+
+class TritonRows:
+    NAME = "triton"
+    # The decorator gives another type under TRITON_INTERPRET=1.
+    DEVICES = ("cuda",) if isinstance(gradient_kernel, triton.JITFunction) else ("cuda", "cpu")
+
+    def statistics(self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
+        num_rows, num_columns = student_Cv.shape
+        statistics_9C = torch.empty(len(Statistic), num_rows, device=student_Cv.device)
+        statistics_kernel[(num_rows,)](
+            student_Cv,
+            teacher_Cv,
+            statistics_9C,
+            *_model_arguments(problem.student, problem.teacher, student_Cv, teacher_Cv),
+            num_rows,
+            num_columns,
+            1 / problem.temperature,
+            **_options(problem, num_columns),
+        )
+        return statistics_9C
+
+    def merge(self, problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -> Tensor:
+        num_ranks, _, num_rows = statistics_R9C.shape
+        rows_9C = torch.empty(len(Row), num_rows, device=statistics_R9C.device)
+        merge_kernel[(triton.cdiv(num_rows, _MERGE_ROWS),)](
+            statistics_R9C.contiguous(),
+            token_weight_C.float(),
+            rows_9C,
+            num_rows,
+            1 / problem.temperature,
+            problem.student.scale / problem.temperature,
+            num_ranks,
+            HAS_CENTRE=problem.kind == Kind.REVERSE_KL,
+            BLOCK=_MERGE_ROWS,
+        )
+        return rows_9C
+
+    def gradient(
+        self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        num_rows, num_columns = student_Cv.shape
+        value_C, mean_C = torch.empty(2, num_rows, device=student_Cv.device)
+        gradient_kernel[(num_rows,)](
+            student_Cv,
+            teacher_Cv,
+            student_Cv if out_Cv is None else out_Cv,
+            rows_9C,
+            value_C,
+            mean_C,
+            *_model_arguments(problem.student, problem.teacher, student_Cv, teacher_Cv),
+            student_Cv.stride(0) if out_Cv is None else out_Cv.stride(0),
+            num_rows,
+            num_columns,
+            1 / problem.temperature,
+            *problem.mixture,
+            KIND=int(problem.kind),
+            WRITE=out_Cv is not None,
+            **_options(problem, num_columns),
+        )
+        return value_C, mean_C
+
+
+def _model_arguments(
+    student: LogitTransform, teacher: LogitTransform, student_Cv: Tensor, teacher_Cv: Tensor
+) -> tuple[Tensor | float | int, ...]:
+    """Strides, then scale, softcap and bias of each model; a tensor that is not read stands for no bias."""
+    arguments: list[Tensor | float | int] = []
+    for transform, logits_Cv in ((student, student_Cv), (teacher, teacher_Cv)):
+        assert logits_Cv.stride(1) == 1
+        bias = logits_Cv if transform.bias_v is None else transform.bias_v
+        arguments += [logits_Cv.stride(0), transform.scale, transform.softcap or 1.0, bias]
+    return tuple(arguments)
+
+
+def _options(problem: RowProblem, num_columns: int) -> dict[str, object]:
+    models = (problem.student, problem.teacher)
+    is_plain = all(model == LogitTransform() for model in models)
+    return {
+        "STUDENT_SCALED": problem.student.scale != 1,
+        "STUDENT_CAPPED": problem.student.softcap is not None,
+        "STUDENT_BIASED": problem.student.bias_v is not None,
+        "TEACHER_SCALED": problem.teacher.scale != 1,
+        "TEACHER_CAPPED": problem.teacher.softcap is not None,
+        "TEACHER_BIASED": problem.teacher.bias_v is not None,
+        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(num_columns)),
+        "num_warps": NUM_WARPS,
+        # A product fused into the error-free difference would not be rounded by itself.
+        "enable_fp_fusion": is_plain,
+    }
+
+
+KERNELS = TritonRows()

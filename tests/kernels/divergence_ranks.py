@@ -41,6 +41,9 @@ def run_rank(rank: int, world_size: int, store_path: str) -> None:
 
 
 def run_checks(rank: int, group: dist.ProcessGroup) -> None:
+    if group.size() == 8:
+        check_real_vocabulary(group)
+        return
     check_against_dense(group)
     check_shards_of_different_scale(group)
     check_nothing_to_do(group)
@@ -70,6 +73,13 @@ def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
                 case = case.to(torch.float64)
                 for actual, oracle in zip(sharded(case, group, workspace_bytes=CHUNKED), dense(case), strict=True):
                     assert relative_error(actual, oracle) < 1e-12
+
+
+def check_real_vocabulary(group: dist.ProcessGroup) -> None:
+    """151936 columns in the 152576 rows that Megatron pads to at tp 8; the second time the last rank has none."""
+    for vocab_size in (151936, 7 * 19072 - 5):
+        case = make_case(5, 4, 6, 152576, distance=2.0, masked=1, vocab_size=vocab_size)
+        assert_as_good_as_dense(sharded(case, group), case, 3e-6)
 
 
 def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
@@ -196,7 +206,8 @@ def check_statistics(group: dist.ProcessGroup) -> None:
 
 def sharded(case: Case, group: dist.ProcessGroup, **options: Any) -> Answer:
     """The answer of all ranks together; checks that outputs agree bit for bit."""
-    rows = slice(group.rank() * ROWS, (group.rank() + 1) * ROWS)
+    num_rows = len(case.student_weight_VD) // group.size()
+    rows = slice(group.rank() * num_rows, (group.rank() + 1) * num_rows)
     weights = (case.student_weight_VD[rows], case.teacher_weight_VE[rows])
     shard = Case(case.student_hidden_TD, weights[0], case.teacher_hidden_TE, weights[1], case.token_weight_T)
     shard.options = dict(case.options)

@@ -97,6 +97,30 @@ def test_chunks_do_not_matter() -> None:
         assert relative_error(many, one) <= 2e-6  # the product of one row sums in another order
 
 
+def test_sum_over_many_chunks() -> None:
+    """The weight gradient of 32 chunks against that of one: float32 sums in another order, nothing rounded between."""
+    case = make_case(1024, 24, 33, 128, masked=0)
+    one, many = fused(case), fused(case, workspace_bytes=32 * (2 * 128 + 2 * (24 + 33)) * 4)
+    assert relative_error(many.weight_grad, one.weight_grad) <= 5e-7
+    assert not torch.equal(many.weight_grad, one.weight_grad), "these are different numbers of chunks"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 127, 128, 129, 255, 257])
+def test_around_whole_chunks(num_tokens: int) -> None:
+    case = make_case(num_tokens, vocab_rows=1501, masked=0)  # 128 tokens in a chunk
+    assert_as_good_as_dense(fused(case), case, 3e-6)
+
+
+def test_order_of_the_vocabulary() -> None:
+    case = make_case()
+    expected = fused(case)
+    order = torch.randperm(1003, generator=torch.Generator().manual_seed(8))
+    case.student_weight_VD, case.teacher_weight_VE = case.student_weight_VD[order], case.teacher_weight_VE[order]
+    actual = fused(case)
+    assert relative_error(actual.per_token, expected.per_token) <= 1e-6
+    assert relative_error(actual.weight_grad, expected.weight_grad[order]) <= 1e-6
+
+
 @pytest.mark.parametrize("garbage", [1e6, float("inf"), float("nan")])
 def test_padding_takes_no_part(garbage: float) -> None:
     case = make_case(vocab_size=990)

@@ -154,6 +154,7 @@ def test_nan_logits_give_a_nan_loss() -> None:
         ({"logits": "fp16"}, "logits='fp16' is unknown; known: 'fp32', 'bf16'"),
         ({"teacher_neginf": "clamp"}, "teacher_neginf='clamp' is unknown"),
         ({"backend": "liger"}, "backend='liger' is unknown"),
+        ({"backend": "triton"}, "backend='triton' works on cuda, but the tensors are on cpu"),
         ({"weight_grad_accumulator": torch.zeros(1003, 24)}, "student_weight does not require a gradient"),
         (
             {"weight_grad_accumulator": torch.zeros(1003, 23)},
@@ -182,6 +183,18 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     case = make_case()
     with pytest.raises(ValueError, match=message):
         case.call(case.student_hidden_TD, case.student_weight_VD, **change)
+
+
+def test_rounded_products_are_refused() -> None:
+    case = make_case()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(ValueError, match="is 'medium': float32 operands would be rounded"):
+            fused(case)
+        assert fused(case.to(torch.float64)).loss.isfinite()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_mismatched_shapes_are_refused() -> None:

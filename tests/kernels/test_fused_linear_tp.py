@@ -11,6 +11,6 @@ import torch
 from divergence_ranks import run_rank
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_tensor_parallel(world_size: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_rank, (world_size, str(tmp_path / "store")), nprocs=world_size)

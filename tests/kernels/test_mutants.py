@@ -77,6 +77,7 @@ class BrokenRows:
     """The CPU kernels with one thing wrong."""
 
     NAME = "cpu"
+    DEVICES = ("cpu",)
 
     def __init__(self, broken: str) -> None:
         self._broken = broken

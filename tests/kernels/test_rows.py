@@ -8,6 +8,7 @@ import torch
 from row_cases import (
     CHECKS,
     DIVERGENCES,
+    assert_close,
     check_extremes,
     check_levels,
     check_transforms,
@@ -30,6 +31,16 @@ def test_rows(kernels: rows.RowKernels, check: Callable[[rows.RowKernels, str], 
 @pytest.mark.parametrize("kernels", [rows_cpu.KERNELS, rows_torch.KERNELS], ids=["cpu", "torch"])
 def test_a_whole_vocabulary(kernels: rows.RowKernels) -> None:
     check_levels(kernels, "cpu", num_rows=2, num_columns=151936)
+
+
+@pytest.mark.parametrize(("vocab_size", "shard_rows"), [(151936, 19072), (129280, 16256)])
+def test_a_whole_vocabulary_over_eight_ranks(vocab_size: int, shard_rows: int) -> None:
+    """Megatron's padding for tp 8, 152576 and 130048 rows: the last rank is not full."""
+    student_CV, teacher_CV = logits_like_a_model(2, vocab_size, 0.1, seed=2)
+    cuts = tuple(shard_rows * rank for rank in range(1, 8))
+    for name, beta in DIVERGENCES:
+        actual = run(rows_cpu.KERNELS, problem(name, beta), student_CV, teacher_CV, cuts=cuts)
+        assert_close(actual, oracle(name, beta, student_CV, teacher_CV), name)
 
 
 @pytest.mark.parametrize("num_columns", [1, 2, 15, 16, 17, 1023, 1024, 1025, 2047])
@@ -84,8 +95,10 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     assert len(caplog.messages) == 2, "once for each choice"
     with pytest.raises(ValueError, match=r"backend='cpu' computes in float32, but an input is torch.float64"):
         rows.select_row_kernels("cpu", "cpu", torch.float64)
-    with pytest.raises(ValueError, match="needs tensors on the CPU, found cuda"):
+    with pytest.raises(ValueError, match="backend='cpu' works on cpu, but the tensors are on cuda"):
         rows.select_row_kernels("cpu", "cuda", torch.float32)
+    with pytest.raises(ValueError, match="backend='triton' works on cuda, but the tensors are on cpu"):
+        rows.select_row_kernels("triton", "cpu", torch.float32)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path) -> None:
