@@ -174,6 +174,12 @@ def check_offsets(kernels: RowKernels, device: str) -> None:
             shifted = ((student_CV + offset).to(device), (teacher_CV - offset).to(device))
             actual = run(kernels, problem(name, beta), *shifted, cuts=(200,))
             assert_close(actual, oracle(name, beta, student_CV, teacher_CV), (name, offset))
+    # Differences of 2000 that float32 cannot hold, where those that count are of 0.01.
+    near_CV, near_teacher_CV = logits_like_a_model(2, 500, 0.01, seed=14)
+    near_CV, near_teacher_CV = near_CV + 1e3, near_teacher_CV - 1e3
+    for name, beta in SIX:
+        actual = run(kernels, problem(name, beta), near_CV.to(device), near_teacher_CV.to(device), cuts=(200,))
+        assert_close(actual, oracle(name, beta, near_CV, near_teacher_CV), (name, "near"))
     for of_student, of_teacher in ((200, 0), (0, 200), (200, 200), (150, -150)):
         student, teacher = student_CV.clone(), teacher_CV.clone()
         student[:, 250:] += of_student
