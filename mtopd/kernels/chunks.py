@@ -179,6 +179,12 @@ class Call:
     def rows_A(self) -> Tensor:
         return self.token_weight_T.nonzero().squeeze(1)
 
+    def take(self, hidden_TX: Tensor, tokens: slice) -> Tensor:
+        """Hidden states of some of the tokens with a weight; no copy where every token has one."""
+        if len(self.rows_A) == len(hidden_TX):
+            return hidden_TX[tokens]
+        return hidden_TX.index_select(0, self.rows_A[tokens])
+
     @cached_property
     def num_buffers(self) -> int:
         """Pairs of logit buffers: a second chunk is multiplied while the first one's collective travels."""
@@ -306,7 +312,12 @@ class Chunk:
         return self._call.row_gradient(self.student_Cv, self.teacher_Cv, self.rows_9C, out_Cv)
 
     def _multiply(self, head: Head, out_Cv: Tensor) -> None:
-        hidden_CX = head.hidden_TX.index_select(0, self._padded_rows_C)
+        is_full = len(self.rows_C) == len(self._padded_rows_C)
+        hidden_CX = (
+            self._call.take(head.hidden_TX, self.tokens)
+            if is_full
+            else head.hidden_TX.index_select(0, self._padded_rows_C)
+        )
         hidden_times_weight_(out_Cv, hidden_CX, head.weight_vX, self._call.tile_rows)
         if self._call.round_to_bf16:
             out_Cv.copy_(out_Cv.bfloat16())

@@ -270,7 +270,7 @@ class _StudentGradients:
         self._call, self.hidden_TD, self.weight_vD = call, hidden_TD, weight_vD
         self._has_weight_sum = accumulates
         self._buffer_Gv: Tensor | None = None
-        self._rows: list[Tensor] = []
+        self._collected: list[slice] = []  # chunks whose derivatives are in the buffer, in order
         if call.gradient_dtype != call.dtype and len(call.rows_A) > 0:
             shape = (call.gradient_rows, call.num_columns)
             self._buffer_Gv = torch.empty(shape, dtype=call.gradient_dtype, device=call.rows_A.device)
@@ -279,15 +279,15 @@ class _StudentGradients:
         """Where the chunk's derivatives go: over its logits, or into the gradient chunk."""
         if self._buffer_Gv is None:
             return chunk.student_Cv
-        start = sum(map(len, self._rows))
+        start = len(self._collected) * self._call.chunk_rows
         return self._buffer_Gv[start : start + len(chunk.rows_C)]
 
     def add(self, chunk: Chunk) -> None:
         if self._buffer_Gv is None:
-            self._multiply(chunk.rows_C, chunk.student_Cv)
+            self._multiply(chunk.tokens, chunk.student_Cv)
             return
-        self._rows.append(chunk.rows_C)
-        if len(self._rows) * self._call.chunk_rows == self._call.gradient_rows:
+        self._collected.append(chunk.tokens)
+        if len(self._collected) * self._call.chunk_rows == self._call.gradient_rows:
             self._multiply_collected()
 
     def finish(self) -> None:
@@ -296,20 +296,20 @@ class _StudentGradients:
             self.weight_vD.zero_()
 
     def _multiply_collected(self) -> None:
-        if self._rows:
+        if self._collected:
             assert self._buffer_Gv is not None
-            rows_G = torch.cat(self._rows)
-            self._multiply(rows_G, self._buffer_Gv[: len(rows_G)])
-            self._rows = []
+            tokens = slice(self._collected[0].start, self._collected[-1].stop)
+            self._multiply(tokens, self._buffer_Gv[: tokens.stop - tokens.start])
+            self._collected = []
 
-    def _multiply(self, rows_G: Tensor, gradient_Gv: Tensor) -> None:
+    def _multiply(self, tokens: slice, gradient_Gv: Tensor) -> None:
         call = self._call
         student = call.student
         if self.hidden_TD is not None:
             product_GD = gradient_times_weight(gradient_Gv, student.weight_vX, call.tile_rows, call.dtype)
-            self.hidden_TD.index_copy_(0, rows_G, product_GD)
+            self.hidden_TD.index_copy_(0, call.rows_A[tokens], product_GD)
         if self.weight_vD is not None and call.num_columns > 0:
-            hidden_GD = student.hidden_TX.index_select(0, rows_G)
+            hidden_GD = call.take(student.hidden_TX, tokens)
             sum_vD = self.weight_vD[: call.num_columns]
             add_gradient_times_hidden_(sum_vD, gradient_Gv, hidden_GD, is_first=not self._has_weight_sum)
             if not self._has_weight_sum:
