@@ -109,6 +109,17 @@ def test_teacher_that_excludes_a_sampled_token_is_refused() -> None:
     assert fused(case).loss.isfinite()
 
 
+def test_logits_that_overflow_to_neginf_are_refused() -> None:
+    """No bias says so beforehand: the refusal comes from the row statistics."""
+    case = make_case(masked=0)
+    case.teacher_hidden_TE[:, 0] = 1
+    case.teacher_weight_VE[17] = 0
+    case.teacher_weight_VE[17, 0] = -INF
+    with pytest.raises(ValueError, match=r"-inf .* in 37 of 37"):
+        fused(case)
+    assert fused(case, teacher_neginf="floor").loss.isfinite()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_floor_under_what_the_teacher_excludes(backend: str) -> None:
     """log q = -87.3 there, the other tokens as ever."""
