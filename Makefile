@@ -13,7 +13,7 @@ help:
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
-	@echo "make benchmark    the divergence against its peers, at real sizes (about 6 minutes on 2 idle cores)"
+	@echo "make benchmark    the divergence against its peers, at real sizes (about 4 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
 $(READY): pyproject.toml constraints.txt

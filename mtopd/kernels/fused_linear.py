@@ -82,7 +82,7 @@ def fused_linear_divergence(
     vocab_size: columns >= it take no part; tp rank r holds columns r * v to (r + 1) * v.  None: all columns.
     teacher_bias [v]: this rank's part.  -inf excludes a token from the teacher.
     logits: "fp32", or "bf16", which rounds logits as most systems do.  That is wrong near convergence (gradients off
-        by 6 % at KL 0.4, 50 % at 4e-3, 100 % at 4e-5) and no faster: it is there for comparison.
+        by 6 % at KL 0.4, 30 to 50 % at 4e-3, 100 % and more at 4e-5) and no faster: it is there for comparison.
     teacher_neginf: "error" refuses reverse_kl where the teacher excludes a token that the student can sample (the
         divergence is infinite); "floor" takes log q = -87.3 there.  The other divergences are finite.
     weight_grad_accumulator [v, D] in float32 (float64 for float64 inputs), Megatron's main_grad: the gradient of

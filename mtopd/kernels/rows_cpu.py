@@ -112,11 +112,12 @@ def _library() -> ctypes.CDLL:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = folder / f"rows_cpu_{key.hexdigest()[:16]}.so"
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                with tempfile.TemporaryDirectory(dir=folder) as build_dir:
-                    os.replace(_compile(flags, build_dir), library)
+        if not library.exists():  # it appears whole, by a rename: only those who build it need the lock
+            with open(folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not library.exists():
+                    with tempfile.TemporaryDirectory(dir=folder) as build_dir:
+                        os.replace(_compile(flags, build_dir), library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise ValueError(f"the compiled CPU row kernels cannot be kept in {folder}: {error}") from error
