@@ -95,11 +95,19 @@ class DataConfig(Model):
         return self
 
 
+class TeacherParallel(Model):
+    """A teacher's own mesh over all ranks; what tp does not take are replicas."""
+
+    tp: Count | None = None  # default the student's
+    ep: Count = 1  # experts of a layer are split over this many consecutive ranks
+
+
 class TeacherConfig(Model):
     name: Name
     store: LocalPath
     route: dict[str, str]  # fields of a prompt that must all match
     weight: Annotated[float, Field(gt=0)] | None = None  # w_i; default 1 / number of teachers
+    parallel: TeacherParallel = TeacherParallel()
 
 
 class RolloutConfig(Model):
@@ -110,9 +118,12 @@ class RolloutConfig(Model):
 
 
 class OffloadConfig(Model):
-    tp: Count | None = None  # the teachers' tensor parallelism; default the student's
-    host_budget: Count = 4 << 30  # bytes per process for shares read ahead
-    batch_tokens: Count = 16384
+    host_budget: Count = 4 << 30  # bytes per process for shares read ahead and kept between passes
+    activation_budget: Count = 4 << 30  # bytes per process for activations between two layers; more waves beyond it
+    batch_tokens: Count = 16384  # of one forward through a layer
+    reader_threads: Count = 4
+    # The student's gradients and optimizer state in host memory during a pass; auto: when the pass does not fit beside
+    offload_student: Literal["auto", "always", "never"] = "auto"
 
 
 class CacheConfig(Model):
@@ -178,14 +189,19 @@ class ConsolidateConfig(Model):
             raise ValueError(
                 f"rollout.prompts_per_iteration {per_source[0]} is not a multiple of the {per_source[1]} data sources"
             )
-        world, tp = self.student.parallel.world_size, self.teacher_offload.tp or self.student.parallel.tp
-        if world % tp:
-            raise ValueError(f"teacher_offload.tp {tp} does not divide the world size {world}")
+        world = self.student.parallel.world_size
+        for i, teacher in enumerate(self.teachers):
+            for axis, size in (("tp", self.teacher_tp(i)), ("ep", teacher.parallel.ep)):
+                if world % size:
+                    raise ValueError(f"teachers.{i}.parallel.{axis} {size} does not divide the world size {world}")
         if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
             raise ValueError(
                 f"evaluation.weight_average names {sorted(unknown)}, baselines are {sorted(self.evaluation.baselines)}"
             )
         return self
+
+    def teacher_tp(self, index: int) -> int:
+        return self.teachers[index].parallel.tp or self.student.parallel.tp
 
     @property
     def teacher_weights(self) -> list[float]:

@@ -25,7 +25,7 @@ from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.run_dir import RunDir, is_sealed, publish_tree, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
-from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
+from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, vocab_size
 
@@ -126,12 +126,31 @@ class Job:
         self.vocab_size = self.student.vocab_size
         self.prompts = Prompts.load(self.run, self.config.data)
         self.stores = [open_store(t.store) for t in self.config.teachers]
-        self.teacher_mesh = parallel.build_teacher_mesh(self.config.teacher_offload.tp or self.ranks.tp_size)
+        self.teacher_meshes = self._build_teacher_meshes()
         self.metrics = MetricsWriter(self.run.metrics, enabled=self.ranks.rank == 0)
         self.progress = Progress(enabled=self.ranks.rank == 0)
+        self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}
 
     # -- teachers -----------------------------------------------------------------------------------------------------
+    def _build_teacher_meshes(self) -> list[parallel.TeacherMesh]:
+        """Each teacher's mesh over all ranks; teachers of one shape share it.  Collective."""
+        shapes = [(self.config.teacher_tp(i), t.parallel.ep) for i, t in enumerate(self.config.teachers)]
+        built = {shape: parallel.build_teacher_mesh(*shape) for shape in dict.fromkeys(shapes)}
+        return [built[shape] for shape in shapes]
+
+    @cached_property
+    def teacher_stream(self) -> TeacherStream:
+        """All teachers, as this rank reads and receives them; shares kept in host memory live as long as the run."""
+        offload = self.config.teacher_offload
+        return TeacherStream(
+            self.stores,
+            self.teacher_meshes,
+            self.ranks.device,
+            host_budget=offload.host_budget,
+            reader_threads=offload.reader_threads,
+        )
+
     @cached_property
     def heads(self) -> HeadSlot | None:
         """The head slot of this rank's vocabulary shard; None off the last stage."""
@@ -143,17 +162,18 @@ class Job:
     def teacher_layers(self, index: int) -> TeacherLayers:
         """The (empty) layer modules of a teacher on the teachers' mesh."""
         if index not in self._layers:
-            store = self.stores[index]
+            store, mesh = self.stores[index], self.teacher_meshes[index]
             hf_config = hf_config_from_dict(store.manifest["architecture"])
             bridge = Bridge(
                 hf_config,
                 dtype=TORCH_DTYPE[store.dtype],
                 padded_vocab_size=hf_config.vocab_size,
                 overrides=config_overrides(self.ranks.device),
-                tp=self.teacher_mesh.tp_size,
+                tp=mesh.tp_size,
+                ep=mesh.ep_size,
             )
             self._layers[index] = TeacherLayers(
-                bridge.transformer_config, self.teacher_mesh.collection, rope_theta(hf_config), self.ranks.device
+                bridge.transformer_config, mesh.collection, rope_theta(hf_config), self.ranks.device
             )
         return self._layers[index]
 
@@ -214,6 +234,9 @@ class Job:
         peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         self.metrics.write("memory", self.config.train.num_iterations, {"peak_host_bytes": int(peaks[0])})
+        for name in ("teacher_stream", "heads"):
+            if (opened := self.__dict__.get(name)) is not None:
+                opened.close()
         self.metrics.close()
         self.progress.close()
         dist.barrier()

@@ -184,10 +184,12 @@ def _teacher_table(report: Mapping[str, Any]) -> str:
     """One column for each teacher."""
     teachers = report["teachers"]
     counts = {"passes": "passes", "tokens in passes": "tokens", "head loads": "head_loads"}
-    sizes = {"size of a pass": "stored_bytes", "read in passes": "bytes_read", "read for heads": "head_bytes_read"}
+    sizes = {"size of a pass": "stored_bytes", "read in passes": "bytes_read", "kept in memory instead": "bytes_kept"}
+    sizes["read for heads"] = "head_bytes_read"
     rows = [[label, *(f"{t[key]:,}" for t in teachers)] for label, key in counts.items()]
     rows += [[label, *(in_bytes(t[key]) for t in teachers)] for label, key in sizes.items()]
     rows.append(["fingerprint", *(t["fingerprint"][:8] for t in teachers)])
+    rows.append(["log-probs checked against", *(t["probe"] or "-" for t in teachers)])
     return _table(["", *(t["name"] for t in teachers)], rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, discard_orphans, sample_key
+from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover, sample_key
 from mtopd.pipelines.job import Job
+from mtopd.pipelines.probe import Probe
 from mtopd.run_dir import is_sealed
-from mtopd.teacher_offload.layer_stream import LayerStream
+from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.store import TeacherStore
-from mtopd.teacher_offload.teacher_pass import TeacherSample, run_teacher_pass, split_over_replicas
+from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, Wave, plan_pass, run_teacher_pass
 from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
 from mtopd.types import SampleMetadata
 
@@ -30,21 +32,33 @@ class CachedSample:
     key: bytes
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """One teacher's work in this iteration: its samples without rows, dealt to replicas and cut into waves."""
+
+    teacher: int
+    samples: list[CachedSample]
+    waves: list[list[Wave]]  # of each replica
+
+
 def run(job: Job, iteration: int) -> None:
     """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and mend what is damaged.  Collective."""
     folder = job.run.hidden_cache(iteration)
     tokens = TokenStore(job.run.trajectories(iteration))
-    samples = sample_metadata(read_metadata(job.run.trajectories(iteration)))
     if job.ranks.rank == 0 and folder.exists():
-        discard_orphans(folder)  # segments of a killed start that no index names
+        for line in recover(folder):  # what a killed start left behind
+            logger.info("hidden cache: %s", line)
     dist.barrier()
-    for index, store in enumerate(job.stores):
-        own = [s for s in samples if s.teacher_index == index]
-        lacking = missing(job, iteration, [CachedSample(s, cache_key(job, store, tokens, s)) for s in own])
-        if lacking:
-            done = _one_teacher(job, iteration, index, tokens, lacking)
-            job.metrics.write("teacher_pass", iteration, {"teachers": {store.name: done}}, part=store.name)
-    if job.ranks.rank == 0 and not is_sealed(folder):
+    visits = _plan(job, iteration, tokens)
+    if visits:
+        job.teacher_stream.expect([v.teacher for v in visits for _ in v.waves[0]])
+    for visit in visits:
+        name = job.stores[visit.teacher].name
+        done = _one_teacher(job, iteration, visit, tokens)
+        job.metrics.write("teacher_pass", iteration, {"teachers": {name: done}}, part=name)
+    if job.ranks.rank == 0 and (visits or not is_sealed(folder)):
+        if folder.exists():
+            merge_index(folder)
         job.run.seal(folder)
     dist.barrier()
 
@@ -70,61 +84,101 @@ def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> list[C
     return [s for s in samples if s.metadata.sample_id in lacking]
 
 
-def _one_teacher(
-    job: Job, iteration: int, index: int, tokens: TokenStore, samples: list[CachedSample]
-) -> dict[str, float]:
-    store, mesh = job.stores[index], job.teacher_mesh
-    lengths = [s.metadata.prompt_len + s.metadata.response_len for s in samples]
-    mine = [samples[i] for i in split_over_replicas(lengths, mesh.num_replicas)[mesh.replica]]
-    stream = LayerStream(store, mesh, job.ranks.device, job.config.teacher_offload.host_budget)
+def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
+    """The teachers that have something to do, in index order; the same on every rank.  Collective."""
+    metadata = sample_metadata(read_metadata(job.run.trajectories(iteration)))
+    samples = [CachedSample(s, cache_key(job, job.stores[s.teacher_index], tokens, s)) for s in metadata]
+    lacking = missing(job, iteration, samples)
+    offload, visits = job.config.teacher_offload, []
+    for index, store in enumerate(job.stores):
+        own = [s for s in lacking if s.metadata.teacher_index == index]
+        if own:
+            waves = plan_pass(
+                [s.metadata.prompt_len + s.metadata.response_len - 1 for s in own],
+                job.teacher_meshes[index].num_replicas,
+                batch_tokens=offload.batch_tokens,
+                token_bytes=store.hidden_size * ITEM_SIZE[store.dtype],
+                activation_budget=offload.activation_budget,
+            )
+            visits.append(_Visit(index, own, waves))
+    return visits
+
+
+def _one_teacher(job: Job, iteration: int, visit: _Visit, tokens: TokenStore) -> dict[str, object]:
+    store, mesh = job.stores[visit.teacher], job.teacher_meshes[visit.teacher]
     hidden_dtype = job.cache_dtype(store)
-    writer_name = f"replica{mesh.replica:04d}"
-    try:
-        with HiddenCacheWriter(
+    waves = visit.waves[mesh.replica]
+    mine = [i for wave in waves for batch in wave.batches for i in batch]
+    proof = Probe(job, visit.teacher)
+    with (
+        job.trainer.off_device() if _moves_student(job, visit.teacher) else contextlib.nullcontext(),
+        HiddenCacheWriter(
             job.run.hidden_cache(iteration),
-            writer=writer_name,
+            writer=f"replica{mesh.replica:04d}",
             generation=job.run.generation,
             hidden_dtype=hidden_dtype,
-        ) as writer:
+        ) as writer,
+    ):
 
-            def keep(sample: TeacherSample, rows_TE: torch.Tensor) -> None:
-                if mesh.tp_rank == 0:  # the norm's output is the same on all tp ranks of a replica
-                    rows_TE = rows_TE.to(getattr(torch, hidden_dtype)).cpu().contiguous()
-                    cached: CachedSample = sample.key
-                    writer.put(
-                        store.fingerprint,
-                        store.hidden_size,
-                        cached.key,
-                        cached.metadata.sample_id,
-                        iteration,
-                        as_rows(rows_TE),
-                    )
+        def keep(sample: TeacherSample, rows_TE: torch.Tensor) -> None:
+            if mesh.tp_rank == 0:  # the norm's output is the same on all tp ranks of a replica
+                rows_TE = rows_TE.to(getattr(torch, hidden_dtype)).cpu().contiguous()
+                cached: CachedSample = sample.key
+                request = cached.key, cached.metadata.sample_id, iteration
+                writer.put(store.fingerprint, store.hidden_size, *request, as_rows(rows_TE))
 
-            result = run_teacher_pass(
-                stream,
-                job.teacher_layers(index),
-                mesh.tp_group,
-                [teacher_sample(tokens, s) for s in mine],
-                batch_tokens=job.config.teacher_offload.batch_tokens,
-                keep=keep,
-            )
-    finally:
-        stream.close()
-    counters = result.counters
-    sums = torch.tensor([counters.bytes_read, result.tokens if mesh.tp_rank == 0 else 0], dtype=torch.float64)
-    peaks = torch.tensor(
-        [counters.stall_s, counters.peak_device_bytes, counters.peak_host_bytes, counters.relayouts],
-        dtype=torch.float64,
+        result = run_teacher_pass(
+            job.teacher_stream,
+            visit.teacher,
+            job.teacher_layers(visit.teacher),
+            mesh.tp_group,
+            {i: teacher_sample(tokens, visit.samples[i]) for i in mine},
+            waves,
+            keep=keep,
+            probe_ids=proof.input_ids,
+            check=proof.check,
+        )
+    return _counted(job, visit, result) | proof.report
+
+
+def _moves_student(job: Job, index: int) -> bool:
+    """Whether the student's gradients and optimizer state must make room for this pass on the device."""
+    wanted = job.config.teacher_offload.offload_student
+    if wanted != "auto" or job.ranks.device.type != "cuda":
+        return wanted == "always"  # on CPU the device is the host: moving frees nothing
+    embedding, *layers, _ = (part.device_bytes for part in job.teacher_stream.parts[index])
+    needed = embedding + 2 * max(layers) + 2 * job.config.teacher_offload.activation_budget
+    return torch.cuda.mem_get_info(job.ranks.device)[0] < needed
+
+
+def _counted(job: Job, visit: _Visit, result: PassResult) -> dict[str, object]:
+    """What the whole job did for one teacher: sums over ranks, and the slowest or largest rank's peaks.  Collective."""
+    store, mesh, reads = (
+        job.stores[visit.teacher],
+        job.teacher_meshes[visit.teacher],
+        job.teacher_stream.take_counters(),
     )
-    sums, peaks = sums.to(job.ranks.device), peaks.to(job.ranks.device)
+    tokens = result.tokens if mesh.tp_rank == 0 else 0
+    sums = torch.tensor([reads.bytes_read, reads.bytes_kept, tokens], dtype=torch.float64, device=job.ranks.device)
+    peaks = torch.tensor(
+        [
+            sum(w.stall_s for w in result.waves),
+            max(w.peak_device_bytes for w in result.waves),
+            reads.peak_host_bytes,
+            sum(w.relayouts for w in result.waves),
+        ],
+        dtype=torch.float64,
+        device=job.ranks.device,
+    )
     dist.all_reduce(sums)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     return {
         "bytes_read": int(sums[0]),
+        "bytes_kept": int(sums[1]),
         "stored_bytes": store.pass_bytes(),
-        "tokens": int(sums[1]),
-        "samples": len(samples),
-        "waves": result.waves,
+        "tokens": int(sums[2]),
+        "samples": len(visit.samples),
+        "waves": len(result.waves),
         "stall_s": float(peaks[0]),
         "peak_device_bytes": int(peaks[1]),
         "peak_host_bytes": int(peaks[2]),

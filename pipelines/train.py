@@ -103,7 +103,7 @@ def train_step(
     ]
     objective = TeacherKL(
         num_teachers=len(job.stores),
-        head=heads.head if heads else _no_head,
+        head=heads.lease if heads else _no_head,
         hidden_states=states,
         vocab_size=job.vocab_size,
         tp_group=job.ranks.tp_group,

@@ -43,7 +43,7 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("data.max_response", 64, "max_response 64 leaves no room for a prompt in context_length 64"),
         ("teachers.1.name", "a", "teacher names must differ"),
         ("train.train_steps_per_iteration", 9, "8 samples for 9 train steps"),
-        ("teacher_offload.tp", 3, "teacher_offload.tp 3 does not divide the world size 4"),
+        ("teachers.0.parallel.ep", 3, "teachers.0.parallel.ep 3 does not divide the world size 4"),
         ("data.sources.0.reasoning_gym", "spell_backward", "exactly one of path and reasoning_gym"),
         ("evaluation.weight_average", ["z"], "names ['z']"),
         ("teachers.0.name", "../x", "teachers.0.name is '../x'"),

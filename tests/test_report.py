@@ -73,7 +73,16 @@ def step_values(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> dict
 
 def pass_values(name: str, **changes) -> dict:
     stored = STORED.get(name, 1000)
-    values = {"bytes_read": stored, "stored_bytes": stored, "tokens": 10, "samples": 5, "waves": 1, "stall_s": 0.5}
+    values = {
+        "bytes_read": stored,
+        "bytes_kept": 0,
+        "stored_bytes": stored,
+        "probe": "transformers",
+        "tokens": 10,
+        "samples": 5,
+        "waves": 1,
+        "stall_s": 0.5,
+    }
     return {**values, "peak_device_bytes": stored // 2, "peak_host_bytes": stored // 4, "relayouts": 0, **changes}
 
 
@@ -145,6 +154,7 @@ def test_teachers(run: RunDir) -> None:
     teachers = report_of(run)["teachers"]
     assert [t["name"] for t in teachers] == list(TEACHERS)
     wanted = {"fingerprint": "1" * 64, "head_loads": 30, "bytes_read": 15 * 1100, "stored_bytes": 1100, "passes": 15}
+    wanted |= {"bytes_kept": 0, "probe": "transformers"}
     assert teachers[1].items() >= {**wanted, "head_bytes_read": 30 * 64, "route": {"domain": "rev"}}.items()
 
 
@@ -235,7 +245,15 @@ def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: di
     assert [row[0] for row in check_rows(report) if row[-1] != "ok"] == [check.replace("_", " ")]
 
 
-@pytest.mark.parametrize(("changes", "ok"), [({"bytes_read": 1001}, False), ({"bytes_read": 2000, "waves": 2}, True)])
+@pytest.mark.parametrize(
+    ("changes", "ok"),
+    [
+        ({"bytes_read": 1001}, False),
+        ({"bytes_read": 2000, "waves": 2}, True),
+        ({"bytes_read": 400, "bytes_kept": 600}, True),
+        ({"bytes_read": 400, "bytes_kept": 500}, False),
+    ],
+)
 def test_every_byte_is_read_once_a_wave(run: RunDir, changes: dict, ok: bool) -> None:
     metrics = MetricsWriter(run.metrics, enabled=True)
     metrics.write("teacher_pass", 3, {"teachers": {"rot": pass_values("rot", **changes)}})

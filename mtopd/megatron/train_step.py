@@ -8,6 +8,7 @@ and pipeline stages are added and divided by nothing: ``num_tokens = 0`` tells M
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +147,31 @@ class Trainer:
         self.scheduler.step(1)
         return float(grad_norm or 0.0), lr
 
+    @contextlib.contextmanager
+    def off_device(self) -> Iterator[None]:
+        """Gradients and optimizer state wait in host memory while the block runs; afterwards they are the same bits.
+
+        Parameters stay.  Views (``main_grad``, buckets) stay valid: only their storages are emptied and filled again.
+        """
+        weights = {id(p) for p in self.model.parameters()}
+        adam = self._adam
+        tensors = [b.grad_data for b in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers)]
+        tensors += [t for state in adam.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        tensors += [p.data for g in adam.param_groups for p in g["params"] if id(p) not in weights]  # fp32 copies
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.nbytes}
+        waiting = []
+        for storage in storages.values():
+            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.ranks.device.type == "cuda")
+            host.copy_(_bytes(storage))
+            waiting.append((storage, host))
+            storage.resize_(0)
+        try:
+            yield
+        finally:
+            for storage, host in waiting:
+                storage.resize_(host.nbytes)
+                _bytes(storage).copy_(host)
+
     # -- state for checkpoints --------------------------------------------------------------------------------------
     @property
     def steps_done(self) -> int:
@@ -185,6 +211,11 @@ class Trainer:
         source = dist.get_global_rank(self.ranks.pp_group, self.ranks.pp_size - 1)
         dist.broadcast(sums, src=source, group=self.ranks.pp_group)
         return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All of a storage as uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _forward_step(data: Iterator[PackedMicroBatch], model: Any, *, objective: Objective) -> tuple[torch.Tensor, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,7 +54,7 @@ class TeacherKL:
         self,
         *,
         num_teachers: int,
-        head: Callable[[int], Head],
+        head: Callable[[int], AbstractContextManager[Head]],
         hidden_states: Callable[[TeacherRun], torch.Tensor],
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
@@ -83,27 +84,27 @@ class TeacherKL:
             metrics[name] = metrics[name] + value.double()
 
         for run in micro_batch.payload:
-            head = self._head(run.teacher_index)
-            rows = slice(run.start, run.stop)
-            token_weight_T = micro_batch.token_weight_T[rows]
-            tensors = (student_hidden_TD[rows], output_weight_vD, self._hidden_states(run), head.weight_vE)
-            options: dict[str, Any] = {
-                "token_weight": token_weight_T,
-                "vocab_size": self._vocab_size,
-                "tp_group": self._tp_group,
-                "teacher_logit_scale": head.scale,
-                "teacher_softcap": head.softcap,
-            }
-            out = fused_linear_divergence(*tensors, **options, weight_grad_accumulator=output_weight_vD.main_grad)
-            loss = loss + out.loss
-            add("loss", (out.per_token.double() * token_weight_T.double()).sum())
-            add("entropy", out.entropy.double().sum())
-            add(f"kl_sum/{run.teacher_index}", out.per_token.double().sum())
-            add(f"tokens/{run.teacher_index}", torch.tensor(run.stop - run.start))
-            if run.teacher_index not in self._measured:
-                self._measured.add(run.teacher_index)
-                for name, value in self._statistics(tensors, options).items():
-                    add(f"{name}/{run.teacher_index}", value)
+            with self._head(run.teacher_index) as head:
+                rows = slice(run.start, run.stop)
+                token_weight_T = micro_batch.token_weight_T[rows]
+                tensors = (student_hidden_TD[rows], output_weight_vD, self._hidden_states(run), head.weight_vE)
+                options: dict[str, Any] = {
+                    "token_weight": token_weight_T,
+                    "vocab_size": self._vocab_size,
+                    "tp_group": self._tp_group,
+                    "teacher_logit_scale": head.scale,
+                    "teacher_softcap": head.softcap,
+                }
+                out = fused_linear_divergence(*tensors, **options, weight_grad_accumulator=output_weight_vD.main_grad)
+                loss = loss + out.loss
+                add("loss", (out.per_token.double() * token_weight_T.double()).sum())
+                add("entropy", out.entropy.double().sum())
+                add(f"kl_sum/{run.teacher_index}", out.per_token.double().sum())
+                add(f"tokens/{run.teacher_index}", torch.tensor(run.stop - run.start))
+                if run.teacher_index not in self._measured:
+                    self._measured.add(run.teacher_index)
+                    for name, value in self._statistics(tensors, options).items():
+                        add(f"{name}/{run.teacher_index}", value)
             del head, tensors  # the slot alone may hold it when the next teacher's is asked for
         return loss, metrics
 

@@ -1,22 +1,25 @@
 """The one place on the device for a teacher's output layer.
 
 What is promised: at most one head is resident, measured from live storages and not from our own bookkeeping; asking
-for another teacher's head while the former is still referenced by anybody is an error; ``drop`` ends a train step.
+for another teacher's head while one is leased, or while anybody still references it, is an error; ``drop`` ends a train
+step.  The next expected head waits in host memory (this rank's vocabulary rows only), so a swap is one copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
-from mtopd.teacher_offload.store import TeacherStore, read_range
+from mtopd.teacher_offload.store import TeacherStore, read_blocks
 
 
 @dataclass(frozen=True)
@@ -34,34 +37,66 @@ class HeadCounters:
 
     loads: dict[int, int] = field(default_factory=dict)  # by teacher index
     bytes_read: dict[int, int] = field(default_factory=dict)
-    stall_s: float = 0.0
+    stall_s: float = 0.0  # waiting for storage, and the copy to the device
     peak_resident: int = 0
     peak_device_bytes: int = 0
 
 
+@dataclass
+class _Staged:
+    """The rows of one head in host memory, being read or there."""
+
+    teacher: int
+    rows_vE: torch.Tensor  # in the reused host buffer; valid when ``read`` is done
+    read: Future[int]
+
+
 class HeadSlot:
-    """Loads heads one at a time.  Rows [first_row, first_row + num_rows) of every teacher; missing rows are zero."""
+    """Rows [first_row, first_row + num_rows) of the teachers' heads, one at a time; missing rows are zero."""
 
     def __init__(self, stores: Sequence[TeacherStore], *, first_row: int, num_rows: int, device: torch.device) -> None:
         self._stores, self._first_row, self._num_rows, self._device = stores, first_row, num_rows, device
         self._index: int | None = None
         self._head: TeacherHead | None = None
+        self._leased = False
         self._live = 0  # storages of heads that somebody still references
+        self._expected: deque[int] = deque()
+        self._staged: _Staged | None = None
+        self._host = torch.empty(0, dtype=torch.uint8)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="head-read")
         self.counters = HeadCounters()
 
-    def head(self, teacher_index: int) -> TeacherHead:
-        """The head of this teacher, loaded unless it is the resident one.  Do not keep it beyond the call's use."""
+    def expect(self, teachers: Iterable[int]) -> None:
+        """The loads to come, in order: each one is read into host memory when the one before is on the device."""
+        self._expected = deque(teachers)
+        self._stage_next()
+
+    @contextlib.contextmanager
+    def lease(self, teacher_index: int) -> Iterator[TeacherHead]:
+        """The head of this teacher, loaded unless it is the resident one.  Do not keep it beyond the block."""
+        assert not self._leased, f"a head is leased while teacher {teacher_index}'s is asked for"
         if self._index != teacher_index or self._head is None:
             self.drop()
             assert self._live == 0, f"a head is still referenced while teacher {teacher_index}'s is asked for"
             started = time.perf_counter()
             self._head, self._index = self._load(teacher_index), teacher_index
             self.counters.stall_s += time.perf_counter() - started
-        return self._head
+            self._stage_next()
+        self._leased = True
+        try:
+            yield self._head
+        finally:
+            self._leased = False
 
     def drop(self) -> None:
         """Forget the resident head: the end of a train step."""
         self._head, self._index = None, None
+
+    def close(self) -> None:
+        self.drop()
+        self._expected.clear()
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._staged = None
 
     def take_counters(self) -> HeadCounters:
         taken = self.counters
@@ -69,18 +104,17 @@ class HeadSlot:
         return taken
 
     def _load(self, teacher_index: int) -> TeacherHead:
-        store, counters = self._stores[teacher_index], self.counters
-        entries = store.head.slices(0, store.slices)
-        row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
-        stored_rows = sum(e.shape[0] for e in entries)
-        first, last = (min(r, stored_rows) for r in (self._first_row, self._first_row + self._num_rows))
-        weight_vE = torch.zeros(self._num_rows, store.hidden_size, dtype=TORCH_DTYPE[store.dtype], device=self._device)
-        count = 0
-        if first < last:
-            start = entries[0].start
-            data, count = read_range(store.head, start + first * row_bytes, start + last * row_bytes)
-            rows = torch.from_numpy(np.ascontiguousarray(data)).view(weight_vE.dtype).view(-1, store.hidden_size)
-            weight_vE[: last - first].copy_(rows)
+        """From host memory to the device, read now if another one was expected."""
+        if self._staged is None or self._staged.teacher != teacher_index:
+            self._expected.clear()  # the order was not what was announced: nothing can be read ahead
+            self._stage(teacher_index)
+        staged, counters, store = self._staged, self.counters, self._stores[teacher_index]
+        assert staged is not None
+        count = staged.read.result()
+        self._staged = None
+        weight_vE = torch.empty(self._num_rows, store.hidden_size, dtype=staged.rows_vE.dtype, device=self._device)
+        weight_vE[: len(staged.rows_vE)].copy_(staged.rows_vE)
+        weight_vE[len(staged.rows_vE) :].zero_()
         self._live += 1
         weakref.finalize(weight_vE.untyped_storage(), self._released)
         counters.loads[teacher_index] = counters.loads.get(teacher_index, 0) + 1
@@ -89,6 +123,30 @@ class HeadSlot:
         counters.peak_device_bytes = max(counters.peak_device_bytes, weight_vE.nbytes)
         head = store.manifest["head"]
         return TeacherHead(weight_vE, float(head["scale"]), head["softcap"])
+
+    def _stage_next(self) -> None:
+        if self._expected and self._staged is None:
+            self._stage(self._expected.popleft())
+
+    def _stage(self, teacher_index: int) -> None:
+        """Begin to read a head's rows into the host buffer, after what is being read there now."""
+        if self._staged is not None:
+            self._staged.read.exception()
+        self._staged = None
+        store = self._stores[teacher_index]
+        row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
+        entries = store.head.slices(0, store.slices)
+        stored_rows = sum(e.shape[0] for e in entries)
+        first, last = (min(r, stored_rows) for r in (self._first_row, self._first_row + self._num_rows))
+        start = entries[0].start + first * row_bytes
+        blocks = store.head.blocks_of(start, start + (last - first) * row_bytes) if first < last else ()
+        needed = blocks[-1].stop - blocks[0].start if blocks else 0
+        if self._host.nbytes < needed:
+            self._host = torch.empty(needed, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        skip = start - blocks[0].start if blocks else 0
+        rows_vE = self._host[skip : skip + (last - first) * row_bytes].view(TORCH_DTYPE[store.dtype])
+        read = self._reader.submit(read_blocks, store.head, blocks, self._host[:needed].numpy())
+        self._staged = _Staged(teacher_index, rows_vE.view(-1, store.hidden_size), read)
 
     def _released(self) -> None:
         self._live -= 1

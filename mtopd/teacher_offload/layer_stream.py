@@ -1,33 +1,32 @@
-"""Stream one teacher's weights through the ranks, layer by layer.
+"""Stream teachers' weights through the ranks, layer by layer.
 
 What is promised:
-* Every byte of a section is read from storage by exactly one rank of the job and verified there.  ``common`` (what tp
-  replicates) is read by one rank and broadcast to all; a slice range is cut at block borders among the replicas that
-  need it, and each piece is broadcast among them.
-* At most two layers are on the device: two flat buffers, allocated once for the largest layer.
-* Reading is a layer or more ahead, in one background thread, bounded by ``host_budget`` bytes; the seconds the
-  caller waited for it are counted.
+* Every byte of a part is read from storage by exactly one rank of the job and verified there (`shares`), ahead of its
+  use and bounded by ``host_budget`` (`read_ahead`).
+* At most two layers are on the device: two flat buffers, allocated once for the largest layer of a teacher.
+* The caller never reads, copies or joins shares: a thread does, with process groups and a CUDA stream of its own, one
+  layer ahead of the compute.  The seconds the caller waited for it are counted.
 
-When the teacher's tp equals the slice count, parameters are views of the buffer; with a smaller tp each layer is
-copied once into the second buffer in the joined layout (counted in ``relayouts``).
+When the teacher's tp equals the slice count, parameters are views of the buffer; with a smaller tp the second buffer
+takes the joined layout: one copy of each layer, counted in ``relayouts``.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from mtopd.safetensors_file import ITEM_SIZE, TensorEntry
-from mtopd.teacher_offload.store import Block, StoreFile, TeacherStore, layer_path, read_blocks
+from mtopd.teacher_offload.read_ahead import Key, ReadAhead, ReadCounters
+from mtopd.teacher_offload.shares import JOIN_ALIGNMENT, Mesh, Part, Range, teacher_parts
+from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
 
 TORCH_DTYPE = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -35,187 +34,185 @@ TORCH_DTYPE = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 @dataclass
 class StreamCounters:
-    """What one rank did for one teacher pass."""
+    """What one rank did in one wave of a teacher pass."""
 
-    bytes_read: int = 0
-    stall_s: float = 0.0
+    stall_s: float = 0.0  # the caller waited for a layer
     relayouts: int = 0
     peak_device_bytes: int = 0
-    peak_host_bytes: int = 0
 
 
-class Mesh(Protocol):
-    """Where this rank stands among the ranks a teacher is streamed to; rank = replica * tp_size + tp_rank."""
+class TeacherStream:
+    """All teachers of a job, as this rank reads and receives them.  Every rank makes the same calls in one order."""
 
-    @property
-    def tp_rank(self) -> int: ...
-    @property
-    def tp_size(self) -> int: ...
-    @property
-    def replica(self) -> int: ...
-    @property
-    def num_replicas(self) -> int: ...
-    @property
-    def peer_group(self) -> dist.ProcessGroup: ...  # ranks with this tp rank, one in each replica
+    def __init__(
+        self,
+        stores: Sequence[TeacherStore],
+        meshes: Sequence[Mesh],
+        device: torch.device,
+        *,
+        host_budget: int,
+        reader_threads: int,
+    ) -> None:
+        self.stores, self.meshes, self.device = stores, meshes, device
+        self.everyone = dist.new_group()  # the loading thread's own: the default group is the caller's
+        self.parts = [teacher_parts(s, m, self.everyone) for s, m in zip(stores, meshes, strict=True)]
+        self.reads = ReadAhead(
+            self.parts,
+            names=[s.name for s in stores],
+            budget=host_budget,
+            threads=reader_threads,
+            pinned=device.type == "cuda",
+        )
 
+    def expect(self, visits: Sequence[int]) -> None:
+        """The teachers that will be visited, in order (one with two waves twice).  Reading begins at once."""
+        self.reads.expect((teacher, part) for teacher in visits for part in range(len(self.parts[teacher])))
 
-@dataclass(frozen=True)
-class _Piece:
-    """Consecutive blocks of one section that one rank reads; offset of their first byte in the device buffer."""
+    def visit(self, teacher: int) -> LayerStream:
+        """The next expected teacher; use it as a context manager."""
+        return LayerStream(self, teacher)
 
-    blocks: tuple[Block, ...]
-    offset: int
-    source: int  # global rank that reads and broadcasts
-    group: dist.ProcessGroup | None  # None: the whole job
+    def take_counters(self) -> ReadCounters:
+        """What was read since the last call."""
+        taken = self.reads.counters
+        self.reads.counters = ReadCounters(peak_host_bytes=taken.peak_host_bytes)
+        return taken
 
-    @property
-    def nbytes(self) -> int:
-        return self.blocks[-1].stop - self.blocks[0].start
+    def close(self) -> None:
+        self.reads.close()
 
 
 @dataclass
-class _Part:
-    """This rank's part of one file: what it holds on the device after the broadcasts."""
+class _Loaded:
+    """A part on the device, and the event after which its bytes stand there."""
 
-    file: StoreFile
-    entries: list[tuple[TensorEntry, int]]  # entry, offset in the device buffer
-    pieces: list[_Piece]
-    nbytes: int
+    part: Part
+    buffer: torch.Tensor
+    event: Any
 
 
 @dataclass
 class LayerStream:
-    """``embedding()``, ``layers()``, ``final_norm()``: every rank of the job calls all three in this order."""
+    """One wave of one teacher: ``embedding()``, ``layers()``, ``final_norm()``, called in this order on every rank."""
 
-    store: TeacherStore
-    mesh: Mesh
-    device: torch.device
-    host_budget: int
+    stream: TeacherStream
+    teacher: int
     counters: StreamCounters = field(default_factory=StreamCounters)
 
-    def __post_init__(self) -> None:
-        if self.store.slices % self.mesh.tp_size:
-            raise MtopdError(
-                f"teacher {self.store.name!r} is stored in {self.store.slices} slices, which tp {self.mesh.tp_size} "
-                "does not divide; set teacher_offload.tp to a divisor, or add the teacher again with more slices"
-            )
-        paths = ["embedding.safetensors", *map(layer_path, range(self.store.num_layers)), "final_norm.safetensors"]
-        self._parts = deque(self._part(i, self.store.files[path]) for i, path in enumerate(paths))
-        largest = max(self._host_bytes(part) for part in self._parts)
-        if largest > self.host_budget:
-            raise MtopdError(
-                f"teacher_offload.host_budget is {self.host_budget} bytes, but one share of teacher "
-                f"{self.store.name!r} takes {largest}; raise it to at least that"
-            )
-        layer_bytes = max(part.nbytes for part in list(self._parts)[1:-1])
+    def __enter__(self) -> LayerStream:
+        store, mesh = self.stream.stores[self.teacher], self.stream.meshes[self.teacher]
+        self.device = self.stream.device
+        self._parts = self.stream.parts[self.teacher]
+        self._joins = store.slices != mesh.tp_size
+        layer_bytes = max(part.device_bytes for part in self._parts[1:-1])
         self._buffers = [torch.empty(layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        # Where the thread may load the next layer: both buffers in turn, or one while the other holds joined slices.
+        self._free: queue.SimpleQueue[tuple[torch.Tensor, Any] | None] = queue.SimpleQueue()
+        for buffer in self._buffers[: 1 if self._joins else 2]:
+            self._give_back(buffer)
+        self._ready: queue.SimpleQueue[_Loaded | BaseException] = queue.SimpleQueue()
+        self._lane = torch.cuda.Stream(self.device)
         self._resident(0)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-read")
-        self._pending: deque[tuple[_Part, Future[dict[int, np.ndarray]]]] = deque()
-        self._held = 0  # host bytes of shares read or being read
-        self._prefetch()
+        self._loader = threading.Thread(target=self._load_all, name="teacher-load", daemon=True)
+        self._loader.start()
+        return self
 
-    def close(self) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
-        self._pending.clear()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._loader.join()
+        else:
+            # The job ends.  The thread may be inside a collective that other ranks will never join: it is not waited
+            # for, and dies with the process.
+            self._free.put(None)
         self._buffers.clear()
 
-    # -- the three calls of a pass ----------------------------------------------------------------------------------
+    # -- the three calls of a wave ----------------------------------------------------------------------------------
     def embedding(self) -> tuple[torch.Tensor, int]:
         """This tp rank's rows of the embedding [rows, E] and the token id of the first.  Drop it after use."""
-        tensors = self._load(torch.empty(self._pending[0][0].nbytes, dtype=torch.uint8, device=self.device))
-        rows_VE = next(iter(self._joined(tensors).values()))
-        self._resident(rows_VE.nbytes)
-        return rows_VE, self.mesh.tp_rank * rows_VE.shape[0]
+        loaded = self._next()
+        rows_VE = self._joined(loaded)["weight"]
+        self._resident(loaded.buffer.nbytes)
+        return rows_VE, self.stream.meshes[self.teacher].tp_rank * rows_VE.shape[0]
 
     def layers(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Parameters of each layer by Megatron's local-spec name; valid until the next layer is asked for."""
-        direct = self.store.slices == self.mesh.tp_size
-        for i in range(self.store.num_layers):
-            tensors = self._load(self._buffers[i % 2 if direct else 0])
-            if direct:
-                yield self._joined(tensors)
-            else:
+        """Weights of each layer by Megatron's local-spec name; valid until the next layer is asked for."""
+        for _ in self._parts[1:-1]:
+            loaded = self._next()
+            if self._joins:
+                weights = self._joined(loaded, out=self._buffers[1])
+                self._give_back(loaded.buffer)
                 self.counters.relayouts += 1
-                yield self._joined(tensors, out=self._buffers[1])
+            else:
+                weights = self._joined(loaded)
+            yield weights
+            del weights
+            if not self._joins:
+                self._give_back(loaded.buffer)
 
     def final_norm(self) -> torch.Tensor:
         """[E] weight of the final norm."""
-        tensors = self._load(torch.empty(self._pending[0][0].nbytes, dtype=torch.uint8, device=self.device))
-        return tensors["common/weight"]
+        return self._joined(self._next())["weight"]
 
-    # -- planning -----------------------------------------------------------------------------------------------------
-    def _part(self, index: int, file: StoreFile) -> _Part:
-        mesh, count = self.mesh, self.store.slices // self.mesh.tp_size
-        common = file.section("common")
-        mine = file.slices(mesh.tp_rank * count, count)
-        pieces: list[_Piece] = []
-        offset = 0
-        if common:
-            # Spread these small reads over the job: file i is rank i's.
-            source = index % (mesh.tp_size * mesh.num_replicas)
-            pieces.append(_Piece(file.blocks_of(common[0].start, common[-1].stop), 0, source, None))
-            offset = pieces[0].nbytes
-        if mine:
-            blocks = file.blocks_of(mine[0].start, mine[-1].stop)
-            borders = [len(blocks) * r // mesh.num_replicas for r in range(mesh.num_replicas + 1)]
-            for replica, (first, last) in enumerate(pairwise(borders)):
-                if first < last:
-                    at = offset + blocks[first].start - blocks[0].start
-                    source = replica * mesh.tp_size + mesh.tp_rank
-                    pieces.append(_Piece(blocks[first:last], at, source, mesh.peer_group))
-        entries = [(e, e.start - common[0].start) for e in common] + [
-            (e, offset + e.start - mine[0].start) for e in mine
-        ]
-        return _Part(file, entries, pieces, max(p.offset + p.nbytes for p in pieces))
-
-    def _host_bytes(self, part: _Part) -> int:
-        return sum(p.nbytes for p in part.pieces if p.source == dist.get_rank())
-
-    # -- reading ahead ----------------------------------------------------------------------------------------------
-    def _prefetch(self) -> None:
-        while self._parts and (not self._pending or self._held + self._host_bytes(self._parts[0]) <= self.host_budget):
-            part = self._parts.popleft()
-            self._held += self._host_bytes(part)
-            self.counters.peak_host_bytes = max(self.counters.peak_host_bytes, self._held)
-            self._pending.append((part, self._reader.submit(self._read, part)))
-
-    def _read(self, part: _Part) -> dict[int, np.ndarray]:
-        """In the reader thread: the pieces of ``part`` this rank reads, by offset, checksums verified."""
-        shares: dict[int, np.ndarray] = {}
-        for piece in part.pieces:
-            if piece.source == dist.get_rank():
-                shares[piece.offset] = np.empty(piece.nbytes, np.uint8)
-                self.counters.bytes_read += read_blocks(part.file, piece.blocks, shares[piece.offset])
-        return shares
-
-    def _load(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Fill ``buffer`` with the next part on every rank and return its tensors as views, by stored name."""
-        part, future = self._pending.popleft()
+    def _next(self) -> _Loaded:
         started = time.perf_counter()
-        shares, error = {}, None
+        loaded = self._ready.get()
+        self.counters.stall_s += time.perf_counter() - started
+        if isinstance(loaded, BaseException):
+            raise loaded
+        torch.cuda.current_stream().wait_event(loaded.event)
+        return loaded
+
+    def _give_back(self, buffer: torch.Tensor) -> None:
+        """The caller's kernels on ``buffer`` are launched; the thread may load into it once they are done."""
+        used = torch.cuda.Event()
+        used.record()
+        self._free.put((buffer, used))
+
+    # -- the loading thread -----------------------------------------------------------------------------------------
+    def _load_all(self) -> None:
         try:
-            shares = future.result()
+            with torch.cuda.stream(self._lane), torch.no_grad():
+                for index, part in enumerate(self._parts):
+                    if 0 < index < len(self._parts) - 1:
+                        free = self._free.get()
+                        if free is None:
+                            return
+                        buffer, used = free
+                        self._lane.wait_event(used)
+                    else:
+                        buffer = torch.empty(part.device_bytes, dtype=torch.uint8, device=self.device)
+                    self._load((self.teacher, index), part, buffer)
+                    event = torch.cuda.Event()
+                    event.record()
+                    event.synchronize()  # this thread may wait: the share's host memory is reused from here on
+                    self.stream.reads.release()
+                    self._ready.put(_Loaded(part, buffer, event))
+                    del buffer
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _load(self, key: Key, part: Part, buffer: torch.Tensor) -> None:
+        """Fill ``buffer`` with a part on every rank: own share from the host, the others' from their ranks."""
+        own: list[torch.Tensor] = []
+        error = None
+        try:
+            found, own = self.stream.reads.take()
+            assert found == key, (found, key)
         except MtopdError as failure:
             error = failure
-        self.counters.stall_s += time.perf_counter() - started
-        _raise_together(error, self.device)
-        for piece in part.pieces:
-            view = buffer[piece.offset : piece.offset + piece.nbytes]
-            if piece.offset in shares:
-                view.copy_(torch.from_numpy(shares[piece.offset]))
-            dist.broadcast(view, src=piece.source, group=piece.group)
-        self._held -= self._host_bytes(part)
-        shares.clear()
-        self._prefetch()
-        return {entry.name: _view(buffer, entry, offset) for entry, offset in part.entries}
+        _raise_together(error, self.stream.everyone, self.device)
+        pending = []
+        for r, mine in zip(part.ranges, own, strict=True):
+            pending += _exchange(r, mine, buffer[r.offset : r.offset + r.device_bytes])
+        for work in pending:
+            work.wait()
 
     # -- binding ----------------------------------------------------------------------------------------------------
-    def _joined(self, tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Parameters from stored tensors: slices joined, gate over up, transposed weights turned back as views."""
+    def _joined(self, loaded: _Loaded, out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Weights from stored tensors: slices joined, gate over up, transposed ones turned back as views."""
         by_name: dict[str, list[torch.Tensor]] = {}
-        for stored, tensor in tensors.items():
-            by_name.setdefault(stored.partition("/")[2], []).append(tensor)
+        for name, entry, offset in loaded.part.tensors:
+            by_name.setdefault(name, []).append(_view(loaded.buffer, entry, offset))
         arena = _Arena(out)
         joined: dict[str, torch.Tensor] = {}
         for name, parts in by_name.items():
@@ -231,6 +228,24 @@ class LayerStream:
     def _resident(self, extra: int) -> None:
         held = sum(b.nbytes for b in self._buffers) + extra
         self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, held)
+
+
+def _exchange(r: Range, own: torch.Tensor, view: torch.Tensor) -> list[Any]:
+    """Start the collectives that fill ``view`` on every rank of the range's group.  Returns what to wait for."""
+    if r.share_bytes is not None:
+        mine = view[r.position * r.share_bytes : (r.position + 1) * r.share_bytes]
+        mine[: own.nbytes].copy_(own, non_blocking=True)
+        return [dist.all_gather_single(view, mine, group=r.group, async_op=True)]
+    works = []
+    for owner, (first, last) in enumerate(r.owners):
+        if first < last:
+            start, stop = r.blocks[first].start - r.blocks[0].start, r.blocks[last - 1].stop - r.blocks[0].start
+            piece = view[start:stop]
+            if owner == r.position:
+                piece.copy_(own, non_blocking=True)
+            if len(r.owners) > 1:
+                works.append(dist.broadcast(piece, group=r.group, group_src=owner, async_op=True))
+    return works
 
 
 class _Arena:
@@ -250,7 +265,7 @@ class _Arena:
             return first.as_strided(shape, first.stride())
         nbytes = sum(p.nbytes for p in parts)
         joined = self._buffer[self._used : self._used + nbytes].view(first.dtype).view(shape)
-        self._used += nbytes
+        self._used += -(-nbytes // JOIN_ALIGNMENT) * JOIN_ALIGNMENT  # the next may be of a wider dtype
         torch.cat(parts, out=joined)
         return joined
 
@@ -261,11 +276,11 @@ def _view(buffer: torch.Tensor, entry: TensorEntry, offset: int) -> torch.Tensor
     return buffer[offset : offset + nbytes].view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
 
 
-def _raise_together(error: MtopdError | None, device: torch.device) -> None:
-    """Raise on every rank when any rank failed: nobody waits for a broadcast that will never come.  Collective."""
+def _raise_together(error: MtopdError | None, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise on every rank when any rank failed: nobody waits for a share that will never come.  Collective."""
     failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if failed.item():
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
+        messages: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(messages, None if error is None else str(error), group=group)
         raise MtopdError(next(message for message in messages if message is not None))

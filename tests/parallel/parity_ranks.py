@@ -17,7 +17,7 @@ from mtopd.pipelines import evaluate, ranks, teacher_pass, train
 from mtopd.pipelines.job import Job
 from mtopd.planning import plan_train_steps
 from mtopd.rollout.embedded import Request
-from mtopd.teacher_offload import head_slot, layer_stream
+from mtopd.teacher_offload import head_slot, layer_stream, shares
 from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
 
 
@@ -89,22 +89,21 @@ class LiveLayers:
         self.worst = 0.0  # peak bytes over what two layers and the largest other part take
         original = layer_stream.LayerStream._load
 
-        def load(stream: layer_stream.LayerStream, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        def load(stream: layer_stream.LayerStream, key: tuple, part: shares.Part, buffer: torch.Tensor) -> None:
+            embedding, *layers, norm = (part.device_bytes for part in stream._parts)
             for held in (buffer, *stream._buffers):
                 storage = held.untyped_storage()
                 if id(storage) not in self.live:
                     self.live[id(storage)] = storage.nbytes()
                     weakref.finalize(storage, self.live.pop, id(storage))
-            tensors = original(stream, buffer)
-            others = max(buffer.nbytes, stream._buffers[0].nbytes)
-            self.worst = max(self.worst, sum(self.live.values()) / (2 * stream._buffers[0].nbytes + others))
-            return tensors
+            self.worst = max(self.worst, sum(self.live.values()) / (2 * max(layers) + embedding + norm))
+            original(stream, key, part, buffer)
 
         layer_stream.LayerStream._load = load
         bind = TeacherLayers.bind
 
-        def checked_bind(teacher: TeacherLayers, weights: dict[str, torch.Tensor]) -> None:
-            bind(teacher, weights)
+        def checked_bind(teacher: TeacherLayers, index: int, weights: dict[str, torch.Tensor]) -> None:
+            bind(teacher, index, weights)
             storages = {id(p.untyped_storage()) for p in teacher.layer.parameters()}
             assert len(storages) == 1 and storages <= self.live.keys(), "parameters are views of one buffer, no copies"
 
@@ -121,8 +120,8 @@ def run_job(spec: dict, heads: LiveHeads, layers: LiveLayers) -> str:
         for name, values in line.get("teachers", {}).items():
             assert values["bytes_read"] == values["stored_bytes"], (name, values)
             assert values["waves"] == 1
-            relayouts = next(s for s in job.stores if s.name == name).num_layers
-            assert values["relayouts"] == (0 if job.teacher_mesh.tp_size == 2 else relayouts), values
+            store, mesh = next((s, m) for s, m in zip(job.stores, job.teacher_meshes, strict=True) if s.name == name)
+            assert values["relayouts"] == (0 if mesh.tp_size == 2 else store.num_layers), values
     samples = sample_metadata(read_metadata(job.run.trajectories(0)))
     config = job.config.train
     (plan,) = plan_train_steps(

@@ -130,7 +130,13 @@ def prepare_run(root: Path, name: str, layout: tuple, *, teachers: list[str], ca
         "run_dir": str(root / "runs" / name),
         "student": {"model": str(root / f"student-{tied}"), "parallel": {"tp": tp, "pp": pp, "dp": dp}},
         "teachers": [
-            {"name": t, "store": str(root / "stores" / t), "route": {"domain": "ab"[i]}, "weight": WEIGHTS[i]}
+            {
+                "name": t,
+                "store": str(root / "stores" / t),
+                "route": {"domain": "ab"[i]},
+                "weight": WEIGHTS[i],
+                "parallel": {"tp": teacher_tp},
+            }
             for i, t in enumerate(teachers)
         ],
         "data": {
@@ -139,7 +145,7 @@ def prepare_run(root: Path, name: str, layout: tuple, *, teachers: list[str], ca
             "max_response": 16,
         },
         "rollout": {"prompts_per_iteration": NUM_SAMPLES},
-        "teacher_offload": {"tp": teacher_tp, "batch_tokens": 40},
+        "teacher_offload": {"batch_tokens": 40},
         "hidden_cache": {"dtype": cache_dtype},
         "train": {"num_iterations": 1, "micro_batch_size": micro_batch_size, "optimizer": {"lr": 1e-3}},
     }

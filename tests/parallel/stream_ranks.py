@@ -1,0 +1,211 @@
+"""One process of tests/parallel/test_stream.py: a student at tp2 x pp2, a teacher streamed on meshes of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from mtopd.convert.bridge import Bridge, hf_config_from_dict, rope_theta
+from mtopd.megatron import parallel
+from mtopd.megatron.layers import TeacherLayers
+from mtopd.megatron.model import build_model, config_overrides
+from mtopd.pipelines import ranks
+from mtopd.teacher_offload import store as store_module
+from mtopd.teacher_offload.layer_stream import TeacherStream
+from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, plan_pass, run_teacher_pass
+from mtopd.types import MtopdError
+
+store_module.BLOCK_BYTES = 4096  # as the stores were written: small models have many blocks
+BATCH_TOKENS = 64
+
+
+class Teacher:
+    """A store on a mesh, and the states its pass gives on this replica."""
+
+    def __init__(self, store: TeacherStore, tp: int, ep: int, ranks: parallel.Ranks) -> None:
+        self.store, self.mesh = store, parallel.build_teacher_mesh(tp, ep)
+        hf_config = hf_config_from_dict(store.manifest["architecture"])
+        bridge = Bridge(
+            hf_config,
+            dtype=torch.float32,
+            padded_vocab_size=hf_config.vocab_size,
+            overrides=config_overrides(ranks.device),
+            tp=tp,
+            ep=ep,
+        )
+        self.layers = TeacherLayers(
+            bridge.transformer_config, self.mesh.collection, rope_theta(hf_config), ranks.device
+        )
+
+    def run(
+        self, stream: TeacherStream, index: int, samples: list[np.ndarray], activation_budget: int = 1 << 30
+    ) -> tuple[dict[int, torch.Tensor], PassResult]:
+        plans = plan_pass(
+            [len(ids) for ids in samples],
+            self.mesh.num_replicas,
+            batch_tokens=BATCH_TOKENS,
+            token_bytes=4 * self.store.hidden_size,
+            activation_budget=activation_budget,
+        )
+        waves = plans[self.mesh.replica]
+        mine = [i for wave in waves for batch in wave.batches for i in batch]
+        states: dict[int, torch.Tensor] = {}
+        result = run_teacher_pass(
+            stream,
+            index,
+            self.layers,
+            self.mesh.tp_group,
+            {i: TeacherSample(i, samples[i], np.arange(len(samples[i]))) for i in mine},
+            waves,
+            keep=lambda sample, rows_TE: states.update({sample.key: rows_TE.clone()}),
+        )
+        assert states.keys() == set(mine)
+        return states, result
+
+
+def total(value: int) -> int:
+    summed = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(summed)
+    return int(summed[0])
+
+
+def check_meshes(spec: dict[str, Any], student: parallel.Ranks) -> str:
+    """Every mesh, with deep and shallow budgets: states as transformers gives them, storage read once, then never."""
+    report = []
+    samples = [np.array(ids) for ids in spec["samples"]]
+    for name, meshes in spec["meshes"].items():
+        store = open_store(Path(spec["stores"]) / name)
+        wanted = load_file(f"{spec['references']}/{name}.safetensors")
+        for tp, ep in meshes:
+            teacher = Teacher(store, tp, ep, student)
+            whole = store.pass_bytes()
+            stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=whole, reader_threads=2)
+            worst = 0.0
+            for reading in (whole, 0):
+                stream.expect([0])
+                states, result = teacher.run(stream, 0, samples)
+                assert len(result.waves) == 1
+                reads = stream.take_counters()
+                assert total(reads.bytes_read) == reading and total(reads.bytes_kept) == whole - reading
+                for i, rows_TE in states.items():
+                    error = (rows_TE.double() - wanted[str(i)]).norm() / wanted[str(i)].norm()
+                    worst = max(worst, float(error))
+            stream.close()
+            assert worst < 2e-6, (name, tp, ep, worst)
+            report.append(f"{name} tp{tp} ep{ep} {worst:.0e}")
+    return ", ".join(report)
+
+
+def check_waves(spec: dict[str, Any], student: parallel.Ranks) -> str:
+    """A small activation budget gives the same bits in more waves; every byte is read once in each."""
+    store = open_store(Path(spec["stores"]) / "qwen3")
+    samples = [np.array(ids) for ids in spec["samples"]]
+    teacher = Teacher(store, 2, 1, student)
+    embedding, *layers, _ = (
+        p
+        for p in TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=1).parts[0]
+    )
+    budget = max(p.host_bytes for p in (embedding, *layers))
+    stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=budget, reader_threads=3)
+    stream.expect([0])
+    once, _ = teacher.run(stream, 0, samples)
+    stream.take_counters()
+    longest = max(map(len, samples)) * 4 * store.hidden_size
+    waves = len(
+        plan_pass(
+            [len(s) for s in samples],
+            2,
+            batch_tokens=BATCH_TOKENS,
+            token_bytes=4 * store.hidden_size,
+            activation_budget=longest,
+        )[0]
+    )
+    stream.expect([0] * waves)
+    again, result = teacher.run(stream, 0, samples, activation_budget=longest)
+    assert len(result.waves) == waves > 1
+    assert total(stream.take_counters().bytes_read) == waves * store.pass_bytes()
+    for i, rows_TE in again.items():
+        error = (rows_TE - once[i]).norm() / once[i].norm()
+        assert error < 1e-6, "other batches, the same states"
+    stream.close()
+    return f"{waves} waves"
+
+
+def check_damage(spec: dict[str, Any], student: parallel.Ranks) -> str:
+    """A damaged block stops every rank with the same error that names the file; the others do not hang."""
+    store = open_store(Path(spec["stores"]) / "damaged")
+    teacher = Teacher(store, 2, 1, student)
+    stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2)
+    stream.expect([0])
+    try:
+        teacher.run(stream, 0, [np.array(spec["samples"][0])])
+    except MtopdError as error:
+        assert "layers/00001" in str(error) and "checksum" in str(error), error
+    else:
+        raise AssertionError("a damaged block went through")
+    stream.close()
+    return "damage named on every rank"
+
+
+def check_resident(spec: dict[str, Any]) -> str:
+    """Bit for bit what a Megatron model with the same weights resident gives on the same mesh and batches (fp32)."""
+    student = parallel.build_groups(2, 1, rank=dist.get_rank(), world_size=4, device=torch.device("cpu"), seed=0)
+    store = open_store(Path(spec["stores"]) / "qwen3")
+    teacher = Teacher(store, 2, 1, student)
+    hf_config = hf_config_from_dict(store.manifest["architecture"])
+    bridge = Bridge(
+        hf_config,
+        dtype=torch.float32,
+        padded_vocab_size=128,
+        overrides=config_overrides(student.device),
+    )
+    model = build_model(
+        bridge.transformer_config, hf_config, student, rotary_base=rope_theta(hf_config), padded_vocab=128
+    )
+    bridge.load(model, Path(spec["hf"]) / "qwen3")
+    model.eval()
+    stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2)
+    stream.expect([0] * 4)
+    compared = 0
+    for length in (3, 7, 16, 33):
+        ids = np.array([spec["samples"][0][:length]] if length < 8 else [(np.arange(length) * 7 + 3) % 90])[0]
+        states, _ = teacher.run(stream, 0, [ids, ids])  # one for each replica
+        positions = torch.arange(length)[None]
+        with torch.no_grad():
+            resident_SBD = model(torch.from_numpy(ids)[None], positions, None)
+        for rows_TE in states.values():
+            assert torch.equal(rows_TE, resident_SBD[:, 0]), "bit for bit"
+            compared += rows_TE.numel()
+    stream.close()
+    return f"{compared} values bit for bit"
+
+
+def main() -> None:
+    ranks.quiet_libraries()
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    student = parallel.initialize(2, 2, seed=0)
+    checks: list[Callable[[], str]] = [
+        lambda: check_meshes(spec, student),
+        lambda: check_waves(spec, student),
+        lambda: check_resident(spec),
+        lambda: check_damage(spec, student),
+    ]
+    for check in checks:
+        line = check()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"PASSED {line}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
