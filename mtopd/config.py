@@ -31,7 +31,19 @@ def _local(value: Any) -> Any:
     return value
 
 
+def _store_location(value: Any) -> Any:
+    # The whole config is kept in the run directory: a URL with a password must not even reach it.
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str) and "://" in value and any(mark in value for mark in "@?#"):
+        raise ValueError("a store's URL is scheme://bucket/path alone; credentials come from the environment")
+    return value
+
+
 LocalPath = Annotated[Path, BeforeValidator(_local)]
+
+
+StoreLocation = Annotated[str, BeforeValidator(_store_location)]  # a folder, or a URL: s3://bucket/teachers/code
 
 
 class Model(BaseModel):
@@ -104,7 +116,7 @@ class TeacherParallel(Model):
 
 class TeacherConfig(Model):
     name: Name
-    store: LocalPath
+    store: StoreLocation
     route: dict[str, str]  # fields of a prompt that must all match
     weight: Annotated[float, Field(gt=0)] | None = None  # w_i; default 1 / number of teachers
     parallel: TeacherParallel = TeacherParallel()

@@ -44,27 +44,41 @@ class TensorEntry:
 
 def read_header(path: Path) -> list[TensorEntry]:
     """Entries in file order.  Raises MtopdError when the file is truncated or its header does not fit its bytes."""
-
-    def refuse(what: str) -> MtopdError:
-        return MtopdError(f"{path} is not a whole safetensors file: {what}; copy or export it again")
-
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise refuse(f"it has {size} bytes, the length of the header alone takes 8")
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(MAX_HEADER_BYTES, size - 8):
-                raise refuse(f"its header claims {header_bytes} bytes in a file of {size}")
-            header = json.loads(file.read(header_bytes))
+            data = file.read(8)
+            data += file.read(header_length(str(path), data, size) - 8)
     except OSError as error:
         raise MtopdError(f"cannot read {path}: {error.strerror}") from None
+    return parse_header(str(path), data, size)
+
+
+def header_length(label: str, prefix: bytes, size: int) -> int:
+    """Bytes of the header, its 8 bytes of length included, from the first 8 bytes of a file of ``size``."""
+    if len(prefix) < 8:
+        raise _refusal(label, f"it has {size} bytes, the length of the header alone takes 8")
+    (claimed,) = struct.unpack("<Q", prefix[:8])
+    if claimed > min(MAX_HEADER_BYTES, size - 8):
+        raise _refusal(label, f"its header claims {claimed} bytes in a file of {size}")
+    return 8 + int(claimed)
+
+
+def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
+    """Entries, in file order, of a file of ``size`` that begins with the whole header ``data``."""
+
+    def refuse(what: str) -> MtopdError:
+        return _refusal(label, what)
+
+    if header_length(label, data, size) != len(data):
+        raise refuse(f"its header does not end at byte {len(data)}, where its manifest says")
+    try:
+        header = json.loads(data[8:])
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise refuse("its header is not JSON") from None
     if not isinstance(header, dict):
         raise refuse("its header is not a table")
-    base, entries = 8 + header_bytes, []
+    base, entries = len(data), []
     for name, value in header.items():
         if name == "__metadata__":
             continue
@@ -89,6 +103,10 @@ def read_header(path: Path) -> list[TensorEntry]:
     if expected != size:
         raise refuse(f"its tensors end at byte {expected}, the file at {size} (truncated?)")
     return entries
+
+
+def _refusal(label: str, what: str) -> MtopdError:
+    return MtopdError(f"{label} is not a whole safetensors file: {what}; copy or export it again")
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:

@@ -112,13 +112,13 @@ def consolidate(config: ConfigFile, overrides: Overrides = None) -> None:
 def specialist(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train one model on supervised examples; writes an HF checkpoint and, if asked, a teacher store."""
     from mtopd.config import SpecialistConfig, load_config
-    from mtopd.pipelines import prepare
+    from mtopd.pipelines import prepare, stores
 
     loaded = load_config(config, overrides or [], SpecialistConfig)
     final = loaded.run_dir / "export" / "final"
     _run(loaded, prepare.specialist, "specialist:main", lambda run: final)
-    if _is_first() and loaded.store is not None and not loaded.store.path.exists():
-        _add_teacher(loaded.store.name, final, loaded.store.path, loaded.store.slices)
+    if _is_first() and loaded.store is not None:
+        stores.add(loaded.store.name, final, loaded.store.path, _console, slices=loaded.store.slices)
 
 
 def _phase(run_dir: Path, phase: str, iteration: int | None) -> None:
@@ -162,34 +162,52 @@ def report(run_dir: RunDirectory) -> None:
     report_pipeline.write(run_dir, Console())
 
 
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of a teacher store.")]
+
+
 @teachers_app.command("add")
 def teachers_add(
     name: Annotated[str, typer.Argument(help="The teacher's name.")],
     source: Annotated[Path, typer.Option("--from", help="HF checkpoint folder.")],
-    to: Annotated[Path, typer.Option(help="Folder that holds the stores.")] = Path("teachers"),
+    to: Annotated[str, typer.Option(help="Folder that holds the stores.")] = "teachers",
     slices: Annotated[int, typer.Option(help="Largest tensor-parallel size that can load it without a copy.")] = 1,
+    logit_scale: Annotated[float, typer.Option(help="Factor the checkpoint's own code puts on its logits.")] = 1.0,
+    softcap: Annotated[float | None, typer.Option(help="Soft cap the checkpoint's own code puts on them.")] = None,
 ) -> None:
-    """Write the teacher store TO/NAME from an HF checkpoint."""
-    _add_teacher(name, source, to / name, slices)
+    """Write the teacher store TO/NAME from an HF checkpoint; start again to resume."""
+    from mtopd.pipelines import stores
+
+    folder = stores.local_folder(to) / name
+    stores.add(name, source, folder, _console, slices=slices, logit_scale=logit_scale, softcap=softcap)
 
 
-def _add_teacher(name: str, source: Path, target: Path, slices: int) -> None:
-    from rich.progress import Progress
+@teachers_app.command("ls")
+def teachers_ls(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds the stores.")] = Path("teachers"),
+) -> None:
+    """List the teacher stores of a folder; what cannot be read is named with its cause."""
+    from mtopd.pipelines import stores
 
-    from mtopd.convert.teacher import add_teacher
+    Console(soft_wrap=True, highlight=False).print(stores.table(folder))
 
-    with Progress(console=_console, transient=True) as progress:
-        task = progress.add_task(f"teacher {name}", total=None)
-        store = add_teacher(
-            name,
-            source,
-            target,
-            slices=slices,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    Console(soft_wrap=True, highlight=False).print(
-        f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}"
-    )
+
+@teachers_app.command("verify")
+def teachers_verify(store: StorePath) -> None:
+    """Read every byte of a store and name each block that is damaged."""
+    from mtopd.pipelines import stores
+
+    stores.verify(store, _console)
+
+
+@teachers_app.command("rm")
+def teachers_rm(store: StorePath, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Remove a teacher store, and what an interrupted `teachers add` of it left."""
+    from mtopd.pipelines import stores
+
+    for folder in stores.removable(stores.local_folder(store)):
+        if yes or typer.confirm(f"remove {folder}?", err=True, abort=True):
+            stores.remove_store(folder)
+            _say(f"removed {folder}")
 
 
 @app.command()

@@ -66,8 +66,7 @@ def _evaluate(job: Job, engine: EmbeddedEngine, weights: Mapping[str, torch.Tens
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an HF checkpoint."""
-    with HFTensors(folder) as tensors:
-        return {name: tensors[name] for name in tensors}
+    return dict(HFTensors(folder))
 
 
 def accuracy(

@@ -110,7 +110,8 @@ def check_world(student: StudentConfig) -> None:
 def check_teacher(name: str, store: TeacherStore, tokenizer: Any, student: Path) -> None:
     """A teacher scores the student's tokens: its tokenizer must be the student's, token by token."""
     if store.manifest["tokenizer_hash"] != tokenizer_hash(tokenizer):
-        difference = first_difference(load_tokenizer(store.folder / "tokenizer"), tokenizer)
+        with store.tokenizer_folder() as folder:
+            difference = first_difference(load_tokenizer(folder), tokenizer)
         raise MtopdError(
             f"teacher {name!r} has another tokenizer than the student {student}: {difference}; exact reverse KL needs "
             "one tokenizer: use a teacher with the student's, or remove it"

@@ -48,7 +48,7 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("evaluation.weight_average", ["z"], "names ['z']"),
         ("teachers.0.name", "../x", "teachers.0.name is '../x'"),
         ("teachers", [], "teachers"),
-        ("teachers.0.store", "s3://user:secret@host/t", "teachers.0.store: URLs are not read yet"),
+        ("teachers.0.store", "s3://user:secret@host/t", "teachers.0.store: a store's URL is"),
     ],
 )
 def test_what_cannot_work_is_refused(path: str, value: object, said: str) -> None:

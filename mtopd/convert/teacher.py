@@ -1,67 +1,80 @@
-"""An HF checkpoint becomes a teacher store.  Memory is bounded by one layer (or the embedding)."""
+"""An HF checkpoint becomes a teacher store, file by file.  Memory is bounded by one layer (or the embedding)."""
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from mtopd.convert.bridge import Bridge, load_hf_config
-from mtopd.run_dir import publish_tree
-from mtopd.safetensors_file import read_header
-from mtopd.teacher_offload.store import TeacherStore, layer_path, open_store, write_manifest, write_store_file
+from mtopd.convert.layer_parts import Parts, layer_parts
+from mtopd.safetensors_file import TensorEntry, read_header
+from mtopd.teacher_offload.store import TeacherStore, experts_path, layer_path, open_store
+from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
 from mtopd.types import MtopdError
 
+_TORCH_DTYPE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_LAYER_PARAMETERS = (  # of a Megatron TransformerLayer built from its local spec
-    "input_layernorm.weight",
-    "self_attention.q_layernorm.weight",
-    "self_attention.k_layernorm.weight",
-    "pre_mlp_layernorm.weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_proj.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
 
 
-class HFTensors:
-    """Tensors of an HF folder by name, one at a time.  Every file's header is checked before it is opened."""
+class HFTensors(Mapping[str, torch.Tensor]):
+    """Tensors of an HF folder by name, one at a time, each read anew.  Every file's header is checked at the start.
+
+    They are read, not mapped: pages of a mapped file count as this process's memory for as long as it is open.
+    """
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise MtopdError(f"{folder} has no safetensors files; other weight formats can run code and are not read")
-        self._file_of = {entry.name: path for path in paths for entry in read_header(path)}
-        self._open: dict[Path, Any] = {}
+        self._entries = {entry.name: (path, entry) for path in paths for entry in read_header(path)}
         self._folder = folder
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        path = self._file_of.get(name)
-        if path is None:
+        if name not in self._entries:
             raise MtopdError(f"{self._folder} has no tensor {name!r}, which its config.json calls for")
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt", device="cpu")
-        tensor: torch.Tensor = self._open[path].get_tensor(name)
+        path, entry = self._entries[name]
+        tensor = torch.empty(entry.shape, dtype=_TORCH_DTYPE[entry.dtype])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                _fill(file, tensor.reshape(-1).view(torch.uint8).numpy())
+        except OSError as error:
+            raise MtopdError(f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again") from None
         return tensor
 
-    def __enter__(self) -> HFTensors:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.clear()
+    def identity(self) -> Any:
+        """What tells this checkpoint from another: every file's tensors, size and time of change."""
+        files: dict[Path, list[TensorEntry]] = {}
+        for path, entry in self._entries.values():
+            files.setdefault(path, []).append(entry)
+        return [
+            [path.name, path.stat().st_size, path.stat().st_mtime_ns, [[e.name, e.dtype, e.shape, e.start] for e in es]]
+            for path, es in sorted(files.items())
+        ]
 
 
 def add_teacher(
@@ -70,17 +83,21 @@ def add_teacher(
     target: Path,
     *,
     slices: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    probe: Callable[[HFTensors], Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherStore:
-    """Write the store of the HF checkpoint ``source`` to ``target`` (which must not exist), whole or not at all.
+    """Write the store of the HF checkpoint ``source`` to ``target``, whole or not at all.
 
     ``slices`` is the largest tensor-parallel size that can load it without a copy; any divisor of it can load it.
+    ``logit_scale`` and ``softcap`` tell what the checkpoint's own code does to logits after the output layer.
+    ``probe`` makes the manifest's "probe" from the source.  Started again after a kill it goes on where it was; where
+    the store is there already, from the same source, it is opened.
     Raises MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
     """
     from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 
-    if target.exists():
-        raise MtopdError(f"{target} exists; remove it first, or choose another name")
     hf_config = load_hf_config(source)
     tokenizer = load_tokenizer(source)
     for what, size in (("key-value heads", hf_config.num_key_value_heads), ("FFN rows", hf_config.intermediate_size)):
@@ -94,88 +111,117 @@ def add_teacher(
     if dtype not in _STORED:
         raise MtopdError(f"{source} is stored as {dtype}; float32 and bfloat16 can be stored")
     bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=hf_config.vocab_size, tp=1)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with HFTensors(source) as tensors:
-            files = _write_files(partial, bridge, tensors, hf_config, slices, _STORED[dtype], dtype, progress)
-        tokenizer.save_pretrained(partial / "tokenizer")
-        manifest = {
-            "name": name,
-            "architecture": hf_config.to_dict(),
-            "vocab_size": known,
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "hidden_size": hf_config.hidden_size,
-            "num_layers": hf_config.num_hidden_layers,
-            "slices": slices,
-            "stored_dtype": _STORED[dtype],
-            "tied_embeddings": bool(hf_config.tie_word_embeddings),
-            "head": {"scale": 1.0, "softcap": None, "bias": False},
-            "base": None,
+    tensors = HFTensors(source)
+    manifest = {
+        "name": name,
+        "architecture": hf_config.to_dict(),
+        "vocab_size": known,
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "hidden_size": hf_config.hidden_size,
+        "num_layers": hf_config.num_hidden_layers,
+        "slices": slices,
+        "stored_dtype": _STORED[dtype],
+        "tied_embeddings": bool(hf_config.tie_word_embeddings),
+        "head": {"scale": logit_scale, "softcap": softcap, "bias": False},
+        "base": None,
+    }
+    identity = _sha256(json.dumps([manifest, tensors.identity()], sort_keys=True).encode())
+    if target.exists():
+        return _finished(target, identity)
+    with StoreWriter(target, identity) as writer:
+        num_experts = _write_files(writer, bridge, tensors, hf_config, slices, dtype, progress)
+        tokenizer_folder = writer.folder / "tokenizer"
+        tokenizer.save_pretrained(tokenizer_folder)
+        manifest["num_experts"] = num_experts
+        manifest["tokenizer_sha256"] = {
+            path.relative_to(tokenizer_folder).as_posix(): _sha256(path.read_bytes())
+            for path in sorted(tokenizer_folder.rglob("*"))
+            if path.is_file()
         }
-        write_manifest(partial, manifest, files)
-        publish_tree(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_store(target)
+        if probe is not None:
+            manifest["probe"] = dict(probe(tensors))
+        return writer.publish(manifest)
+
+
+def _finished(target: Path, identity: str) -> TeacherStore:
+    """The store at ``target``, if it came from the same source: the same command was given again."""
+    advice = "remove it first with `mtopd teachers rm`, or choose another name"
+    if not (target / "teacher.json").is_file():
+        raise MtopdError(f"{target} exists and is no teacher store; {advice}")
+    store = open_store(target)
+    if store.manifest.get("source") != identity:
+        raise MtopdError(f"{target} exists and holds another teacher ({store.name!r}, or of another source); {advice}")
+    return store
 
 
 def _write_files(
-    folder: Path,
+    writer: StoreWriter,
     bridge: Bridge,
     tensors: HFTensors,
     hf_config: Any,
     slices: int,
-    stored: str,
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    files: dict[str, Any] = {}
-    total = hf_config.num_hidden_layers + 2
+) -> int:
+    """All safetensors files; returns the number of experts of a layer that has them, 0 for a dense teacher."""
+    total = hf_config.num_hidden_layers + 2 + (not hf_config.tie_word_embeddings)
+    done, num_experts = 0, 0
 
-    def write(path: str, parts: list[tuple[str, torch.Tensor]]) -> None:
-        files[path] = write_store_file(folder / path, [(n, _bits(t.to(dtype)), stored) for n, t in parts])
-        progress(min(len(files), total), total)
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
 
-    write("embedding.safetensors", _row_slices(tensors["model.embed_tokens.weight"], slices))
+    def matrix(path: str, name: str) -> None:
+        if path not in writer:
+            writer.write(path, _stored(_row_slices(tensors[name].to(dtype), slices)))
+        step()
+
+    matrix("embedding.safetensors", "model.embed_tokens.weight")
     for layer in range(hf_config.num_hidden_layers):
-        write(layer_path(layer), _layer_parts(bridge, tensors, layer, slices))
-    write("final_norm.safetensors", [("common/weight", tensors["model.norm.weight"])])
+        if layer_path(layer) not in writer:
+            parts, experts = layer_parts(bridge, tensors, layer, slices)
+            if experts:  # before the layer's file: its record stands for both
+                writer.write(experts_path(layer), _stored(experts))
+            writer.write(layer_path(layer), _stored(parts))
+            del parts, experts
+        num_experts = max(num_experts, writer.num_sections(experts_path(layer)))
+        step()
+    if "final_norm.safetensors" not in writer:
+        weight = tensors["model.norm.weight"].to(dtype)
+        writer.write("final_norm.safetensors", _stored([("common/weight", weight)]))
+    step()
     if not hf_config.tie_word_embeddings:
-        write("head.safetensors", _row_slices(tensors["lm_head.weight"], slices))
-    return files
+        matrix("head.safetensors", "lm_head.weight")
+    return num_experts
 
 
-def _layer_parts(bridge: Bridge, tensors: HFTensors, layer: int, slices: int) -> list[tuple[str, torch.Tensor]]:
-    common: list[tuple[str, torch.Tensor]] = []
-    sliced: list[list[tuple[str, torch.Tensor]]] = [[] for _ in range(slices)]
-
-    def cut(name: str, weight: torch.Tensor) -> None:
-        for part, piece in zip(sliced, weight.chunk(slices), strict=True):
-            part.append((name, piece))
-
-    for name in _LAYER_PARAMETERS:
-        full_name = f"decoder.layers.{layer}.{name}"
-        weight = bridge.to_megatron(full_name, [tensors[n] for n in bridge.hf_names(full_name)])
-        if name == "self_attention.linear_qkv.weight":
-            cut(name, weight)  # rows stand by query group: a slice is a whole number of groups
-        elif name == "mlp.linear_fc1.weight":
-            gate, up = weight.chunk(2)
-            cut(f"{name}.gate", gate)
-            cut(f"{name}.up", up)
-        elif name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
-            cut(f"{name}.T", weight.T)
-        else:
-            common.append((f"common/{name}", weight))
-    return common + [(f"slice.{i:04d}/{name}", piece) for i, part in enumerate(sliced) for name, piece in part]
+def _row_slices(matrix_VE: torch.Tensor, slices: int) -> Parts:
+    """Rows in order, the same number for each slice; zero rows end the last ones.  Views where no zeros are needed."""
+    rows, width = -(-matrix_VE.shape[0] // slices), matrix_VE.shape[1]
+    parts = [matrix_VE[i * rows : (i + 1) * rows] for i in range(slices)]
+    padded = [
+        part if len(part) == rows else torch.cat([part, part.new_zeros(rows - len(part), width)]) for part in parts
+    ]
+    return [(f"slice.{i:04d}/weight", part) for i, part in enumerate(padded)]
 
 
-def _row_slices(matrix_VE: torch.Tensor, slices: int) -> list[tuple[str, torch.Tensor]]:
-    rows = -(-matrix_VE.shape[0] // slices)
-    padded = torch.nn.functional.pad(matrix_VE, (0, 0, 0, rows * slices - matrix_VE.shape[0]))
-    return [(f"slice.{i:04d}/weight", part) for i, part in enumerate(padded.split(rows))]
+def _stored(parts: Parts) -> list[Tensor]:
+    return [(name, _bits(tensor), _STORED[tensor.dtype]) for name, tensor in parts]
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.contiguous()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _fill(file: Any, out: np.ndarray) -> None:
+    done = 0
+    while done < len(out):
+        got = file.readinto(out[done:])
+        if not got:
+            raise OSError("it ends early")
+        done += got
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,15 +1,17 @@
-"""A teacher on storage: ``teachers/<name>/`` with ``teacher.json``, safetensors files and the tokenizer.
+"""A teacher on storage, read: ``teachers/<name>/`` with ``teacher.json``, safetensors files and the tokenizer.
 
     teacher.json                  architecture, vocabulary, tokenizer hash, head transform, file table, fingerprint
     tokenizer/                    the teacher's HF tokenizer, to name a differing token
     embedding.safetensors         slice.0000/weight [V / slices, E], slice.0001/weight, ...  (rows in order)
     layers/00000.safetensors      common/<name> (what tp replicates), then for each slice slice.0000/<name>, ...
+    experts/00000.safetensors     of a layer with experts: expert.0000/<name>, ..., expert.0001/<name>, ...
     final_norm.safetensors        common/weight
     head.safetensors              like the embedding; absent when the embedding is tied
 
-Inside a file the *sections* (header, common, slice 0, slice 1, ...) follow one another without gaps, so the part of
-a tp rank is one contiguous range.  Gate and up are separate tensors and row-parallel weights are stored transposed
-(suffix ``.T``): slices join along dim 0.  A matrix whose rows do not divide by the slice count ends in zero rows.
+Inside a file the *sections* (header, common, slice 0, slice 1, ..., or expert 0, expert 1, ...) follow one another
+without gaps, so the part of a tp or expert-parallel rank is one contiguous range.  Gate and up are separate tensors
+and row-parallel weights are stored transposed (suffix ``.T``): slices join along dim 0.  A matrix whose rows do not
+divide by the slice count ends in zero rows.  Inside a section wider dtypes come first, so that all tensors are aligned.
 
 Checksums: crc32c of every block of 4 MiB, blocks starting anew at each section, so that a rank's part is a whole
 number of blocks; ``sha256`` of a file is taken over its table of (offset, length, crc32c); the fingerprint is the
@@ -18,23 +20,34 @@ sha256 over the sorted (path, sha256) table.  Two stores with one fingerprint ho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
+import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from mtopd.run_dir import fsync_dir, read_json, write_json
-from mtopd.safetensors_file import TensorEntry, header_bytes, read_header
+from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, parse_header
+from mtopd.teacher_offload.storage import Storage, open_storage
 from mtopd.types import MtopdError
 
-SCHEMA = "mtopd.teacher_store/1"
+SCHEMA = "mtopd.teacher_store/2"
 BLOCK_BYTES = 4 << 20
+_MANIFEST_LIMIT = 256 << 20
+_TOKENIZER_FILE_LIMIT = 256 << 20
+_OPENING_THREADS = 16  # headers are small: their time is round trips
+
+
+class DamagedBlock(MtopdError):
+    """Bytes that do not match their checksum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +63,58 @@ class Block:
 class StoreFile:
     """One safetensors file of a store, as its manifest describes it."""
 
-    path: Path
+    storage: Storage
+    path: str  # in the store
     entries: tuple[TensorEntry, ...]
     blocks: tuple[Block, ...]  # header section first
 
+    @property
+    def label(self) -> str:
+        return f"{self.storage.location}/{self.path}"
+
+    @cached_property
+    def _sections(self) -> dict[str, tuple[TensorEntry, ...]]:
+        sections: dict[str, list[TensorEntry]] = {}
+        for entry in self.entries:
+            sections.setdefault(entry.name.partition("/")[0], []).append(entry)
+        return {prefix: tuple(entries) for prefix, entries in sections.items()}
+
     def section(self, prefix: str) -> tuple[TensorEntry, ...]:
         """Entries whose name starts with "<prefix>/", in file order."""
-        return tuple(e for e in self.entries if e.name.startswith(prefix + "/"))
+        return self._sections.get(prefix, ())
 
     def slices(self, first: int, count: int) -> tuple[TensorEntry, ...]:
         return tuple(e for i in range(first, first + count) for e in self.section(f"slice.{i:04d}"))
 
+    def experts(self, first: int, count: int) -> tuple[TensorEntry, ...]:
+        return tuple(e for i in range(first, first + count) for e in self.section(f"expert.{i:04d}"))
+
     def blocks_of(self, start: int, stop: int) -> tuple[Block, ...]:
         """Blocks that touch [start, stop)."""
         return tuple(b for b in self.blocks if b.start < stop and b.stop > start)
+
+    def requests(self, blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
+        """Consecutive ``blocks`` cut into runs of at most the storage's request size (one block always fits)."""
+        first = 0
+        for i, block in enumerate(blocks):
+            if i > first and block.stop - blocks[first].start > self.storage.request_bytes:
+                yield blocks[first:i]
+                first = i
+        if blocks:
+            yield blocks[first:]
 
 
 @dataclass(frozen=True)
 class TeacherStore:
     """An opened store.  ``manifest`` is the parsed teacher.json."""
 
-    folder: Path
+    storage: Storage
     manifest: Mapping[str, Any]
     files: Mapping[str, StoreFile]
+
+    @property
+    def location(self) -> str:
+        return self.storage.location
 
     @property
     def name(self) -> str:
@@ -99,78 +141,61 @@ class TeacherStore:
         return int(self.manifest["vocab_size"])
 
     @property
+    def num_experts(self) -> int:
+        """Experts of each layer that has them; 0 for a dense teacher."""
+        return int(self.manifest["num_experts"])
+
+    @property
     def dtype(self) -> str:
-        """safetensors' spelling of the stored dtype: "F32" or "BF16"."""
+        """The dtype the teacher computes in, which its embedding and head have: "F32" or "BF16" (safetensors)."""
         return str(self.manifest["stored_dtype"])
 
     def layer(self, index: int) -> StoreFile:
         return self.files[layer_path(index)]
+
+    def experts(self, layer: int) -> StoreFile | None:
+        """The experts' file of a layer; None for a dense layer."""
+        return self.files.get(experts_path(layer))
 
     @property
     def head(self) -> StoreFile:
         return self.files.get("head.safetensors", self.files["embedding.safetensors"])
 
     def pass_bytes(self) -> int:
-        """Bytes one teacher pass needs: tensors of embedding, layers and final norm; not an untied head."""
+        """Bytes one teacher pass needs: tensors of embedding, layers, experts and final norm; not an untied head."""
         return sum(
             e.stop - e.start for path, file in self.files.items() if path != "head.safetensors" for e in file.entries
         )
+
+    @contextlib.contextmanager
+    def tokenizer_folder(self) -> Iterator[Path]:
+        """A temporary folder with the teacher's tokenizer.  Raises MtopdError when a file of it is damaged."""
+        with tempfile.TemporaryDirectory(prefix="mtopd-tokenizer-") as temporary:
+            for path, sha256 in self.manifest["tokenizer_sha256"].items():
+                stored = f"tokenizer/{_relative(self.location, path)}"
+                data = self.storage.read(stored, _TOKENIZER_FILE_LIMIT)
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise MtopdError(f"{self.location}/{stored} is damaged; copy the store again")
+                target = Path(temporary, path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+            yield Path(temporary)
 
 
 def layer_path(index: int) -> str:
     return f"layers/{index:05d}.safetensors"
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+def experts_path(layer: int) -> str:
+    return f"experts/{layer:05d}.safetensors"
 
 
-def write_store_file(path: Path, tensors: Sequence[tuple[str, np.ndarray, str]]) -> dict[str, Any]:
-    """Write (name, contiguous array, safetensors dtype) in order; returns the file's manifest entry.
-
-    Arrays of bfloat16 come as their uint16 bits.  The caller owns the folder and publishes it when it is whole.
-    """
-    header = header_bytes([(name, dtype, array.shape) for name, array, dtype in tensors])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sections: dict[str, list[np.ndarray]] = {}
-    for name, array, _ in tensors:
-        sections.setdefault(name.partition("/")[0], []).append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    crcs: list[int] = []
-    with open(path, "wb") as file:
-        for chunks in ([np.frombuffer(header, np.uint8)], *sections.values()):
-            for chunk in chunks:
-                file.write(chunk.data)
-            crcs += _section_crcs(chunks)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_dir(path.parent)
-    entries = read_header(path)
-    blocks = _blocks(entries, len(header), crcs)
-    return {
-        "size": path.stat().st_size,
-        "tensors": [[e.name, e.dtype, list(e.shape), e.start, e.stop] for e in entries],
-        "header_bytes": len(header),
-        "block_crc32c": crcs,
-        "sha256": block_table_sha256(blocks),
-    }
+# -- checksums --------------------------------------------------------------------------------------------------------
 
 
-def _section_crcs(chunks: Iterable[np.ndarray]) -> list[int]:
-    crcs, crc, filled = [], 0, 0
-    for chunk in chunks:
-        position = 0
-        while position < len(chunk):
-            take = min(len(chunk) - position, BLOCK_BYTES - filled)
-            crc = google_crc32c.extend(crc, chunk[position : position + take])
-            position, filled = position + take, filled + take
-            if filled == BLOCK_BYTES:
-                crcs.append(crc)
-                crc, filled = 0, 0
-    return [*crcs, crc] if filled else crcs
-
-
-def _blocks(entries: Sequence[TensorEntry], header: int, crcs: Sequence[int]) -> tuple[Block, ...]:
-    bounds = [(0, header)]
-    section = None
+def block_ranges(entries: Sequence[TensorEntry], header: int) -> list[tuple[int, int]]:
+    """[start, stop) of every block of a file with ``header`` bytes of header: each section in steps of BLOCK_BYTES."""
+    bounds, section = [(0, header)], None
     for entry in entries:
         prefix = entry.name.partition("/")[0]
         if prefix == section:
@@ -178,10 +203,7 @@ def _blocks(entries: Sequence[TensorEntry], header: int, crcs: Sequence[int]) ->
         else:
             bounds.append((entry.start, entry.stop))
             section = prefix
-    ranges = [(s, min(s + BLOCK_BYTES, stop)) for start, stop in bounds for s in range(start, stop, BLOCK_BYTES)]
-    if len(ranges) != len(crcs):
-        raise MtopdError(f"file table lists {len(crcs)} block checksums, its tensors make {len(ranges)} blocks")
-    return tuple(Block(start, stop, crc) for (start, stop), crc in zip(ranges, crcs, strict=True))
+    return [(s, min(s + BLOCK_BYTES, stop)) for start, stop in bounds for s in range(start, stop, BLOCK_BYTES)]
 
 
 def block_table_sha256(blocks: Iterable[Block]) -> str:
@@ -195,92 +217,102 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    write_json(
-        folder / "teacher.json", {"schema": SCHEMA, **manifest, "files": files, "fingerprint": fingerprint(files)}
-    )
-
-
 # -- opening ----------------------------------------------------------------------------------------------------------
 
 
-def open_store(folder: Path) -> TeacherStore:
-    """Open a store after checking its manifest, every file's size and every header; no tensor is read.
+def open_store(location: str | Path) -> TeacherStore:
+    """Open a store, a folder or a URL, after checking its manifest, every file's size and every header.
 
-    Raises MtopdError that names the store, what is wrong and what to do.
+    No tensor is read.  Raises MtopdError that names the store, what is wrong and what to do.
     """
-    path = folder / "teacher.json"
-    if not path.is_file():
+    storage = open_storage(location)
+    where = f"{storage.location}/teacher.json"
+    if storage.size("teacher.json") is None:
         raise MtopdError(
-            f"there is no teacher store at {folder} (no teacher.json); write one with `mtopd teachers add`"
+            f"there is no teacher store at {storage.location} (no teacher.json); write one with `mtopd teachers add`"
         )
-    manifest = read_json(path)
+    try:
+        manifest = json.loads(storage.read("teacher.json", _MANIFEST_LIMIT))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MtopdError(f"{where} is not valid JSON ({error}); it was damaged: copy the store again") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise MtopdError(f"{path} has schema {found!r}, this version reads {SCHEMA!r}")
-    try:
-        files = {name: _open_file(folder, name, entry) for name, entry in manifest["files"].items()}
-        store = TeacherStore(folder, manifest, files)
-        missing = {"embedding.safetensors", "final_norm.safetensors", *map(layer_path, range(store.num_layers))} - set(
-            files
+        raise MtopdError(
+            f"{where} has schema {found!r}, this version reads {SCHEMA!r}; write the store again with "
+            "`mtopd teachers add`"
         )
-        if missing:
-            raise MtopdError(f"{path} lists no {sorted(missing)[0]}; write the store again with `mtopd teachers add`")
+    try:
+        with ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="open-store") as pool:
+            opened = pool.map(lambda item: open_file(storage, *item), manifest["files"].items())
+            store = TeacherStore(storage, manifest, {file.path: file for file in opened})
+        needed = {"embedding.safetensors", "final_norm.safetensors", *map(layer_path, range(store.num_layers))}
+        if missing := needed - set(store.files):
+            raise MtopdError(f"{where} lists no {sorted(missing)[0]}; write the store again with `mtopd teachers add`")
         if fingerprint(manifest["files"]) != store.fingerprint:
             raise MtopdError(
-                f"{path} was changed: its fingerprint does not match its file table; write the store again"
+                f"{where} was changed: its fingerprint does not match its file table; write the store again"
             )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise MtopdError(f"{path} is malformed ({type(error).__name__}: {error}); write the store again") from None
+        for path, file in store.files.items():
+            if path.startswith("experts/") and len(file._sections) != store.num_experts:
+                raise MtopdError(f"{where} tells of {store.num_experts} experts, {path} has {len(file._sections)}")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, MtopdError):
+            raise
+        raise MtopdError(f"{where} is malformed ({type(error).__name__}: {error}); write the store again") from None
     return store
 
 
-def _open_file(folder: Path, name: str, entry: Mapping[str, Any]) -> StoreFile:
-    parts = PurePosixPath(name).parts
-    path = folder.joinpath(*parts)
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
-        raise MtopdError(f"{folder / 'teacher.json'} names {name!r}; a file of a store lies inside its folder")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise MtopdError(f"{path} is a link out of the store; a file of a store lies inside its folder")
-    if not path.is_file():
-        raise MtopdError(f"teacher store {folder} lacks {name}; copy it again or write it with `mtopd teachers add`")
-    size = path.stat().st_size
-    if size != entry["size"]:
+def open_file(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFile:
+    """One file of a store after its size and its header were checked against its entry of the manifest."""
+    label = f"{storage.location}/{_relative(storage.location, path)}"
+    size, header = storage.size(path), int(entry["header_bytes"])
+    if size is None:
         raise MtopdError(
-            f"{path} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the store again"
+            f"teacher store {storage.location} lacks {path}; copy it again or write it with `mtopd teachers add`"
         )
-    entries = tuple(read_header(path))
+    if size != entry["size"] or not 0 < header <= min(size, 8 + MAX_HEADER_BYTES):
+        raise MtopdError(
+            f"{label} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the store again"
+        )
+    data = np.empty(header, np.uint8)
+    storage.read_into(path, 0, data)
+    entries = tuple(parse_header(label, data.tobytes(), size))
     if [[e.name, e.dtype, list(e.shape), e.start, e.stop] for e in entries] != entry["tensors"]:
-        raise MtopdError(f"{path} holds other tensors than its manifest says; copy the store again")
-    blocks = _blocks(entries, int(entry["header_bytes"]), entry["block_crc32c"])
+        raise MtopdError(f"{label} holds other tensors than its manifest says; copy the store again")
+    ranges, crcs = block_ranges(entries, header), entry["block_crc32c"]
+    if len(ranges) != len(crcs):
+        raise MtopdError(f"{label}: the manifest lists {len(crcs)} block checksums for {len(ranges)} blocks")
+    blocks = tuple(Block(start, stop, crc) for (start, stop), crc in zip(ranges, crcs, strict=True))
     if block_table_sha256(blocks) != entry["sha256"]:
-        raise MtopdError(f"{path}: the manifest's block checksums do not match its sha256; copy the store again")
-    return StoreFile(path, entries, blocks)
+        raise MtopdError(f"{label}: the manifest's block checksums do not match its sha256; copy the store again")
+    return StoreFile(storage, path, entries, blocks)
+
+
+def _relative(location: str, path: str) -> str:
+    """``path`` of a manifest, when it stays inside the store."""
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
+        raise MtopdError(f"{location}/teacher.json names {path!r}; a file of a store lies inside its folder")
+    return path
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_blocks(file: StoreFile, blocks: Sequence[Block], out: np.ndarray) -> int:
-    """Read consecutive whole blocks into ``out`` (uint8) and verify each; returns the bytes read.
+    """Read consecutive whole blocks into ``out`` (uint8) in one request and verify each; returns the bytes read.
 
-    Raises MtopdError when a block's checksum differs.
+    May be called from many threads.  Raises DamagedBlock when a block's checksum differs.
     """
     if not blocks:
         return 0
     start, stop = blocks[0].start, blocks[-1].stop
     assert len(out) == stop - start, (len(out), start, stop)
-    descriptor = os.open(file.path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < len(out):
-            got = os.preadv(descriptor, [out[done:].data], start + done)
-            if got == 0:
-                raise MtopdError(f"{file.path} ends at byte {start + done}, {stop} were expected; copy the store again")
-            done += got
-    finally:
-        os.close(descriptor)
+    file.storage.read_into(file.path, start, out)
     for block in blocks:
         if google_crc32c.value(out[block.start - start : block.stop - start]) != block.crc32c:
-            raise MtopdError(
-                f"{file.path}: bytes {block.start}..{block.stop} do not match their checksum; copy the store again"
+            raise DamagedBlock(
+                f"{file.label}: bytes {block.start}..{block.stop} do not match their checksum; copy the store again"
             )
     return stop - start
 
@@ -288,6 +320,26 @@ def read_blocks(file: StoreFile, blocks: Sequence[Block], out: np.ndarray) -> in
 def read_range(file: StoreFile, start: int, stop: int) -> tuple[np.ndarray, int]:
     """Bytes [start, stop) as uint8, verified through the blocks that cover them, and the bytes read for that."""
     blocks = file.blocks_of(start, stop)
-    buffer = np.empty(blocks[-1].stop - blocks[0].start, np.uint8)
-    count = read_blocks(file, blocks, buffer)
-    return buffer[start - blocks[0].start : stop - blocks[0].start], count
+    base = blocks[0].start
+    buffer = np.empty(blocks[-1].stop - base, np.uint8)
+    count = sum(
+        read_blocks(file, run, buffer[run[0].start - base : run[-1].stop - base]) for run in file.requests(blocks)
+    )
+    return buffer[start - base : stop - base], count
+
+
+def damaged_blocks(file: StoreFile, progress: Callable[[int], None] = lambda count: None) -> list[str]:
+    """Read a whole file; one message for each block that does not match its checksum.  ``progress`` takes bytes."""
+    found: list[str] = []
+    for run in file.requests(file.blocks):
+        buffer = np.empty(run[-1].stop - run[0].start, np.uint8)
+        try:
+            read_blocks(file, run, buffer)
+        except DamagedBlock:
+            for block in run:
+                try:
+                    read_blocks(file, [block], buffer[: block.stop - block.start])
+                except DamagedBlock as error:
+                    found.append(str(error))
+        progress(len(buffer))
+    return found

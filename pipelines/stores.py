@@ -1,0 +1,105 @@
+"""The bodies of ``mtopd teachers add | ls | verify | rm``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, open_store
+from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
+from mtopd.types import MtopdError
+
+__all__ = ["add", "local_folder", "removable", "remove_store", "table", "verify"]
+
+
+def add(
+    name: str,
+    source: Path,
+    target: Path,
+    console: Console,
+    *,
+    slices: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Write a store, or finish one, with a progress bar; prints what was written."""
+    from mtopd.convert.teacher import add_teacher
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"teacher {name}", total=None)
+        store = add_teacher(
+            name,
+            source,
+            target,
+            slices=slices,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}"
+    )
+
+
+def local_folder(location: str) -> Path:
+    """Stores are written and removed in folders only.  Raises MtopdError for a URL."""
+    if "://" in location:
+        raise MtopdError(
+            "a store is written and removed in a local folder; copy it to an object store, or remove it there, with "
+            "that store's own tool (e.g. `aws s3 sync`), teacher.json last"
+        )
+    return Path(location)
+
+
+def table(folder: Path) -> Table:
+    """One row for each store in ``folder``, and for what a killed command left there."""
+    if not folder.is_dir():
+        raise MtopdError(f"there is no folder {folder}; give the folder that holds the teacher stores")
+    columns = ("name", "architecture", "layers", "hidden", "slices", "dtype", "bytes", "fingerprint")
+    rows = Table(*columns, box=None, pad_edge=False)
+    for path in sorted(folder.iterdir()):
+        if (path / "teacher.json").exists() and not path.name.startswith("."):
+            try:
+                rows.add_row(*(escape(cell) for cell in _cells(path, open_store(path))))
+            except MtopdError as error:
+                rows.add_row(escape(path.name), f"[red]unreadable: {escape(str(error))}[/red]")
+        elif bears_mark(path):
+            rows.add_row(escape(path.name), "unfinished: `teachers add` again goes on, `teachers rm` removes it")
+    return rows
+
+
+def _cells(path: Path, store: TeacherStore) -> tuple[str, ...]:
+    total = sum(int(entry["size"]) for entry in store.manifest["files"].values())
+    architecture = str(store.manifest["architecture"]["model_type"])
+    sizes = map(str, (store.num_layers, store.hidden_size, store.slices))
+    return (path.name, architecture, *sizes, store.dtype, f"{total:,}", store.fingerprint[:16])
+
+
+def verify(location: str, console: Console) -> None:
+    """Read all bytes of a store.  Raises MtopdError that counts the damaged blocks, each named on a line before."""
+    store = open_store(location)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    damaged: list[str] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"teacher {store.name}", total=sum(f.blocks[-1].stop for f in store.files.values()))
+        for file in store.files.values():
+            for message in damaged_blocks(file, lambda count: progress.advance(task, count)):
+                console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+                damaged.append(message)
+    if damaged:
+        raise MtopdError(f"{len(damaged)} damaged blocks in {location}; copy the store again or write it anew")
+    Console(soft_wrap=True, highlight=False, markup=False).print(
+        f"teacher {store.name}: {len(store.files)} files are whole, fingerprint {store.fingerprint[:16]}"
+    )
+
+
+def removable(folder: Path) -> list[Path]:
+    """The store at ``folder`` and the unfinished one beside it.  Raises MtopdError when neither bears our mark."""
+    found = [path for path in (folder, adding_folder(folder)) if bears_mark(path)]
+    if not found:
+        raise MtopdError(f"{folder} is no teacher store (no teacher.json of ours); nothing was removed")
+    return found
