@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
@@ -55,21 +56,23 @@ def local_folder(location: str) -> Path:
     return Path(location)
 
 
-def table(folder: Path) -> Table:
-    """One row for each store in ``folder``, and for what a killed command left there."""
+def table(folder: Path) -> Group:
+    """One row for each store in ``folder``; under the table, what cannot be read and what a killed command left."""
     if not folder.is_dir():
         raise MtopdError(f"there is no folder {folder}; give the folder that holds the teacher stores")
     columns = ("name", "architecture", "layers", "hidden", "slices", "dtype", "bytes", "fingerprint")
-    rows = Table(*columns, box=None, pad_edge=False)
+    rows, notes = Table(*columns, box=None, pad_edge=False), []
     for path in sorted(folder.iterdir()):
-        if (path / "teacher.json").exists() and not path.name.startswith("."):
-            try:
-                rows.add_row(*(escape(cell) for cell in _cells(path, open_store(path))))
-            except MtopdError as error:
-                rows.add_row(escape(path.name), f"[red]unreadable: {escape(str(error))}[/red]")
-        elif bears_mark(path):
-            rows.add_row(escape(path.name), "unfinished: `teachers add` again goes on, `teachers rm` removes it")
-    return rows
+        if not bears_mark(path):
+            continue
+        if path.name.startswith("."):
+            notes.append(Text(f"{path.name} is unfinished: `teachers add` again goes on, `teachers rm` removes it"))
+            continue
+        try:
+            rows.add_row(*map(escape, _cells(path, open_store(path))))
+        except MtopdError as error:
+            notes.append(Text(f"{path.name} cannot be read: {error}", style="red"))
+    return Group(rows, *notes)
 
 
 def _cells(path: Path, store: TeacherStore) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ ONE_PLACE = {  # library -> where it may be imported
     "transformer_engine": r"mtopd/megatron/.*",
     "triton": r"mtopd/kernels/rows_triton\.py",
     "matplotlib": r"(mtopd|pipelines)/report.*\.py",
+    "obstore": r"mtopd/teacher_offload/storage\.py",
     "typer": r"pipelines/cli\.py",
 }
 UNSAFE = r"pickle\.load|torch\.load\(|yaml\.(load\((?!.*_Loader)|unsafe_load|full_load)|trust_remote_code=True|\bexec\("

@@ -19,9 +19,12 @@ import numpy as np
 
 from mtopd.types import MtopdError
 
-_RETRIES = 4
-_READ_TIMEOUT = timedelta(seconds=60)  # of one request, 16 MiB at most
-_RETRY_TIMEOUT = timedelta(seconds=120)
+_RETRIES = 5
+_RETRY: Any = {
+    "max_retries": _RETRIES,
+    "retry_timeout": timedelta(seconds=60),
+    "backoff": {"init_backoff": timedelta(seconds=0.3), "max_backoff": timedelta(seconds=5), "base": 2},
+}
 
 
 class Storage(Protocol):
@@ -41,8 +44,8 @@ class Storage(Protocol):
         """Bytes of a file; None when there is no such file."""
         ...
 
-    def read(self, path: str, limit: int) -> bytes:
-        """A whole small file.  Raises MtopdError when it is not there or has more than ``limit`` bytes."""
+    def read(self, path: str, limit: int) -> bytes | None:
+        """A whole small file; None when there is none.  Raises MtopdError when it has more than ``limit`` bytes."""
         ...
 
     def read_into(self, path: str, start: int, out: np.ndarray) -> None:
@@ -72,10 +75,10 @@ class FolderStorage:
         file = self._inside(path)
         return file.stat().st_size if file.is_file() else None
 
-    def read(self, path: str, limit: int) -> bytes:
+    def read(self, path: str, limit: int) -> bytes | None:
         size = self.size(path)
         if size is None:
-            raise MtopdError(f"there is no {self.location}/{path}; copy the store again")
+            return None
         _check_limit(f"{self.location}/{path}", size, limit)
         data = np.empty(size, np.uint8)
         self.read_into(path, 0, data)
@@ -109,17 +112,17 @@ class ObjectStorage:
                 f"a {parts.scheme}:// URL must be scheme://bucket/path alone; credentials belong in the provider's own "
                 "environment variables, e.g. AWS_ACCESS_KEY_ID"
             )
+        if parts.scheme == "file":
+            raise MtopdError(f"{url}: give the path of a folder without file://")
         try:
             import obstore
         except ImportError:
             raise MtopdError(f"reading {url} needs the package obstore; pip install mtopd[s3]") from None
         self._obstore = obstore
         self.location = url.rstrip("/")
-        retry: Any = {"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT}
         try:
-            self._store: Any = obstore.store.from_url(
-                self.location, client_options={"timeout": _READ_TIMEOUT}, retry_config=retry
-            )
+            # No client options: given here they would hide those of the environment (AWS_ALLOW_HTTP, AWS_TIMEOUT).
+            self._store: Any = obstore.store.from_url(self.location, retry_config=_RETRY)
         except (obstore.exceptions.BaseError, ValueError, TypeError):
             raise MtopdError(
                 f"{self.location} is no URL of an object store; s3://bucket/path, gs://... and az://... are read"
@@ -135,30 +138,25 @@ class ObjectStorage:
                 raise MtopdError(f"cannot read {label}: the bucket does not exist; check the URL") from None
             return None
         except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
-            code = re.search(r"<Code>(\w+)</Code>", str(error))
-            status = re.search(r"\b(?:status|code):? ?(\d{3})\b", str(error), re.IGNORECASE)
-            said = code or status
-            denied = isinstance(
-                error,
-                self._obstore.exceptions.PermissionDeniedError | self._obstore.exceptions.UnauthenticatedError,
-            )
-            if denied:
+            exceptions = self._obstore.exceptions
+            if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
                 what = "access was denied"
                 advice = "check the provider's credentials in the environment, e.g. AWS_ACCESS_KEY_ID"
             else:
-                what = f"the request failed and was tried {_RETRIES + 1} times at most"
+                what = f"the request failed, also after {_RETRIES} retries where one could help"
                 advice = "check the endpoint, e.g. AWS_ENDPOINT_URL, the region and the network"
-            server = f" (the server said {said[1]})" if said else ""
-            raise MtopdError(f"cannot read {label}: {what}{server}; {advice}") from None
+            code = re.search(r"<Code>(\w+)</Code>", str(error))
+            said = f" (the server said {code[1]})" if code else ""
+            raise MtopdError(f"cannot read {label}: {what}{said}; {advice}") from None
 
     def size(self, path: str) -> int | None:
         found = self._call(path, self._obstore.head)
         return None if found is None else int(found["size"])
 
-    def read(self, path: str, limit: int) -> bytes:
+    def read(self, path: str, limit: int) -> bytes | None:
         found = self._call(path, self._obstore.get)
         if found is None:
-            raise MtopdError(f"there is no {self.location}/{path}; check the URL, or copy the store there again")
+            return None
         _check_limit(f"{self.location}/{path}", int(found.meta["size"]), limit)
         return bytes(self._call(path, lambda *_: found.bytes()))
 

@@ -174,8 +174,8 @@ class TeacherStore:
             for path, sha256 in self.manifest["tokenizer_sha256"].items():
                 stored = f"tokenizer/{_relative(self.location, path)}"
                 data = self.storage.read(stored, _TOKENIZER_FILE_LIMIT)
-                if hashlib.sha256(data).hexdigest() != sha256:
-                    raise MtopdError(f"{self.location}/{stored} is damaged; copy the store again")
+                if data is None or hashlib.sha256(data).hexdigest() != sha256:
+                    raise MtopdError(f"{self.location}/{stored} is missing or damaged; copy the store again")
                 target = Path(temporary, path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
@@ -227,12 +227,13 @@ def open_store(location: str | Path) -> TeacherStore:
     """
     storage = open_storage(location)
     where = f"{storage.location}/teacher.json"
-    if storage.size("teacher.json") is None:
+    text = storage.read("teacher.json", _MANIFEST_LIMIT)
+    if text is None:
         raise MtopdError(
             f"there is no teacher store at {storage.location} (no teacher.json); write one with `mtopd teachers add`"
         )
     try:
-        manifest = json.loads(storage.read("teacher.json", _MANIFEST_LIMIT))
+        manifest = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MtopdError(f"{where} is not valid JSON ({error}); it was damaged: copy the store again") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
