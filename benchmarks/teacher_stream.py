@@ -197,6 +197,8 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
     samples, waves = bench.plan(spec["tokens"], spec["length"], spec["batch_tokens"])
     batches = [len(batch) * spec["length"] for wave in waves for batch in wave.batches]
     inside = _activations_inside_a_layer(bench, stream, max(batches))
+    stream.close()
+    stream = bench.stream(spec["host_budget"])
     before, read_before = reset_peak(), read_by_kernel()
     stream.expect([0])
     started = time.perf_counter()
@@ -453,6 +455,9 @@ def run_section(section: str, spec: dict[str, Any], folder: Path, timeout: float
 def worker(path: Path) -> None:
     import torch.distributed as dist
 
+    from mtopd.pipelines.ranks import quiet_libraries
+
+    quiet_libraries()
     spec = json.loads(path.read_text())
     result = {"memory": memory, "read": read, "overlap": overlap}[spec["section"]](spec)
     if dist.get_rank() == 0:
@@ -468,6 +473,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the teachers are made (4 to 8 GiB); default: a temporary one"
     )
+    parser.add_argument("--only", action="append", help="run this section alone (memory_1_process, ...); repeatable")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -485,7 +491,7 @@ def main() -> None:
         store = make_teacher(folder / "big", slices=2, **big)
         small_store = make_teacher(folder / "small", slices=1, **small)
         one = {"store": str(store), "world_size": 1, "tp": 1, "length": 256, "batch_tokens": 1024}
-        budget = 64 * MIB if quick else 768 * MIB
+        budget = 24 * MIB if quick else 768 * MIB
         sections = {
             "memory_1_process": ("memory", {**one, "tokens": 1024 if quick else 20480, "compute_threads": 2}),
             "memory_4_processes": ("memory", {**one, "world_size": 4, "tp": 2, "tokens": 2048 if quick else 4096}),
@@ -498,6 +504,7 @@ def main() -> None:
         results = {
             name: run_section(section, {**spec, "host_budget": budget}, folder, timeout=3600)
             for name, (section, spec) in sections.items()
+            if not arguments.only or name in arguments.only
         }
     if arguments.json:
         machine = {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}

@@ -28,27 +28,74 @@ def test_a_head_is_the_students_vocabulary_rows(
     slot = HeadSlot([s for _, s in teachers], first_row=first, num_rows=count, device=torch.device("cpu"))
     for index, (model, _) in enumerate(teachers):
         whole = torch.nn.functional.pad(model.lm_head.weight.detach(), (0, 0, 0, 256))
-        assert torch.equal(slot.head(index).weight_vE, whole[first : first + count])
+        with slot.lease(index) as head:
+            assert torch.equal(head.weight_vE, whole[first : first + count])
+        del head
     assert slot.counters.peak_resident == 1
 
 
+def open_slot(teachers: list[tuple[torch.nn.Module, TeacherStore]]) -> HeadSlot:
+    return HeadSlot([s for _, s in teachers], first_row=0, num_rows=64, device=torch.device("cpu"))
+
+
+def use(slot: HeadSlot, index: int) -> torch.Size:
+    with slot.lease(index) as head:
+        return head.weight_vE.shape
+
+
 def test_a_head_is_loaded_once_until_it_is_dropped(teachers: list[tuple[torch.nn.Module, TeacherStore]]) -> None:
-    slot = HeadSlot([s for _, s in teachers], first_row=0, num_rows=64, device=torch.device("cpu"))
+    slot = open_slot(teachers)
     for index in (0, 0, 1, 1):
-        slot.head(index)
+        use(slot, index)
     assert slot.take_counters().loads == {0: 1, 1: 1}
     slot.drop()
-    slot.head(1)
+    use(slot, 1)
     counters = slot.take_counters()
     assert counters.loads == {1: 1} and counters.bytes_read[1] >= 64 * 96 * 4
+
+
+def test_the_next_expected_head_waits_in_host_memory(teachers: list[tuple[torch.nn.Module, TeacherStore]]) -> None:
+    slot = open_slot(teachers)
+    slot.expect([0, 1, 0])
+    for index, coming in ((0, 1), (1, 0), (0, None)):
+        with slot.lease(index) as head:
+            assert torch.equal(head.weight_vE, teachers[index][0].lm_head.weight.detach()[:64])
+        del head
+        staged = slot._staged
+        assert (staged.teacher if staged else None) == coming
+        if staged:
+            staged.read.result(timeout=30)  # it is read although nobody has asked yet
+    counters = slot.take_counters()
+    assert counters.loads == {0: 2, 1: 1} and counters.peak_resident == 1
+    assert counters.peak_device_bytes == 64 * 96 * 4, "one head, not the staged one beside it"
+
+
+def test_an_order_that_was_not_announced_still_gives_the_right_head(
+    teachers: list[tuple[torch.nn.Module, TeacherStore]],
+) -> None:
+    slot = open_slot(teachers)
+    slot.expect([0, 0, 0])
+    with slot.lease(1) as head:
+        assert torch.equal(head.weight_vE, teachers[1][0].lm_head.weight.detach()[:64])
+
+
+def test_a_second_head_is_refused_while_one_is_leased(
+    teachers: list[tuple[torch.nn.Module, TeacherStore]],
+) -> None:
+    slot = open_slot(teachers)
+    with slot.lease(0), pytest.raises(AssertionError, match="a head is leased while teacher 1's is asked for"):
+        use(slot, 1)
+    assert use(slot, 1) == (64, 96)
 
 
 def test_a_second_head_is_refused_while_anything_of_the_first_lives(
     teachers: list[tuple[torch.nn.Module, TeacherStore]],
 ) -> None:
-    slot = HeadSlot([s for _, s in teachers], first_row=0, num_rows=64, device=torch.device("cpu"))
-    view = slot.head(0).weight_vE[:1]  # a view keeps the storage alive although the head itself is gone
+    slot = open_slot(teachers)
+    with slot.lease(0) as head:
+        view = head.weight_vE[:1]  # a view keeps the storage alive although the head itself is gone
+    del head
     with pytest.raises(AssertionError, match="still referenced"):
-        slot.head(1)
+        use(slot, 1)
     del view
-    assert slot.head(1).weight_vE.shape == (64, 96)
+    assert use(slot, 1) == (64, 96)
