@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smoke test integration lint benchmark benchmark-quick clean-demo clean-smoke help
+.PHONY: demo smoke test integration lint soak benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
@@ -13,7 +13,8 @@ help:
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
-	@echo "make benchmark    the divergence against its peers, at real sizes (about 4 minutes on 2 idle cores)"
+	@echo "make soak         a hundred SIGKILLs over cache writers, the streaming pass and teachers add (about 15 minutes)"
+	@echo "make benchmark    divergence, teacher stream and hidden cache at real sizes (about 25 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +35,11 @@ test: $(READY)
 integration: $(READY)
 	$(BIN)/python -m pytest -m integration
 
+soak: $(READY)
+	$(BIN)/python -m tests.hidden_cache.kill_writers --kills 60
+	$(BIN)/python -m tests.teacher_offload.kill_add --kills 20
+	$(BIN)/python -m tests.integration.kill_pass --kills 20
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,9 +47,13 @@ lint: $(READY)
 
 benchmark: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --json benchmarks/results/divergence_2core_cpu.json
+	$(BIN)/python benchmarks/teacher_stream.py --json benchmarks/results/teacher_stream_2core_cpu.json
+	$(BIN)/python benchmarks/hidden_cache.py --json benchmarks/results/hidden_cache_2core_cpu.json
 
 benchmark-quick: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --quick
+	$(BIN)/python benchmarks/teacher_stream.py --quick
+	$(BIN)/python benchmarks/hidden_cache.py --quick
 
 clean-demo:
 	rm -rf runs/demo

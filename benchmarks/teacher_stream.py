@@ -482,12 +482,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="teacher-stream-") as name:
         folder = Path(name)
         quick = arguments.quick
-        big = (
-            dict(layers=4, hidden=512, intermediate=1024, vocab=1024)
-            if quick
-            else dict(layers=17, hidden=2048, intermediate=6144, vocab=8192)
-        )
-        small = big if quick else dict(layers=16, hidden=1024, intermediate=3072, vocab=1024)
+        full_size = {"layers": 17, "hidden": 2048, "intermediate": 6144, "vocab": 8192}
+        medium = {"layers": 16, "hidden": 1024, "intermediate": 3072, "vocab": 1024}
+        tiny = {"layers": 4, "hidden": 512, "intermediate": 1024, "vocab": 1024}
+        big, small = (tiny, tiny) if quick else (full_size, medium)
         store = make_teacher(folder / "big", slices=2, **big)
         small_store = make_teacher(folder / "small", slices=1, **small)
         one = {"store": str(store), "world_size": 1, "tp": 1, "length": 256, "batch_tokens": 1024}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -142,7 +143,7 @@ def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, floa
     return {"tokens": measured, **means, "entropy_gap": abs(means["teacher_entropy"] - means["student_entropy"])}
 
 
-def _no_head(teacher_index: int) -> TeacherHead:
+def _no_head(teacher_index: int) -> AbstractContextManager[TeacherHead]:
     raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
 
 

@@ -70,8 +70,8 @@ def install() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = (
         "1"  # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing here
     )
-    # By default glibc stops giving freed blocks back once large ones have come and gone: streamed layers would then cost
-    # memory for every teacher (12 teachers: 1010 MiB instead of 680).
+    # By default glibc stops giving freed blocks back once large ones have come and gone: every streamed teacher would
+    # then leave memory behind (1010 MiB instead of 680 after 12 teachers).
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
     # Megatron pulls in torch._dynamo, which refuses to register functions of torch.cuda that are already replaced.
     import megatron.core.tensor_parallel.random as megatron_random

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mtopd.teacher_offload.shares import Part, num_bytes
@@ -167,7 +168,7 @@ def _choose_kept(sizes: dict[Key, int], budget: int, largest: int) -> set[Key]:
     return kept
 
 
-def _requests(part: Part, memory: torch.Tensor) -> Iterator[tuple[StoreFile, tuple[Block, ...], object]]:
+def _requests(part: Part, memory: torch.Tensor) -> Iterator[tuple[StoreFile, tuple[Block, ...], np.ndarray]]:
     """Reads of about ``request_bytes`` each, cut at block borders, with the memory they fill."""
     start = 0
     for r in part.ranges:

@@ -174,9 +174,29 @@ def run_job(spec: dict, heads: LiveHeads, layers: LiveLayers) -> str:
         assert loss_error < 1e-6, report
         assert gradient_error < 1e-5 and worst < 1e-5, report
         assert state_error < 1e-5, report
+    check_off_device(job)
+    assert job.probed == set(range(len(job.stores))), "every teacher was proved to be the right one"
     name = job.run.path.name
     job.metrics.close()
     return f"PASSED {name}: {report}"
+
+
+def check_off_device(job: Job) -> None:
+    """Gradients and optimizer state leave no byte on the device, and come back bit for bit, with all views."""
+    trainer = job.trainer
+    trainer.create_optimizer_state()
+    states = [t for state in trainer._adam.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    gradients = [p.main_grad for p in trainer.model.parameters()]
+    moved = [*states, *gradients]
+    for tensor in moved:
+        tensor.uniform_()
+    before = [t.clone() for t in moved]
+    with trainer.off_device():
+        assert all(t.untyped_storage().nbytes() == 0 for t in moved)
+        assert all(p.untyped_storage().nbytes() > 0 for p in trainer.model.parameters()), "weights stay"
+    for tensor, wanted in zip(moved, before, strict=True):
+        assert torch.equal(tensor, wanted)
+    assert all(g is p.main_grad for g, p in zip(gradients, trainer.model.parameters(), strict=True))
 
 
 def check_argmax(job: Job) -> str:

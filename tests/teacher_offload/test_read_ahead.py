@@ -1,4 +1,4 @@
-"""Reading ahead: the right bytes in order, memory within the budget, kept shares read once, errors where they belong."""
+"""Reading ahead: the right bytes in order, memory within the budget, kept shares read once, errors in their place."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_the_ring_never_hands_out_memory_twice(size: int, requests: list[int], r
                 ring.free()
                 live.pop(0)
         else:
-            assert 0 <= start and start + request <= size
+            assert start >= 0 and start + request <= size
             assert all(start >= stop or start + request <= first for first, stop in live if stop > first), live
             live.append((start, start + request))
         assert ring.used == sum(stop - first for first, stop in live) <= size
