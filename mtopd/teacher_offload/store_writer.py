@@ -18,6 +18,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import google_crc32c
@@ -53,26 +54,33 @@ def adding_folder(target: Path) -> Path:
 class StoreWriter:
     """Writes the store ``target`` from the source that ``source`` identifies.  A context manager: it holds the lock.
 
-    ``reused`` are paths of files that an earlier start finished; ``write`` skips them.
+    ``path in writer``: the file is finished, by this start or an earlier one; ``write`` skips it.
     """
 
     def __init__(self, target: Path, source: str) -> None:
         self.target, self.source = target, source
         self.folder = adding_folder(target)
-        self.reused: frozenset[str] = frozenset()
         self._files: dict[str, dict[str, Any]] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> StoreWriter:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_locked(self.folder))
+            stack.enter_context(self._named_errors())
             self._resume()
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._stack.close()
-        if isinstance(error, OSError):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise MtopdError(
                 f"cannot write {self.target}: {error.strerror}; {len(self._files)} finished files are kept in "
                 f"{self.folder}: make room and start the same command again, or remove them with `mtopd teachers rm`"
@@ -87,9 +95,7 @@ class StoreWriter:
             # A layer's two files go together: the one record stands for the work of both.
             bad = {Path(path).name for path, entry in self._files.items() if not self._whole(path, entry)}
             self._files = {path: entry for path, entry in self._files.items() if Path(path).name not in bad}
-        self.reused = frozenset(self._files)
-        self._record()
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir():  # first, which makes room; a record without its file would be dropped
             if path.name in (_RECORDS, _LOCK):
                 continue
             if not path.is_dir():
@@ -97,6 +103,7 @@ class StoreWriter:
                     path.unlink()
             elif not any(name.startswith(f"{path.name}/") for name in self._files):
                 shutil.rmtree(path)
+        self._record()
 
     def _whole(self, path: str, entry: Mapping[str, Any]) -> bool:
         try:
@@ -113,7 +120,11 @@ class StoreWriter:
     def write(self, path: str, tensors: Sequence[Tensor]) -> None:
         """Write one file and record it, both durable on return; nothing when it is there already."""
         if path not in self._files:
-            self._files[path] = write_store_file(self.folder / path, tensors)
+            try:
+                self._files[path] = write_store_file(self.folder / path, tensors)
+            except OSError:
+                (self.folder / path).unlink(missing_ok=True)  # a full disk gets the room back
+                raise
             self._record()
 
     def num_sections(self, path: str) -> int:

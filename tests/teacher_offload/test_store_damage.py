@@ -1,0 +1,111 @@
+"""Truncated, emptied, missing, flipped and swapped files: each is found and named, when opened or when read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mtopd.convert.teacher import add_teacher
+from mtopd.pipelines import cli
+from mtopd.teacher_offload.store import open_store, read_range
+from mtopd.types import MtopdError
+from tests.small_models import save_model
+
+LAYER = "layers/00001.safetensors"
+PATHS = ("embedding.safetensors", LAYER, "final_norm.safetensors", "head.safetensors")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("originals")
+    for seed, name in enumerate(("t", "u")):  # one architecture: their files differ in nothing but values
+        save_model(root / f"hf-{name}", seed=seed, layers=2, tied=False)
+        add_teacher(name, root / f"hf-{name}", root / name, slices=2)
+    return root
+
+
+@pytest.fixture
+def stores(originals: Path, tmp_path: Path) -> Path:
+    for name in ("t", "u"):
+        shutil.copytree(originals / name, tmp_path / name)
+    return tmp_path
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
+
+
+def verify(monkeypatch: pytest.MonkeyPatch, store: Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["mtopd", "teachers", "verify", str(store)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: os.truncate(p, p.stat().st_size - 1), "has .* bytes, its manifest says"),
+        (lambda p: os.truncate(p, 0), "has 0 bytes, its manifest says"),
+        (lambda p: p.unlink(), "lacks"),
+    ],
+    ids=["truncated", "emptied", "missing"],
+)
+def test_a_wrong_size_is_found_when_opened(
+    stores: Path, path: str, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(stores / "t" / path)
+    with pytest.raises(MtopdError, match=said) as caught:
+        open_store(stores / "t")
+    assert path in str(caught.value)
+    open_store(stores / "u")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["flipped", "swapped"])
+def test_wrong_bytes_are_found_when_read(
+    stores: Path, path: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = [stores / "t"]
+    assert verify(monkeypatch, stores / "t") == 0
+    if kind == "flipped":
+        flip(stores / "t" / path)
+    else:
+        os.rename(stores / "t" / path, stores / "kept")
+        os.rename(stores / "u" / path, stores / "t" / path)
+        os.rename(stores / "kept", stores / "u" / path)
+        damaged.append(stores / "u")
+    for folder in damaged:
+        file = open_store(folder).files[path]
+        with pytest.raises(MtopdError, match=f"{path}: bytes .* do not match"):
+            read_range(file, file.entries[-1].start, file.entries[-1].stop)
+        capsys.readouterr()
+        assert verify(monkeypatch, folder) == 2
+        said = capsys.readouterr().err
+        assert said.count("do not match their checksum") == said.count(f"{folder}/{path}: bytes") >= 1
+
+
+def test_a_file_cut_while_it_is_read_is_named(stores: Path) -> None:
+    file = open_store(stores / "t").files[LAYER]
+    os.truncate(file.label, file.blocks[-1].stop - 10)
+    with pytest.raises(MtopdError, match=f"{LAYER} ends at byte"):
+        read_range(file, 0, file.blocks[-1].stop)
+
+
+def test_a_damaged_tokenizer_is_named(stores: Path) -> None:
+    flip(stores / "t" / "tokenizer" / "tokenizer.json")
+    with (
+        pytest.raises(MtopdError, match=r"tokenizer/tokenizer\.json is missing or damaged"),
+        open_store(stores / "t").tokenizer_folder(),
+    ):
+        pass
