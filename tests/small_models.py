@@ -18,43 +18,97 @@ def tokenizer_folder(folder: Path) -> Path:
     return folder
 
 
+_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
+# What each architecture has beyond the sizes that all share.
+MODEL_TYPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},  # biases on query, key and value
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "moe_intermediate_size": 32, **_EXPERTS},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None, **_EXPERTS},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+        "rope_parameters": _YARN,
+    },
+}
+
+
 def save_model(
-    folder: Path, *, seed: int, hidden: int = 64, layers: int = 4, tied: bool = True, vocab: int | None = None
+    folder: Path,
+    *,
+    seed: int,
+    model_type: str = "qwen3",
+    hidden: int = 64,
+    layers: int = 4,
+    tied: bool = True,
+    vocab: int | None = None,
+    **fields: Any,
 ) -> Any:
-    """A random Qwen3 whose logits are spread enough that two of them are more than 1 nat apart; returns the model."""
+    """A random model whose logits are spread enough that two of them are more than 1 nat apart; returns the model.
+
+    ``fields`` go into the HF config over those of its entry in MODEL_TYPES.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mtopd.tokenizer import load_tokenizer, vocab_size
 
     tokenizer = load_tokenizer(tokenizer_folder(folder))
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=vocab or vocab_size(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    values = {
+        "vocab_size": vocab or vocab_size(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": _ROPE,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(model_type, **{**values, **MODEL_TYPES[model_type], **fields})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("inv_freq"):
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            if name.endswith("bias"):  # of attention, or what a router adds to choose experts
+                parameter.copy_(0.3 * noise)
+            elif parameter.dim() == 1:
                 parameter.copy_(1.0 + 0.1 * noise)
             elif "embed" in name or "lm_head" in name:
                 parameter.copy_(0.25 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return model
 

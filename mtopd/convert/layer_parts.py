@@ -1,51 +1,70 @@
-"""The parameters of one layer as a teacher store holds them: what tp replicates, slices, experts."""
+"""How the weights of one layer are cut for a teacher store: what tp replicates, tp slices, experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
 from mtopd.convert.bridge import Bridge
+from mtopd.types import MtopdError
 
-Parts = list[tuple[str, torch.Tensor]]  # stored name, tensor
+Parts = list[tuple[str, torch.Tensor]]
 
-_LAYER_PARAMETERS = (  # of a Megatron TransformerLayer built from its local spec
-    "input_layernorm.weight",
-    "self_attention.q_layernorm.weight",
-    "self_attention.k_layernorm.weight",
-    "pre_mlp_layernorm.weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_proj.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
+# Rows stand by query group (qkv) or by head, so that a slice is a whole number of them.
+_BY_HEAD = ("linear_qkv.weight", "linear_qkv.bias", "linear_q_up_proj.weight", "linear_kv_up_proj.weight")
 
 
-def layer_parts(bridge: Bridge, tensors: Mapping[str, torch.Tensor], layer: int, slices: int) -> tuple[Parts, Parts]:
-    """(layer tensors, expert tensors) of one layer, sections together and in order; a dense layer has no experts.
+class Tensors(Protocol):
+    """Tensors of a checkpoint by name, one at a time."""
 
-    Tensors may be views of any strides.
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+
+def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tuple[Parts, Parts]:
+    """(layer tensors, expert tensors) of one layer as (stored name, tensor), in the order of the store's files.
+
+    Layer tensors: ``common/<name>``, then ``slice.0000/<name>``, ``slice.0001/<name>``, ...  Slices join along dim 0:
+    row-parallel weights stand transposed (``.T``), gate and up apart (``.gate``, ``.up``).  Expert tensors, none for a
+    dense layer: ``expert.0000/linear_fc1.weight`` (gate over up), ``expert.0000/linear_fc2.weight``, ...  as Megatron
+    wants them.  Every tensor keeps its dtype; only a router's expert bias becomes float32, in which Megatron adds it.
+    Raises MtopdError when ``slices`` does not divide the heads, query groups or FFN rows.
     """
     common: Parts = []
     sliced: list[Parts] = [[] for _ in range(slices)]
 
-    def cut(name: str, weight: torch.Tensor) -> None:
+    def load(name: str) -> torch.Tensor:
+        full_name = f"decoder.layers.{layer}.{name}"
+        return bridge.to_megatron(full_name, [tensors[n] for n in bridge.hf_names(full_name)])
+
+    def cut(name: str, weight: torch.Tensor, units: int, unit: str) -> None:
+        if slices < 1 or units % slices:
+            raise MtopdError(
+                f"layer {layer} has {units} {unit} in {name}, which {slices} slices do not divide; choose a divisor"
+            )
         for part, piece in zip(sliced, weight.chunk(slices), strict=True):
             part.append((name, piece))
 
-    for name in _LAYER_PARAMETERS:
-        full_name = f"decoder.layers.{layer}.{name}"
-        weight = bridge.to_megatron(full_name, [tensors[n] for n in bridge.hf_names(full_name)])
-        if name == "self_attention.linear_qkv.weight":
-            cut(name, weight)  # rows stand by query group: a slice is a whole number of groups
-        elif name == "mlp.linear_fc1.weight":
-            gate, up = weight.chunk(2)
-            cut(f"{name}.gate", gate)
-            cut(f"{name}.up", up)
-        elif name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):
-            cut(f"{name}.T", weight.T)
+    config = bridge.transformer_config
+    is_latent = config.multi_latent_attention
+    heads = (config.num_attention_heads, "heads") if is_latent else (config.num_query_groups, "query groups")
+    for name in bridge.layer_parameters(layer):
+        weight = load(name)
+        if name.endswith(_BY_HEAD):
+            cut(name, weight, *heads)
+        elif name == "self_attention.linear_proj.weight":
+            cut(f"{name}.T", weight.T, *heads)
+        elif name.endswith("linear_fc1.weight"):
+            for suffix, half in zip(("gate", "up"), weight.chunk(2), strict=True):
+                cut(f"{name}.{suffix}", half, half.shape[0], "rows")
+        elif name.endswith("linear_fc2.weight"):
+            cut(f"{name}.T", weight.T, weight.shape[1], "columns")
         else:
-            common.append((f"common/{name}", weight))
-    sections = [(f"slice.{i:04d}/{name}", piece) for i, part in enumerate(sliced) for name, piece in part]
-    return common + sections, []
+            common.append((f"common/{name}", weight.float() if name.endswith("expert_bias") else weight))
+    layer_tensors = common + [(f"slice.{i:04d}/{name}", piece) for i, part in enumerate(sliced) for name, piece in part]
+    expert_tensors = [
+        (f"expert.{e:04d}/{name}", load(f"mlp.experts.local_experts.{e}.{name}"))
+        for e in range(bridge.num_experts(layer))
+        for name in ("linear_fc1.weight", "linear_fc2.weight")
+    ]
+    return layer_tensors, expert_tensors

@@ -1,8 +1,8 @@
-"""Single Megatron layers on a teacher's own mesh, whose parameters are bound to streamed buffers."""
+"""Single Megatron layers on a teacher's own mesh, whose weights are bound to streamed buffers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,56 +16,98 @@ from mtopd.types import MtopdError
 # Transformer Engine keeps a norm inside the linear layer after it; stores use the local spec's names.
 _LOCAL_NAME = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
 
 class TeacherLayers:
-    """One TransformerLayer, rotary embedding and final norm of a teacher; weights come and go through ``bind``."""
+    """One TransformerLayer of each kind a teacher has (dense, mixture of experts), rotary embedding and final norm.
+
+    Weights come with ``bind`` and ``bind_norm`` and go with ``release``; released, no module holds any.  Under expert
+    parallelism ``forward_layer`` is collective: every rank of an ep group makes the same number of calls.
+    """
 
     def __init__(self, config: TransformerConfig, collection: Any, rotary_base: float, device: torch.device) -> None:
-        if config.tensor_model_parallel_size > config.num_query_groups:
-            # Megatron's path for this case reads the global (student's) tensor-parallel rank: wrong on another mesh.
+        """Raises MtopdError when the heads do not divide by tp, or the experts by ep."""
+        tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+        if config.multi_latent_attention:
+            units, what = config.num_attention_heads, "heads"
+        else:
+            # Beyond the query groups Megatron reads the global (student's) tensor-parallel rank: wrong on this mesh.
+            units, what = config.num_query_groups, "query groups"
+        if units % tp:
             raise MtopdError(
-                f"teacher tp {config.tensor_model_parallel_size} exceeds its {config.num_query_groups} query groups; "
-                "set teacher_offload.tp to at most that"
+                f"teacher tp {tp} does not divide its {units} {what}; set teachers[i].parallel.tp to a divisor"
             )
+        if (config.num_moe_experts or 0) % ep:
+            raise MtopdError(
+                f"teacher ep {ep} does not divide its {config.num_moe_experts} experts; "
+                "set teachers[i].parallel.ep to a divisor"
+            )
+        assert not config.apply_query_key_layer_scaling, "the number of a layer must not change its result"
         spec = block_spec(config)
-        self.layer = build_module(spec.layer_specs[0], config=config, layer_number=1, pg_collection=collection)
+        # Megatron uses one spec object for all layers of a kind.
+        built = {
+            id(layer): build_module(layer, config=config, layer_number=1, pg_collection=collection)
+            for layer in spec.layer_specs
+        }
+        self._kinds = [built[id(layer)] for layer in spec.layer_specs]  # by layer index
+        self.layer = self._kinds[0]  # the layer last bound
         self.norm = build_module(
             spec.layer_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
-        self.rope = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=rotary_base,
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=collection.cp,
-        )
-        for module in (self.layer, self.norm, self.rope):
+        self._rope = None  # latent attention turns its own
+        if not config.multi_latent_attention:
+            self._rope = RotaryEmbedding(
+                kv_channels=config.kv_channels,
+                rotary_percent=1.0,
+                rotary_base=rotary_base,
+                use_cpu_initialization=config.use_cpu_initialization,
+                cp_group=collection.cp,
+            ).to(device)
+        self._modules = [*built.values(), self.norm]
+        for module in self._modules:
             module.to(device).eval().requires_grad_(False)
         self.release()
 
     def release(self) -> None:
         """Let go of all weights: only bound views hold any, and they would keep a streamed buffer alive."""
-        for parameter in (*self.layer.parameters(), *self.norm.parameters()):
-            parameter.data = parameter.data.new_empty(0)
+        for module in self._modules:
+            for _, tensor in _weights(module):
+                tensor.data = tensor.data.new_empty(0)
 
-    def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Point the layer's parameters at ``weights``; every parameter and every weight is used exactly once."""
-        parameters = {_LOCAL_NAME.get(n, n): p for n, p in self.layer.named_parameters()}
-        assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
-        for name, parameter in parameters.items():
-            parameter.data = weights[name]
+    def bind(self, layer_index: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Point the modules of a layer at ``weights``, by local-spec name; each weight is used exactly once.
+
+        This rank's experts are ``mlp.experts.local_experts.<i>.linear_fc1.weight``, i from 0.  A weight that has the
+        dtype of its parameter is not copied.
+        """
+        self.layer = self._kinds[layer_index]
+        tensors = {_LOCAL_NAME.get(name, name): tensor for name, tensor in _weights(self.layer)}
+        assert tensors.keys() == weights.keys(), tensors.keys() ^ weights.keys()
+        for name, tensor in tensors.items():
+            tensor.data = weights[name].to(tensor.dtype)
 
     def bind_norm(self, weight_E: torch.Tensor) -> None:
         (parameter,) = self.norm.parameters()
         parameter.data = weight_E
 
     def forward_layer(self, hidden_SBE: torch.Tensor) -> torch.Tensor:
-        """[S, B, E] -> [S, B, E] through the bound layer, causal, positions 0..S-1."""
-        output, _ = self.layer(hidden_SBE, attention_mask=None, rotary_pos_emb=self.rope(hidden_SBE.shape[0]))
+        """[S, B, E] -> [S, B, E] through the layer last bound, causal, positions 0..S-1."""
+        rotary = self._rope(hidden_SBE.shape[0]) if self._rope is not None else None
+        output, _ = self.layer(hidden_SBE, attention_mask=None, rotary_pos_emb=rotary)
         return torch.as_tensor(output)
 
     def forward_norm(self, hidden_SBE: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(self.norm(hidden_SBE))
+
+
+def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and the buffers that carry weights, such as a router's expert bias."""
+    yield from module.named_parameters()
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(prefix=prefix, recurse=False):
+            if name.rpartition(".")[2] not in child._non_persistent_buffers_set:
+                yield name, buffer

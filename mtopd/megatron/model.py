@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtopd.megatron.parallel import Ranks
@@ -97,9 +98,16 @@ class HiddenStateModel(GPTModel):
 
 def block_spec(config: TransformerConfig) -> Any:
     """Layer specs: Transformer Engine's where it is installed, Megatron's local ones where not."""
-    return get_gpt_decoder_block_spec(
+    spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=have_transformer_engine(), normalization=config.normalization
     )
+    if config.multi_latent_attention and not have_transformer_engine():
+        # The local spec splits the down-projections over tp and gathers their output over the global group: wrong on
+        # a teacher's mesh.  Replicated, as Transformer Engine has them, nothing is gathered.
+        for layer in spec.layer_specs:
+            attention = layer.submodules.self_attention.submodules
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    return spec
 
 
 def build_model(

@@ -93,9 +93,12 @@ def build_groups(tp: int, pp: int, *, rank: int, world_size: int, device: torch.
 
 @dataclass(frozen=True)
 class TeacherMesh:
-    """A teacher's tensor-parallel groups over the same ranks: consecutive ranks share a copy, the copies are replicas.
+    """A teacher's own groups over the job's ranks, whatever the student's are.
 
-    Replica r holds ranks [r*tp, (r+1)*tp).  ``peers`` are the ranks that hold the same slices, one in each replica.
+    tp: ranks [r*tp, (r+1)*tp) hold one copy of what is not an expert; r is the ``replica``, and ``peer_group`` are the
+    ranks with this tp rank, one in each replica.  ep: ranks [k*ep, (k+1)*ep) hold one copy of the experts, each expert
+    whole on its rank (expert tensor parallelism is 1); k is the ``expert_replica``, and ``expert_peer_group`` are the
+    ranks with this ep rank.  Both divisions are independent: a replica's ranks may lie in several expert replicas.
     """
 
     tp_rank: int
@@ -104,40 +107,57 @@ class TeacherMesh:
     num_replicas: int
     tp_group: dist.ProcessGroup
     peer_group: dist.ProcessGroup
+    ep_rank: int
+    ep_size: int
+    expert_replica: int
+    num_expert_replicas: int
+    expert_peer_group: dist.ProcessGroup
     collection: object  # Megatron's ProcessGroupCollection for layers of this teacher
 
 
-def build_teacher_mesh(tp: int) -> TeacherMesh:
-    """Collective: every rank calls it with the same tp.  Raises MtopdError when tp does not divide the world size."""
+def build_teacher_mesh(tp: int, ep: int = 1) -> TeacherMesh:
+    """Collective: every rank calls it with the same sizes.  Raises MtopdError when one does not divide the world."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size % tp:
-        raise MtopdError(
-            f"teacher tp {tp} does not divide the world size {world_size}; set teacher_offload.tp to a divisor"
-        )
-    mine: dict[str, dist.ProcessGroup] = {}
-    members = {
-        "tp": [list(range(start, start + tp)) for start in range(0, world_size, tp)],
-        "peer": [list(range(t, world_size, tp)) for t in range(tp)],
-        "single": [[r] for r in range(world_size)],
-    }
-    for name, groups in members.items():
-        for ranks in groups:  # new_group is collective: every rank creates every group, in the same order
-            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
-            if rank in ranks:
-                mine[name] = group
+    for name, size in (("tp", tp), ("ep", ep)):
+        if size < 1 or world_size % size:
+            raise MtopdError(
+                f"a teacher's {name} is {size}, which does not divide the world size {world_size}; "
+                f"set teachers[i].parallel.{name} to a divisor"
+            )
+    tp_group, peer_group = _rows_and_columns(tp)
+    ep_group, expert_peer_group = _rows_and_columns(ep)
+    single, _ = _rows_and_columns(1)
     collection = ProcessGroupCollection()
-    for name in ("tp", "tp_cp", "tp_dp_cp", "mp", "tp_ep", "expt_tp"):
-        setattr(collection, name, mine["tp"])
-    for name in ("pp", "cp", "dp", "ep", "dp_cp", "expt_dp", "embd", "pos_embd"):
-        setattr(collection, name, mine["single"])
+    for name in ("tp", "tp_cp", "tp_dp_cp", "mp"):
+        setattr(collection, name, tp_group)
+    for name in ("ep", "tp_ep", "tp_ep_pp"):
+        setattr(collection, name, ep_group)
+    for name in ("pp", "cp", "dp", "dp_cp", "embd", "pos_embd", "expt_tp", "expt_dp"):
+        setattr(collection, name, single)
     return TeacherMesh(
         tp_rank=rank % tp,
         tp_size=tp,
         replica=rank // tp,
         num_replicas=world_size // tp,
-        tp_group=mine["tp"],
-        peer_group=mine["peer"],
+        tp_group=tp_group,
+        peer_group=peer_group,
+        ep_rank=rank % ep,
+        ep_size=ep,
+        expert_replica=rank // ep,
+        num_expert_replicas=world_size // ep,
+        expert_peer_group=expert_peer_group,
         collection=collection,
     )
+
+
+def _rows_and_columns(width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks laid out in rows of ``width``: this rank's row, and its column (ascending)."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rows = [list(range(start, start + width)) for start in range(0, world_size, width)]
+    columns = [list(range(first, world_size, width)) for first in range(width)]
+    # new_group is collective: every rank creates every group, in the same order.
+    groups = [(ranks, dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)) for ranks in (*rows, *columns)]
+    row, column = (group for ranks, group in groups if rank in ranks)
+    return row, column

@@ -1,0 +1,140 @@
+"""Worker of test_architectures: every model on every mesh, under a student's tp 2 x pp 2, against transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.convert.layer_parts import layer_parts
+from mtopd.megatron import parallel
+from mtopd.megatron.layers import TeacherLayers
+from mtopd.megatron.model import HiddenStateModel, block_spec, config_overrides
+
+CPU = torch.device("cpu")
+Weights = dict[str, torch.Tensor]
+
+
+def joined(bridge: Bridge, tensors: Weights, layer: int, slices: int, mesh: parallel.TeacherMesh) -> Weights:
+    """This rank's weights of a layer, put together from the stored parts as the store's format says."""
+    layer_tensors, expert_tensors = layer_parts(bridge, tensors, layer, slices)
+    count, by_name, weights = slices // mesh.tp_size, {}, {}
+    for stored, tensor in layer_tensors:
+        section, _, name = stored.partition("/")
+        if section == "common" or int(section.removeprefix("slice.")) // count == mesh.tp_rank:
+            by_name.setdefault(name, []).append(tensor)
+    whole = {name: torch.cat(parts) for name, parts in by_name.items()}
+    for name, tensor in whole.items():
+        if name.endswith(".gate"):
+            name = name.removesuffix(".gate")
+            weights[name] = torch.cat([tensor, whole[name + ".up"]])
+        elif name.endswith(".T"):
+            weights[name.removesuffix(".T")] = tensor.T
+        elif not name.endswith(".up"):
+            weights[name] = tensor
+    first = mesh.ep_rank * (bridge.num_experts(layer) // mesh.ep_size)
+    for stored, tensor in expert_tensors:
+        section, _, name = stored.partition("/")
+        index = int(section.removeprefix("expert."))
+        if index * mesh.ep_size // bridge.num_experts(layer) == mesh.ep_rank:
+            weights[f"mlp.experts.local_experts.{index - first}.{name}"] = tensor
+    return weights
+
+
+def resident(bridge: Bridge, hf_config: Any, tensors: Weights, mesh: parallel.TeacherMesh) -> torch.nn.Module:
+    """The whole teacher as a Megatron GPTModel of the same mesh."""
+    config = bridge.transformer_config
+    model = HiddenStateModel(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=hf_config.vocab_size,
+        max_sequence_length=128,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=rope_theta(hf_config),
+        pg_collection=mesh.collection,
+    )
+    state = {"embedding.word_embeddings.weight": tensors["model.embed_tokens.weight"]}
+    state["decoder.final_layernorm.weight"] = tensors["model.norm.weight"]
+    if not hf_config.tie_word_embeddings:
+        state["output_layer.weight"] = tensors["lm_head.weight"]
+    for layer in range(hf_config.num_hidden_layers):
+        weights = joined(bridge, tensors, layer, 1, mesh)
+        state |= {f"decoder.layers.{layer}.{name}": tensor for name, tensor in weights.items()}
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys and all("_extra_state" in k for k in result.missing_keys), result
+    return model.eval()
+
+
+def held_bytes(layers: TeacherLayers) -> int:
+    tensors = [t for m in layers._modules for t in (*m.parameters(), *m.buffers())]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@torch.no_grad()
+def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights) -> tuple[float, float]:
+    """Worst relative error against transformers over this rank's chunks, and to a resident model (0: skipped)."""
+    hf_config, tensors = load_hf_config(folder), load_file(folder / "model.safetensors")
+    bridge = Bridge(
+        hf_config,
+        dtype=torch.float32,
+        padded_vocab_size=hf_config.vocab_size,
+        overrides=config_overrides(CPU),
+        tp=mesh.tp_size,
+        ep=mesh.ep_size,
+    )
+    layers = TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), CPU)
+    empty = held_bytes(layers)
+    assert empty <= 64 * hf_config.num_hidden_layers, f"{empty} bytes held before anything is bound"
+    ids = [chunks[f"ids/{i}"] for i in range(len(chunks) // 2)]
+    mine = [i for i in range(len(ids)) if i % mesh.num_replicas == mesh.replica]
+    hidden = [torch.nn.functional.embedding(ids[i].T, tensors["model.embed_tokens.weight"]) for i in mine]
+    while len(hidden) < -(-len(ids) // mesh.num_replicas):
+        hidden.append(torch.zeros(1, 1, hf_config.hidden_size))  # every rank makes the same number of calls
+    for layer in range(hf_config.num_hidden_layers):
+        weights = joined(bridge, tensors, layer, slices, mesh)
+        layers.bind(layer, weights)
+        pointers = {t.data_ptr() for t in weights.values()}
+        assert {p.data_ptr() for p in layers.layer.parameters()} <= pointers, "bound parameters are views, not copies"
+        hidden = [layers.forward_layer(h) for h in hidden]
+    layers.bind_norm(tensors["model.norm.weight"])
+    states = [layers.forward_norm(h).transpose(0, 1) for h in hidden]
+    layers.release()
+    assert held_bytes(layers) == empty, f"a released teacher holds {held_bytes(layers)} bytes"
+    wanted = [chunks[f"states/{i}"] for i in mine]
+    worst = max(
+        (float((s - w).norm(dim=-1).div(w.norm(dim=-1)).max()) for s, w in zip(states, wanted, strict=False)),
+        default=0.0,
+    )
+    difference = 0.0
+    if mesh.tp_size == mesh.ep_size == 1:
+        model = resident(bridge, hf_config, tensors, mesh)
+        for i, state in zip(mine, states, strict=False):
+            positions = torch.arange(ids[i].shape[1]).expand_as(ids[i])
+            found = model(ids[i], positions, None).transpose(0, 1)
+            difference = max(difference, float((found - state).abs().max()))
+    return worst, difference
+
+
+def main() -> None:
+    root, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+    parallel.initialize(2, 2, seed=1)  # the student's groups: nothing of them may leak into a teacher's result
+    for name, slices, sizes in plan:
+        chunks = load_file(root / f"{name}.chunks.safetensors")
+        for tp, ep in sizes:
+            errors = torch.tensor(check(root / name, parallel.build_teacher_mesh(tp, ep), slices, chunks))
+            dist.all_reduce(errors, op=dist.ReduceOp.MAX)
+            if dist.get_rank() == 0:
+                print(f"RESULT {name} {tp} {ep} {errors[0]:.2e} {errors[1]:.2e}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
