@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,17 +48,19 @@ class TeacherLayers:
                 "set teachers[i].parallel.ep to a divisor"
             )
         assert not config.apply_query_key_layer_scaling, "the number of a layer must not change its result"
+        config = dataclasses.replace(config, perform_initialization=False)
         spec = block_spec(config)
-        # Megatron uses one spec object for all layers of a kind.
-        built = {
-            id(layer): build_module(layer, config=config, layer_number=1, pg_collection=collection)
-            for layer in spec.layer_specs
-        }
+        with torch.device("meta"):  # no weight of a teacher is ever allocated here
+            # Megatron uses one spec object for all layers of a kind.
+            built = {
+                id(layer): build_module(layer, config=config, layer_number=1, pg_collection=collection)
+                for layer in spec.layer_specs
+            }
+            self.norm = build_module(
+                spec.layer_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
         self._kinds = [built[id(layer)] for layer in spec.layer_specs]  # by layer index
         self.layer = self._kinds[0]  # the layer last bound
-        self.norm = build_module(
-            spec.layer_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-        )
         self._rope = None  # latent attention turns its own
         if not config.multi_latent_attention:
             self._rope = RotaryEmbedding(
@@ -69,8 +72,8 @@ class TeacherLayers:
             ).to(device)
         self._modules = [*built.values(), self.norm]
         for module in self._modules:
+            _replace_weights(module, device)
             module.to(device).eval().requires_grad_(False)
-        self.release()
 
     def release(self) -> None:
         """Let go of all weights: only bound views hold any, and they would keep a streamed buffer alive."""
@@ -102,6 +105,17 @@ class TeacherLayers:
 
     def forward_norm(self, hidden_SBE: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(self.norm(hidden_SBE))
+
+
+def _replace_weights(module: torch.nn.Module, device: torch.device) -> None:
+    """Empty weights on ``device`` in place of those the module was built with."""
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            empty = torch.empty(0, dtype=parameter.dtype, device=device)
+            setattr(child, name, torch.nn.Parameter(empty, requires_grad=False))
+        for name, buffer in list(child.named_buffers(recurse=False)):
+            if name not in child._non_persistent_buffers_set:
+                setattr(child, name, torch.empty(0, dtype=buffer.dtype, device=device))
 
 
 def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
