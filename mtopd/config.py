@@ -27,7 +27,7 @@ Count = Annotated[int, Field(ge=1)]
 def _local(value: Any) -> Any:
     # The message does not repeat the value: a URL may carry a password.
     if isinstance(value, str) and "://" in value:
-        raise ValueError("URLs are not read yet; give a local path")
+        raise ValueError("a URL is not read here; give a local path")
     return value
 
 

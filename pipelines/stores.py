@@ -63,10 +63,9 @@ def table(folder: Path) -> Group:
     columns = ("name", "architecture", "layers", "hidden", "slices", "dtype", "bytes", "fingerprint")
     rows, notes = Table(*columns, box=None, pad_edge=False), []
     for path in sorted(folder.iterdir()):
-        if not bears_mark(path):
-            continue
-        if path.name.startswith("."):
+        if path.name.startswith(".") and bears_mark(path):
             notes.append(Text(f"{path.name} is unfinished: `teachers add` again goes on, `teachers rm` removes it"))
+        if path.name.startswith(".") or not (path / "teacher.json").exists():
             continue
         try:
             rows.add_row(*map(escape, _cells(path, open_store(path))))

@@ -82,7 +82,8 @@ def test_exponents_without_a_dot_are_numbers_and_tags_are_refused(tmp_path: Path
 
 
 def test_a_resolved_config_loads_to_itself(tmp_path: Path) -> None:
-    config = validate(copy.deepcopy(GOOD), ConsolidateConfig, "c")
+    config = validate(spoiled("teachers.1.store", "s3://bucket/teachers/b"), ConsolidateConfig, "c")
+    assert [t.store for t in config.teachers] == ["a", "s3://bucket/teachers/b"]
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "c.yaml", [], ConsolidateConfig) == config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,9 @@ def add_teacher(
     """
     from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 
+    for what, given in (("logit scale", logit_scale), ("softcap", softcap)):
+        if given is not None and not 0 < given < math.inf:
+            raise MtopdError(f"the {what} is {given}; it must be a positive number")
     hf_config = load_hf_config(source)
     tokenizer = load_tokenizer(source)
     for what, size in (("key-value heads", hf_config.num_key_value_heads), ("FFN rows", hf_config.intermediate_size)):

@@ -101,6 +101,14 @@ def test_another_source_starts_over(source: Path, tmp_path: Path, change: str) -
         add_teacher("t", source, target, slices=2, logit_scale=0.5)
 
 
+@pytest.mark.parametrize("options", [{"logit_scale": 0.0}, {"softcap": -1.0}, {"softcap": float("nan")}])
+def test_a_head_transform_that_makes_no_sense_is_refused(
+    source: Path, tmp_path: Path, options: dict[str, float]
+) -> None:
+    with pytest.raises(MtopdError, match="must be a positive number"):
+        add_teacher("t", source, tmp_path / "t", slices=2, **options)  # type: ignore[arg-type]
+
+
 def test_one_writer_at_a_time(source: Path, tmp_path: Path) -> None:
     with (
         StoreWriter(tmp_path / "t", "somebody else"),
@@ -124,13 +132,15 @@ def worker(name: str, *arguments: Path, before: tuple[str, ...] = ()) -> str:
 
 
 def test_memory_is_bounded_by_one_layer(source: Path, tmp_path: Path) -> None:
-    save_model(tmp_path / "large", seed=1, hidden=768, layers=16)
-    grown = int(worker("add_memory", source, tmp_path / "large", tmp_path / "stores"))
+    save_model(tmp_path / "large", seed=1, hidden=640, layers=10)
+    # glibc maps tensors of a real layer (from 32 MiB on) one by one; make it do so with these small ones, or its heap's
+    # fragments are measured.
+    small_maps = ("env", "MALLOC_MMAP_THRESHOLD_=65536")
+    grown = int(worker("add_memory", source, tmp_path / "large", tmp_path / "stores", before=small_maps))
     store = open_store(tmp_path / "stores" / "large")
     layer = max(file.blocks[-1].stop for file in store.files.values())
-    assert store.pass_bytes() > 12 * layer
-    print(grown, layer, grown/layer)
-    assert grown < 3 * layer, f"grew by {grown / layer:.2f} layers of {layer} bytes"
+    assert store.pass_bytes() > 9 * layer
+    assert grown < 2 * layer, f"grew by {grown / layer:.2f} layers of {layer} bytes"
 
 
 def test_a_full_disk_leaves_no_store_and_spares_the_others(source: Path, tmp_path: Path) -> None:
@@ -274,10 +284,13 @@ def test_ls_names_stores_and_what_cannot_be_read(
     add_teacher("bad", source, stores / "bad", slices=2)
     (stores / "bad" / "final_norm.safetensors").unlink()
     interrupted(source, stores / "half", 2)
+    add_teacher("torn", source, stores / "torn", slices=2)
+    os.truncate(stores / "torn" / "teacher.json", 100)
     (stores / "notes").mkdir()
     assert command(monkeypatch, "ls", stores) == 0
     said = capsys.readouterr().out
     assert "qwen3" in said and good.fingerprint[:16] in said and "F32" in said
     assert "bad cannot be read" in said and "lacks final_norm.safetensors" in said
+    assert "torn cannot be read" in said and "is not valid JSON" in said
     assert ".half.adding is unfinished" in said and "notes" not in said
     assert command(monkeypatch, "ls", tmp_path / "nowhere") == 2
