@@ -139,13 +139,14 @@ def _yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Transformers4Config:
-    """An HF config as mbridge knows them: rope_theta at the top, no rope_scaling, ``in`` allowed."""
+    """An HF config as mbridge knows them: rope_theta at the top, no rope_scaling, a head_dim, ``in`` allowed."""
 
     rope_scaling = None
 
     def __init__(self, hf_config: Any) -> None:
         self._hf_config = hf_config
         self.rope_theta = rope_theta(hf_config)
+        self.head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._hf_config, name)
@@ -179,7 +180,8 @@ class Bridge:
     """Maps one HF architecture to a Megatron TransformerConfig and weights both ways.
 
     ``tp`` and ``ep`` are given for a model on its own mesh (a teacher); without them Megatron's global state counts.
-    Raises MtopdError for variants of the architecture that Megatron does not compute as transformers does.
+    Raises MtopdError for variants of the architecture that Megatron does not compute as transformers does, and for an
+    ``ep`` that does not divide the experts.
     """
 
     def __init__(
@@ -201,6 +203,12 @@ class Bridge:
         fields = {**_architecture_fields(hf_config), **(overrides or {})}
 
         def build_base_config(bridge: Any, **values: Any) -> Any:
+            experts = values.get("num_moe_experts") or 0
+            if ep > 1 and (not experts or experts % ep):
+                raise MtopdError(
+                    f"the teacher has {experts} experts, which cannot be split over ep {ep}; "
+                    "set teachers[i].parallel.ep to a divisor, 1 for a dense teacher"
+                )
             # mbridge also passes fields that Megatron has renamed since.
             return bridge_class._build_base_config(
                 bridge, **{k: v for k, v in {**values, **fields}.items() if k in known}

@@ -31,8 +31,8 @@ class TeacherLayers:
     """
 
     def __init__(self, config: TransformerConfig, collection: Any, rotary_base: float, device: torch.device) -> None:
-        """Raises MtopdError when the heads do not divide by tp, or the experts by ep."""
-        tp, ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
+        """Raises MtopdError when tp does not divide the heads (query groups)."""
+        tp = config.tensor_model_parallel_size
         if config.multi_latent_attention:
             units, what = config.num_attention_heads, "heads"
         else:
@@ -41,11 +41,6 @@ class TeacherLayers:
         if units % tp:
             raise MtopdError(
                 f"teacher tp {tp} does not divide its {units} {what}; set teachers[i].parallel.tp to a divisor"
-            )
-        if (config.num_moe_experts or 0) % ep:
-            raise MtopdError(
-                f"teacher ep {ep} does not divide its {config.num_moe_experts} experts; "
-                "set teachers[i].parallel.ep to a divisor"
             )
         assert not config.apply_query_key_layer_scaling, "the number of a layer must not change its result"
         config = dataclasses.replace(config, perform_initialization=False)

@@ -11,6 +11,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtopd.megatron.parallel import Ranks
@@ -96,6 +97,15 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
+class LatentDotProductAttention(DotProductAttention):
+    """Megatron's own attention where keys are wider than values; ``config.kv_channels`` is the width of a value."""
+
+    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Megatron builds it twice, first without the widths.
+        assert v_channels in (None, self.config.kv_channels), (v_channels, self.config.kv_channels)
+
+
 def block_spec(config: TransformerConfig) -> Any:
     """Layer specs: Transformer Engine's where it is installed, Megatron's local ones where not."""
     spec = get_gpt_decoder_block_spec(
@@ -107,6 +117,7 @@ def block_spec(config: TransformerConfig) -> Any:
         for layer in spec.layer_specs:
             attention = layer.submodules.self_attention.submodules
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+            attention.core_attention = LatentDotProductAttention
     return spec
 
 

@@ -73,14 +73,17 @@ def resident(bridge: Bridge, hf_config: Any, tensors: Weights, mesh: parallel.Te
 
 
 def held_bytes(layers: TeacherLayers) -> int:
-    tensors = [t for m in layers._modules for t in (*m.parameters(), *m.buffers())]
-    return sum(t.untyped_storage().nbytes() for t in tensors)
+    """Bytes of weights; tables of the rotary embedding are none."""
+    values = [value for module in layers._modules for value in module.state_dict().values()]
+    return sum(value.untyped_storage().nbytes() for value in values if isinstance(value, torch.Tensor))
 
 
 @torch.no_grad()
 def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights) -> tuple[float, float]:
     """Worst relative error against transformers over this rank's chunks, and to a resident model (0: skipped)."""
-    hf_config, tensors = load_hf_config(folder), load_file(folder / "model.safetensors")
+    hf_config = load_hf_config(folder)
+    # Cloned: the BLAS sums in another order where a matrix is not aligned, and the resident model's are.
+    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
     bridge = Bridge(
         hf_config,
         dtype=torch.float32,
@@ -90,8 +93,7 @@ def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights
         ep=mesh.ep_size,
     )
     layers = TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), CPU)
-    empty = held_bytes(layers)
-    assert empty <= 64 * hf_config.num_hidden_layers, f"{empty} bytes held before anything is bound"
+    assert held_bytes(layers) == 0, "weights are held before any is bound"
     ids = [chunks[f"ids/{i}"] for i in range(len(chunks) // 2)]
     mine = [i for i in range(len(ids)) if i % mesh.num_replicas == mesh.replica]
     hidden = [torch.nn.functional.embedding(ids[i].T, tensors["model.embed_tokens.weight"]) for i in mine]
@@ -101,12 +103,13 @@ def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights
         weights = joined(bridge, tensors, layer, slices, mesh)
         layers.bind(layer, weights)
         pointers = {t.data_ptr() for t in weights.values()}
+        assert held_bytes(layers) > 0
         assert {p.data_ptr() for p in layers.layer.parameters()} <= pointers, "bound parameters are views, not copies"
         hidden = [layers.forward_layer(h) for h in hidden]
     layers.bind_norm(tensors["model.norm.weight"])
     states = [layers.forward_norm(h).transpose(0, 1) for h in hidden]
     layers.release()
-    assert held_bytes(layers) == empty, f"a released teacher holds {held_bytes(layers)} bytes"
+    assert held_bytes(layers) == 0, f"a released teacher holds {held_bytes(layers)} bytes"
     wanted = [chunks[f"states/{i}"] for i in mine]
     worst = max(
         (float((s - w).norm(dim=-1).div(w.norm(dim=-1)).max()) for s, w in zip(states, wanted, strict=False)),

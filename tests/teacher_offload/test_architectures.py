@@ -22,7 +22,7 @@ EXPERT_MESHES = [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)]
 MODELS: dict[str, tuple[dict, int, list[tuple[int, int]]]] = {
     "llama": ({"num_attention_heads": 8, "num_key_value_heads": 4}, 4, [(1, 1), (2, 1), (4, 1)]),
     "qwen2": ({"tied": False}, 2, [(1, 1), (2, 1)]),
-    "qwen3": ({"hidden": 96, "layers": 3}, 2, [(1, 1), (2, 1), (2, 2)]),
+    "qwen3": ({"hidden": 96, "layers": 3}, 2, [(1, 1), (2, 1)]),
     "qwen3_moe": ({}, 2, EXPERT_MESHES),
     "qwen3_moe-raw": ({"norm_topk_prob": False, "num_key_value_heads": 4}, 4, [(1, 1), (4, 4)]),
     "mixtral": ({"tied": False}, 2, EXPERT_MESHES),

@@ -1,0 +1,104 @@
+"""Reference log-probs of a checkpoint, by transformers' own modelling code: a path independent of Megatron's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtopd.convert.bridge import load_hf_config
+from mtopd.convert.layer_parts import Tensors
+from mtopd.types import MtopdError
+
+NUM_TOKENS = 16
+NUM_TARGETS = 4  # of each position: the most likely id, then drawn ones
+UNIFORM = 1e-4  # nats: log-probs this close to -ln V say nothing
+
+
+@torch.no_grad()
+def transformers_probe(
+    source: Path, tensors: Tensors, *, scale: float = 1.0, softcap: float | None = None
+) -> dict[str, Any]:
+    """Log-probs of a few next tokens under the checkpoint ``source``, in float32: what its Megatron form must give.
+
+    ``{"by": "transformers", "input_ids": [T], "targets": [T][K], "log_probs": [T][K]}``; token ids are drawn below the
+    tokenizer's vocab_size, and only those ids take part in the softmax.  Never more than one module (embedding, layer,
+    norm, head) is in memory.  Raises MtopdError when a tensor is missing, misshapen or not finite in its effect, and
+    when every token is predicted with probability 1/V: such a checkpoint is empty.
+    """
+    from mtopd.tokenizer import load_tokenizer, vocab_size
+
+    known = vocab_size(load_tokenizer(source))
+    rng = np.random.default_rng(0)
+    input_ids = rng.integers(known, size=NUM_TOKENS)
+    model = _streamed_model(load_hf_config(source), tensors)
+    logits = model(torch.from_numpy(input_ids)[None], use_cache=False).logits[0, :, :known] * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_probs = torch.log_softmax(logits, -1)
+    if not log_probs.isfinite().all():
+        raise MtopdError(f"{source}: its log-probs are not finite; the checkpoint is damaged, export it again")
+    if (log_probs + math.log(known)).abs().max() < UNIFORM:
+        raise MtopdError(
+            f"{source} predicts every token with probability 1/{known} (log-prob -ln V = {-math.log(known):.3f}): its "
+            "weights are empty; export the checkpoint again"
+        )
+    drawn = torch.from_numpy(rng.integers(known, size=(NUM_TOKENS, NUM_TARGETS - 1)))
+    targets = torch.cat([log_probs.argmax(-1, keepdim=True), drawn], -1)
+    return {
+        "by": "transformers",
+        "input_ids": input_ids.tolist(),
+        "targets": targets.tolist(),
+        "log_probs": log_probs.gather(-1, targets).tolist(),
+    }
+
+
+def _streamed_model(hf_config: Any, tensors: Tensors) -> Any:
+    """The causal model, whose modules take their weights from ``tensors`` when called and drop them after."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(hf_config)  # computed, not stored
+    head = "model.embed_tokens" if hf_config.tie_word_embeddings else "lm_head"
+    modules = {"model.embed_tokens": base.embed_tokens, "model.norm": base.norm}
+    modules |= {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
+    for prefix, module in [*modules.items(), (head, model.lm_head)]:
+
+        def load(module: torch.nn.Module, args: Any, prefix: str = prefix) -> None:
+            module.to_empty(device="cpu")
+            for name, tensor in module.state_dict().items():
+                _fill(model, f"{prefix}.{name}", tensor, tensors)
+
+        def drop(module: torch.nn.Module, args: Any, output: Any) -> None:
+            module.to("meta")
+
+        module.register_forward_pre_hook(load)
+        module.register_forward_hook(drop)
+    return model
+
+
+def _fill(model: Any, name: str, tensor: torch.Tensor, tensors: Tensors) -> None:
+    """Copy the checkpoint's tensors into the model's ``name``.
+
+    transformers stores the experts of a layer as one tensor, gate over up; its own map says which of the checkpoint's
+    tensors those are, matrix by matrix and within it expert by expert.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = list(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")}))
+    pieces = [tensor]
+    if len(names) > 1:
+        experts = tensor.shape[0]
+        pieces = [piece for matrix in tensor.chunk(len(names) // experts, dim=1) for piece in matrix.unbind()]
+    for stored, piece in zip(names, pieces, strict=True):
+        found = tensors[stored]
+        if found.shape != piece.shape:
+            raise MtopdError(
+                f"tensor {stored!r} has shape {tuple(found.shape)}, the config calls for {tuple(piece.shape)}"
+            )
+        piece.copy_(found)
