@@ -169,4 +169,5 @@ def _embed(
     held_BS = (local_BS >= 0) & (local_BS < rows_VE.shape[0])
     hidden_BSE = rows_VE[local_BS.clamp(0, rows_VE.shape[0] - 1)] * held_BS[..., None]
     dist.all_reduce(hidden_BSE, group=tp_group)
-    return hidden_BSE.transpose(0, 1).contiguous()
+    # A [S, 1, E] that is only contiguous in torch's lenient sense sends linear layers down another, slower path.
+    return hidden_BSE.transpose(0, 1).flatten().view(hidden_BSE.shape[1], hidden_BSE.shape[0], -1)
