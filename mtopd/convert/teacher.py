@@ -134,14 +134,8 @@ def add_teacher(
         return _finished(target, identity)
     with StoreWriter(target, identity) as writer:
         num_experts = _write_files(writer, bridge, tensors, hf_config, slices, dtype, progress)
-        tokenizer_folder = writer.folder / "tokenizer"
-        tokenizer.save_pretrained(tokenizer_folder)
         manifest["num_experts"] = num_experts
-        manifest["tokenizer_sha256"] = {
-            path.relative_to(tokenizer_folder).as_posix(): _sha256(path.read_bytes())
-            for path in sorted(tokenizer_folder.rglob("*"))
-            if path.is_file()
-        }
+        manifest["tokenizer_sha256"] = _save_tokenizer(tokenizer, writer.folder / "tokenizer")
         if probe is not None:
             manifest["probe"] = dict(probe(tensors))
         return writer.publish(manifest)
@@ -156,6 +150,18 @@ def _finished(target: Path, identity: str) -> TeacherStore:
     if store.manifest.get("source") != identity:
         raise MtopdError(f"{target} exists and holds another teacher ({store.name!r}, or of another source); {advice}")
     return store
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
+    """Write the tokenizer's files; sha256 of each by path."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of a full disk, tokenizers says so in a bare Exception
+        raise MtopdError(f"cannot write {folder}: {error}; make room and start the same command again") from error
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): _sha256(path.read_bytes()) for path in files}
 
 
 def _write_files(

@@ -24,6 +24,7 @@ def main(disk: Path, source: Path) -> None:
         again = open_store(disk / "first")
         assert again.fingerprint == first.fingerprint
         assert not [text for file in again.files.values() for text in damaged_blocks(file)]
+    _full_at_the_tokenizer(disk, source)
     kept = {path: path.stat().st_mtime_ns for path in adding_folder(disk / "second").glob("layers/*")}
     (disk / "other data").unlink()
     second = add_teacher("second", source, disk / "second", slices=2)
@@ -32,6 +33,23 @@ def main(disk: Path, source: Path) -> None:
     assert reused, "what was finished before the disk was full is used again"
     remove_store(disk / "second")
     print("full disk: refused twice, first store intact, second finished once there was room")
+
+
+def _full_at_the_tokenizer(disk: Path, source: Path) -> None:
+    """The weights fit, the tokenizer does not."""
+    filler = disk / "filler"
+
+    def fill(done: int, total: int) -> None:
+        if done == total:
+            filler.write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize))
+
+    (disk / "other data").unlink()
+    with pytest.raises(MtopdError, match=r"cannot write .*No space left.*start the same command"):
+        add_teacher("second", source, disk / "third", slices=2, progress=fill)
+    filler.unlink()
+    assert not (disk / "third").exists()
+    remove_store(adding_folder(disk / "third"))
+    (disk / "other data").write_bytes(b"")
 
 
 if __name__ == "__main__":

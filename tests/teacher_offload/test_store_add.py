@@ -253,6 +253,14 @@ def test_rm_removes_a_store_and_what_an_add_left_and_nothing_else(
     assert sorted(p.name for p in stores.iterdir()) == ["link", "mine"]
 
 
+def test_stores_are_written_and_removed_in_folders_only(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (("add", "t", "--from", source, "--to", "s3://bucket/t"), ("rm", "s3://bucket/t", "--yes")):
+        assert command(monkeypatch, *arguments) == 2
+        assert "that store's own tool" in capsys.readouterr().err
+
+
 def test_a_killed_rm_leaves_what_can_be_removed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file the deletion dies at, what is left bears the mark and is no store."""
     add_teacher("t", source, tmp_path / "t", slices=2)
