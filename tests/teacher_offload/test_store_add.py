@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -118,6 +119,23 @@ def test_one_writer_at_a_time(source: Path, tmp_path: Path) -> None:
     assert add_teacher("t", source, tmp_path / "t", slices=2).name == "t"
 
 
+def test_a_writer_that_is_overtaken_locks_the_folder_that_is_there_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the lock file and locking it, another writer publishes: its folder is not ours to write."""
+    moved, real = tmp_path / "moved", fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not moved.exists():
+            os.rename(adding_folder(tmp_path / "t"), moved)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with StoreWriter(tmp_path / "t", "source") as writer:
+        assert sorted(p.name for p in writer.folder.iterdir()) == ["adding.json", "lock"]
+        assert [p.name for p in moved.iterdir()] == ["lock"]
+
+
 def test_kills_at_random_instants(tmp_path: Path) -> None:
     line = kill_add.run(6, tmp_path, seed=7)
     assert line.startswith("teachers add: 6 SIGKILLs")
@@ -166,13 +184,14 @@ def with_experts(bridge: Bridge, tensors: HFTensors, layer: int, slices: int) ->
     if layer == 0:
         return parts, []
     generator = torch.Generator().manual_seed(layer)
+    odd = ("common/odd", torch.randn(3, generator=generator).to(torch.bfloat16))  # what follows it is not aligned
     bias = ("common/mlp.router.expert_bias", torch.randn(3, generator=generator))
     experts = [
         (f"expert.{i:04d}/linear_fc{n}.weight", torch.randn(24, 5, generator=generator).to(torch.bfloat16))
         for i in range(3)
         for n in (1, 2)
     ]
-    return [*parts, bias], experts
+    return [odd, bias, *parts], experts
 
 
 def test_experts_are_ranges_of_their_own_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
