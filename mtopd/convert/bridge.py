@@ -105,10 +105,8 @@ def _architecture_fields(hf_config: Any) -> dict[str, Any]:
     elif hf_config.model_type == "mixtral":
         fields["moe_router_pre_softmax"] = False
     elif hf_config.model_type == "deepseek_v3":
-        from megatron.core.transformer.enums import AttnBackend
-
         fields |= {
-            "attention_backend": AttnBackend.auto,
+            "attention_backend": "auto",
             "kv_channels": hf_config.v_head_dim,  # what Megatron's own attention takes the width of a head from
             "mtp_num_layers": None,  # only the last hidden state of the decoder is asked of a teacher
             **_yarn_fields(hf_config.rope_parameters),
