@@ -120,9 +120,10 @@ def _yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") == "default":
         return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
     scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    if bool(scales[0]) != bool(scales[1]) or rope.get("attention_factor") or not rope.get("truncate", True):
+    as_megatron = bool(scales[0]) == bool(scales[1]) and not rope.get("attention_factor") and rope.get("truncate", True)
+    if not (as_megatron and rope.get("factor")):
         raise MtopdError(
-            "yarn needs both or none of mscale and mscale_all_dim, no attention_factor and truncate on; "
+            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor and truncate on; "
             f"found {dict(rope)}"
         )
     return {

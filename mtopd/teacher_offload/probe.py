@@ -10,7 +10,9 @@ import numpy as np
 
 from mtopd.types import MtopdError
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # mean absolute difference, nats
+# Mean absolute difference, nats.  Measured on random models of 4 and 16 layers: float32 up to 2e-6; bfloat16 0.013 to
+# 0.03 for dense ones and up to 0.19 where rounding sends a token to another expert; another teacher more than 2.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 UNIFORM = 1e-4  # nats
 
 

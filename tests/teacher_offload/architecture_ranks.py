@@ -16,6 +16,7 @@ from mtopd.convert.layer_parts import layer_parts
 from mtopd.megatron import parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import HiddenStateModel, block_spec, config_overrides
+from mtopd.types import MtopdError
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
@@ -70,6 +71,52 @@ def resident(bridge: Bridge, hf_config: Any, tensors: Weights, mesh: parallel.Te
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys and all("_extra_state" in k for k in result.missing_keys), result
     return model.eval()
+
+
+def check_mesh(mesh: parallel.TeacherMesh, tp: int, ep: int) -> None:
+    """The fields of a mesh say what its groups are."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rows = {size: list(range(rank // size * size, rank // size * size + size)) for size in (tp, ep)}
+    columns = {size: list(range(rank % size, world_size, size)) for size in (tp, ep)}
+    members = dist.get_process_group_ranks
+    assert (mesh.tp_rank, mesh.tp_size, mesh.replica, mesh.num_replicas) == (
+        rank % tp,
+        tp,
+        rank // tp,
+        world_size // tp,
+    )
+    assert members(mesh.tp_group) == rows[tp] and members(mesh.peer_group) == columns[tp]
+    assert (mesh.ep_rank, mesh.ep_size) == (rank % ep, ep)
+    assert members(mesh.expert_peer_group) == columns[ep] and len(columns[ep]) == mesh.num_expert_replicas
+    assert columns[ep].index(rank) == mesh.expert_replica
+    for name, group in vars(mesh.collection).items():
+        expected = rows[tp] if name in ("tp", "tp_cp", "tp_dp_cp", "mp") else [rank]
+        expected = rows[ep] if name in ("ep", "tp_ep", "tp_ep_pp") else expected
+        assert members(group) == expected, (name, members(group))
+
+
+def check_refusals(folder: Path) -> None:
+    """A mesh that the ranks or a dense model of two query groups do not allow."""
+
+    def layers(tp: int, ep: int) -> None:
+        hf_config = load_hf_config(folder)
+        fields = config_overrides(CPU)
+        bridge = Bridge(hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=fields, tp=tp, ep=ep)
+        mesh = parallel.build_teacher_mesh(tp)
+        TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), CPU)
+
+    for call, message in (
+        (lambda: parallel.build_teacher_mesh(3), "teachers[i].parallel.tp"),
+        (lambda: parallel.build_teacher_mesh(1, 3), "teachers[i].parallel.ep"),
+        (lambda: layers(4, 1), "does not divide its 2 query groups"),
+        (lambda: layers(1, 2), "0 experts, which cannot be split over ep 2"),
+    ):
+        try:
+            call()
+        except MtopdError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"not refused: {message}")
 
 
 def held_bytes(layers: TeacherLayers) -> int:
@@ -128,10 +175,13 @@ def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights
 def main() -> None:
     root, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
     parallel.initialize(2, 2, seed=1)  # the student's groups: nothing of them may leak into a teacher's result
+    check_refusals(root / "qwen2")
     for name, slices, sizes in plan:
         chunks = load_file(root / f"{name}.chunks.safetensors")
         for tp, ep in sizes:
-            errors = torch.tensor(check(root / name, parallel.build_teacher_mesh(tp, ep), slices, chunks))
+            mesh = parallel.build_teacher_mesh(tp, ep)
+            check_mesh(mesh, tp, ep)
+            errors = torch.tensor(check(root / name, mesh, slices, chunks))
             dist.all_reduce(errors, op=dist.ReduceOp.MAX)
             if dist.get_rank() == 0:
                 print(f"RESULT {name} {tp} {ep} {errors[0]:.2e} {errors[1]:.2e}", flush=True)
