@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, as_rows
+from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
 from mtopd.megatron.train_step import PackedMicroBatch
 from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
 from mtopd.pipelines import teacher_pass
@@ -39,52 +40,97 @@ def run(job: Job, iteration: int) -> None:
         normalization=job.config.train.normalization,
         seed=job.iteration_seed(iteration),
     )
-    with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader:
-        states = CachedStates(job, reader, iteration)
+    by_id = {s.sample_id: s for s in samples}
+    with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader, CachedStates(job, reader, iteration) as states:
         for number, plan in enumerate(plans):
+            for ahead in plans[number : number + 2] if number == 0 else plans[number + 1 : number + 2]:
+                states.prefetch(_runs_of_step(job, ahead, tokens, by_id))
             step = iteration * len(plans) + number
             job.metrics.write("train_step", iteration, train_step(job, plan, tokens, samples, states, step), step=step)
             job.progress.advance(tokens=sum(plan.num_tokens.values()))
 
 
 class CachedStates:
-    """Fetches the hidden states of a run: each tp rank reads its share of the rows, an all-gather joins them."""
+    """Fetches the hidden states of a run: each tp rank reads its share of the rows, an all-gather joins them.
+
+    ``prefetch`` lets a background thread read the shares of a train step ahead, into pinned memory on CUDA.  A share
+    is forgotten when it is used, so at most the mini-batches that were announced and not yet used are held.
+    """
 
     def __init__(self, job: Job, reader: HiddenCacheReader, iteration: int) -> None:
         self._job, self._reader, self._iteration = job, reader, iteration
+        self._thread = ThreadPoolExecutor(1, "hidden-states")
+        self._shares: dict[tuple[int, ...], Future[torch.Tensor]] = {}  # by the run's sample ids
         self.stall_s = 0.0
+
+    def prefetch(self, runs: Sequence[TeacherRun]) -> None:
+        """Start to read the runs, in this order.  What fails is raised when the run is asked for."""
+        for run in runs:
+            self._shares[_name(run)] = self._thread.submit(self._read_share, run)
 
     def __call__(self, run: TeacherRun) -> torch.Tensor:
         """[T, E] rows of the run in order, in the cache's dtype."""
         started = time.perf_counter()
-        store, ranks = self._job.stores[run.teacher_index], self._job.ranks
-        rows = run.stop - run.start
-        share = -(-rows // ranks.tp_size)
-        dtype = getattr(torch, self._job.cache_dtype(store))
-        mine_TE = torch.zeros(share, store.hidden_size, dtype=dtype)
-        self._read(run, ranks.tp_rank * share, min((ranks.tp_rank + 1) * share, rows), as_rows(mine_TE))
+        if _name(run) not in self._shares:
+            self.prefetch([run])
+        ranks, rows = self._job.ranks, run.stop - run.start
+        mine_TE = self._shares.pop(_name(run)).result().to(ranks.device, non_blocking=True)
         if ranks.tp_size == 1:
-            joined_TE = mine_TE.to(ranks.device)
+            joined_TE = mine_TE
         else:
-            joined_TE = torch.empty(share * ranks.tp_size, store.hidden_size, dtype=dtype, device=ranks.device)
-            dist.all_gather_single(joined_TE, mine_TE.to(ranks.device), group=ranks.tp_group)
+            joined_TE = mine_TE.new_empty(len(mine_TE) * ranks.tp_size, mine_TE.shape[1])
+            dist.all_gather_single(joined_TE, mine_TE, group=ranks.tp_group)
         self.stall_s += time.perf_counter() - started
         return joined_TE[:rows]
 
-    def _read(self, run: TeacherRun, first: int, last: int, out_TE: np.ndarray) -> None:
-        """Rows [first, last) of the run, which may begin and end inside a sample."""
-        at = 0
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._shares.clear()
+
+    def _read_share(self, run: TeacherRun) -> torch.Tensor:
+        """[ceil(T / tp), E] of the run, which may begin and end inside a sample; the last rank's end is padding."""
+        store, ranks = self._job.stores[run.teacher_index], self._job.ranks
+        share = -(-(run.stop - run.start) // ranks.tp_size)
+        share_TE = torch.empty(
+            share,
+            store.hidden_size,
+            dtype=getattr(torch, self._job.cache_dtype(store)),
+            pin_memory=ranks.device.type == "cuda",  # torch keeps and reuses pinned memory
+        )
+        out_TE = as_rows(share_TE)
+        first = ranks.tp_rank * share
+        reads, at = [], -first  # row of the sample's first token in this share
         for sample in run.entries:
             count = sample.metadata.num_loss_tokens
-            start, stop = max(first - at, 0), min(last - at, count)
+            start, stop = max(-at, 0), min(share - at, count)
             if start < stop:
                 entry = self._reader.lookup(sample.key, sample.metadata.sample_id, self._iteration)
                 if entry is None:
                     raise CacheMiss(
-                        f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache"
+                        f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache; run "
+                        "the teacher pass again"
                     )
-                self._reader.read_rows(entry, start, stop, out_TE[at + start - first : at + stop - first])
+                reads.append(Read(entry, start, stop, out_TE[at + start : at + stop]))
             at += count
+        self._reader.read_many(reads)
+        out_TE[max(at, 0) :] = 0
+        return share_TE
+
+
+def _name(run: TeacherRun) -> tuple[int, ...]:
+    return tuple(sample.metadata.sample_id for sample in run.entries)
+
+
+def _runs_of_step(
+    job: Job, plan: TrainStepPlan, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+) -> list[TeacherRun]:
+    """This rank's runs in the order they are used; none on ranks that are not on the last stage."""
+    if not job.heads:
+        return []
+    return [run for batch in plan.micro_batches[job.ranks.dp_rank] for run in _runs(job, batch, tokens, by_id)]
 
 
 def train_step(

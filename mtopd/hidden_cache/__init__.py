@@ -3,26 +3,33 @@
 Commit protocol.  A writer appends the rows of one teacher to a segment, a zarr array of its own.  ``commit`` makes the
 shard files durable, then the segment's zarr.json, and only then an index file that names every sample in it: each file
 is fsynced under a partial name, renamed, and its folder fsynced.  The index file is the commit record.  A sample exists
-if and only if a sound index file names it, so a writer killed at any instant leaves orphans but never a wrong row.
+if and only if a sound index file names it, so a writer killed at any instant leaves orphans but never a wrong row;
+``recover`` saves what their journals name and the disk holds whole.
 Nothing is changed after its commit: a damaged sample is computed again into a new segment, and readers use the copy
-that is sound.
+that is sound.  ``merge_index`` joins index files; the joined one is published before the old ones go.
 """
 
-from mtopd.hidden_cache.cache import CacheMiss, Entry, HiddenCacheReader, HiddenCacheWriter
-from mtopd.hidden_cache.folder import discard_orphans, remove
+from mtopd.hidden_cache.folder import remove
 from mtopd.hidden_cache.key import Request, sample_key
+from mtopd.hidden_cache.reader import CacheMiss, Entry, HiddenCacheReader, Read
+from mtopd.hidden_cache.recovery import Recovery, collect_garbage, merge_index, recover
 from mtopd.hidden_cache.rows import as_rows
 from mtopd.hidden_cache.segment import SegmentDamaged
+from mtopd.hidden_cache.writer import HiddenCacheWriter
 
 __all__ = [
     "CacheMiss",
     "Entry",
     "HiddenCacheReader",
     "HiddenCacheWriter",
+    "Read",
+    "Recovery",
     "Request",
     "SegmentDamaged",
     "as_rows",
-    "discard_orphans",
+    "collect_garbage",
+    "merge_index",
+    "recover",
     "remove",
     "sample_key",
 ]

@@ -3,7 +3,7 @@
     <root>/FORMAT.json                                 the mark; put if absent
     <root>/t/<fingerprint, 16 hex>/teacher.json        what a row is; put if absent
     <root>/t/<fingerprint, 16 hex>/seg/<segment>/      zarr arrays
-    <root>/t/<fingerprint, 16 hex>/index/<segment>.arrow   commit records
+    <root>/t/<fingerprint, 16 hex>/index/<segment>.arrow   commit records; merged-<8 hex>.arrow: of many segments
 
 Nothing is deleted from a folder that does not bear our mark.
 """
@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from mtopd.hidden_cache.durable import PARTIAL, make_dirs, publish_if_absent
-from mtopd.hidden_cache.index import load_index
 from mtopd.hidden_cache.layout import NUMPY_DTYPES, SegmentLayout
 from mtopd.types import MtopdError
 
@@ -60,7 +59,7 @@ def create_teacher_folder(root: Path, layout: SegmentLayout) -> Path:
         raise MtopdError(f"teacher fingerprint {layout.teacher_fingerprint!r} is not a sha256 of 64 hex digits")
     if layout.hidden_size < 1:
         raise MtopdError(f"hidden_size is {layout.hidden_size}, needed at least 1")
-    folder = root / "t" / layout.teacher_fingerprint[:_FOLDER_HEX]
+    folder = teacher_folder(root, layout)
     make_dirs(folder / "index")
     publish_if_absent(folder / "teacher.json", json.dumps(_teacher_facts(layout)).encode())
     found = load_teacher(folder)
@@ -69,6 +68,10 @@ def create_teacher_folder(root: Path, layout: SegmentLayout) -> Path:
             f"{folder} holds rows of {found}, not of {layout}. Remove the cache folder and compute it again"
         )
     return folder
+
+
+def teacher_folder(root: Path, layout: SegmentLayout) -> Path:
+    return root / "t" / layout.teacher_fingerprint[:_FOLDER_HEX]
 
 
 def load_teacher(folder: Path) -> SegmentLayout:
@@ -84,12 +87,17 @@ def load_teacher(folder: Path) -> SegmentLayout:
 
 
 def teacher_folders(root: Path) -> list[Path]:
-    return _entries(root / "t")
+    return entries(root / "t")
 
 
 def index_paths(folder: Path) -> list[Path]:
     """The commit records of a teacher, in the order in which the first one wins."""
-    return [path for path in _entries(folder / "index") if path.suffix == ".arrow"]
+    return [path for path in entries(folder / "index") if path.suffix == ".arrow"]
+
+
+def index_path(segment: Path) -> Path:
+    """The commit record of one segment."""
+    return segment.parents[1] / "index" / f"{segment.name}.arrow"
 
 
 def remove(root: Path) -> None:
@@ -102,7 +110,7 @@ def remove(root: Path) -> None:
     if not root.exists():
         return
     is_marked(root)  # refuses another's folder
-    for path in _entries(root):
+    for path in entries(root):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _MARK_NAME:
@@ -111,31 +119,8 @@ def remove(root: Path) -> None:
     root.rmdir()
 
 
-def discard_orphans(root: Path) -> list[str]:
-    """Delete the segments that no index names, and partial files: what a crash left.  Returns the segments' names.
-
-    Only for the cache's single user: to others a segment being written looks the same.  A segment whose index is
-    damaged stays, because its rows may be sound.
-    """
-    is_marked(root)  # refuses another's folder
-    discarded = []
-    for folder in teacher_folders(root):
-        committed = set()
-        for path in index_paths(folder):
-            committed.add(path.stem)
-            with suppress(MtopdError):
-                committed |= {row.segment for row in load_index(path, load_teacher(folder))}
-        for segment in _entries(folder / "seg"):
-            if segment.name not in committed:
-                shutil.rmtree(segment)
-                discarded.append(segment.name)
-    for place in (root, *teacher_folders(root), *(folder / "index" for folder in teacher_folders(root))):
-        for partial in place.glob(f".*{PARTIAL}"):
-            partial.unlink()
-    return discarded
-
-
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; nothing if it is not there."""
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 

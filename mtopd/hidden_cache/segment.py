@@ -17,14 +17,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from mtopd.hidden_cache.durable import PARTIAL, lost_file_raises, make_dirs, publish
-from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout, stored_crc
+from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout, joined_crc32c, stored_crc
 from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
@@ -33,6 +34,11 @@ _MAX_METADATA_BYTES = 1 << 16
 
 class SegmentDamaged(MtopdError):
     """A segment's files are not what its writer sealed; its rows must be computed again."""
+
+
+def partial_shard(shard: Path) -> Path:
+    """The name of a shard file while it is written."""
+    return shard.with_name(f".{shard.name}{PARTIAL}")
 
 
 class SegmentWriter:
@@ -89,7 +95,7 @@ class SegmentWriter:
         return self.path / "c" / str((self._num_chunks - 1) // CHUNKS_PER_SHARD) / "0"
 
     def _partial_path(self) -> Path:
-        return self._shard_path().with_name(".0" + PARTIAL)
+        return partial_shard(self._shard_path())
 
     def _write_chunk(self, chunk_CE: np.ndarray) -> None:
         self._num_chunks += 1
@@ -116,71 +122,112 @@ class SegmentWriter:
         _transfer(lambda rest, _: os.writev(fd, rest), buffers)
 
 
-class SegmentReader:
-    """Reads rows of a sealed segment.  Holds no open file between calls, so it may be shared by threads."""
+class OpenShard:
+    """A shard file whose size and shard index were checked; it closes when the last reference is dropped."""
 
-    def __init__(self, path: Path, layout: SegmentLayout) -> None:
+    def __init__(self, path: Path, layout: SegmentLayout, num_chunks: int) -> None:
+        footer = layout.shard_index(num_chunks)
+        body_bytes = num_chunks * layout.stored_chunk_bytes
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self.fd).st_size
+        if found != body_bytes + len(footer):
+            raise _ShardDamaged(f"has {found} bytes, needed {body_bytes + len(footer)}")
+        if os.pread(self.fd, len(footer), body_bytes) != footer:
+            raise _ShardDamaged("has not the shard index its writer sealed")
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class _ShardDamaged(Exception):
+    pass
+
+
+class SegmentReader:
+    """Reads rows of a sealed segment; may be shared by threads.
+
+    ``open_shard`` opens shard files: pass one that remembers them (a bounded lru_cache) to keep files open between
+    calls; by default none is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: SegmentLayout,
+        open_shard: Callable[[Path, SegmentLayout, int], OpenShard] = OpenShard,
+    ) -> None:
         self.path, self.layout = path, layout
+        self._open_shard = open_shard
         self.rows = self._load_rows()
 
-    def read(self, start: int, stop: int, out_NE: np.ndarray) -> int:
+    def read(self, start: int, stop: int, out_NE: np.ndarray, crc32c: int | None = None) -> int:
         """Rows [start, stop) into ``out_NE``; returns the bytes read from storage.
 
-        Every chunk touched is checked.  After SegmentDamaged the content of ``out_NE`` is undefined.
+        Every chunk touched is checked, and the rows together if their ``crc32c`` is given.  After SegmentDamaged the
+        content of ``out_NE`` is undefined.
         """
         assert out_NE.dtype == self.layout.dtype and out_NE.flags.c_contiguous, (out_NE.dtype, out_NE.flags)
         assert out_NE.shape == (stop - start, self.layout.hidden_size), (out_NE.shape, start, stop)
         if not 0 <= start <= stop <= self.rows:
             raise self._damaged(f"holds rows 0 to {self.rows}, rows {start} to {stop} were asked for")
-        shard_rows, bytes_read, row = self.layout.shard_rows, 0, start
+        shard_rows, row_bytes, bytes_read, row, crc = self.layout.shard_rows, self.layout.row_bytes, 0, start, 0
+        out = out_NE.reshape(-1).view(np.uint8)
         while row < stop:
             shard, end = row // shard_rows, min(stop, (row // shard_rows + 1) * shard_rows)
-            bytes_read += self._read_shard(shard, row - shard * shard_rows, out_NE[row - start : end - start])
+            piece = out[(row - start) * row_bytes : (end - start) * row_bytes]
+            found, crc = self._read_shard(shard, (row - shard * shard_rows) * row_bytes, piece, crc, crc32c is not None)
+            bytes_read += found
             row = end
+        if crc32c is not None and crc != crc32c:
+            raise self._damaged(f"the index has another crc32c for rows {start} to {stop}")
         return bytes_read
 
-    def _read_shard(self, shard: int, start: int, out_NE: np.ndarray) -> int:
-        """Rows of one shard from its row ``start`` on: whole chunks straight into the caller's memory."""
-        chunk_rows, num_rows = self.layout.chunk_rows, len(out_NE)
-        first, end = start // chunk_rows, -(-(start + num_rows) // chunk_rows)
-        offsets = [chunk * chunk_rows - start for chunk in range(first, end)]  # of each chunk in out_NE; may be < 0
-        whole = [offset >= 0 and offset + chunk_rows <= num_rows for offset in offsets]
-        chunks_CE = [
-            out_NE[offset : offset + chunk_rows] if fits else np.empty((chunk_rows, *out_NE.shape[1:]), out_NE.dtype)
-            for offset, fits in zip(offsets, whole, strict=True)
+    def _read_shard(self, shard: int, start: int, out: np.ndarray, crc: int, wants_crc: bool) -> tuple[int, int]:
+        """Bytes of one shard's rows from byte ``start`` on, straight into ``out``.
+
+        Returns the bytes read and the crc32c of all rows so far, ``crc`` being that of the rows before.
+        """
+        chunk_bytes = self.layout.chunk_bytes
+        first, end = start // chunk_bytes, -(-(start + len(out)) // chunk_bytes)
+        before = start - first * chunk_bytes  # bytes of the first chunk that are not asked for; after: of the last
+        after = end * chunk_bytes - start - len(out)
+        rest = np.empty(before + after, np.uint8)
+        crcs = np.empty(end - first, "<u4")
+        crc_bytes = crcs.view(np.uint8)
+        chunks = [  # the pieces of each: head of the first, what is asked for, tail of the last
+            [out[max(at * chunk_bytes - before, 0) : (at + 1) * chunk_bytes - before]] for at in range(end - first)
         ]
-        crcs = [bytearray(CRC_BYTES) for _ in chunks_CE]
+        if before:
+            chunks[0].insert(0, rest[:before])
+        if after:
+            chunks[-1].append(rest[before:])
         buffers = [
-            view
-            for chunk_CE, crc in zip(chunks_CE, crcs, strict=True)
-            for view in (chunk_CE.data.cast("B"), memoryview(crc))
+            buffer for at, pieces in enumerate(chunks) for buffer in (*pieces, crc_bytes[at * CRC_BYTES :][:CRC_BYTES])
         ]
         position, needed = first * self.layout.stored_chunk_bytes, len(crcs) * self.layout.stored_chunk_bytes
-        with self._open_shard(shard) as fd:
-            found = _transfer(lambda rest, done: os.preadv(fd, rest, position + done), buffers)
+        path = self.path / "c" / str(shard) / "0"
+        num_chunks = min(self.layout.num_chunks(self.rows) - shard * CHUNKS_PER_SHARD, CHUNKS_PER_SHARD)
+        with lost_file_raises(self._damaged):
+            try:
+                file = self._open_shard(path, self.layout, num_chunks)
+            except _ShardDamaged as damage:
+                raise self._damaged(f"shard {shard} {damage}") from None
+            found = _transfer(lambda rest, done: os.preadv(file.fd, rest, position + done), buffers)
         if found != needed:
             raise self._damaged(f"shard {shard} gave {found} of {needed} bytes")
-        for index, (chunk_CE, crc) in enumerate(zip(chunks_CE, crcs, strict=True)):
-            if stored_crc(chunk_CE) != crc:
-                raise self._damaged(f"chunk {first + index} of shard {shard} does not match its crc32c")
-            if not whole[index]:
-                lo, hi = max(offsets[index], 0), min(offsets[index] + chunk_rows, num_rows)
-                out_NE[lo:hi] = chunk_CE[lo - offsets[index] : hi - offsets[index]]
-        return found
-
-    @contextmanager
-    def _open_shard(self, shard: int) -> Iterator[int]:
-        """A shard's file, its size and its shard index checked."""
-        in_shard = min(self.layout.num_chunks(self.rows) - shard * CHUNKS_PER_SHARD, CHUNKS_PER_SHARD)
-        footer = self.layout.shard_index(in_shard)
-        body_bytes = in_shard * self.layout.stored_chunk_bytes
-        with lost_file_raises(self._damaged), (self.path / "c" / str(shard) / "0").open("rb", buffering=0) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != body_bytes + len(footer):
-                raise self._damaged(f"shard {shard} has {found} bytes, needed {body_bytes + len(footer)}")
-            if os.pread(file.fileno(), len(footer), body_bytes) != footer:
-                raise self._damaged(f"the index of shard {shard} is not the one its writer sealed")
-            yield file.fileno()
+        for at, pieces in enumerate(chunks):
+            of_chunk = 0
+            for piece in pieces:
+                of_chunk = google_crc32c.extend(of_chunk, piece)
+            if of_chunk != crcs[at]:
+                raise self._damaged(f"chunk {first + at} of shard {shard} does not match its crc32c")
+            if wants_crc and len(pieces) == 1:
+                crc = joined_crc32c(crc, of_chunk, chunk_bytes)
+            elif wants_crc:
+                crc = google_crc32c.extend(crc, pieces[1 if at == 0 and before else 0])
+        return found, crc
 
     def _load_rows(self) -> int:
         with lost_file_raises(self._damaged), (self.path / "zarr.json").open("rb") as file:
@@ -203,7 +250,7 @@ def segment_damaged(path: Path, found: str) -> SegmentDamaged:
     return SegmentDamaged(f"hidden cache segment {path}: {found}; its samples have to be computed again")
 
 
-def _transfer(call: Callable[[list[memoryview], int], int], buffers: list[memoryview]) -> int:
+def _transfer(call: Callable[[list[Any], int], int], buffers: list[Any]) -> int:
     """Repeat a vectored read or write, which may be short, until all buffers are done or the file has ended."""
     done = 0
     while buffers:

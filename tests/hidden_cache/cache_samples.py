@@ -31,9 +31,7 @@ def open_writer(root: Path, generation: int = 0, hidden_dtype: str = "bfloat16")
 
 def put(writer: HiddenCacheWriter, *sample_ids: int, teacher: str = MATH, n: int = 50) -> None:
     for sample_id in sample_ids:
-        rows_NE = rows_of(sample_id, teacher, n)
-        writer.put(teacher, SIZES[teacher], *request_of(sample_id, teacher), rows_NE)
-        rows_NE[:] = 0  # put must not keep the caller's memory
+        writer.put(teacher, SIZES[teacher], *request_of(sample_id, teacher), rows_of(sample_id, teacher, n))
 
 
 def fill(root: Path, *sample_ids: int, generation: int = 0, n: int = 50) -> Path:

@@ -43,7 +43,8 @@ def test_several_teachers_segments_and_shares(tmp_path: Path) -> None:
     root = tmp_path / "c"
     with open_writer(root) as writer:
         put(writer, 0, 1)
-        put(writer, 2, 3, teacher=CODE)  # commits the first teacher's segment
+        put(writer, 2, 3, teacher=CODE)
+        writer.commit()
         assert HiddenCacheReader(root).missing([request_of(0), request_of(1)]) == {}
         put(writer, 4, n=3000)
     reader = HiddenCacheReader(root)

@@ -15,8 +15,9 @@ from cache_samples import CODE, MATH, fill, flip, get, open_writer, put, request
 from mtopd.hidden_cache import (
     CacheMiss,
     HiddenCacheReader,
+    Recovery,
     SegmentDamaged,
-    discard_orphans,
+    recover,
 )
 from mtopd.hidden_cache.index import IndexRow, dump_index
 from mtopd.types import MtopdError
@@ -51,7 +52,7 @@ def test_damage_is_missing_with_its_cause_and_is_mended_by_writing_again(
     reader = HiddenCacheReader(root)
     assert reader.verify() == {}
     assert np.array_equal(get(reader, 0), rows_of(0))
-    assert discard_orphans(root) == []  # a damaged segment is named, so it is no orphan
+    assert recover(root) == Recovery()  # a damaged segment is named, so it is no orphan
 
 
 def test_damage_in_one_chunk_costs_the_samples_of_that_chunk(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_an_unreadable_index_is_logged_and_not_there(tmp_path: Path, caplog: Any
     with HiddenCacheReader(root) as reader:
         assert list(reader.refused) == [index] and str(index) in caplog.text
         assert list(reader.missing(map(request_of, (0, 1)))) == [request_of(0)]
-    assert discard_orphans(root) == []  # its rows may be sound
+    assert recover(root) == Recovery()  # its rows may be sound
 
 
 def test_an_index_of_another_teacher_is_refused(tmp_path: Path) -> None:

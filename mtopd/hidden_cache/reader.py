@@ -1,0 +1,262 @@
+"""Reader of the hidden cache: which samples exist, and their rows straight into the caller's memory.
+
+Invariants
+* An entry is found only under the key of its teacher's bytes, its tokens, loss mask and dtype, and only for the
+  sample_id and student_version it was written for.
+* ``read`` either fills the buffer with verified rows or raises CacheMiss.
+
+Shape letters: N rows (loss tokens) of one sample, E hidden size of its teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from mtopd.hidden_cache import folder as cache_folder
+from mtopd.hidden_cache.index import IndexRow, load_index
+from mtopd.hidden_cache.key import Request
+from mtopd.hidden_cache.layout import SegmentLayout
+from mtopd.hidden_cache.segment import OpenShard, SegmentDamaged, SegmentReader, segment_damaged
+from mtopd.types import MtopdError
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 4  # they hide the latency of a disk, and share the checksums
+_OPEN_SHARDS = 64
+_LISTINGS = 100  # a writer may commit, and a merge run, while the index folder is read
+
+
+class CacheMiss(MtopdError):
+    """No sound copy of an entry is left; the sample has to be computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One committed copy of a sample's rows."""
+
+    request: Request
+    layout: SegmentLayout
+    segment: Path
+    sample: IndexRow
+
+    @property
+    def n_tokens(self) -> int:
+        return self.sample.n_tokens
+
+
+class Read(NamedTuple):
+    """Rows [start, stop) of an entry into ``out_NE`` [stop - start, E]."""
+
+    entry: Entry
+    start: int
+    stop: int
+    out_NE: np.ndarray
+
+
+class HiddenCacheReader:
+    """What was committed when the reader was made.  A root that is not there yet is an empty cache.
+
+    A sample may have several copies (a damaged one was computed again): the first in index order wins, the next
+    serves where it is damaged.  May be shared by threads; keeps at most 64 shard files open, their shard indices
+    checked once.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.bytes_read = 0  # from storage: whole zarr chunks, verification included
+        self.refused: dict[Path, str] = {}  # index files that count as not there, with the cause
+        self._copies: dict[Request, list[Entry]] = {}
+        self._segments: dict[Path, SegmentReader] = {}
+        self._open_shard = lru_cache(_OPEN_SHARDS)(OpenShard)
+        self._pool: ThreadPoolExecutor | None = None
+        self._counting = threading.Lock()
+        if cache_folder.is_marked(root):
+            for teacher in cache_folder.teacher_folders(root):
+                self._load(teacher)
+        self._by_key = {request.key: request for request in self._copies}
+        self._by_sample_id = {request.sample_id: request for request in self._copies}
+
+    def lookup(self, key: bytes, sample_id: int, student_version: int) -> Entry | None:
+        """The entry of a trajectory, or None; why a near match was refused is logged."""
+        request = Request(key, sample_id, student_version)
+        if request in self._copies:
+            return self._copies[request][0]
+        cause = self._why_refused(request)
+        if cause:
+            logger.warning("hidden cache: %s", cause)
+        return None
+
+    def read(self, entry: Entry, out_NE: np.ndarray) -> None:
+        """All rows of an entry into ``out_NE`` [n_tokens, E].  After CacheMiss its content is undefined."""
+        self.read_rows(entry, 0, entry.n_tokens, out_NE)
+
+    def read_rows(self, entry: Entry, start: int, stop: int, out_NE: np.ndarray) -> None:
+        """Rows [start, stop) of an entry, e.g. a tp rank's share, into ``out_NE`` [stop - start, E]."""
+        assert 0 <= start <= stop <= entry.n_tokens, (start, stop, entry.n_tokens)
+        assert out_NE.shape == (stop - start, entry.layout.hidden_size), (out_NE.shape, start, stop)
+        causes = []
+        for copy in self._copies[entry.request]:
+            try:
+                return self._read_copy(copy, start, stop, out_NE)
+            except SegmentDamaged as damage:
+                logger.warning("%s", damage)
+                causes.append(str(damage))
+        raise CacheMiss(f"sample {entry.request.sample_id}: no sound copy of its rows. {'; '.join(causes)}")
+
+    def read_many(self, reads: Iterable[Read]) -> None:
+        """All of ``reads``, by several threads in the order of the disk; CacheMiss of one of them if any misses."""
+        for _ in self._map(lambda read: self.read_rows(*read), sorted(reads, key=lambda read: _place(read.entry))):
+            pass
+
+    def entries(self) -> list[Entry]:
+        """The copy of every sample that wins, in the order of the disk."""
+        return sorted((copies[0] for copies in self._copies.values()), key=_place)
+
+    def copies(self, request: Request) -> list[Entry]:
+        return list(self._copies.get(request, ()))
+
+    def missing(
+        self, requests: Iterable[tuple[bytes, int, int]], progress: Callable[[int], None] = lambda num_bytes: None
+    ) -> dict[Request, str]:
+        """The requests that have to be computed, each with the cause.  Reads and verifies all others in full.
+
+        ``progress`` is told the bytes of rows of each one that was read.
+        """
+        causes: dict[Request, str | None] = dict.fromkeys(map(Request._make, requests))
+        present = [self._copies[request][0] for request in causes if request in self._copies]
+
+        def check(entry: Entry) -> tuple[Entry, str | None]:
+            try:
+                self.read(entry, _buffer(entry))
+            except CacheMiss as miss:
+                return entry, str(miss)
+            return entry, None
+
+        for entry, cause in self._map(check, sorted(present, key=_place)):
+            causes[entry.request] = cause
+            progress(entry.n_tokens * entry.layout.row_bytes)
+        for request in causes:
+            if request not in self._copies:
+                causes[request] = self._why_refused(request) or f"sample {request.sample_id} is not in the cache"
+        return {request: cause for request, cause in causes.items() if cause is not None}
+
+    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> dict[Request, str]:
+        """The entries of which no sound copy is left, each with the cause.  See ``refused`` for whole index files."""
+        return self.missing(self._copies, progress)
+
+    def is_sound(self, copy: Entry) -> bool:
+        """Whether this copy's own rows can be read and verified."""
+        try:
+            self._read_copy(copy, 0, copy.n_tokens, _buffer(copy))
+        except SegmentDamaged:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Forget the entries, close files and threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._open_shard.cache_clear()
+        tables: list[dict[Any, Any]] = [self._copies, self._segments, self._by_key, self._by_sample_id]
+        for table in tables:
+            table.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _map(self, function: Callable[[Any], Any], items: list[Any]) -> Iterable[Any]:
+        if len(items) < 2:
+            return map(function, items)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, "hidden-cache-reader")
+        return self._pool.map(function, items)
+
+    def _load(self, teacher: Path) -> None:
+        for path, found in load_teacher_index(teacher).items():
+            if isinstance(found, MtopdError):
+                self.refused[path] = str(found)
+                logger.warning("%s", found)
+                continue
+            layout, samples = found
+            for sample in samples:
+                request = Request(sample.sample_key, sample.sample_id, sample.student_version)
+                entry = Entry(request, layout, teacher / "seg" / sample.segment, sample)
+                copies = self._copies.setdefault(request, [])
+                if entry not in copies:  # a merge that was cut short names it twice
+                    copies.append(entry)
+
+    def _read_copy(self, copy: Entry, start: int, stop: int, out_NE: np.ndarray) -> None:
+        sample = copy.sample
+        if start == stop:
+            return  # nothing is stored for a sample without loss tokens, so nothing can be damaged
+        crc = sample.crc32c if stop - start == sample.n_tokens else None
+        bytes_read = self._segment(copy).read(sample.row + start, sample.row + stop, out_NE, crc)
+        with self._counting:
+            self.bytes_read += bytes_read
+
+    def _segment(self, copy: Entry) -> SegmentReader:
+        segment = self._segments.get(copy.segment)
+        if segment is None:
+            segment = SegmentReader(copy.segment, copy.layout, self._open_shard)
+            found = copy.layout.num_shards(segment.rows), copy.layout.num_bytes(segment.rows)
+            needed = copy.sample.n_shards, copy.sample.segment_bytes
+            if found != needed:
+                cause = f"zarr.json gives (shards, bytes) {found}, the index {needed}"
+                raise segment_damaged(copy.segment, cause)
+            self._segments[copy.segment] = segment
+        return segment
+
+    def _why_refused(self, request: Request) -> str | None:
+        """Why an entry that nearly fits is not the one asked for; None if there is none."""
+        if request.key in self._by_key:
+            found = self._by_key[request.key]
+            return (
+                f"sample {request.sample_id} of student version {request.student_version}: its tokens are cached, but "
+                f"for sample {found.sample_id} of version {found.student_version}; refused"
+            )
+        if request.sample_id in self._by_sample_id:
+            return (
+                f"sample {request.sample_id}: its entry was computed for another teacher, other tokens, another loss "
+                "mask or dtype; refused"
+            )
+        return None
+
+
+def _buffer(entry: Entry) -> np.ndarray:
+    return np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
+
+
+def _place(entry: Entry) -> tuple[Path, int]:
+    return entry.segment, entry.sample.row
+
+
+def load_teacher_index(teacher: Path) -> dict[Path, tuple[SegmentLayout, list[IndexRow]] | MtopdError]:
+    """The rows of each index file of a teacher's folder, or why it counts as not there.
+
+    Files may be committed and merged meanwhile: the folder is listed again until nothing has changed, so no sample
+    that was visible before is overlooked.
+    """
+    for _ in range(_LISTINGS):
+        paths = cache_folder.index_paths(teacher)
+        found: dict[Path, tuple[SegmentLayout, list[IndexRow]] | MtopdError] = {}
+        for path in paths:
+            try:
+                layout = cache_folder.load_teacher(teacher)
+                found[path] = layout, load_index(path, layout)
+            except MtopdError as error:
+                found[path] = error
+        if cache_folder.index_paths(teacher) == paths:
+            return found
+    raise MtopdError(f"{teacher / 'index'} keeps changing; wait until its writers are done")
