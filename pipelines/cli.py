@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 teachers_app = typer.Typer(help="Teacher stores: the format teachers are streamed from.", no_args_is_help=True)
 app.add_typer(teachers_app, name="teachers")
+cache_app = typer.Typer(help="Hidden caches of a run: teachers' last hidden states on disk.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 _console = Console(stderr=True)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
@@ -208,6 +210,30 @@ def teachers_rm(store: StorePath, yes: Annotated[bool, typer.Option("--yes", hel
         if yes or typer.confirm(f"remove {folder}?", err=True, abort=True):
             stores.remove_store(folder)
             _say(f"removed {folder}")
+
+
+@cache_app.command("ls")
+def cache_ls(run_dir: RunDirectory) -> None:
+    """Samples, rows, bytes, segments and damaged files by iteration and teacher."""
+    from mtopd.pipelines import caches
+
+    caches.show(run_dir, Console())
+
+
+@cache_app.command("verify")
+def cache_verify(run_dir: RunDirectory) -> None:
+    """Read all rows and name every damaged sample with its cause; exit code 2 if there is one."""
+    from mtopd.pipelines import caches
+
+    caches.verify(run_dir, Console())
+
+
+@cache_app.command("gc")
+def cache_gc(run_dir: RunDirectory) -> None:
+    """Delete what crashes left and segments that were computed again; refused while the run is in use."""
+    from mtopd.pipelines import caches
+
+    caches.collect(run_dir, Console())
 
 
 @app.command()

@@ -160,6 +160,16 @@ class HiddenCacheReader:
             return False
         return True
 
+    def broken_segments(self) -> list[Path]:
+        """Segments whose files are absent or not whole, without reading their rows."""
+        broken = []
+        for copy in {copy.segment: copy for copies in self._copies.values() for copy in copies}.values():
+            try:
+                self._segment(copy).check_files()
+            except SegmentDamaged:
+                broken.append(copy.segment)
+        return sorted(broken)
+
     def close(self) -> None:
         """Forget the entries, close files and threads."""
         if self._pool is not None:

@@ -184,6 +184,19 @@ class SegmentReader:
             raise self._damaged(f"the index has another crc32c for rows {start} to {stop}")
         return bytes_read
 
+    def check_files(self) -> None:
+        """Raises SegmentDamaged unless every shard file has its size and its shard index."""
+        for shard in range(self.layout.num_shards(self.rows)):
+            with lost_file_raises(self._damaged):
+                self._open(shard)
+
+    def _open(self, shard: int) -> OpenShard:
+        num_chunks = min(self.layout.num_chunks(self.rows) - shard * CHUNKS_PER_SHARD, CHUNKS_PER_SHARD)
+        try:
+            return self._open_shard(self.path / "c" / str(shard) / "0", self.layout, num_chunks)
+        except _ShardDamaged as damage:
+            raise self._damaged(f"shard {shard} {damage}") from None
+
     def _read_shard(self, shard: int, start: int, out: np.ndarray, crc: int, wants_crc: bool) -> tuple[int, int]:
         """Bytes of one shard's rows from byte ``start`` on, straight into ``out``.
 
@@ -207,13 +220,8 @@ class SegmentReader:
             buffer for at, pieces in enumerate(chunks) for buffer in (*pieces, crc_bytes[at * CRC_BYTES :][:CRC_BYTES])
         ]
         position, needed = first * self.layout.stored_chunk_bytes, len(crcs) * self.layout.stored_chunk_bytes
-        path = self.path / "c" / str(shard) / "0"
-        num_chunks = min(self.layout.num_chunks(self.rows) - shard * CHUNKS_PER_SHARD, CHUNKS_PER_SHARD)
         with lost_file_raises(self._damaged):
-            try:
-                file = self._open_shard(path, self.layout, num_chunks)
-            except _ShardDamaged as damage:
-                raise self._damaged(f"shard {shard} {damage}") from None
+            file = self._open(shard)
             found = _transfer(lambda rest, done: os.preadv(file.fd, rest, position + done), buffers)
         if found != needed:
             raise self._damaged(f"shard {shard} gave {found} of {needed} bytes")
