@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -154,7 +153,8 @@ def child(what: str, root: Path, number: int, shape: tuple[int, int, int]) -> in
     with HiddenCacheReader(root / f"warm{what}{number}") as reader:
         reader.verify()
     remove(root / f"warm{what}{number}")
-    before = peak_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident_bytes("VmRSS")
     first_id = number * count
     if what == "write":
         write_cache(root / "cache", samples, f"dp{number}", first_id)
@@ -162,13 +162,14 @@ def child(what: str, root: Path, number: int, shape: tuple[int, int, int]) -> in
         with HiddenCacheReader(root / "cache") as reader:
             entries = {entry.request.sample_id: entry for entry in reader.entries()}
             reader.read_many(Read(entries[first_id + i], 0, len(out), out) for i, out in enumerate(found))
-    extra = peak_bytes() - before
+    extra = resident_bytes("VmHWM") - before
     assert all(np.array_equal(a, b) for a, b in zip(found, samples, strict=False))
     return extra
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def measure_processes(folder: Path, num_processes: int, shape: tuple[int, int, int]) -> dict[str, Any]:

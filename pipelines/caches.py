@@ -42,8 +42,8 @@ def verify(run_dir: Path, console: Console) -> None:
         with HiddenCacheReader(root) as reader:
             total = sum(e.n_tokens * e.layout.row_bytes for e in reader.entries())
             with _bar(f"iteration {iteration}", total) as advance:
-                found = {**reader.refused, **reader.verify(advance)}
-        causes += [f"iteration {iteration}: {cause}" for cause in found.values()]
+                found = [*reader.refused.values(), *reader.verify(advance).values()]
+        causes += [f"iteration {iteration}: {cause}" for cause in found]
     for cause in causes:
         console.print(cause, highlight=False, markup=False, soft_wrap=True)
     if causes:

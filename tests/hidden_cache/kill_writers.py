@@ -110,9 +110,8 @@ def run(kills: int, folder: Path, seed: int) -> str:
         found = recover(root)
         salvaged += len(found.salvaged)
         visible = check(root, known)
-        assert visible == known | {request.sample_id for request in found.salvaged}, (
-            "recovery changed more than it says"
-        )
+        said = {request.sample_id for request in found.salvaged}
+        assert visible == known | said, "recovery changed more than it says"
         known = visible
         assert not list(root.rglob("*.partial")) and not list(root.rglob("journal")), "recovery left something"
         if len(known) == SAMPLES:

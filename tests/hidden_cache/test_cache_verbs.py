@@ -47,7 +47,7 @@ def test_a_damaged_sample_is_shown_named_mended_and_collected(
     (segment / "c/0/0").write_bytes(b"")
     assert mtopd(monkeypatch, "cache", "ls", str(run)) == 0
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "maths" in line]
-    assert [word for word in line.replace("\u2502", " ").split()] == ["3", "maths", "2", "100", "9,224", "1", "1"]
+    assert line.replace("\u2502", " ").split() == ["3", "maths", "2", "100", "9,224", "1", "1"]
 
     mended = fill(root, 0, 1, generation=1)
     with RunDir(run).lock():
