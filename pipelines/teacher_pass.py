@@ -46,8 +46,14 @@ def run(job: Job, iteration: int) -> None:
     folder = job.run.hidden_cache(iteration)
     tokens = TokenStore(job.run.trajectories(iteration))
     if job.ranks.rank == 0 and folder.exists():
-        for line in recover(folder):  # what a killed start left behind
-            logger.info("hidden cache: %s", line)
+        found = recover(folder)  # what a killed start left behind
+        if found.segments:
+            logger.warning(
+                "hidden cache: a killed start left %d segments; %d samples saved, %d to be computed again",
+                len(found.segments),
+                len(found.salvaged),
+                len(found.dropped),
+            )
     dist.barrier()
     visits = _plan(job, iteration, tokens)
     if visits:

@@ -41,6 +41,10 @@ def run(job: Job, iteration: int) -> None:
         seed=job.iteration_seed(iteration),
     )
     by_id = {s.sample_id: s for s in samples}
+    if job.heads:
+        own = [plan.micro_batches[job.ranks.dp_rank] for plan in plans]
+        trained = [[p for batch in step for p in batch.samples if by_id[p.sample_id].num_loss_tokens] for step in own]
+        job.heads.expect([i for step in trained for i in sorted({p.teacher_index for p in step})])
     with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader, CachedStates(job, reader, iteration) as states:
         for number, plan in enumerate(plans):
             for ahead in plans[number : number + 2] if number == 0 else plans[number + 1 : number + 2]:

@@ -14,6 +14,7 @@ import torch
 
 from mtopd.convert.bridge import Bridge, load_hf_config
 from mtopd.convert.layer_parts import Parts, layer_parts
+from mtopd.convert.probe import transformers_probe
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.teacher_offload.store import TeacherStore, experts_path, layer_path, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
@@ -86,15 +87,14 @@ def add_teacher(
     slices: int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    probe: Callable[[HFTensors], Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherStore:
     """Write the store of the HF checkpoint ``source`` to ``target``, whole or not at all.
 
     ``slices`` is the largest tensor-parallel size that can load it without a copy; any divisor of it can load it.
     ``logit_scale`` and ``softcap`` tell what the checkpoint's own code does to logits after the output layer.
-    ``probe`` makes the manifest's "probe" from the source.  Started again after a kill it goes on where it was; where
-    the store is there already, from the same source, it is opened.
+    The manifest's "probe" holds log-probs of a few tokens by transformers' own code.  Started again after a kill it goes
+    on where it was; where the store is there already, from the same source, it is opened.
     Raises MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
     """
     from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
@@ -104,9 +104,6 @@ def add_teacher(
             raise MtopdError(f"the {what} is {given}; it must be a positive number")
     hf_config = load_hf_config(source)
     tokenizer = load_tokenizer(source)
-    for what, size in (("key-value heads", hf_config.num_key_value_heads), ("FFN rows", hf_config.intermediate_size)):
-        if slices < 1 or size % slices:
-            raise MtopdError(f"{source} has {size} {what}, which {slices} slices do not divide; choose a divisor")
     if (known := vocab_size(tokenizer)) > hf_config.vocab_size:
         raise MtopdError(
             f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows for them"
@@ -136,8 +133,7 @@ def add_teacher(
         num_experts = _write_files(writer, bridge, tensors, hf_config, slices, dtype, progress)
         manifest["num_experts"] = num_experts
         manifest["tokenizer_sha256"] = _save_tokenizer(tokenizer, writer.folder / "tokenizer")
-        if probe is not None:
-            manifest["probe"] = dict(probe(tensors))
+        manifest["probe"] = transformers_probe(source, tensors, scale=logit_scale, softcap=softcap)
         return writer.publish(manifest)
 
 

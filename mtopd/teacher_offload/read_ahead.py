@@ -168,19 +168,14 @@ def _choose_kept(sizes: dict[Key, int], budget: int, largest: int) -> set[Key]:
     return kept
 
 
-def _requests(part: Part, memory: torch.Tensor) -> Iterator[tuple[StoreFile, tuple[Block, ...], np.ndarray]]:
+def _requests(part: Part, memory: torch.Tensor) -> Iterator[tuple[StoreFile, Sequence[Block], np.ndarray]]:
     """Reads of about ``request_bytes`` each, cut at block borders, with the memory they fill."""
     start = 0
     for r in part.ranges:
-        own = r.own
-        first = 0
-        while first < len(own):
-            last = first + 1
-            while last < len(own) and own[last].stop - own[first].start <= r.file.storage.request_bytes:
-                last += 1
-            size = num_bytes(own[first:last])
-            yield r.file, own[first:last], memory[start : start + size].numpy()
-            start, first = start + size, last
+        for blocks in r.file.requests(r.own):
+            size = num_bytes(blocks)
+            yield r.file, blocks, memory[start : start + size].numpy()
+            start += size
 
 
 class _Ring:
