@@ -93,8 +93,8 @@ def add_teacher(
 
     ``slices`` is the largest tensor-parallel size that can load it without a copy; any divisor of it can load it.
     ``logit_scale`` and ``softcap`` tell what the checkpoint's own code does to logits after the output layer.
-    The manifest's "probe" holds log-probs of a few tokens by transformers' own code.  Started again after a kill it goes
-    on where it was; where the store is there already, from the same source, it is opened.
+    The manifest's "probe" holds log-probs of a few tokens by transformers' own code.  Started again after a kill it
+    goes on where it was; where the store is there already, from the same source, it is opened.
     Raises MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
     """
     from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size

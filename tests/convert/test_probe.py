@@ -23,8 +23,8 @@ from tests.small_models import MODEL_TYPES, save_model
 
 
 def probe(folder: Path, **head: Any) -> dict[str, Any]:
-    with HFTensors(folder) as tensors:
-        return transformers_probe(folder, tensors, **head)
+    tensors = HFTensors(folder)
+    return transformers_probe(folder, tensors, **head)
 
 
 def reference(folder: Path, found: dict[str, Any], transform: Any = lambda z: z) -> tuple[torch.Tensor, torch.Tensor]:
