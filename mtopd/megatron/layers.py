@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,7 +43,8 @@ class TeacherLayers:
                 f"teacher tp {tp} does not divide its {units} {what}; set teachers[i].parallel.tp to a divisor"
             )
         assert not config.apply_query_key_layer_scaling, "the number of a layer must not change its result"
-        config = dataclasses.replace(config, perform_initialization=False)
+        config = copy.copy(config)
+        config.perform_initialization = False  # all weights are bound
         spec = block_spec(config)
         with torch.device("meta"):  # no weight of a teacher is ever allocated here
             # Megatron uses one spec object for all layers of a kind.
@@ -67,22 +68,24 @@ class TeacherLayers:
             ).to(device)
         self._modules = [*built.values(), self.norm]
         for module in self._modules:
-            _replace_weights(module, device)
+            _replace_weights(module, device, config.params_dtype)
             module.to(device).eval().requires_grad_(False)
 
     def release(self) -> None:
         """Let go of all weights: only bound views hold any, and they would keep a streamed buffer alive."""
         for module in self._modules:
-            for _, tensor in _weights(module):
-                tensor.data = tensor.data.new_empty(0)
+            _empty(module)
 
     def bind(self, layer_index: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Point the modules of a layer at ``weights``, by local-spec name; each weight is used exactly once.
 
-        This rank's experts are ``mlp.experts.local_experts.<i>.linear_fc1.weight``, i from 0.  A weight that has the
-        dtype of its parameter is not copied.
+        This rank's experts are ``mlp.experts.local_experts.<i>.linear_fc1.weight``, i from 0.  A weight in the
+        teacher's dtype (float32 for a router's expert bias) is not copied.
         """
-        self.layer = self._kinds[layer_index]
+        layer = self._kinds[layer_index]
+        if layer is not self.layer:
+            _empty(self.layer)
+            self.layer = layer
         tensors = {_LOCAL_NAME.get(name, name): tensor for name, tensor in _weights(self.layer)}
         assert tensors.keys() == weights.keys(), tensors.keys() ^ weights.keys()
         for name, tensor in tensors.items():
@@ -90,7 +93,7 @@ class TeacherLayers:
 
     def bind_norm(self, weight_E: torch.Tensor) -> None:
         (parameter,) = self.norm.parameters()
-        parameter.data = weight_E
+        parameter.data = weight_E.to(parameter.dtype)
 
     def forward_layer(self, hidden_SBE: torch.Tensor) -> torch.Tensor:
         """[S, B, E] -> [S, B, E] through the layer last bound, causal, positions 0..S-1."""
@@ -102,15 +105,23 @@ class TeacherLayers:
         return torch.as_tensor(self.norm(hidden_SBE))
 
 
-def _replace_weights(module: torch.nn.Module, device: torch.device) -> None:
-    """Empty weights on ``device`` in place of those the module was built with."""
+def _replace_weights(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Empty weights on ``device`` in place of those the module was built with.
+
+    Parameters in the model's ``dtype``: torch's norms are built in float32 whatever it is.
+    """
     for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            empty = torch.empty(0, dtype=parameter.dtype, device=device)
+        for name, _ in list(child.named_parameters(recurse=False)):
+            empty = torch.empty(0, dtype=dtype, device=device)
             setattr(child, name, torch.nn.Parameter(empty, requires_grad=False))
         for name, buffer in list(child.named_buffers(recurse=False)):
             if name not in child._non_persistent_buffers_set:
                 setattr(child, name, torch.empty(0, dtype=buffer.dtype, device=device))
+
+
+def _empty(module: torch.nn.Module) -> None:
+    for _, tensor in _weights(module):
+        tensor.data = tensor.data.new_empty(0)
 
 
 def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

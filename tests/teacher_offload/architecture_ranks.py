@@ -16,6 +16,8 @@ from mtopd.convert.layer_parts import layer_parts
 from mtopd.megatron import parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import HiddenStateModel, block_spec, config_overrides
+from mtopd.teacher_offload.probe import check_probe
+from mtopd.tokenizer import load_tokenizer, vocab_size
 from mtopd.types import MtopdError
 
 CPU = torch.device("cpu")
@@ -126,14 +128,17 @@ def held_bytes(layers: TeacherLayers) -> int:
 
 
 @torch.no_grad()
-def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights) -> tuple[float, float]:
-    """Worst relative error against transformers over this rank's chunks, and to a resident model (0: skipped)."""
+def check(
+    folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights, dtype: torch.dtype
+) -> tuple[float, float, float]:
+    """Worst relative error against transformers over this rank's chunks, and to a resident model (0: skipped);
+    the difference that the probe, the last chunk, finds (0: another replica's)."""
     hf_config = load_hf_config(folder)
     # Cloned: the BLAS sums in another order where a matrix is not aligned, and the resident model's are.
-    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
+    tensors = {k: v.to(dtype, copy=True) for k, v in load_file(folder / "model.safetensors").items()}
     bridge = Bridge(
         hf_config,
-        dtype=torch.float32,
+        dtype=dtype,
         padded_vocab_size=hf_config.vocab_size,
         overrides=config_overrides(CPU),
         tp=mesh.tp_size,
@@ -145,12 +150,15 @@ def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights
     mine = [i for i in range(len(ids)) if i % mesh.num_replicas == mesh.replica]
     hidden = [torch.nn.functional.embedding(ids[i].T, tensors["model.embed_tokens.weight"]) for i in mine]
     while len(hidden) < -(-len(ids) // mesh.num_replicas):
-        hidden.append(torch.zeros(1, 1, hf_config.hidden_size))  # every rank makes the same number of calls
+        hidden.append(
+            torch.zeros(1, 1, hf_config.hidden_size, dtype=dtype)
+        )  # every rank makes the same number of calls
     for layer in range(hf_config.num_hidden_layers):
         weights = joined(bridge, tensors, layer, slices, mesh)
         layers.bind(layer, weights)
         pointers = {t.data_ptr() for t in weights.values()}
-        assert held_bytes(layers) > 0
+        bound = [m for m in layers._modules if any(p.numel() for p in m.parameters())]
+        assert bound == [layers.layer], "a layer of another kind still holds weights"
         assert {p.data_ptr() for p in layers.layer.parameters()} <= pointers, "bound parameters are views, not copies"
         hidden = [layers.forward_layer(h) for h in hidden]
     layers.bind_norm(tensors["model.norm.weight"])
@@ -159,17 +167,25 @@ def check(folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights
     assert held_bytes(layers) == 0, f"a released teacher holds {held_bytes(layers)} bytes"
     wanted = [chunks[f"states/{i}"] for i in mine]
     worst = max(
-        (float((s - w).norm(dim=-1).div(w.norm(dim=-1)).max()) for s, w in zip(states, wanted, strict=False)),
+        (float((s.float() - w).norm(dim=-1).div(w.norm(dim=-1)).max()) for s, w in zip(states, wanted, strict=False)),
         default=0.0,
     )
     difference = 0.0
-    if mesh.tp_size == mesh.ep_size == 1:
+    if mesh.tp_size == mesh.ep_size == 1 and dtype == torch.float32:
         model = resident(bridge, hf_config, tensors, mesh)
         for i, state in zip(mine, states, strict=False):
             positions = torch.arange(ids[i].shape[1]).expand_as(ids[i])
             found = model(ids[i], positions, None).transpose(0, 1)
             difference = max(difference, float((found - state).abs().max()))
-    return worst, difference
+    probed = 0.0
+    if len(ids) - 1 in mine:
+        probe, vocab = json.loads(folder.with_suffix(".probe.json").read_text()), vocab_size(load_tokenizer(folder))
+        head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+        logits = states[mine.index(len(ids) - 1)][0].float() @ head[:vocab].float().T
+        log_probs = torch.log_softmax(logits, -1).gather(-1, torch.tensor(probe["targets"]))
+        name = str(dtype).removeprefix("torch.")
+        probed = check_probe(probe, log_probs.numpy(), name=folder.name, vocab_size=vocab, dtype=name)
+    return worst, difference, probed
 
 
 def main() -> None:
@@ -178,13 +194,14 @@ def main() -> None:
     check_refusals(root / "qwen2")
     for name, slices, sizes in plan:
         chunks = load_file(root / f"{name}.chunks.safetensors")
-        for tp, ep in sizes:
+        for tp, ep, dtype in [(*size, torch.float32) for size in sizes] + [(*sizes[-1], torch.bfloat16)]:
             mesh = parallel.build_teacher_mesh(tp, ep)
             check_mesh(mesh, tp, ep)
-            errors = torch.tensor(check(root / name, mesh, slices, chunks))
+            errors = torch.tensor(check(root / name, mesh, slices, chunks, dtype))
             dist.all_reduce(errors, op=dist.ReduceOp.MAX)
             if dist.get_rank() == 0:
-                print(f"RESULT {name} {tp} {ep} {errors[0]:.2e} {errors[1]:.2e}", flush=True)
+                kind = str(dtype).removeprefix("torch.")
+                print(f"RESULT {name} {tp} {ep} {kind}", *(f"{e:.2e}" for e in errors.tolist()), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

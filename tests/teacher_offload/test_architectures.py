@@ -1,6 +1,7 @@
 """Teachers of every architecture on meshes of their own, against transformers and a resident Megatron model.
 
-No streamer: the parts of a store are joined by hand.  Four gloo ranks run all models under a student's tp 2 x pp 2.
+The probe that stops a wrong teacher passes on every mesh in float32, and in bfloat16.  No streamer: the parts of a
+store are joined by hand.  Four gloo ranks run all models under a student's tp 2 x pp 2.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from mtopd.convert.probe import transformers_probe
+from mtopd.convert.teacher import HFTensors
 from tests.conftest import run_ranks
 from tests.small_models import save_model
 
@@ -41,11 +45,16 @@ MODELS: dict[str, tuple[dict, int, list[tuple[int, int]]]] = {
 
 
 def test_every_architecture_on_every_mesh_gives_the_states_of_transformers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
     for seed, (name, (fields, _, _)) in enumerate(MODELS.items()):
-        model = save_model(tmp_path / name, seed=seed, model_type=name.partition("-")[0], **fields).eval()
+        model = save_model(tmp_path / name, seed=seed, model_type=name.partition("-")[0], vocab=128, **fields).eval()
         chunks = {}
-        for i, shape in enumerate([(2, 13), (1, 40), (3, 5)]):  # 40: beyond the original range of the scaled rope
-            ids = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(i))
+        with HFTensors(tmp_path / name) as tensors:
+            probe = transformers_probe(tmp_path / name, tensors)
+        (tmp_path / f"{name}.probe.json").write_text(json.dumps(probe))
+        # 40: beyond the original range of the scaled rope.
+        batches = [torch.from_numpy(rng.integers(100, size=shape)) for shape in [(2, 13), (1, 40)]]
+        for i, ids in enumerate([*batches, torch.tensor([probe["input_ids"]])]):
             with torch.no_grad():
                 states = model.model(ids).last_hidden_state
             chunks |= {f"ids/{i}": ids, f"states/{i}": states.contiguous()}
@@ -53,10 +62,15 @@ def test_every_architecture_on_every_mesh_gives_the_states_of_transformers(tmp_p
     plan = [(name, slices, meshes) for name, (_, slices, meshes) in MODELS.items()]
     output = run_ranks(4, WORKER, str(tmp_path), json.dumps(plan))
     results = {
-        (m[1], int(m[2]), int(m[3])): (float(m[4]), float(m[5]))
-        for m in re.finditer(r"RESULT (\S+) (\d) (\d) (\S+) (\S+)", output)
+        (m[1], int(m[2]), int(m[3]), m[4]): tuple(map(float, m.groups()[4:]))
+        for m in re.finditer(r"RESULT (\S+) (\d) (\d) (\S+) (\S+) (\S+) (\S+)", output)
     }
-    assert results.keys() == {(name, *mesh) for name, (_, _, meshes) in MODELS.items() for mesh in meshes}, output
-    print(*(f"{key}: {errors[0]:.1e}" for key, errors in results.items()), sep="\n")
-    assert all(error <= LIMIT for error, _ in results.values()), results
-    assert all(difference == 0 for _, difference in results.values()), results  # resident model: bit for bit
+    expected = {(name, *mesh, "float32") for name, (_, _, meshes) in MODELS.items() for mesh in meshes}
+    expected |= {(name, *meshes[-1], "bfloat16") for name, (_, _, meshes) in MODELS.items()}
+    assert results.keys() == expected, output
+    print(*(f"{key}: {values}" for key, values in results.items()), sep="\n")
+    for (*_, dtype), (error, difference, probed) in results.items():
+        assert difference == 0, results  # the resident model: bit for bit
+        # In bfloat16 rounding may send a token to another expert: the probe's mean is what bounds it.
+        assert 0 < error <= (LIMIT if dtype == "float32" else 1.0), results
+        assert probed <= (1e-5 if dtype == "float32" else 0.5), results
