@@ -31,7 +31,7 @@ def check_probe(
     if np.abs(found + math.log(vocab_size)).max() < UNIFORM:
         raise MtopdError(
             f"teacher {name!r}: the teacher's weights were not loaded: every log-prob is -ln V = "
-            f"{-math.log(vocab_size):.3f}; check its store with `mtopd teachers verify`"
+            f"{-math.log(vocab_size):.3f}; add the teacher again"
         )
     difference = float(np.abs(found - wanted).mean())
     if not difference <= TOLERANCE[dtype]:  # also when it is NaN
