@@ -77,8 +77,8 @@ class SegmentLayout:
         pairs[:num_chunks, 1] = self.stored_chunk_bytes
         return pairs.tobytes() + stored_crc(pairs)
 
-    def metadata(self, rows: int) -> dict[str, Any]:
-        """The content of zarr.json."""
+    def metadata(self, rows: int, segment: str) -> dict[str, Any]:
+        """The content of zarr.json.  ``segment``: the folder's name, so that no segment passes for another."""
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         sharding = {
             "chunk_shape": [self.chunk_rows, self.hidden_size],
@@ -101,6 +101,7 @@ class SegmentLayout:
                 "hidden_dtype": self.hidden_dtype,
                 "teacher_fingerprint": self.teacher_fingerprint,
                 "layout": LAYOUT_VERSION,
+                "segment": segment,
             },
         }
 

@@ -83,7 +83,7 @@ class SegmentWriter:
             self._write_chunk(self._unwritten_CE)
         if self._fd is not None:
             self._finish_shard()
-        publish(self.path / "zarr.json", json.dumps(self.layout.metadata(self.rows)).encode())
+        publish(self.path / "zarr.json", json.dumps(self.layout.metadata(self.rows, self.path.name)).encode())
 
     def abort(self) -> None:
         if self._fd is not None:
@@ -243,11 +243,11 @@ class SegmentReader:
         try:
             found = json.loads(text)
             rows = found["shape"][0]
-            matches = type(rows) is int and rows >= 0 and found == self.layout.metadata(rows)
+            matches = type(rows) is int and rows >= 0 and found == self.layout.metadata(rows, self.path.name)
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise self._damaged(f"zarr.json is not the metadata of an array ({error!r})") from error
         if not matches:
-            raise self._damaged(f"zarr.json does not describe a segment of {self.layout}")
+            raise self._damaged(f"zarr.json does not describe this segment, of {self.layout}")
         return rows
 
     def _damaged(self, found: str) -> SegmentDamaged:

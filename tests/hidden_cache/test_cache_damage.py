@@ -19,7 +19,8 @@ from mtopd.hidden_cache import (
     SegmentDamaged,
     recover,
 )
-from mtopd.hidden_cache.index import IndexRow, dump_index
+from mtopd.hidden_cache.folder import load_teacher
+from mtopd.hidden_cache.index import IndexRow, dump_index, load_index
 from mtopd.types import MtopdError
 
 
@@ -68,11 +69,52 @@ def test_a_sound_segment_in_the_place_of_another_is_found(tmp_path: Path) -> Non
     assert "another crc32c" in reader.verify()[request_of(0)]
 
 
-def test_a_segment_of_another_length_is_found(tmp_path: Path) -> None:
-    first, second = fill(tmp_path / "c", 0), fill(tmp_path / "c", 1, n=2000)
-    os.rename(first, tmp_path / "old")
+def exchange(first: Path, second: Path) -> None:
+    aside = first.with_name("aside")
+    os.rename(first, aside)
     os.rename(second, first)
-    assert "zarr.json gives" in HiddenCacheReader(tmp_path / "c").verify()[request_of(0)]
+    os.rename(aside, second)
+
+
+@pytest.mark.parametrize("n", [50, 2000])
+def test_exchanged_segments_are_found_and_named_whatever_is_read(tmp_path: Path, n: int) -> None:
+    root = tmp_path / "c"
+    first, second = fill(root, 0), fill(root, 1, n=n)
+    exchange(first, second)
+    with HiddenCacheReader(root) as reader:
+        causes = reader.verify()
+        assert str(first) in causes[request_of(0)] and str(second) in causes[request_of(1)]
+        entry = reader.lookup(*request_of(0))
+        assert entry is not None
+        with pytest.raises(CacheMiss, match="not describe this segment"):
+            reader.read_rows(entry, 3, 5, np.empty((2, 4), np.uint16))  # a share has no checksum of its own
+
+
+def test_a_segment_that_its_index_describes_otherwise_is_found(tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    segment = fill(root, 0)
+    (path,) = root.glob("t/*/index/*.arrow")
+    rows = load_index(path, load_teacher(root / "t" / MATH[:16]))
+    path.write_bytes(dump_index([row._replace(segment_bytes=10**6) for row in rows], MATH))
+    with HiddenCacheReader(root) as reader:
+        assert "zarr.json gives" in reader.verify()[request_of(0)] and reader.broken_segments() == [segment]
+
+
+def test_exchanged_teachers_are_found_and_named(tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    with open_writer(root) as writer:
+        put(writer, 0)
+        put(writer, 1, teacher=CODE)
+    math, code = (root / "t" / name[:16] for name in (MATH, CODE))
+    exchange(math / "seg", code / "seg")
+    with HiddenCacheReader(root) as reader:
+        causes = reader.verify()
+        assert str(math) in causes[request_of(0)] and str(code) in causes[request_of(1, CODE)]
+    exchange(math / "seg", code / "seg")
+    exchange(math / "index", code / "index")
+    with HiddenCacheReader(root) as reader:
+        assert len(reader.refused) == 2 and all(path.parents[1] in (math, code) for path in reader.refused)
+        assert reader.entries() == []
 
 
 def test_flipped_bytes_of_an_index_are_harmless(tmp_path: Path) -> None:

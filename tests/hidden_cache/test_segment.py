@@ -52,6 +52,7 @@ def test_zarr_and_our_reader_see_the_same_bits(tmp_path: Path, layout: SegmentLa
         "hidden_dtype": layout.hidden_dtype,
         "teacher_fingerprint": layout.teacher_fingerprint,
         "layout": 1,
+        "segment": "s",
     }
     assert array.metadata.dimension_names == ("token", "hidden")
     assert read(tmp_path / "s", layout, 0, n).tobytes() == rows_NE.tobytes()
@@ -191,8 +192,8 @@ def test_a_shard_in_the_place_of_another_is_the_wrong_size(tmp_path: Path) -> No
         {"data_type": "float16"},
         {"fill_value": 1},
         {"codecs": []},
-        {"attributes": {"hidden_dtype": "bfloat16", "teacher_fingerprint": "c" * 64, "layout": 1}},
-        {"attributes": {"hidden_dtype": "bfloat16", "teacher_fingerprint": "a" * 64, "layout": 2}},
+        {"attributes": {"hidden_dtype": "bfloat16", "teacher_fingerprint": "c" * 64, "layout": 1, "segment": "s"}},
+        {"attributes": {"hidden_dtype": "bfloat16", "teacher_fingerprint": "a" * 64, "layout": 2, "segment": "s"}},
         {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1024, 4]}}},
     ],
 )
