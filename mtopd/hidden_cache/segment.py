@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,12 @@ import google_crc32c
 import numpy as np
 
 from mtopd.hidden_cache.durable import PARTIAL, lost_file_raises, make_dirs, publish
-from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout, joined_crc32c, stored_crc
+from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout, crc32c, joined_crc32c
 from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
 _MAX_METADATA_BYTES = 1 << 16
+_MAX_FINISHING = 2  # shards whose fsync may be under way while the next is written
 
 
 class SegmentDamaged(MtopdError):
@@ -55,25 +58,31 @@ class SegmentWriter:
         self.rows = 0
         self._num_chunks = 0
         self._fd: int | None = None
+        self._disk = ThreadPoolExecutor(1, "hidden-cache-fsync")  # a shard becomes durable while the next is written
+        self._finishing: deque[Future[None]] = deque()
         self._unwritten_CE = np.zeros((layout.chunk_rows, layout.hidden_size), layout.dtype)
 
-    def append(self, rows_NE: np.ndarray) -> int:
-        """Add C-contiguous rows; returns the index of the first.  The caller may reuse ``rows_NE`` afterwards."""
+    def append(self, rows_NE: np.ndarray) -> tuple[int, int]:
+        """Add C-contiguous rows; returns the index of the first, and the crc32c of all.
+
+        The caller may reuse ``rows_NE`` afterwards.
+        """
         assert rows_NE.dtype == self.layout.dtype and rows_NE.shape[1:] == (self.layout.hidden_size,), rows_NE.shape
-        first_row, chunk_rows = self.rows, self.layout.chunk_rows
+        first_row, chunk_rows, crc = self.rows, self.layout.chunk_rows, 0
         rest_NE = rows_NE
         while len(rest_NE):
             filled = self.rows % chunk_rows
             taken = min(chunk_rows - filled, len(rest_NE))
             if taken == chunk_rows:  # a whole chunk goes out without a copy
-                self._write_chunk(rest_NE[:taken])
+                crc = joined_crc32c(crc, self._write_chunk(rest_NE[:taken]), self.layout.chunk_bytes)
             else:
+                crc = google_crc32c.extend(crc, rest_NE[:taken].reshape(-1).view(np.uint8))
                 self._unwritten_CE[filled : filled + taken] = rest_NE[:taken]
                 if filled + taken == chunk_rows:
                     self._write_chunk(self._unwritten_CE)
             self.rows += taken
             rest_NE = rest_NE[taken:]
-        return first_row
+        return first_row, crc
 
     def seal(self) -> None:
         """Write out the last, zero-padded chunk and its shard, then zarr.json: all durable on return."""
@@ -83,9 +92,13 @@ class SegmentWriter:
             self._write_chunk(self._unwritten_CE)
         if self._fd is not None:
             self._finish_shard()
+        while self._finishing:
+            self._finishing.popleft().result()
+        self._disk.shutdown()
         publish(self.path / "zarr.json", json.dumps(self.layout.metadata(self.rows, self.path.name)).encode())
 
     def abort(self) -> None:
+        self._disk.shutdown()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -97,29 +110,40 @@ class SegmentWriter:
     def _partial_path(self) -> Path:
         return partial_shard(self._shard_path())
 
-    def _write_chunk(self, chunk_CE: np.ndarray) -> None:
+    def _write_chunk(self, chunk_CE: np.ndarray) -> int:
+        """Returns the chunk's crc32c."""
         self._num_chunks += 1
         if self._fd is None:
             make_dirs(self._shard_path().parent)
             self._fd = os.open(self._partial_path(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._write([chunk_CE.data.cast("B"), memoryview(stored_crc(chunk_CE))])
+        crc = crc32c(chunk_CE)
+        self._write([chunk_CE.data.cast("B"), memoryview(crc.to_bytes(CRC_BYTES, "little"))])
         if self._num_chunks % CHUNKS_PER_SHARD == 0:
             self._finish_shard()
+        return crc
 
     def _finish_shard(self) -> None:
         assert self._fd is not None
         in_shard = (self._num_chunks - 1) % CHUNKS_PER_SHARD + 1
         self._write([memoryview(self.layout.shard_index(in_shard))])
-        os.fsync(self._fd)
-        os.close(self._fd)
+        while len(self._finishing) >= _MAX_FINISHING:
+            self._finishing.popleft().result()
+        self._finishing.append(self._disk.submit(_finish, self._fd, self._partial_path(), self._shard_path()))
         self._fd = None
-        os.replace(self._partial_path(), self._shard_path())
-        fsync_dir(self._shard_path().parent)
 
     def _write(self, buffers: list[memoryview]) -> None:
         fd = self._fd
         assert fd is not None
         _transfer(lambda rest, _: os.writev(fd, rest), buffers)
+
+
+def _finish(fd: int, partial: Path, shard: Path) -> None:
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(partial, shard)
+    fsync_dir(shard.parent)
 
 
 class OpenShard:
@@ -162,11 +186,11 @@ class SegmentReader:
         self._open_shard = open_shard
         self.rows = self._load_rows()
 
-    def read(self, start: int, stop: int, out_NE: np.ndarray, crc32c: int | None = None) -> int:
+    def read(self, start: int, stop: int, out_NE: np.ndarray, rows_crc: int | None = None) -> int:
         """Rows [start, stop) into ``out_NE``; returns the bytes read from storage.
 
-        Every chunk touched is checked, and the rows together if their ``crc32c`` is given.  After SegmentDamaged the
-        content of ``out_NE`` is undefined.
+        Every chunk touched is checked, and the rows together if ``rows_crc``, their crc32c, is given.  After
+        SegmentDamaged the content of ``out_NE`` is undefined.
         """
         assert out_NE.dtype == self.layout.dtype and out_NE.flags.c_contiguous, (out_NE.dtype, out_NE.flags)
         assert out_NE.shape == (stop - start, self.layout.hidden_size), (out_NE.shape, start, stop)
@@ -177,10 +201,12 @@ class SegmentReader:
         while row < stop:
             shard, end = row // shard_rows, min(stop, (row // shard_rows + 1) * shard_rows)
             piece = out[(row - start) * row_bytes : (end - start) * row_bytes]
-            found, crc = self._read_shard(shard, (row - shard * shard_rows) * row_bytes, piece, crc, crc32c is not None)
+            found, crc = self._read_shard(
+                shard, (row - shard * shard_rows) * row_bytes, piece, crc, rows_crc is not None
+            )
             bytes_read += found
             row = end
-        if crc32c is not None and crc != crc32c:
+        if rows_crc is not None and crc != rows_crc:
             raise self._damaged(f"the index has another crc32c for rows {start} to {stop}")
         return bytes_read
 

@@ -26,7 +26,7 @@ from mtopd.hidden_cache.byte_queue import ByteQueue
 from mtopd.hidden_cache.durable import publish
 from mtopd.hidden_cache.index import KEY_BYTES, IndexRow, dump_index
 from mtopd.hidden_cache.journal import Journal
-from mtopd.hidden_cache.layout import SegmentLayout, check_hidden_dtype, crc32c
+from mtopd.hidden_cache.layout import SegmentLayout, check_hidden_dtype
 from mtopd.hidden_cache.segment import SegmentWriter
 from mtopd.types import MtopdError
 
@@ -164,8 +164,8 @@ class HiddenCacheWriter:
             teacher = cache_folder.teacher_folder(self._root, sample.layout)
             self._segment = SegmentWriter(teacher / "seg" / f"{self._name}-{uuid.uuid4().hex[:8]}", sample.layout)
             self._journal, self._opened_at = Journal(self._segment.path), time.monotonic()
-        row = self._segment.append(sample.rows_NE)
-        n_tokens, crc = len(sample.rows_NE), crc32c(sample.rows_NE)
+        row, crc = self._segment.append(sample.rows_NE)
+        n_tokens = len(sample.rows_NE)
         _, key, sample_id, version, _ = sample
         self._samples.append(IndexRow(key, sample_id, version, self._segment.path.name, row, n_tokens, crc, 0, 0))
         self._journal.add(self._samples[-1])

@@ -330,7 +330,7 @@ def test_garbage_is_what_no_reader_will_ever_need(tmp_path: Path) -> None:
 def test_a_full_queue_makes_put_wait_and_a_large_sample_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, append = threading.Event(), SegmentWriter.append
 
-    def slow(self: SegmentWriter, rows_NE: np.ndarray) -> int:
+    def slow(self: SegmentWriter, rows_NE: np.ndarray) -> tuple[int, int]:
         assert gate.wait(30)
         return append(self, rows_NE)
 
