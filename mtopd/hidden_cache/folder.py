@@ -87,7 +87,7 @@ def load_teacher(folder: Path) -> SegmentLayout:
 
 
 def teacher_folders(root: Path) -> list[Path]:
-    return entries(root / "t")
+    return [path for path in entries(root / "t") if not path.is_symlink()]
 
 
 def index_paths(folder: Path) -> list[Path]:
@@ -120,8 +120,8 @@ def remove(root: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, sorted; nothing if it is not there."""
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    """What a folder holds, sorted; nothing if it is not there or a link: a cache never leaves its root."""
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
 def _teacher_facts(layout: SegmentLayout) -> dict[str, object]:

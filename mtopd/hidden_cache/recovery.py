@@ -53,6 +53,8 @@ def recover(root: Path) -> Recovery:
         named = {row.segment for rows in index.values() if not isinstance(rows, MtopdError) for row in rows[1]}
         is_damaged = any(isinstance(rows, MtopdError) for rows in index.values())
         for segment in cache_folder.entries(teacher / "seg"):
+            if segment.is_symlink() or not segment.is_dir():
+                continue  # not ours
             if segment.name in named:
                 (segment / "journal").unlink(missing_ok=True)
             elif not (is_damaged and (segment / "zarr.json").exists()):

@@ -254,6 +254,21 @@ def test_what_a_killed_writer_left_whole_is_saved_bit_for_bit(tmp_path: Path) ->
     assert recover(root) == Recovery() and HiddenCacheReader(root).verify() == {}
 
 
+def test_recovery_never_leaves_the_cache(tmp_path: Path) -> None:
+    root, outside = tmp_path / "c", tmp_path / "outside"
+    fill(root, 0)
+    fill(outside, 1)
+    (index,) = outside.glob("t/*/index/*.arrow")
+    index.unlink()  # an orphan, and not in our cache
+    before = snapshot(outside)
+    teacher = root / "t" / MATH[:16]
+    (teacher / "seg" / "linked-0-0123abcd").symlink_to(next(outside.glob("t/*/seg/*")))
+    (teacher / "seg" / "note").write_text("not ours")
+    (root / "t" / CODE[:16]).symlink_to(outside / "t" / MATH[:16])
+    assert recover(root) == Recovery() and collect_garbage(root) == []
+    assert snapshot(outside) == before and (teacher / "seg" / "note").exists()
+
+
 @pytest.mark.parametrize("place", ["chunk", "journal"])
 def test_damage_ends_what_is_saved(tmp_path: Path, place: str) -> None:
     root = tmp_path / "c"
