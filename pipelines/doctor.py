@@ -40,6 +40,7 @@ def _software() -> Iterator[Row]:
     yield "sglang", _version("sglang"), _with_extra("sglang", "sglang", "not used yet: rollout.engine is embedded")
     yield "triton", _version("triton"), _with_extra("triton", "gpu", "the divergence's row kernels on CUDA")
     yield "zarr", _version("zarr"), "the hidden cache's format"
+    yield "obstore", _version("obstore"), _with_extra("obstore", "s3", "teacher stores behind URLs, e.g. s3://")
 
 
 def _devices() -> Iterator[Row]:

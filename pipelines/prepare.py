@@ -14,6 +14,8 @@ from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 
+STUDENT_MODEL_TYPES = ("qwen3",)  # whose training on every layout is tested
+
 Say = Callable[[str], None]
 
 
@@ -22,8 +24,9 @@ def consolidate(config: ConsolidateConfig, run: RunDir, say: Say) -> None:
     tokenizer = check_student(config.student)
     check_world(config.student)
     stores = [open_store(t.store) for t in config.teachers]
-    for store, teacher in zip(stores, config.teachers, strict=True):
+    for i, (store, teacher) in enumerate(zip(stores, config.teachers, strict=True)):
         check_teacher(teacher.name, store, tokenizer, config.student.model)
+        check_mesh(teacher.name, store, config.teacher_tp(i), teacher.parallel.ep)
     for name, folder in config.evaluation.baselines.items():
         try:
             check_hf_folder(folder)
@@ -60,6 +63,11 @@ def _start(run: RunDir, config: ConsolidateConfig | SpecialistConfig, manifest: 
 def check_student(student: StudentConfig) -> Any:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
     hf_config = check_hf_folder(student.model)
+    if hf_config.model_type not in STUDENT_MODEL_TYPES:
+        raise MtopdError(
+            f"{student.model} has model_type {hf_config.model_type!r}; a student is one of "
+            f"{', '.join(STUDENT_MODEL_TYPES)} so far (teachers may be of other types)"
+        )
     tokenizer = load_tokenizer(student.model)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
@@ -105,6 +113,16 @@ def check_world(student: StudentConfig) -> None:
             f"world size is {found}, the config asks for tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = "
             f"{parallel.world_size}; set student.parallel.dp={int(found) // need}"
         )
+
+
+def check_mesh(name: str, store: TeacherStore, tp: int, ep: int) -> None:
+    """A store is cut into slices for tp, and by expert for ep."""
+    for axis, size, count, what in (("tp", tp, store.slices, "slices"), ("ep", ep, store.num_experts, "experts")):
+        if count % size:
+            raise MtopdError(
+                f"teacher {name!r} has {count} {what}, which {axis} {size} does not divide; set its parallel.{axis} to "
+                "a divisor" + (", or add the teacher again with more slices" if axis == "tp" else "")
+            )
 
 
 def check_teacher(name: str, store: TeacherStore, tokenizer: Any, student: Path) -> None:
