@@ -1,89 +1,127 @@
-"""What `mtopd cache` does with the hidden caches of a run: show, verify, collect garbage."""
+"""The bodies of ``mtopd cache ls | verify | gc``: the hidden caches of a run, one for each iteration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from mtopd.hidden_cache import HiddenCacheReader, collect_garbage
-from mtopd.run_dir import RunDir, read_json
+from mtopd.run_dir import RunDir, is_sealed, read_json
+from mtopd.trajectories import read_metadata
 from mtopd.types import MtopdError
 
+# What is damaged is printed here, once; the cache's own warnings are for runs.
+logging.getLogger("mtopd.hidden_cache").addHandler(logging.NullHandler())
 
-def show(run_dir: Path, console: Console) -> None:
-    """A table per iteration and teacher.  ``damaged``: segments and index files whose files are not whole."""
-    caches, names = _caches(run_dir), _teacher_names(run_dir)
+
+def table(run_dir: Path) -> Group:
+    """One row for each iteration and teacher; under the table, why an index file is refused.
+
+    ``damaged``: index files, and segments whose files are not whole; their rows are read by ``verify`` alone.
+    """
+    run = _open(run_dir)
     numbers = ("samples", "rows", "bytes", "segments", "damaged")
-    table = Table("iteration", "teacher", *(Column(name, justify="right") for name in numbers))
-    for iteration, root in caches:
-        with HiddenCacheReader(root) as reader:
-            entries, refused = reader.entries(), list(reader.refused)
-            damaged = reader.broken_segments()
-        folders = {e.segment.parents[1] for e in entries} | {path.parents[1] for path in refused}
-        for folder in sorted(folders):
-            own = [e for e in entries if e.segment.parents[1] == folder]
-            segments = {e.segment: e.sample.segment_bytes for e in own}
-            broken = [path for path in (*damaged, *refused) if path.parents[1] == folder]
-            rows, size = sum(e.n_tokens for e in own), sum(segments.values())
-            counts = (len(own), rows, size, len(segments), len(broken))
-            table.add_row(str(iteration), names.get(folder.name, folder.name), *(f"{n:,}" for n in counts))
-    console.print(table)
+    columns = [Column("iteration"), Column("teacher"), *(Column(name, justify="right") for name in numbers)]
+    rows, notes = Table(*columns, box=None, pad_edge=False), []
+    names = _teacher_names(run)
+    for iteration, cache in _caches(run):
+        with HiddenCacheReader(cache) as reader:
+            entries, damaged = reader.entries(), [*reader.broken_segments(), *reader.refused]
+            notes += [Text(cause, style="red") for cause in reader.refused.values()]
+        for folder in sorted({path.parents[1] for path in (*damaged, *(entry.segment for entry in entries))}):
+            own = [entry for entry in entries if entry.segment.parents[1] == folder]
+            segments = {entry.segment: entry.sample.segment_bytes for entry in own}
+            size, num_damaged = sum(segments.values()), sum(path.parents[1] == folder for path in damaged)
+            counts = (len(own), sum(entry.n_tokens for entry in own), size, len(segments), num_damaged)
+            name = escape(names.get(folder.name, folder.name))
+            rows.add_row(str(iteration), name, *(f"{count:,}" for count in counts))
+    return Group(rows, *notes)
 
 
 def verify(run_dir: Path, console: Console) -> None:
-    """Read every row; name each damaged sample with its cause.  MtopdError if there is one."""
-    causes: list[str] = []
-    for iteration, root in _caches(run_dir):
-        with HiddenCacheReader(root) as reader:
-            total = sum(e.n_tokens * e.layout.row_bytes for e in reader.entries())
-            with _bar(f"iteration {iteration}", total) as advance:
-                found = [*reader.refused.values(), *reader.verify(advance).values()]
-        causes += [f"iteration {iteration}: {cause}" for cause in found]
-    for cause in causes:
-        console.print(cause, highlight=False, markup=False, soft_wrap=True)
-    if causes:
+    """Read every committed row.  Raises MtopdError that counts what is damaged, each named on a line before."""
+    run, num_samples, num_bytes, num_damaged = _open(run_dir), 0, 0, 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for iteration, cache in _caches(run):
+            with HiddenCacheReader(cache) as reader:
+                entries = reader.entries()
+                size = sum(entry.n_tokens * entry.layout.row_bytes for entry in entries)
+                task = progress.add_task(f"iteration {iteration}", total=size)
+                damaged = reader.verify(lambda count, task=task: progress.advance(task, count))  # type: ignore[misc]
+                causes = [*reader.refused.values(), *damaged.values()]
+            for sample_id in _lost(run, iteration, {entry.request.sample_id for entry in entries}):
+                causes.append(f"sample {sample_id} is in no index file of {cache}; it has to be computed again")
+            for cause in causes:
+                console.print(
+                    f"iteration {iteration}: {cause}", style="red", markup=False, highlight=False, soft_wrap=True
+                )
+            num_samples, num_bytes, num_damaged = (
+                num_samples + len(entries),
+                num_bytes + size,
+                num_damaged + len(causes),
+            )
+    if num_damaged:
         raise MtopdError(
-            f"{len(causes)} entries of the caches of {run_dir} are damaged; compute an iteration's again with "
-            f"`mtopd teacher-pass {run_dir} --iteration N`"
+            f"{num_damaged} samples or index files of the caches of {run_dir} are damaged; compute an iteration's "
+            f"again with `mtopd teacher-pass {run_dir} --iteration N`"
         )
-    console.print("all rows are sound")
+    _say(f"{num_samples:,} samples are whole, {num_bytes:,} bytes")
 
 
-def collect(run_dir: Path, console: Console) -> None:
-    """Delete what no reader will ever need.  Refused while the run is in use."""
-    caches = _caches(run_dir)
-    with RunDir(run_dir).lock():
-        for iteration, root in caches:
-            before = _num_bytes(root)
-            deleted = collect_garbage(root)
-            console.print(f"iteration {iteration}: {len(deleted)} segments, {before - _num_bytes(root):,} bytes freed")
+def gc(run_dir: Path, console: Console) -> None:
+    """Recover the caches of the run and delete what no reader will ever need.
+
+    Raises MtopdError while the run is going: a segment being written looks the same as one left behind.
+    """
+    run, freed = _open(run_dir), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with run.lock(), Progress(*columns, console=console, transient=True) as progress:
+        for iteration, cache in progress.track(_caches(run), description="caches"):
+            before = _size(cache)
+            for segment in collect_garbage(cache):
+                _say(f"iteration {iteration}: segment {segment} removed")
+            freed += before - _size(cache)
+    _say(f"{freed:,} bytes freed")
 
 
-def _caches(run_dir: Path) -> list[tuple[int, Path]]:
-    if not (run_dir / "config.yaml").is_file():
-        raise MtopdError(f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a consolidation")
-    roots = sorted(run_dir.glob("iterations/*/hidden_cache"))
-    return [(int(root.parent.name), root) for root in roots if root.parent.name.isdecimal()]
+def _say(text: str) -> None:
+    Console(soft_wrap=True, highlight=False, markup=False).print(text)
 
 
-def _teacher_names(run_dir: Path) -> dict[str, str]:
+def _open(run_dir: Path) -> RunDir:
+    """Raises MtopdError before anything is created in a folder that is no run's."""
+    run = RunDir(run_dir)
+    for path in (run.config, run.manifest):
+        if not path.is_file():
+            raise MtopdError(f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a consolidation")
+    return run
+
+
+def _caches(run: RunDir) -> list[tuple[int, Path]]:
+    found = [int(path.name) for path in sorted(run.path.glob("iterations/" + 6 * "[0-9]"))]
+    caches = [(iteration, run.hidden_cache(iteration)) for iteration in found]
+    return [(iteration, cache) for iteration, cache in caches if cache.is_dir() and not cache.is_symlink()]
+
+
+def _teacher_names(run: RunDir) -> dict[str, str]:
     """Teachers by the name of their folder in a cache."""
-    teachers = read_json(run_dir / "manifest.json").get("teachers", [])
-    return {teacher["fingerprint"][:16]: teacher["name"] for teacher in teachers}
+    return {teacher["fingerprint"][:16]: teacher["name"] for teacher in read_json(run.manifest).get("teachers", [])}
 
 
-def _num_bytes(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+def _lost(run: RunDir, iteration: int, found: set[int]) -> list[int]:
+    """Samples of the iteration's trajectories that a sealed cache has to hold and no sound index file names."""
+    trajectories = run.trajectories(iteration)
+    if not (is_sealed(run.hidden_cache(iteration)) and is_sealed(trajectories)):
+        return []
+    return sorted(set(read_metadata(trajectories)["sample_id"].to_pylist()) - found)
 
 
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

@@ -217,7 +217,7 @@ def cache_ls(run_dir: RunDirectory) -> None:
     """Samples, rows, bytes, segments and damaged files by iteration and teacher."""
     from mtopd.pipelines import caches
 
-    caches.show(run_dir, Console())
+    Console(soft_wrap=True, highlight=False).print(caches.table(run_dir))
 
 
 @cache_app.command("verify")
@@ -225,7 +225,7 @@ def cache_verify(run_dir: RunDirectory) -> None:
     """Read all rows and name every damaged sample with its cause; exit code 2 if there is one."""
     from mtopd.pipelines import caches
 
-    caches.verify(run_dir, Console())
+    caches.verify(run_dir, _console)
 
 
 @cache_app.command("gc")
@@ -233,7 +233,7 @@ def cache_gc(run_dir: RunDirectory) -> None:
     """Delete what crashes left and segments that were computed again; refused while the run is in use."""
     from mtopd.pipelines import caches
 
-    caches.collect(run_dir, Console())
+    caches.gc(run_dir, _console)
 
 
 @app.command()

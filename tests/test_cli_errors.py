@@ -10,14 +10,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from mtopd.convert.teacher import add_teacher
+from mtopd.hidden_cache import HiddenCacheWriter, sample_key
 from mtopd.pipelines import cli, ranks
 from mtopd.run_dir import RunDir
+from mtopd.trajectories import write_shard
+from mtopd.types import Trajectory
 from tests.conftest import REPOSITORY
 from tests.small_models import save_model, write_prompts
+
+FINGERPRINTS = {"math": "a1" * 32, "code": "b2" * 32}
 
 Edit = Callable[[dict, Path], None]
 
@@ -228,3 +234,155 @@ def test_a_world_size_that_does_not_fit_is_refused_under_torchrun(workplace: Pat
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(lines) == 1 and "world size 3 is not a multiple of tp 2 x pp 2 = 4" in lines[0], done.stderr
     assert "exitcode  : 2" in done.stderr
+
+
+# -- mtopd cache ls | verify | gc -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached_run(tmp_path: Path) -> RunDir:
+    """Two iterations of two teachers with 20 samples of 30 rows each."""
+    run = RunDir(tmp_path / "run")
+    teachers = [{"index": i, "name": n, "fingerprint": f} for i, (n, f) in enumerate(FINGERPRINTS.items())]
+    with run.lock():
+        run.start({}, {"teachers": teachers}, "{}")
+    for iteration in range(2):
+        with open_writer(run, iteration) as writer:
+            for fingerprint in FINGERPRINTS.values():
+                put(writer, iteration, fingerprint, range(20))
+    return run
+
+
+def open_writer(run: RunDir, iteration: int) -> HiddenCacheWriter:
+    return HiddenCacheWriter(run.hidden_cache(iteration), writer="w", generation=1, hidden_dtype="float32")
+
+
+def put(writer: HiddenCacheWriter, iteration: int, fingerprint: str, sample_ids: range) -> None:
+    for sample_id in sample_ids:
+        key = sample_key(fingerprint, [1], [sample_id], [1], "float32")
+        sample_id += 1000 * list(FINGERPRINTS.values()).index(fingerprint)
+        writer.put(fingerprint, 8, key, sample_id, iteration, np.full((30, 8), sample_id, np.float32))
+
+
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Run a command that succeeds; what it prints."""
+    monkeypatch.setattr(sys, "argv", ["mtopd", *map(str, arguments)])
+    cli.main()
+    return capsys.readouterr().out
+
+
+def shards(run: RunDir, iteration: int, teacher: str) -> list[Path]:
+    return sorted(run.hidden_cache(iteration).glob(f"t/{FINGERPRINTS[teacher][:16]}/seg/*/c/0/0"))
+
+
+def index_file(run: RunDir, iteration: int, teacher: str) -> Path:
+    (path,) = run.hidden_cache(iteration).glob(f"t/{FINGERPRINTS[teacher][:16]}/index/*.arrow")
+    return path
+
+
+def test_cache_ls_names_what_each_teacher_has(
+    cached_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_file(cached_run, 1, "code").write_bytes(b"")
+    out = command(capsys, monkeypatch, "cache", "ls", cached_run.path)
+    rows = [line.split() for line in out.splitlines()]
+    size = f"{shards(cached_run, 0, 'math')[0].stat().st_size:,}"
+    for iteration, teacher in (("0", "math"), ("0", "code"), ("1", "math")):
+        assert [iteration, teacher, "20", "600", size, "1", "0"] in rows, out
+    assert ["1", "code", "0", "0", "0", "0", "1"] in rows, out
+    assert str(index_file(cached_run, 1, "code")) in out
+
+
+def test_cache_verify_names_every_damaged_sample(
+    cached_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = command(capsys, monkeypatch, "cache", "verify", cached_run.path)
+    assert "80 samples are whole, 76,800 bytes" in out
+    (shard,) = shards(cached_run, 1, "code")
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    index_file(cached_run, 0, "math").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["mtopd", "cache", "verify", str(cached_run.path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    *named, last = filter(None, capsys.readouterr().err.splitlines())
+    assert stop.value.code == 2 and "21 samples or index files" in last
+    for sample_id in range(1000, 1020):  # one zarr chunk holds them all
+        (line,) = [line for line in named if f"sample {sample_id}:" in line]
+        assert shard.parents[2].name in line and "crc32c" in line
+    assert sum(str(index_file(cached_run, 0, "math")) in line for line in named) == 1 and len(named) == 21
+
+
+def test_cache_verify_names_samples_whose_index_file_is_gone(
+    cached_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache without an index file is sound in itself; what it has to hold is in the sealed trajectories."""
+    folder = cached_run.trajectories(0)
+    folder.mkdir(parents=True)
+    ids = [start + i for start in (0, 1000) for i in range(20)]
+    given = [
+        Trajectory(i, f"words/{i}", {}, i // 1000, (1,), (i % 1000,), (1,), (-1.0,), 0, "length", None) for i in ids
+    ]
+    write_shard(folder, "given", given, cached_run.generation)
+    for sealed in (folder, cached_run.hidden_cache(0)):
+        cached_run.seal(sealed)
+    assert "80 samples are whole" in command(capsys, monkeypatch, "cache", "verify", cached_run.path)
+    index_file(cached_run, 0, "code").unlink()
+    monkeypatch.setattr(sys, "argv", ["mtopd", "cache", "verify", str(cached_run.path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    found = capsys.readouterr().err
+    assert all(f"iteration 0: sample {i} is in no index file" in found for i in range(1000, 1020)), found
+    assert found.count("in no index file") == 20
+
+
+def test_cache_gc_removes_what_a_killed_writer_left(
+    cached_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(capsys, monkeypatch, "cache", "gc", cached_run.path) == "0 bytes freed\n"
+    kept = {path: path.read_bytes() for path in cached_run.path.rglob("*") if path.is_file()}
+    child = os.fork()
+    if not child:
+        try:
+            writer = open_writer(cached_run, 1)
+            put(writer, 1, FINGERPRINTS["math"], range(100, 200))
+        finally:
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    orphan = cached_run.hidden_cache(1) / "t" / FINGERPRINTS["math"][:16] / "seg" / "w-9-0123abcd"
+    (orphan / "c" / "0").mkdir(parents=True)
+    (orphan / "c" / "0" / ".0.partial").write_bytes(b"x" * 5000)  # nothing in it can be saved
+    out = command(capsys, monkeypatch, "cache", "gc", cached_run.path)
+    assert f"iteration 1: segment {orphan.name} removed" in out and "bytes freed" in out
+    assert not orphan.exists() and not list(cached_run.path.rglob("*.partial"))
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert command(capsys, monkeypatch, "cache", "gc", cached_run.path) == "0 bytes freed\n"
+    assert "samples are whole" in command(capsys, monkeypatch, "cache", "verify", cached_run.path)
+
+
+def test_cache_gc_is_refused_while_the_run_is_going(
+    cached_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_writer(cached_run, 1) as writer, cached_run.lock():
+        put(writer, 1, FINGERPRINTS["math"], range(100, 200))
+        line = refused(cached_run.path, capsys, monkeypatch, "cache", "gc", str(cached_run.path))
+        assert "in use" in line and str(os.getpid()) in line
+    assert "180 samples are whole" in command(capsys, monkeypatch, "cache", "verify", cached_run.path)
+
+
+@pytest.mark.parametrize("verb", ["ls", "verify", "gc"])
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(
+    cached_run: RunDir, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    for folder in ("home", "nothing"):
+        line = refused(tmp_path, capsys, monkeypatch, "cache", verb, str(tmp_path / folder))
+        assert folder in line and "not a run directory" in line
+    assert not list((tmp_path / "home").iterdir()) and not (tmp_path / "nothing").exists()
+    precious = cached_run.hidden_cache(2) / "precious"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("data")
+    assert "no hidden cache" in refused(tmp_path, capsys, monkeypatch, "cache", verb, str(cached_run.path))
+    assert precious.read_text() == "data"
