@@ -33,15 +33,17 @@ from tests.conftest import REPOSITORY
 from tests.small_models import save_model, write_prompts
 
 SAMPLES = 96
+DOMAINS = "abcd"  # of a teacher each: what one has committed must survive a kill in the next
 
 
 def make_run(folder: Path, name: str) -> RunDir:
-    """A run of two ranks and two teachers with sealed trajectories and nothing else."""
+    """A run of two ranks and four teachers with sealed trajectories and nothing else."""
     values = {
         "run_dir": str(folder / name),
         "student": {"model": str(folder / "student"), "parallel": {"tp": 2}},
         "teachers": [
-            {"name": f"t{i}", "store": str(folder / "stores" / f"t{i}"), "route": {"domain": "ab"[i]}} for i in range(2)
+            {"name": f"t{i}", "store": str(folder / "stores" / f"t{i}"), "route": {"domain": domain}}
+            for i, domain in enumerate(DOMAINS)
         ],
         "data": {
             "sources": [{"name": "words", "path": str(folder / "prompts.jsonl")}],
@@ -62,9 +64,9 @@ def make_run(folder: Path, name: str) -> RunDir:
     for i in range(SAMPLES):
         prompt, response = (tuple(draw.randrange(3, vocab) for _ in range(n)) for n in (8, draw.randrange(8, 40)))
         mask, log_probs = (1,) * len(response), (-1.0,) * len(response)
-        route = {"domain": "ab"[i % 2]}
+        route, teacher = {"domain": DOMAINS[i % len(DOMAINS)]}, i % len(DOMAINS)
         trajectories.append(
-            Trajectory(i, f"words/{i}", route, i % 2, prompt, response, mask, log_probs, 0, "length", None)
+            Trajectory(i, f"words/{i}", route, teacher, prompt, response, mask, log_probs, 0, "length", None)
         )
     run.trajectories(0).mkdir(parents=True)
     write_shard(run.trajectories(0), "given", trajectories, run.generation)
@@ -102,10 +104,10 @@ def run(kills: int, folder: Path, seed: int) -> str:
     """Kill ``kills`` times; one line of results.  Raises AssertionError on any violation."""
     draw = random.Random(seed)
     save_model(folder / "student", seed=1, layers=2)
-    for i in range(2):
+    for i in range(len(DOMAINS)):
         save_model(folder / f"t{i}", seed=2 + i, hidden=512, layers=4)
         add_teacher(f"t{i}", folder / f"t{i}", folder / "stores" / f"t{i}", slices=2)
-    write_prompts(folder / "prompts.jsonl", count=SAMPLES)
+    write_prompts(folder / "prompts.jsonl", count=SAMPLES, domains=tuple(DOMAINS))
     whole = make_run(folder, "undisturbed")
     process = start(whole)
     output, _ = process.communicate(timeout=200)
@@ -123,7 +125,7 @@ def run(kills: int, folder: Path, seed: int) -> str:
         process = start(victim)
         if draw.random() < 0.8:
             wait_for_work(process, victim, generation)
-            time.sleep(draw.random() * 0.5)
+            time.sleep(draw.random() * 1.5)
         else:
             time.sleep(draw.random() * 8)  # at start-up, too
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

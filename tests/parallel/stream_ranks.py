@@ -72,6 +72,14 @@ class Teacher:
         return states, result
 
 
+def count_ranges(streams: list[TeacherStream]) -> dict[str, int]:
+    """How this rank's ranges travel: by an all-gather, by broadcasts of their owners, or not at all."""
+    ranges = [r for stream in streams for teacher in stream.parts for part in teacher for r in part.ranges]
+    gathered = sum(r.share_bytes is not None for r in ranges)
+    alone = sum(len(r.owners) == 1 for r in ranges)
+    return {"all-gathered": gathered, "broadcast": len(ranges) - gathered - alone, "alone": alone}
+
+
 def total(value: int) -> int:
     summed = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(summed)
@@ -80,7 +88,7 @@ def total(value: int) -> int:
 
 def check_meshes(spec: dict[str, Any], student: parallel.Ranks) -> str:
     """Every mesh, with deep and shallow budgets: states as transformers gives them, storage read once, then never."""
-    report = []
+    report, streams = [], []
     samples = [np.array(ids) for ids in spec["samples"]]
     for name, meshes in spec["meshes"].items():
         store = open_store(Path(spec["stores"]) / name)
@@ -100,9 +108,12 @@ def check_meshes(spec: dict[str, Any], student: parallel.Ranks) -> str:
                     error = (rows_TE.double() - wanted[str(i)]).norm() / wanted[str(i)].norm()
                     worst = max(worst, float(error))
             stream.close()
+            streams.append(stream)
             assert worst < 2e-6, (name, tp, ep, worst)
             report.append(f"{name} tp{tp} ep{ep} {worst:.0e}")
-    return ", ".join(report)
+    counts = count_ranges(streams)
+    assert all(counts.values()), f"not every way of a range was taken: {counts}"
+    return f"{', '.join(report)}; ranges {counts}"
 
 
 def check_waves(spec: dict[str, Any], student: parallel.Ranks) -> str:
