@@ -10,7 +10,8 @@ Sections, for each shape (samples of 100 to 1300 tokens, random bits):
                whole samples, warm and cold (posix_fadvise DONTNEED), and a random quarter of each sample's rows, warm;
                the cache gets as many samples in one call as the buffer holds, the plain reader has one thread
     memory     growth of a fresh process's peak resident memory (VmHWM) while it writes, and while it reads all; without
-               one sample's rows (writer: its caller's) and without the buffer that is read into
+               one sample's rows (writer: its caller's), without the buffer that is read into, and after one tiny
+               sample, so that library code is loaded
     processes  the same with 4 writer and 4 reader processes at once, all bytes over the time from the first start to
                the last end; then writers and readers together, every row compared
 
@@ -305,7 +306,12 @@ def reset_peak() -> int:
 
 def measure_memory(what: str, spec: Spec, folder: Path) -> int:
     """Bytes by which this process's peak grew beyond its caller's arrays."""
-    samples, root = Samples(spec), folder / "cache"
+    samples, root, warm = Samples(spec), folder / "cache", folder / f"warm-{what}"
+    tiny = Samples(Spec(8, spec.hidden_dtype, 1, 1, 1))
+    write_cache(tiny, warm)
+    with HiddenCacheReader(warm) as reader:
+        assert reader.verify() == {}
+    remove(warm)
     if what == "read":
         rows = max(spec.buffer_mib * MIB // spec.row_bytes, 1300)
         out_NE = np.full((rows, spec.hidden_size), 1, DTYPES[spec.hidden_dtype])
