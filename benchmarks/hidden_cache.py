@@ -11,7 +11,8 @@ Sections, for each shape (samples of 100 to 1300 tokens, random bits):
                the cache gets as many samples in one call as the buffer holds, the plain reader has one thread
     memory     growth of a fresh process's peak resident memory (VmHWM) while it writes, and while it reads all; without
                one sample's rows (writer: its caller's), without the buffer that is read into, and after one tiny
-               sample, so that library code is loaded
+               sample, so that library code is loaded; freed arrays leave at once (MALLOC_MMAP_THRESHOLD_), because
+               what glibc keeps of them depends on everything else in a process
     processes  the same with 4 writer and 4 reader processes at once, all bytes over the time from the first start to
                the last end; then writers and readers together, every row compared
 
@@ -339,7 +340,8 @@ def memory_of_processes(spec: Spec, folder: Path) -> dict[str, Any]:
     for what in ("write", "read"):
         request = json.dumps({"memory": what, "spec": asdict(spec), "folder": str(folder)})
         command = [sys.executable, "-W", "ignore", __file__, "--worker", request]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600, env=environment)
         extra[what] = round(max(int(done.stdout), 0) / MIB, 1)
     remove(folder / "cache")
     return {"extra_mib": extra, "rows_mib": round(Samples(spec).num_bytes / MIB, 1)}
