@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mtopd.run_dir import fsync_dir
+from mtopd.types import MtopdError
 
 PARTIAL = ".partial"
 # What a lost or failing file looks like.  Any other OSError (too many open files, permission) is not damage.
@@ -46,6 +47,20 @@ def publish_if_absent(path: Path, data: bytes) -> None:
     finally:
         partial.unlink()
     fsync_dir(path.parent)
+
+
+@contextmanager
+def full_disk_raises(root: Path) -> Iterator[None]:
+    """Turn a full disk or quota met while writing into one line; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MtopdError(
+            f"cannot write the hidden cache {root}: {error.strerror}; what was committed is kept: make room and start "
+            "the same command again"
+        ) from error
 
 
 @contextmanager

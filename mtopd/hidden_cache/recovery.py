@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mtopd.hidden_cache import folder as cache_folder
-from mtopd.hidden_cache.durable import PARTIAL, publish
+from mtopd.hidden_cache.durable import PARTIAL, full_disk_raises, publish
 from mtopd.hidden_cache.index import IndexRow, dump_index
 from mtopd.hidden_cache.journal import load_journal
 from mtopd.hidden_cache.key import Request
@@ -145,7 +145,8 @@ def merge_index(root: Path) -> None:
 
 def _replace_index(teacher: Path, old: list[Path], rows: list[IndexRow], layout: SegmentLayout) -> None:
     folder = teacher / "index"
-    publish(folder / f"merged-{uuid.uuid4().hex[:8]}.arrow", dump_index(rows, layout.teacher_fingerprint))
+    with full_disk_raises(teacher.parents[1]):
+        publish(folder / f"merged-{uuid.uuid4().hex[:8]}.arrow", dump_index(rows, layout.teacher_fingerprint))
     for path in old:
         path.unlink()
     fsync_dir(folder)

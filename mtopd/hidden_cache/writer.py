@@ -23,7 +23,7 @@ import numpy as np
 
 from mtopd.hidden_cache import folder as cache_folder
 from mtopd.hidden_cache.byte_queue import ByteQueue
-from mtopd.hidden_cache.durable import publish
+from mtopd.hidden_cache.durable import full_disk_raises, publish
 from mtopd.hidden_cache.index import KEY_BYTES, IndexRow, dump_index
 from mtopd.hidden_cache.journal import Journal
 from mtopd.hidden_cache.layout import SegmentLayout, check_hidden_dtype
@@ -59,7 +59,8 @@ class HiddenCacheWriter:
                 f"writer {writer!r}, generation {generation}: needed letters, digits, _ or -, and 0 or more"
             )
         check_hidden_dtype(hidden_dtype)
-        cache_folder.create_root(root)
+        with full_disk_raises(root):
+            cache_folder.create_root(root)
         self._root, self._hidden_dtype = root, hidden_dtype
         self._name = f"{writer}-{generation}"
         self._checked_layout: SegmentLayout | None = None
@@ -91,7 +92,8 @@ class HiddenCacheWriter:
             )
         assert len(key) == KEY_BYTES, len(key)
         if layout != self._checked_layout:
-            cache_folder.create_teacher_folder(self._root, layout)
+            with full_disk_raises(self._root):
+                cache_folder.create_teacher_folder(self._root, layout)
             self._checked_layout = layout
         if self._thread is None:
             self._queue, self._is_aborting = ByteQueue(QUEUE_BYTES), False
@@ -120,7 +122,8 @@ class HiddenCacheWriter:
             thread.join()
         failure, self._failure = self._failure, None
         if failure is not None:
-            raise failure
+            with full_disk_raises(self._root):
+                raise failure
 
     def __enter__(self) -> Self:
         return self

@@ -65,7 +65,7 @@ def test_a_failed_append_drops_the_segment(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "writev", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(MtopdError, match="No space"):
         put(writer, 1, n=3000)
         writer.commit()  # the thread's own exception
     monkeypatch.undo()
