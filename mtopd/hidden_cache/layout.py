@@ -77,8 +77,9 @@ class SegmentLayout:
         pairs[:num_chunks, 1] = self.stored_chunk_bytes
         return pairs.tobytes() + stored_crc(pairs)
 
-    def metadata(self, rows: int, segment: str) -> dict[str, Any]:
-        """The content of zarr.json.  ``segment``: the folder's name, so that no segment passes for another."""
+    def metadata(self, rows: int, segment: str, chunk_crcs: list[int]) -> dict[str, Any]:
+        """The content of zarr.json.  ``segment``: the folder's name, so that no segment passes for another;
+        ``chunk_crcs``: so that no shard or chunk does."""
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         sharding = {
             "chunk_shape": [self.chunk_rows, self.hidden_size],
@@ -102,6 +103,7 @@ class SegmentLayout:
                 "teacher_fingerprint": self.teacher_fingerprint,
                 "layout": LAYOUT_VERSION,
                 "segment": segment,
+                "chunk_crc32c": chunk_crcs,
             },
         }
 

@@ -31,7 +31,7 @@ from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout
 from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
-_MAX_METADATA_BYTES = 1 << 16
+_MAX_METADATA_BYTES = 1 << 24  # 12 for each chunk
 _MAX_FINISHING = 2  # shards whose fsync may be under way while the next is written
 
 
@@ -56,7 +56,7 @@ class SegmentWriter:
         fsync_dir(path.parent)
         self.path, self.layout = path, layout
         self.rows = 0
-        self._num_chunks = 0
+        self._chunk_crcs: list[int] = []
         self._fd: int | None = None
         self._disk = ThreadPoolExecutor(1, "hidden-cache-fsync")  # a shard becomes durable while the next is written
         self._finishing: deque[Future[None]] = deque()
@@ -95,7 +95,8 @@ class SegmentWriter:
         while self._finishing:
             self._finishing.popleft().result()
         self._disk.shutdown()
-        publish(self.path / "zarr.json", json.dumps(self.layout.metadata(self.rows, self.path.name)).encode())
+        metadata = self.layout.metadata(self.rows, self.path.name, self._chunk_crcs)
+        publish(self.path / "zarr.json", json.dumps(metadata).encode())
 
     def abort(self) -> None:
         self._disk.shutdown()
@@ -105,26 +106,26 @@ class SegmentWriter:
         shutil.rmtree(self.path)
 
     def _shard_path(self) -> Path:
-        return self.path / "c" / str((self._num_chunks - 1) // CHUNKS_PER_SHARD) / "0"
+        return self.path / "c" / str((len(self._chunk_crcs) - 1) // CHUNKS_PER_SHARD) / "0"
 
     def _partial_path(self) -> Path:
         return partial_shard(self._shard_path())
 
     def _write_chunk(self, chunk_CE: np.ndarray) -> int:
         """Returns the chunk's crc32c."""
-        self._num_chunks += 1
+        crc = crc32c(chunk_CE)
+        self._chunk_crcs.append(crc)
         if self._fd is None:
             make_dirs(self._shard_path().parent)
             self._fd = os.open(self._partial_path(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        crc = crc32c(chunk_CE)
         self._write([chunk_CE.data.cast("B"), memoryview(crc.to_bytes(CRC_BYTES, "little"))])
-        if self._num_chunks % CHUNKS_PER_SHARD == 0:
+        if len(self._chunk_crcs) % CHUNKS_PER_SHARD == 0:
             self._finish_shard()
         return crc
 
     def _finish_shard(self) -> None:
         assert self._fd is not None
-        in_shard = (self._num_chunks - 1) % CHUNKS_PER_SHARD + 1
+        in_shard = (len(self._chunk_crcs) - 1) % CHUNKS_PER_SHARD + 1
         self._write([memoryview(self.layout.shard_index(in_shard))])
         while len(self._finishing) >= _MAX_FINISHING:
             self._finishing.popleft().result()
@@ -184,7 +185,7 @@ class SegmentReader:
     ) -> None:
         self.path, self.layout = path, layout
         self._open_shard = open_shard
-        self.rows = self._load_rows()
+        self.rows, self._chunk_crcs = self._load_metadata()
 
     def read(self, start: int, stop: int, out_NE: np.ndarray, rows_crc: int | None = None) -> int:
         """Rows [start, stop) into ``out_NE``; returns the bytes read from storage.
@@ -257,24 +258,29 @@ class SegmentReader:
                 of_chunk = google_crc32c.extend(of_chunk, piece)
             if of_chunk != crcs[at]:
                 raise self._damaged(f"chunk {first + at} of shard {shard} does not match its crc32c")
+            if of_chunk != self._chunk_crcs[shard * CHUNKS_PER_SHARD + first + at]:
+                raise self._damaged(f"chunk {first + at} of shard {shard} is sound, but not the one zarr.json names")
             if wants_crc and len(pieces) == 1:
                 crc = joined_crc32c(crc, of_chunk, chunk_bytes)
             elif wants_crc:
                 crc = google_crc32c.extend(crc, pieces[1 if at == 0 and before else 0])
         return found, crc
 
-    def _load_rows(self) -> int:
+    def _load_metadata(self) -> tuple[int, list[int]]:
+        """Rows of the segment, and the crc32c of each chunk."""
         with lost_file_raises(self._damaged), (self.path / "zarr.json").open("rb") as file:
             text = file.read(_MAX_METADATA_BYTES)
         try:
             found = json.loads(text)
             rows = found["shape"][0]
-            matches = type(rows) is int and rows >= 0 and found == self.layout.metadata(rows, self.path.name)
+            crcs = found["attributes"]["chunk_crc32c"]
+            matches = type(rows) is int and rows >= 0 and found == self.layout.metadata(rows, self.path.name, crcs)
+            matches = matches and len(crcs) == self.layout.num_chunks(rows) and {*map(type, crcs)} <= {int}
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise self._damaged(f"zarr.json is not the metadata of an array ({error!r})") from error
         if not matches:
             raise self._damaged(f"zarr.json does not describe this segment, of {self.layout}")
-        return rows
+        return rows, crcs
 
     def _damaged(self, found: str) -> SegmentDamaged:
         return segment_damaged(self.path, found)
