@@ -141,6 +141,7 @@ class HiddenCacheWriter:
         try:
             while (sample := self._next()) is not None:
                 self._append(sample)
+                del sample  # the queue no longer counts it while the next one is waited for
             if not self._is_aborting:
                 self._seal()
         except BaseException as failure:
