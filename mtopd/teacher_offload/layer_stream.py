@@ -160,6 +160,8 @@ class LayerStream:
         if isinstance(loaded, BaseException):
             raise loaded
         torch.cuda.current_stream().wait_event(loaded.event)
+        if loaded.buffer.is_cuda:
+            loaded.buffer.record_stream(torch.cuda.current_stream())  # it was allocated on the loading thread's
         return loaded
 
     def _give_back(self, buffer: torch.Tensor) -> None:

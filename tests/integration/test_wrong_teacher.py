@@ -23,7 +23,8 @@ def root(tmp_path: Path) -> Path:
     save_model(tmp_path / "student", seed=1, layers=2)
     for i in range(2):
         save_model(tmp_path / f"t{i}", seed=2 + i, layers=2)
-        add_teacher(f"t{i}", tmp_path / f"t{i}", tmp_path / "stores" / f"t{i}", slices=1)
+        head = {"logit_scale": 0.7, "softcap": 8.0} if i == 0 else {}  # its own code would do this to its logits
+        add_teacher(f"t{i}", tmp_path / f"t{i}", tmp_path / "stores" / f"t{i}", slices=1, **head)
     write_prompts(tmp_path / "prompts.jsonl", count=16)
     config = {
         "run_dir": str(tmp_path / "run"),
