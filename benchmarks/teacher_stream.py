@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -380,13 +381,18 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
                 waiting = [bench.layers.forward_layer(hidden_SBE) for hidden_SBE in waiting]
         return time.perf_counter() - started
 
-    def with_stream(budget: int, speed: float, latency: Callable[[], float], call: Callable[[Any], Any]) -> Any:
-        """Wall seconds and the result of ``call`` on a new stream over a store of ``speed`` bytes per second."""
-        stream = bench.stream(budget, throttled(bench.store, speed, latency))
+    def timed(
+        call: Callable[[Any], Any], layers: int, speed: float, latency: Callable[[], float], *, warm: bool = False
+    ) -> tuple[float, Any]:
+        """Wall seconds and result of ``call`` on a new stream that may hold ``layers``, from ``speed`` bytes/s.
+
+        ``warm``: what fits has been read before the clock starts, as in a job behind the teacher before.
+        """
+        stream = bench.stream(layers * share, throttled(bench.store, speed, latency))
         started = time.perf_counter()
         stream.expect([0])
-        if call is warm_pass:
-            for ahead in stream.reads._ahead:  # in a job the teacher before, or the phase before, hides the first reads
+        if warm:
+            for ahead in stream.reads._ahead:
                 for request in ahead.reads:
                     request.result()
             started = time.perf_counter()
@@ -401,24 +407,21 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
             stream.reads.take()
             stream.reads.release()
 
-    def cold_pass(stream: Any) -> Any:
-        return bench.run_pass(stream, samples, waves)
-
-    def warm_pass(stream: Any) -> Any:
+    def whole_pass(stream: Any) -> Any:
         return bench.run_pass(stream, samples, waves)
 
     ratios, alone, reading, stalls = [], [], [], {4: [], 1: []}  # type: ignore[var-annotated]
     speed = bench.store.pass_bytes() / min(compute_alone(), compute_alone())
     for repeat in range(spec["repeats"]):
         compute = compute_alone()
-        read_s, _ = with_stream(4 * share, speed, lambda: 0.0, drain)
-        wall, _ = with_stream(4 * share, speed, lambda: 0.0, cold_pass)
+        read_s, _ = timed(drain, 4, speed, lambda: 0.0)
+        wall, _ = timed(whole_pass, 4, speed, lambda: 0.0)
         ratios.append(wall / max(compute, read_s))
         alone.append(compute)
         reading.append(read_s)
         for layers in (4, 1) if repeat % 2 else (1, 4):
             # Twice the speed: the stragglers are what is measured here, not the bandwidth.
-            wall, result = with_stream(layers * share, 2 * speed, stragglers(repeat), warm_pass)
+            wall, result = timed(whole_pass, layers, 2 * speed, stragglers(repeat), warm=True)
             stalls[layers].append(result.waves[0].stall_s / wall)
     return {
         "wall_over_max_of_compute_and_reading": spread(ratios),
@@ -505,7 +508,8 @@ def main() -> None:
             if not arguments.only or name in arguments.only
         }
     if arguments.json:
-        machine = {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        machine = {"cpus": os.cpu_count(), "processor": found[1] if found else platform.machine()}
         when = datetime.now(UTC).isoformat(timespec="seconds")
         document = {"schema": 1, "when": when, "machine": machine, "quick": quick, **results}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
