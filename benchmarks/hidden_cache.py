@@ -232,9 +232,10 @@ def measure_write(spec: Spec, folder: Path) -> dict[str, Any]:
     flat, root = folder / "flat", folder / "cache"
 
     def clear() -> None:
-        """Not timed: removing the files of the pair before."""
+        """Not timed: removing the files of the pair before, which the file system's journal else does with ours."""
         flat.unlink(missing_ok=True)
         remove(root)
+        os.sync()
 
     result = in_turn(
         spec.repeats, samples.num_bytes, lambda: write_plain(samples, flat), lambda: write_cache(samples, root), clear
@@ -432,6 +433,7 @@ def measure_processes(spec: Spec, folder: Path) -> dict[str, Any]:
             remove(root)
             for path in folder.glob("flat-*"):
                 path.unlink()
+            os.sync()
 
         def all_do(request: str) -> Callable[[], float]:
             return lambda: at_once([(worker, request) for worker in first])[0]
