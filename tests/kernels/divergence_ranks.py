@@ -79,7 +79,8 @@ def check_real_vocabulary(group: dist.ProcessGroup) -> None:
     """151936 columns in the 152576 rows that Megatron pads to at tp 8; the second time the last rank has none."""
     for vocab_size in (151936, 7 * 19072 - 5):
         case = make_case(5, 4, 6, 152576, distance=2.0, masked=1, vocab_size=vocab_size)
-        assert_as_good_as_dense(sharded(case, group), case, 3e-6)
+        # What is left is the rounding of the products, which is the processor's: 1e-6 on Intel's, 5e-6 on an AMD EPYC.
+        assert_as_good_as_dense(sharded(case, group), case, 1e-5)
 
 
 def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:

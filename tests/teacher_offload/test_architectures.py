@@ -49,8 +49,7 @@ def test_every_architecture_on_every_mesh_gives_the_states_of_transformers(tmp_p
     for seed, (name, (fields, _, _)) in enumerate(MODELS.items()):
         model = save_model(tmp_path / name, seed=seed, model_type=name.partition("-")[0], vocab=128, **fields).eval()
         chunks = {}
-        with HFTensors(tmp_path / name) as tensors:
-            probe = transformers_probe(tmp_path / name, tensors)
+        probe = transformers_probe(tmp_path / name, HFTensors(tmp_path / name))
         (tmp_path / f"{name}.probe.json").write_text(json.dumps(probe))
         # 40: beyond the original range of the scaled rope.
         batches = [torch.from_numpy(rng.integers(100, size=shape)) for shape in [(2, 13), (1, 40)]]
