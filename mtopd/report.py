@@ -118,8 +118,8 @@ def build_report(record: RunRecord) -> dict[str, Any]:
             "head_loads": _check(sum(_total(_tables(steps, "head_loads"), t["name"]) for t in record.teachers),
                                  _total(steps, "teachers_in_step")),
             # In a wave every stored byte is read once over all ranks, or it was kept in host memory since it was read.
-            "bytes_read": _check(_total(passes, "bytes_read") + _total(passes, "bytes_kept"),
-                                 sum(p["waves"] * p["stored_bytes"] for p in passes)),
+            "bytes_streamed": _check(_total(passes, "bytes_read") + _total(passes, "bytes_kept"),
+                                     sum(p["waves"] * p["stored_bytes"] for p in passes)),
             "peak_resident_heads": {"found": resident, "at_most": 1, "ok": resident <= 1},
         },
     }  # fmt: skip
