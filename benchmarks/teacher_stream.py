@@ -132,28 +132,15 @@ class Bench:
     def __post_init__(self) -> None:
         import torch
 
-        from mtopd.convert.bridge import Bridge, hf_config_from_dict, rope_theta
         from mtopd.megatron import parallel
-        from mtopd.megatron.layers import TeacherLayers
-        from mtopd.megatron.model import config_overrides
+        from mtopd.pipelines.job import build_teacher_layers
         from mtopd.teacher_offload.store import open_store
 
         self.ranks = parallel.initialize(1, 1, seed=0)
         torch.set_num_threads(self.spec.get("compute_threads", 1))
         self.mesh = parallel.build_teacher_mesh(self.spec["tp"])
         self.store = open_store(self.spec["store"])
-        hf_config = hf_config_from_dict(self.store.manifest["architecture"])
-        bridge = Bridge(
-            hf_config,
-            dtype=torch.float32,
-            padded_vocab_size=hf_config.vocab_size,
-            overrides=config_overrides(self.ranks.device),
-            tp=self.mesh.tp_size,
-            ep=self.mesh.ep_size,
-        )
-        self.layers = TeacherLayers(
-            bridge.transformer_config, self.mesh.collection, rope_theta(hf_config), self.ranks.device
-        )
+        self.layers = build_teacher_layers(self.store, self.mesh, self.ranks.device)
 
     def stream(self, host_budget: int, store: Any = None) -> Any:
         from mtopd.teacher_offload.layer_stream import TeacherStream

@@ -108,6 +108,20 @@ def optimizer_settings(config: OptimizerConfig, num_steps: int) -> OptimizerSett
     )
 
 
+def build_teacher_layers(store: TeacherStore, mesh: parallel.TeacherMesh, device: torch.device) -> TeacherLayers:
+    """The layer modules of a teacher on its mesh; they hold no weight until a stream binds some."""
+    hf_config = hf_config_from_dict(store.manifest["architecture"])
+    bridge = Bridge(
+        hf_config,
+        dtype=TORCH_DTYPE[store.dtype],
+        padded_vocab_size=hf_config.vocab_size,
+        overrides=config_overrides(device),
+        tp=mesh.tp_size,
+        ep=mesh.ep_size,
+    )
+    return TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), device)
+
+
 class Job:
     """One rank of a consolidation."""
 
@@ -162,18 +176,8 @@ class Job:
     def teacher_layers(self, index: int) -> TeacherLayers:
         """The (empty) layer modules of a teacher on the teachers' mesh."""
         if index not in self._layers:
-            store, mesh = self.stores[index], self.teacher_meshes[index]
-            hf_config = hf_config_from_dict(store.manifest["architecture"])
-            bridge = Bridge(
-                hf_config,
-                dtype=TORCH_DTYPE[store.dtype],
-                padded_vocab_size=hf_config.vocab_size,
-                overrides=config_overrides(self.ranks.device),
-                tp=mesh.tp_size,
-                ep=mesh.ep_size,
-            )
-            self._layers[index] = TeacherLayers(
-                bridge.transformer_config, mesh.collection, rope_theta(hf_config), self.ranks.device
+            self._layers[index] = build_teacher_layers(
+                self.stores[index], self.teacher_meshes[index], self.ranks.device
             )
         return self._layers[index]
 

@@ -30,3 +30,18 @@ def run_ranks(world_size: int, worker: Path, *arguments: str, timeout: float = 2
         pytest.fail(f"ranks did not end within {timeout} s:\n{output[-6000:]}")
     assert process.returncode == 0, output[-8000:]
     return output
+
+
+def on_small_disk(folder: Path, megabytes: int) -> list[str]:
+    """What to put before a command so that, for it alone, ``folder`` is a tmpfs of that size.
+
+    Needs user namespaces, or root; where a machine allows neither, the test is skipped and says so.
+    """
+    said = ""
+    for namespace in (["unshare", "--user", "--map-root-user", "--mount"], ["unshare", "--mount"]):
+        mount = [*namespace, "sh", "-c", f'mount -t tmpfs -o size={megabytes}m none "$0" && exec "$@"', str(folder)]
+        probe = subprocess.run([*mount, "true"], capture_output=True, text=True, timeout=60)
+        if not probe.returncode:
+            return mount
+        said = probe.stderr.strip()
+    pytest.skip(f"neither user namespaces nor root: no small disk can be mounted ({said})")

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, on_small_disk
 from tests.hidden_cache import kill_writers
 
 
@@ -21,13 +19,8 @@ def test_writers_killed_at_random_instants(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_spares_what_was_committed(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    namespace = ("unshare", "--user", "--map-root-user", "--mount")
-    probe = subprocess.run([*namespace, "true"], capture_output=True, text=True, timeout=60)
-    if probe.returncode:
-        pytest.skip(f"this machine allows no user namespaces, so no small disk can be mounted: {probe.stderr.strip()}")
-    mount = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
-    command = [*namespace, "sh", "-c", mount, str(disk)]
-    command += [sys.executable, "-W", "ignore", "-m", "tests.hidden_cache.full_disk", str(disk)]
+    command = [*on_small_disk(disk, megabytes=8), sys.executable, "-W", "ignore"]
+    command += ["-m", "tests.hidden_cache.full_disk", str(disk)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, rope_theta
 from mtopd.megatron import parallel
-from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import build_model, config_overrides
 from mtopd.pipelines import ranks
+from mtopd.pipelines.job import build_teacher_layers
 from mtopd.teacher_offload import store as store_module
 from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -33,18 +33,7 @@ class Teacher:
 
     def __init__(self, store: TeacherStore, tp: int, ep: int, ranks: parallel.Ranks) -> None:
         self.store, self.mesh = store, parallel.build_teacher_mesh(tp, ep)
-        hf_config = hf_config_from_dict(store.manifest["architecture"])
-        bridge = Bridge(
-            hf_config,
-            dtype=torch.float32,
-            padded_vocab_size=hf_config.vocab_size,
-            overrides=config_overrides(ranks.device),
-            tp=tp,
-            ep=ep,
-        )
-        self.layers = TeacherLayers(
-            bridge.transformer_config, self.mesh.collection, rope_theta(hf_config), ranks.device
-        )
+        self.layers = build_teacher_layers(store, self.mesh, ranks.device)
 
     def run(
         self, stream: TeacherStream, index: int, samples: list[np.ndarray], activation_budget: int = 1 << 30

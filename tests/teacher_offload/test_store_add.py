@@ -24,7 +24,7 @@ from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
 from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, experts_path, open_store, read_range
 from mtopd.teacher_offload.store_writer import StoreWriter, adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, on_small_disk
 from tests.small_models import save_model
 from tests.teacher_offload import kill_add
 
@@ -162,15 +162,9 @@ def test_memory_is_bounded_by_one_layer(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_store_and_spares_the_others(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    namespace = ("unshare", "--user", "--map-root-user", "--mount")
-    probe = subprocess.run([*namespace, "true"], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"this machine allows no user namespaces, so no small disk can be mounted: {probe.stderr.strip()}")
-    mount = 'mount -t tmpfs -o size=4m none "$0" && exec "$@"'
-    said = worker(
-        "full_disk", tmp_path / "disk", source, before=(*namespace, "sh", "-c", mount, str(tmp_path / "disk"))
-    )
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    said = worker("full_disk", disk, source, before=tuple(on_small_disk(disk, megabytes=4)))
     assert said.startswith("full disk: refused twice")
 
 
