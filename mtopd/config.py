@@ -51,22 +51,31 @@ class Model(BaseModel):
 
 
 class ParallelConfig(Model):
-    """Ranks of the student.  The world size is tp x pp x dp."""
+    """Ranks of the student.  The world size is tp x pp x cp x dp; sequence parallelism is ``megatron``'s own option."""
 
     tp: Count = 1
     pp: Count = 1
+    vpp: Count = 1  # model chunks on a pipeline rank: more than one is Megatron's interleaved schedule
+    cp: Count = 1
     dp: Count = 1
+    ep: Count = 1  # experts of a layer are split over this many ranks of a stage
+    etp: Count | None = None  # tensor parallelism of an expert; default tp, and 1 where ep splits the experts
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_tp(self) -> int:
+        return self.etp or (self.tp if self.ep == 1 else 1)
 
 
 class StudentConfig(Model):
     model: LocalPath  # HF folder: initial weights and tokenizer
     dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: ParallelConfig = ParallelConfig()
-    megatron: dict[str, Any] = {}  # fields of Megatron's TransformerConfig, verbatim
+    # Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, verbatim
+    megatron: dict[str, Any] = {}
 
 
 class SourceConfig(Model):
@@ -156,7 +165,8 @@ class OptimizerConfig(Model):
 class TrainConfig(Model):
     num_iterations: Count
     train_steps_per_iteration: Count = 1
-    micro_batch_size: Count
+    micro_batch_size: Count | None = None  # samples, padded to the longest of the train step
+    token_budget: Count | None = None  # or: tokens of a pack, samples one behind the other
     normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
     optimizer: OptimizerConfig
 

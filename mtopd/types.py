@@ -83,6 +83,7 @@ class TrainStepPlan:
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]  # [dp rank][micro-batch]
     seq_length: int  # tokens per row of every micro-batch: prompt + response without the last token, padded
+    packed: bool  # a micro-batch is one row, its samples one behind the other; else one row for each sample
     num_tokens: Mapping[int, int]  # loss tokens of each teacher in the whole mini-batch (N_i)
 
     def teachers_of(self, dp_rank: int) -> list[int]:
