@@ -132,11 +132,12 @@ class Bench:
     def __post_init__(self) -> None:
         import torch
 
+        from mtopd.config import ParallelConfig
         from mtopd.megatron import parallel
         from mtopd.pipelines.job import build_teacher_layers
         from mtopd.teacher_offload.store import open_store
 
-        self.ranks = parallel.initialize(1, 1, seed=0)
+        self.ranks = parallel.initialize(ParallelConfig(), seed=0)
         torch.set_num_threads(self.spec.get("compute_threads", 1))
         self.mesh = parallel.build_teacher_mesh(self.spec["tp"])
         self.store = open_store(self.spec["store"])

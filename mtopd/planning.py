@@ -62,6 +62,7 @@ def plan_train_steps(
             TrainStepPlan(
                 micro_batches=tuple(_cut(part, num_micro_batches, micro_batch_size, weights) for part in parts),
                 seq_length=_round_up(max(map(_row_length, mini_batch)), seq_length_multiple),
+                packed=False,
                 num_tokens=_loss_tokens_by_teacher(mini_batch),
             )
         )

@@ -17,7 +17,7 @@ from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.megatron.model import build_model, config_overrides, padded_vocab_size
+from mtopd.megatron.model import build_chunks, config_overrides, padded_vocab_size, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
@@ -34,28 +34,29 @@ class Student:
     """The trained model on this rank, its trainer, and the way of its weights to the rollout engine and to HF."""
 
     def __init__(self, config: StudentConfig, optimizer: OptimizerConfig, num_steps: int, seed: int) -> None:
-        self.ranks = parallel.initialize(config.parallel.tp, config.parallel.pp, seed=seed)
+        self.ranks = parallel.initialize(config.parallel, seed=seed)
         self.folder = config.model
         self.hf_config = load_hf_config(config.model)
         self.dtype = getattr(torch, config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vocab_size = vocab_size(self.tokenizer)
         padded = padded_vocab_size(self.hf_config.vocab_size, self.ranks.tp_size)
+        fields = sort_fields(config.megatron)
         self.bridge = Bridge(
             self.hf_config,
             dtype=self.dtype,
             padded_vocab_size=padded,
-            overrides=config_overrides(self.ranks.device, config.megatron),
+            overrides=config_overrides(self.ranks.device, fields.transformer, interleaved=self.ranks.vpp_size > 1),
         )
-        model = build_model(
+        chunks = build_chunks(
             self.bridge.transformer_config,
             self.hf_config,
             self.ranks,
             rotary_base=rope_theta(self.hf_config),
             padded_vocab=padded,
         )
-        self.bridge.load(model, config.model)
-        self.trainer = Trainer(model, self.ranks, optimizer_settings(optimizer, num_steps), self.dtype)
+        self.bridge.load(chunks, config.model)
+        self.trainer = Trainer(chunks, self.ranks, optimizer_settings(optimizer, num_steps), self.dtype, fields)
         self.engine = self.new_engine()
         self.update_weights()
 
@@ -71,13 +72,18 @@ class Student:
 
     def update_weights(self) -> None:
         """Give the rollout engine of every rank the trainer's weights.  Collective."""
-        self.engine.update_weights(self.bridge.export(self.trainer.model))
+        self.engine.update_weights(self.weights())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights as HF tensors, on every rank.  Collective."""
+        self.trainer.finish_param_sync()
+        return self.bridge.export(self.trainer.chunks)
 
     def export(self, run: RunDir, folder: Path) -> None:
         """Write a normal HF checkpoint, whole or not at all, and seal it.  Collective."""
         from safetensors.torch import save_file
 
-        tensors = self.bridge.export(self.trainer.model)
+        tensors = self.weights()
         if self.ranks.rank == 0 and not is_sealed(folder):
             partial = folder.with_name(f".{folder.name}.tmp")
             for leftover in (partial, folder):
@@ -170,7 +176,7 @@ class Job:
         """The head slot of this rank's vocabulary shard; None off the last stage."""
         if not self.ranks.is_last_stage:
             return None
-        rows = self.trainer.model.output_weight().shape[0]
+        rows = self.trainer.output_weight().shape[0]
         return HeadSlot(self.stores, first_row=self.ranks.tp_rank * rows, num_rows=rows, device=self.ranks.device)
 
     def teacher_layers(self, index: int) -> TeacherLayers:

@@ -45,11 +45,13 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     """Check a supervised run and write its run directory's first files.  The caller holds the lock."""
     tokenizer = check_student(config.student)
     check_world(config.student)
-    size, dp = config.train.global_batch_size, config.student.parallel.dp
-    if size % (dp * config.train.micro_batch_size):
+    size, parallel = config.train.global_batch_size, config.student.parallel
+    unit, factors = parallel.dp * config.train.micro_batch_size, f"dp {parallel.dp} x micro_batch_size"
+    if parallel.vpp > 1:  # an interleaved schedule works on groups of pp micro-batches
+        unit, factors = unit * parallel.pp, f"pp {parallel.pp} x {factors}"
+    if size % unit:
         raise MtopdError(
-            f"train.global_batch_size {size} is not a multiple of dp {dp} x "
-            f"micro_batch_size {config.train.micro_batch_size}"
+            f"train.global_batch_size {size} is not a multiple of {factors} {config.train.micro_batch_size} = {unit}"
         )
     _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
     prompts.prepare(run, config.data, tokenizer, [{}], supervised=True, progress=say)
@@ -76,11 +78,9 @@ def check_student(student: StudentConfig) -> Any:
             f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} rows for them"
         )
     if student.megatron:  # checked against Megatron's own fields, whose import takes seconds
-        import torch
+        from mtopd.megatron.model import sort_fields
 
-        from mtopd.megatron.model import config_overrides
-
-        config_overrides(torch.device("cpu"), student.megatron)
+        sort_fields(student.megatron)
     parallel = student.parallel
     for what, count, ways in (
         ("key-value heads", hf_config.num_key_value_heads, parallel.tp),

@@ -24,7 +24,7 @@ from mtopd.pipelines.evaluate import accuracy
 from mtopd.pipelines.job import Student, write_evaluation
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
-from mtopd.pipelines.train import pack_rows
+from mtopd.pipelines.train import loss_positions, pack_rows, rows_here
 from mtopd.run_dir import RunDir
 
 _CHECKPOINT_EVERY = 100  # train steps
@@ -100,21 +100,28 @@ def pack(
     """This dp rank's micro-batches, dealt by length: every rank has the same number; and the global token count."""
     ranks, size = student.ranks, config.train.micro_batch_size
     num_tokens = sum(len(e.response_ids) for e in batch)
-    seq_length = max(len(e.prompt_ids) + len(e.response_ids) - 1 for e in batch)
+    multiple = student.trainer.seq_length_multiple
+    longest = max(len(e.prompt_ids) + len(e.response_ids) - 1 for e in batch)
+    seq_length = -(-longest // multiple) * multiple
     mine = sorted(batch, key=lambda e: (len(e.prompt_ids) + len(e.response_ids), e.prompt_ids))[
         ranks.dp_rank :: ranks.dp_size
     ]
     micro_batches = []
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        labels = torch.tensor([token for e in part for token in e.response_ids], device=ranks.device)
+        whole = [_WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part]
+        labels: list[int] = []
+        for example in whole:
+            for here in rows_here(loss_positions(example), seq_length, ranks):
+                labels += example.response_ids[here.first : here.stop]
         micro_batches.append(
             pack_rows(
-                [_WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part],
+                whole,
                 [1.0 / num_tokens] * len(part),
                 shape=(size, seq_length),
-                device=ranks.device,
-                payload=labels,
+                packed=False,
+                ranks=ranks,
+                payload=torch.tensor(labels, device=ranks.device),
             )
         )
     return micro_batches, num_tokens

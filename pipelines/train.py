@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
+from mtopd.megatron.parallel import Ranks, zigzag_chunks
 from mtopd.megatron.train_step import PackedMicroBatch
 from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
 from mtopd.pipelines import teacher_pass
@@ -37,21 +40,26 @@ def run(job: Job, iteration: int) -> None:
         teacher_weights=job.config.teacher_weights,
         dp_size=job.ranks.dp_size,
         micro_batch_size=job.config.train.micro_batch_size,
+        seq_length_multiple=job.trainer.seq_length_multiple,
         normalization=job.config.train.normalization,
         seed=job.iteration_seed(iteration),
     )
     by_id = {s.sample_id: s for s in samples}
+    runs = [_runs_of_step(job, plan, tokens, by_id) for plan in plans]
     if job.heads:
-        own = [plan.micro_batches[job.ranks.dp_rank] for plan in plans]
-        trained = [[p for batch in step for p in batch.samples if by_id[p.sample_id].num_loss_tokens] for step in own]
-        job.heads.expect([i for step in trained for i in sorted({p.teacher_index for p in step})])
-    with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader, CachedStates(job, reader, iteration) as states:
+        job.heads.expect([i for step in runs for i in dict.fromkeys(run.teacher_index for run in step)])
+    with open_cache(job, iteration) as reader, CachedStates(job, reader, iteration) as states:
         for number, plan in enumerate(plans):
-            for ahead in plans[number : number + 2] if number == 0 else plans[number + 1 : number + 2]:
-                states.prefetch(_runs_of_step(job, ahead, tokens, by_id))
+            for ahead in runs[number : number + 2] if number == 0 else runs[number + 1 : number + 2]:
+                states.prefetch(ahead)
             step = iteration * len(plans) + number
             job.metrics.write("train_step", iteration, train_step(job, plan, tokens, samples, states, step), step=step)
             job.progress.advance(tokens=sum(plan.num_tokens.values()))
+
+
+def open_cache(job: Job, iteration: int) -> AbstractContextManager[HiddenCacheReader | None]:
+    """The iteration's hidden states; ranks before the last stage never open them."""
+    return HiddenCacheReader(job.run.hidden_cache(iteration)) if job.heads else contextlib.nullcontext()
 
 
 class CachedStates:
@@ -61,10 +69,10 @@ class CachedStates:
     is forgotten when it is used, so at most the mini-batches that were announced and not yet used are held.
     """
 
-    def __init__(self, job: Job, reader: HiddenCacheReader, iteration: int) -> None:
+    def __init__(self, job: Job, reader: HiddenCacheReader | None, iteration: int) -> None:
         self._job, self._reader, self._iteration = job, reader, iteration
         self._thread = ThreadPoolExecutor(1, "hidden-states")
-        self._shares: dict[tuple[int, ...], Future[torch.Tensor]] = {}  # by the run's sample ids
+        self._shares: dict[tuple[tuple[int, int, int], ...], Future[torch.Tensor]] = {}  # by the run's sample ids
         self.stall_s = 0.0
 
     def prefetch(self, runs: Sequence[TeacherRun]) -> None:
@@ -96,6 +104,7 @@ class CachedStates:
 
     def _read_share(self, run: TeacherRun) -> torch.Tensor:
         """[ceil(T / tp), E] of the run, which may begin and end inside a sample; the last rank's end is padding."""
+        assert self._reader is not None, "hidden states are the last stage's"
         store, ranks = self._job.stores[run.teacher_index], self._job.ranks
         share = -(-(run.stop - run.start) // ranks.tp_size)
         share_TE = torch.empty(
@@ -108,7 +117,7 @@ class CachedStates:
         first = ranks.tp_rank * share
         reads, at = [], -first  # row of the sample's first token in this share
         for sample in run.entries:
-            count = sample.metadata.num_loss_tokens
+            count = sample.stop - sample.first
             start, stop = max(-at, 0), min(share - at, count)
             if start < stop:
                 entry = self._reader.lookup(sample.key, sample.metadata.sample_id, self._iteration)
@@ -117,24 +126,15 @@ class CachedStates:
                         f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache; run "
                         "the teacher pass again"
                     )
-                reads.append(Read(entry, start, stop, out_TE[at + start : at + stop]))
+                reads.append(Read(entry, sample.first + start, sample.first + stop, out_TE[at + start : at + stop]))
             at += count
         self._reader.read_many(reads)
         out_TE[max(at, 0) :] = 0
         return share_TE
 
 
-def _name(run: TeacherRun) -> tuple[int, ...]:
-    return tuple(sample.metadata.sample_id for sample in run.entries)
-
-
-def _runs_of_step(
-    job: Job, plan: TrainStepPlan, tokens: TokenStore, by_id: dict[int, SampleMetadata]
-) -> list[TeacherRun]:
-    """This rank's runs in the order they are used; none on ranks that are not on the last stage."""
-    if not job.heads:
-        return []
-    return [run for batch in plan.micro_batches[job.ranks.dp_rank] for run in _runs(job, batch, tokens, by_id)]
+def _name(run: TeacherRun) -> tuple[tuple[int, int, int], ...]:
+    return tuple((sample.metadata.sample_id, sample.first, sample.stop) for sample in run.entries)
 
 
 def train_step(
@@ -150,7 +150,7 @@ def train_step(
     stalled = states.stall_s
     by_id = {s.sample_id: s for s in samples}
     micro_batches = [
-        pack(job, micro_batch, plan.seq_length, tokens, by_id) for micro_batch in plan.micro_batches[job.ranks.dp_rank]
+        pack(job, plan, micro_batch, tokens, by_id) for micro_batch in plan.micro_batches[job.ranks.dp_rank]
     ]
     objective = TeacherKL(
         num_teachers=len(job.stores),
@@ -225,15 +225,16 @@ def _head_metrics(job: Job, stall_s: float, statistics_s: float) -> dict[str, ob
 
 
 def pack(
-    job: Job, micro_batch: MicroBatch, seq_length: int, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
 ) -> PackedMicroBatch:
     """Tensors of one micro-batch.  Only last-stage ranks look up cache keys."""
     return pack_rows(
         [tokens.tokens(s.sample_id) for s in micro_batch.samples],
         [s.token_weight for s in micro_batch.samples],
-        shape=(job.config.train.micro_batch_size, seq_length),
-        device=job.ranks.device,
-        payload=_runs(job, micro_batch, tokens, by_id) if job.heads else [],
+        shape=(1 if plan.packed else job.config.train.micro_batch_size or 1, plan.seq_length),
+        packed=plan.packed,
+        ranks=job.ranks,
+        payload=_runs(job, plan, micro_batch, tokens, by_id) if job.heads else [],
     )
 
 
@@ -248,45 +249,114 @@ class TrainedTokens(Protocol):
     def loss_mask(self) -> Any: ...
 
 
+class RowRange(NamedTuple):
+    """Loss rows [first, stop) of a sample, all on this cp rank; ``offset`` + position in the whole row = place here."""
+
+    first: int
+    stop: int
+    offset: int
+
+
+def loss_positions(sample: TrainedTokens) -> Any:
+    """Where a sample's trained tokens are predicted, ascending: response token k at position prompt_len - 1 + k."""
+    return len(sample.prompt_ids) - 1 + np.flatnonzero(sample.loss_mask)
+
+
+def rows_here(positions: Any, seq_length: int, ranks: Ranks) -> list[RowRange]:
+    """The loss rows whose positions this cp rank has: all of them, or those in its two ranges of the zigzag."""
+    if ranks.cp_size == 1:
+        return [RowRange(0, len(positions), 0)]
+    here, start = [], 0
+    for chunk in zigzag_chunks(seq_length, ranks.cp_rank, ranks.cp_size):
+        first, stop = np.searchsorted(positions, [chunk.start, chunk.stop]).tolist()
+        here.append(RowRange(first, stop, start - chunk.start))
+        start += chunk.stop - chunk.start
+    return [rows for rows in here if rows.first < rows.stop]
+
+
 def pack_rows(
     samples: Sequence[TrainedTokens],
     token_weights: Sequence[float],
     *,
     shape: tuple[int, int],
-    device: torch.device,
+    packed: bool,
+    ranks: Ranks,
     payload: Any,
 ) -> PackedMicroBatch:
-    """Right-pad samples to ``shape`` [B, S]; loss rows stand in order of samples, then positions."""
-    input_ids_BS = np.zeros(shape, np.int64)
+    """Lay samples out in ``shape`` [B, S], each in its own row or, packed, one behind the other in the only row.
+
+    Loss rows stand in order of samples, then positions.  Under context parallelism the result has this rank's part.
+    """
+    input_ids_BS, position_ids_BS = np.zeros(shape, np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
     positions, rows, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for row, (sample, weight) in enumerate(zip(samples, token_weights, strict=True)):
+    starts = [0]  # of the samples in a packed row
+    for number, (sample, weight) in enumerate(zip(samples, token_weights, strict=True)):
         ids = np.concatenate([sample.prompt_ids, sample.response_ids[:-1]])
-        input_ids_BS[row, : len(ids)] = ids
-        # Response token k is predicted at position prompt_len - 1 + k.
-        positions.append(len(sample.prompt_ids) - 1 + np.flatnonzero(sample.loss_mask))
-        rows.append(np.full(len(positions[-1]), row))
-        weights.append(np.full(len(positions[-1]), weight, np.float32))
+        row, begin = (0, starts[-1]) if packed else (number, 0)
+        input_ids_BS[row, begin : begin + len(ids)] = ids
+        position_ids_BS[row, begin : begin + len(ids)] = np.arange(len(ids))
+        starts.append(begin + len(ids))
+        found = loss_positions(sample)
+        for here in rows_here(found, shape[1], ranks):
+            positions.append(begin + found[here.first : here.stop] + here.offset)
+            rows.append(np.full(len(positions[-1]), row))
+            weights.append(np.full(len(positions[-1]), weight, np.float32))
+    if packed:  # the padding is a sample of its own
+        padding = shape[1] - starts[-1]
+        position_ids_BS[0, starts[-1] :] = np.arange(padding)
+        starts += [shape[1]] if padding else []
+    if ranks.cp_size > 1:
+        chunks = zigzag_chunks(shape[1], ranks.cp_rank, ranks.cp_size)
+        input_ids_BS, position_ids_BS = (
+            np.concatenate([array[:, chunk] for chunk in chunks], axis=1) for array in (input_ids_BS, position_ids_BS)
+        )
     return PackedMicroBatch(
-        input_ids_BS=torch.from_numpy(input_ids_BS).to(device),
-        position_T=torch.from_numpy(np.concatenate(positions)).to(device),
-        row_T=torch.from_numpy(np.concatenate(rows)).to(device),
-        token_weight_T=torch.from_numpy(np.concatenate(weights)).to(device),
+        input_ids_BS=torch.from_numpy(input_ids_BS).to(ranks.device),
+        position_ids_BS=torch.from_numpy(position_ids_BS).to(ranks.device),
+        position_T=torch.from_numpy(np.concatenate(positions)).to(ranks.device),
+        row_T=torch.from_numpy(np.concatenate(rows)).to(ranks.device),
+        token_weight_T=torch.from_numpy(np.concatenate(weights)).to(ranks.device),
         payload=payload,
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=ranks.device) if packed else None,
+        max_seqlen=int(max(np.diff(starts))) if packed else 0,
     )
 
 
-def _runs(job: Job, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]) -> list[TeacherRun]:
-    """Contiguous teacher runs of the micro-batch's loss rows."""
+@dataclass(frozen=True, slots=True)
+class SampleRows:
+    """Rows [first, stop) of a sample's cached hidden states."""
+
+    metadata: SampleMetadata
+    key: bytes
+    first: int
+    stop: int
+
+
+def _runs_of_step(
+    job: Job, plan: TrainStepPlan, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+) -> list[TeacherRun]:
+    """This rank's runs in the order they are used; none on ranks that are not on the last stage."""
+    if not job.heads:
+        return []
+    return [run for batch in plan.micro_batches[job.ranks.dp_rank] for run in _runs(job, plan, batch, tokens, by_id)]
+
+
+def _runs(
+    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+) -> list[TeacherRun]:
+    """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
     runs: list[TeacherRun] = []
     start = 0
     for planned in micro_batch.samples:
         metadata = by_id[planned.sample_id]
-        stop = start + metadata.num_loss_tokens
         key = teacher_pass.cache_key(job, job.stores[planned.teacher_index], tokens, metadata)
-        entry = teacher_pass.CachedSample(metadata, key)
-        if runs and runs[-1].teacher_index == planned.teacher_index:
-            runs[-1] = TeacherRun(planned.teacher_index, runs[-1].start, stop, [*runs[-1].entries, entry])
-        elif stop > start:
-            runs.append(TeacherRun(planned.teacher_index, start, stop, [entry]))
-        start = stop
+        positions = loss_positions(tokens.tokens(planned.sample_id))
+        for here in rows_here(positions, plan.seq_length, job.ranks):
+            entry = SampleRows(metadata, key, here.first, here.stop)
+            stop = start + here.stop - here.first
+            if runs and runs[-1].teacher_index == planned.teacher_index:
+                runs[-1] = TeacherRun(planned.teacher_index, runs[-1].start, stop, [*runs[-1].entries, entry])
+            elif stop > start:
+                runs.append(TeacherRun(planned.teacher_index, start, stop, [entry]))
+            start = stop
     return runs

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +234,15 @@ class Bridge:
     def transformer_config(self) -> Any:
         return self._bridge.config
 
-    def load(self, model: torch.nn.Module, folder: Path) -> None:
-        """Fill a Megatron model from an HF folder.  Collective over tp."""
+    def load(self, chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+        """Fill a Megatron model's chunks from an HF folder.  Collective over tp."""
         with torch.no_grad():
-            self._bridge.load_weights([_TransformerEngineNames(model, self)], str(folder))
+            self._bridge.load_weights([_TransformerEngineNames(chunk, self) for chunk in chunks], str(folder))
 
     def export(
-        self, model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]] | None = None
+        self,
+        chunks: Sequence[torch.nn.Module],
+        tensors: Sequence[Iterable[tuple[str, torch.Tensor]] | None] | None = None,
     ) -> dict[str, torch.Tensor]:
         """All HF tensors of a Megatron model, on every rank.  Collective over tp and pp.
 
@@ -248,7 +250,11 @@ class Bridge:
         their gradients: the map is linear, so the gradient of an HF tensor comes out.
         """
         with torch.no_grad():
-            pairs = self._bridge.export_weights([_TransformerEngineNames(model, self, tensors)])
+            views = [
+                _TransformerEngineNames(chunk, self, given)
+                for chunk, given in zip(chunks, tensors or [None] * len(chunks), strict=True)
+            ]
+            pairs = self._bridge.export_weights(views)
             return {name: tensor.detach().clone() for name, tensor in pairs}
 
     # -- names ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def _file_name(trainer: Trainer) -> str:
 def _tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Live tensors of this rank's state by a name that does not depend on the order of parameters."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trainer.model.named_parameters():
+    (chunk,) = trainer.chunks
+    for name, parameter in chunk.named_parameters():
         tensors[f"model/{name}"] = parameter.data
         master = getattr(parameter, "main_param", None)
         if master is not None:

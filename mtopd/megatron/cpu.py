@@ -87,24 +87,17 @@ def install() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    _install_layers()
+    _install_dispatcher()
     mode = _CudaMeansCpu()
     mode.__enter__()
     _installed.append(mode)
 
 
-def _install_layers() -> None:
-    """What expert and latent-attention layers ask of CUDA and Transformer Engine without looking if they are there."""
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+def _install_dispatcher() -> None:
+    """The experts' all-to-all needs its split sizes as host integers; upstream converts only what is on CUDA."""
+    from megatron.core.transformer.moe import token_dispatcher
 
     dispatcher: Any = token_dispatcher
-    # The all-to-all needs its split sizes as host integers; upstream converts them only where they are on CUDA.
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
-    if not hasattr(moe_utils, "te_general_gemm"):
-        utils: Any = moe_utils
-        utils.te_general_gemm = None  # tested against None where the router computes in float32
-    attention: Any = multi_latent_attention
-    attention.HAVE_TE = isinstance(attention.TELinear, type)  # else it is a stand-in that isinstance() refuses

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mtopd.megatron import without_te
 from mtopd.megatron.parallel import Ranks
+from mtopd.megatron.without_te import have_transformer_engine
 from mtopd.types import MtopdError
 
 
@@ -27,28 +31,88 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def have_transformer_engine() -> bool:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+# What a run fixes by other keys, or by how it computes; the rest of Megatron's options passes through.
+_OURS = {
+    **{
+        f"{name}_parallel_size": f"student.parallel.{ours}"
+        for name, ours in (
+            ("tensor_model", "tp"),
+            ("pipeline_model", "pp"),
+            ("virtual_pipeline_model", "vpp"),
+            ("context", "cp"),
+            ("expert_model", "ep"),
+            ("expert_tensor", "etp"),
+        )
+    },
+    **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "student.dtype"),
+    **{name: f"train.optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2")},
+    "clip_grad": "train.optimizer.clip_grad",
+    **dict.fromkeys(
+        ("calculate_per_token_loss", "variable_seq_lengths", "grad_reduce_in_fp32", "average_in_collective"),
+        "nothing: 1/N is in the token weights, summed in float32",
+    ),
+    **dict.fromkeys(("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"), "use_distributed_optimizer instead"),
+}
 
 
-def config_overrides(device: torch.device, user: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """TransformerConfig fields for this backend, then the user's verbatim ``megatron`` table.
+@dataclasses.dataclass(frozen=True)
+class MegatronFields:
+    """The user's verbatim ``student.megatron`` table, sorted by the Megatron dataclass that has the field."""
 
-    Raises MtopdError for a field Megatron does not have.  Values are coerced to the field's type (YAML reads 2e-3
-    as a string).
+    transformer: Mapping[str, Any]
+    ddp: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+
+
+def sort_fields(user: Mapping[str, Any]) -> MegatronFields:
+    """A field that two dataclasses have (``use_distributed_optimizer``) goes to both.
+
+    Raises MtopdError for a field that no dataclass has or that another key sets.  Values are coerced to the field's
+    type (YAML reads 2e-3 as a string).
     """
-    fields: dict[str, Any] = {
+    kinds = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
+    known = [{f.name: f for f in dataclasses.fields(kind)} for kind in kinds]
+    tables: tuple[dict[str, Any], ...] = ({}, {}, {})
+    for name, value in user.items():
+        if name in _OURS:
+            raise MtopdError(f"student.megatron.{name} is not set here; set {_OURS[name]}")
+        if not any(name in fields for fields in known):
+            near = difflib.get_close_matches(name, [n for fields in known for n in fields], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise MtopdError(
+                f"student.megatron.{name} is not a field of Megatron's TransformerConfig, "
+                f"DistributedDataParallelConfig or OptimizerConfig{hint}"
+            )
+        for table, fields in zip(tables, known, strict=True):
+            if name in fields:
+                table[name] = _coerce(value, fields[name].default, name)
+    return MegatronFields(*tables)
+
+
+def _coerce(value: Any, default: Any, name: str) -> Any:
+    """YAML's string as the field's number."""
+    if not (isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool)):
+        return value
+    try:
+        return type(default)(float(value)) if isinstance(default, int) else float(value)
+    except ValueError:
+        raise MtopdError(f"student.megatron.{name} needs a number, found {value!r}") from None
+
+
+def config_overrides(
+    device: torch.device, user: Mapping[str, Any] | None = None, *, interleaved: bool = False
+) -> dict[str, Any]:
+    """TransformerConfig fields for this backend, then the user's (``sort_fields(...).transformer``)."""
+    return {
         "calculate_per_token_loss": True,  # gradients are sums: 1/N is in the token weights, see planning
         "sequence_parallel": False,
         "variable_seq_lengths": False,  # a train step has one sequence length for all its micro-batches
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "batch_p2p_comm": True,
-        "overlap_p2p_comm": False,
+        # Between the same two ranks an interleaved schedule's batched sends and receives are paired by their order,
+        # which mixes activations with gradients.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
         # True frees a tensor that gloo may still be sending: silently wrong numbers under interleaved schedules.
         "deallocate_pipeline_outputs": device.type == "cuda",
         "use_cpu_initialization": device.type == "cpu",
@@ -58,30 +122,8 @@ def config_overrides(device: torch.device, user: Mapping[str, Any] | None = None
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
+        **(user or {}),
     }
-    fields.update(coerce_fields(TransformerConfig, user or {}, "student.megatron"))
-    return fields
-
-
-def coerce_fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check names against a Megatron dataclass and turn YAML's strings into the field's number or bool."""
-    import difflib
-
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise MtopdError(f"{where}.{name} is not a field of Megatron's {kind.__name__}{hint}")
-        default = known[name].default
-        if isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool):
-            try:
-                value = type(default)(float(value)) if isinstance(default, int) else float(value)
-            except ValueError:
-                raise MtopdError(f"{where}.{name} needs a number, found {value!r}") from None
-        result[name] = value
-    return result
 
 
 class HiddenStateModel(GPTModel):
@@ -97,46 +139,53 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
-class LatentDotProductAttention(DotProductAttention):
-    """Megatron's own attention where keys are wider than values; ``config.kv_channels`` is the width of a value."""
-
-    def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Megatron builds it twice, first without the widths.
-        assert v_channels in (None, self.config.kv_channels), (v_channels, self.config.kv_channels)
-
-
-def block_spec(config: TransformerConfig) -> Any:
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
     """Layer specs: Transformer Engine's where it is installed, Megatron's local ones where not."""
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=have_transformer_engine(), normalization=config.normalization
+    if not have_transformer_engine():
+        return without_te.block_spec(config, vp_stage)
+    return get_gpt_decoder_block_spec(
+        config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage
     )
-    if config.multi_latent_attention and not have_transformer_engine():
-        # The local spec splits the down-projections over tp and gathers their output over the global group: wrong on
-        # a teacher's mesh.  Replicated, as Transformer Engine has them, nothing is gathered.
-        for layer in spec.layer_specs:
-            attention = layer.submodules.self_attention.submodules
-            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
-            attention.core_attention = LatentDotProductAttention
-    return spec
 
 
-def build_model(
+def build_chunks(
     config: TransformerConfig, hf_config: Any, ranks: Ranks, *, rotary_base: float, padded_vocab: int
-) -> HiddenStateModel:
-    """This rank's stage of the student, on its device, weights not yet loaded."""
-    model = HiddenStateModel(
-        config=config,
-        transformer_layer_spec=block_spec(config),
-        vocab_size=padded_vocab,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=ranks.pp_rank == 0,
-        post_process=ranks.is_last_stage,
-        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=rotary_base,
-        parallel_output=True,
-    )
-    if ranks.device.type == "cuda":
-        model.cuda(ranks.device)
-    return model
+) -> list[HiddenStateModel]:
+    """This rank's model chunks, on its device, weights not yet loaded: one, or ``vpp`` under the interleaved schedule.
+
+    Raises MtopdError for a layout that this architecture is not trained on.
+    """
+    _check_axes(config)
+    chunks = []
+    for stage in range(ranks.vpp_size):
+        vp_stage = stage if ranks.vpp_size > 1 else None
+        chunk = HiddenStateModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, vp_stage),
+            vocab_size=padded_vocab,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=rotary_base,
+            parallel_output=True,
+            vp_stage=vp_stage,
+        )
+        without_te.mark_replicated(chunk, config)
+        if ranks.device.type == "cuda":
+            chunk.cuda(ranks.device)
+        chunks.append(chunk)
+    return chunks
+
+
+def _check_axes(config: TransformerConfig) -> None:
+    tp, cp, latent = config.tensor_model_parallel_size, config.context_parallel_size, config.multi_latent_attention
+    if tp > 1 and (latent or config.num_moe_experts) and not config.sequence_parallel:
+        # Megatron sums the replicated projections' gradients, and trains experts, only with it.
+        raise MtopdError(
+            f"tp {tp} with {'latent attention' if latent else 'experts'} needs sequence parallelism: set "
+            "student.megatron.sequence_parallel=true"
+        )
+    if cp > 1 and latent:
+        raise MtopdError(f"cp {cp} with latent attention is not supported; set student.parallel.cp=1")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mtopd.config import ParallelConfig
 from mtopd.types import MtopdError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -16,7 +17,11 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands.  Groups are torch.distributed groups."""
+    """Where this process stands.  Groups are torch.distributed groups.
+
+    A dp rank trains on its own samples; the cp ranks of one dp rank share each sample's positions.  Gradients are
+    summed over ``dp_cp_group``.
+    """
 
     rank: int
     world_size: int
@@ -24,11 +29,16 @@ class Ranks:
     tp_size: int
     pp_rank: int
     pp_size: int
+    vpp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
+    ep_size: int
+    expert_tp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
     device: torch.device
 
     @property
@@ -44,14 +54,12 @@ def pick_device(local_world_size: int) -> tuple[str, str]:
     return "cpu", f"{found} GPUs for {local_world_size} ranks on this node: gloo on CPU"
 
 
-def initialize(tp: int, pp: int, *, seed: int) -> Ranks:
+def initialize(layout: ParallelConfig, *, seed: int) -> Ranks:
     """Join the job torchrun started and build Megatron's groups.  Reads torchrun's RANK, WORLD_SIZE, LOCAL_*.
 
-    Raises MtopdError when tp x pp does not divide the world size.
+    Raises MtopdError when the layout does not divide the world size; what is left over is data parallel.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if world_size % (tp * pp):
-        raise MtopdError(f"world size {world_size} is not a multiple of tp {tp} x pp {pp} = {tp * pp}")
     kind, _ = pick_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -62,33 +70,74 @@ def initialize(tp: int, pp: int, *, seed: int) -> Ranks:
         device = torch.device("cpu")
         cpu.install()
         torch.set_num_threads(1)
+    from mtopd.megatron import without_te
+
+    without_te.install()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return build_groups(tp, pp, rank=rank, world_size=world_size, device=device, seed=seed)
+    return build_groups(layout, rank=rank, world_size=world_size, device=device, seed=seed)
 
 
-def build_groups(tp: int, pp: int, *, rank: int, world_size: int, device: torch.device, seed: int) -> Ranks:
+def build_groups(layout: ParallelConfig, *, rank: int, world_size: int, device: torch.device, seed: int) -> Ranks:
     """Megatron's groups for one layout; a former layout of this process is taken down first."""
     from megatron.core import parallel_state, tensor_parallel
 
+    check_layout(layout, world_size)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Ranks(
         rank=rank,
         world_size=world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tp,
+        tp_size=layout.tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=pp,
+        pp_size=layout.pp,
+        vpp_size=layout.vpp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=layout.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_size=layout.ep,
+        expert_tp_size=layout.expert_tp,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=device,
     )
+
+
+def check_layout(layout: ParallelConfig, world_size: int) -> None:
+    """Raise MtopdError when the student's axes do not fit the world size or one another."""
+    model = layout.tp * layout.pp * layout.cp
+    if world_size % model:
+        raise MtopdError(
+            f"world size {world_size} is not a multiple of tp {layout.tp} x pp {layout.pp} x cp {layout.cp} = {model}"
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        raise MtopdError(f"student.parallel.vpp {layout.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1")
+    stage, experts = world_size // layout.pp, layout.ep * layout.expert_tp
+    if stage % experts:
+        raise MtopdError(
+            f"ep {layout.ep} x etp {layout.expert_tp} = {experts} does not divide the {stage} ranks of a pipeline stage"
+        )
+
+
+def zigzag_chunks(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, slice]:
+    """The two ranges of positions of a cp rank: of 2 x cp_size equal chunks the r-th from each end, so that causal
+    attention costs every rank the same."""
+    assert seq_length % (2 * cp_size) == 0, (seq_length, cp_size)
+    chunk = seq_length // (2 * cp_size)
+    first, last = cp_rank, 2 * cp_size - 1 - cp_rank
+    return slice(first * chunk, (first + 1) * chunk), slice(last * chunk, (last + 1) * chunk)
 
 
 @dataclass(frozen=True)

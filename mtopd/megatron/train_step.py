@@ -1,14 +1,16 @@
-"""One train step: Megatron's 1F1B schedule, gradients, optimizer.  Knows nothing of teachers.
+"""One train step: Megatron's pipeline schedules, gradients, optimizer.  Knows nothing of teachers.
 
 The loss comes from an *objective*, called on last-stage ranks only, once per micro-batch:
-``objective(student_hidden_TD, output_weight_vD, rows) -> (loss, metrics)`` where ``rows`` names the T loss rows in
-order.  Its loss is a plain sum in which 1/N already stands (token weights), so gradients of micro-batches, dp ranks
-and pipeline stages are added and divided by nothing: ``num_tokens = 0`` tells Megatron exactly that.
+``objective(student_hidden_TD, output_weight_vD, micro_batch) -> (loss, metrics)`` over the T loss rows that
+``micro_batch`` names, in order.  Its loss is a plain sum in which 1/N already stands (token weights), so gradients of
+micro-batches, dp and cp ranks and pipeline stages are added and divided by nothing: ``num_tokens = 0`` tells Megatron
+exactly that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,25 +21,46 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
-from mtopd.megatron.model import HiddenStateModel
+from mtopd.megatron.model import HiddenStateModel, MegatronFields
 from mtopd.megatron.parallel import Ranks
 
 
 @dataclass(frozen=True)
 class PackedMicroBatch:
-    """Tensors of one micro-batch: B rows right-padded to S (causal attention never looks at the padding).
+    """Tensors of one micro-batch on one cp rank: B rows right-padded to S (causal attention never looks at padding).
 
-    ``position_T``, ``row_T`` address the T loss rows in [S, B]; ``payload`` is the objective's own (runs, labels).
+    Under context parallelism S is the whole row and ``input_ids`` this rank's two ranges of it.  Packed, B is 1 and
+    ``cu_seqlens`` cuts the row into samples, the padding as a last one.  ``position_T`` and ``row_T`` address this
+    rank's T loss rows in [S / cp, B]; ``payload`` is the objective's own (runs, labels).
     """
 
     input_ids_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
     position_T: torch.Tensor
     row_T: torch.Tensor
     token_weight_T: torch.Tensor  # fp32, includes 1/N
     payload: Any
+    cu_seqlens: torch.Tensor | None = None  # int32, from 0 to S; packed only
+    max_seqlen: int = 0
+
+    @property
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        if self.cu_seqlens is None:
+            return None
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_kv=self.cu_seqlens,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_kv=self.max_seqlen,
+        )
 
 
 Objective = Callable[[torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
@@ -59,39 +82,48 @@ class OptimizerSettings:
 
 
 class Trainer:
-    """The student with its gradients and optimizer on this rank."""
+    """The student's model chunks with their gradients and optimizer on this rank."""
 
-    def __init__(self, model: HiddenStateModel, ranks: Ranks, settings: OptimizerSettings, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStateModel],
+        ranks: Ranks,
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+        fields: MegatronFields,
+    ) -> None:
         self.ranks = ranks
-        self.model = model
-        config = model.config
-        module: torch.nn.Module = model
+        self.chunks = list(chunks)
+        self.config = config = chunks[0].config
+        modules: list[Any] = self.chunks
         if dtype == torch.bfloat16:
             from megatron.core.transformer.module import Float16Module
 
-            module = Float16Module(config, model)
-        self.ddp = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
-            ),
-            module,
-        )
-        self.ddp.broadcast_params()
+            modules = [Float16Module(config, chunk) for chunk in self.chunks]
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
+        # Buckets of the chunks after the first are not needed before the pipeline's end: one each.
+        self.ddp = [
+            DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+            for index, module in enumerate(modules)
+        ]
+        for module in self.ddp:
+            module.broadcast_params()
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.adam_beta1,
-                adam_beta2=settings.adam_beta2,
-                clip_grad=settings.clip_grad,
-                bf16=dtype == torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=False,
+                **{
+                    "optimizer": "adam",
+                    "lr": settings.lr,
+                    "min_lr": settings.min_lr,
+                    "weight_decay": settings.weight_decay,
+                    "adam_beta1": settings.adam_beta1,
+                    "adam_beta2": settings.adam_beta2,
+                    "clip_grad": settings.clip_grad,
+                    "bf16": dtype == torch.bfloat16,
+                    "params_dtype": dtype,
+                    **fields.optimizer,
+                }
             ),
-            [self.ddp],
+            self.ddp,
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -110,6 +142,31 @@ class Trainer:
         self.scheduler.step(1)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
+        self._gathers_late = ddp_config.use_distributed_optimizer and ddp_config.overlap_param_gather
+        if ddp_config.overlap_grad_reduce:
+            config.no_sync_func = self._each_or_one([m.no_sync for m in self.ddp])
+            if ddp_config.align_param_gather:
+                config.param_sync_func = self._each_or_one([m.start_param_sync for m in self.ddp])
+
+    @staticmethod
+    def _each_or_one(functions: list[Any]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    @property
+    def seq_length_multiple(self) -> int:
+        """Rows of a micro-batch are padded to this: equal parts for a cp rank's two ranges and for tp ranks."""
+        ranks = self.ranks
+        part = math.lcm(2 if ranks.cp_size > 1 else 1, ranks.tp_size if self.config.sequence_parallel else 1)
+        return ranks.cp_size * part
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """An interleaved schedule works on groups of as many micro-batches as there are pipeline ranks."""
+        return self.ranks.pp_size if self.ranks.vpp_size > 1 else 1
+
+    def output_weight(self) -> torch.Tensor:
+        """[V / tp, D] of the student's output layer; last-stage ranks only."""
+        return self.chunks[-1].output_weight()
 
     def forward_backward(
         self, micro_batches: Sequence[PackedMicroBatch], objective: Objective
@@ -118,19 +175,22 @@ class Trainer:
 
         Returns the objective's metrics summed over micro-batches (last stage; empty elsewhere).
         """
-        self.ddp.zero_grad_buffer()
+        for module in self.ddp:
+            module.zero_grad_buffer()
+            module.train()
         self.optimizer.zero_grad()
-        self.ddp.train()
-        batch_size, seq_length = micro_batches[0].input_ids_BS.shape
-        assert all(mb.input_ids_BS.shape == (batch_size, seq_length) for mb in micro_batches), (
+        batch_size, local_length = micro_batches[0].input_ids_BS.shape
+        assert all(mb.input_ids_BS.shape == (batch_size, local_length) for mb in micro_batches), (
             "one shape per train step"
         )
+        # Every chunk of an interleaved schedule goes through all micro-batches by itself.
+        iterators = [iter(micro_batches) for _ in self.ddp]
         collected = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, objective=objective),
-            data_iterator=iter(micro_batches),
-            model=self.ddp,
+            forward_step_func=partial(_forward_step, trainer=self, objective=objective),
+            data_iterator=self._each_or_one(iterators),
+            model=self._each_or_one(self.ddp),
             num_microbatches=len(micro_batches),
-            seq_length=seq_length,
+            seq_length=local_length * self.ranks.cp_size,
             micro_batch_size=batch_size,
             forward_only=False,
         )
@@ -153,12 +213,13 @@ class Trainer:
 
         Parameters stay.  Views (``main_grad``, buckets) stay valid: only their storages are emptied and filled again.
         """
-        weights = {id(p) for p in self.model.parameters()}
-        adam = self._adam
-        tensors = [b.grad_data for b in (*self.ddp.buffers, *self.ddp.expert_parallel_buffers)]
-        tensors += [t for state in adam.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        tensors += [p.data for g in adam.param_groups for p in g["params"] if id(p) not in weights]  # fp32 copies
+        weights = {p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()}
+        tensors = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
+        for adam in self._adams:
+            tensors += [t for state in adam.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+            tensors += [p.data for group in adam.param_groups for p in group["params"]]  # fp32 copies
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.nbytes}
+        storages = {pointer: storage for pointer, storage in storages.items() if pointer not in weights}
         waiting = []
         for storage in storages.values():
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.ranks.device.type == "cuda")
@@ -172,42 +233,50 @@ class Trainer:
                 storage.resize_(host.nbytes)
                 _bytes(storage).copy_(host)
 
+    def finish_param_sync(self) -> None:
+        """Wait until every weight is whole on this rank.  Collective; before weights are exported or saved.
+
+        With ``overlap_param_gather`` an update leaves the weights in shards that the next forward would gather.
+        """
+        if self._gathers_late:
+            for module in self.ddp:
+                module.start_param_sync(force_sync=True)
+
     # -- state for checkpoints --------------------------------------------------------------------------------------
     @property
     def steps_done(self) -> int:
         return int(self.scheduler.num_steps) - 1
 
     def adam_state(self, parameter: torch.Tensor) -> dict[str, Any]:
-        return self._adam.state[parameter]
+        (adam,) = self._adams
+        return adam.state[parameter]
 
     def create_optimizer_state(self) -> None:
         """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them."""
-        for group in self._adam.param_groups:
-            for parameter in group["params"]:
-                state = self._adam.state[parameter]
-                state.setdefault("step", torch.zeros((), dtype=torch.float32))
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state.setdefault(name, torch.zeros_like(parameter.data))
+        for adam in self._adams:
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    state = adam.state[parameter]
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state.setdefault(name, torch.zeros_like(parameter.data))
 
     def resume_schedule(self, steps_done: int) -> None:
         self.scheduler.num_steps = 0
         self.scheduler.step(steps_done + 1)
 
     @property
-    def _adam(self) -> torch.optim.Optimizer:
-        """The torch optimizer inside Megatron's wrappers."""
-        (inner,) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        adam = inner.optimizer
-        assert isinstance(adam, torch.optim.Optimizer)
-        return adam
+    def _adams(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers inside Megatron's wrappers: one, or one more for experts."""
+        return [wrapper.optimizer for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
 
     def reduce_metrics(self, totals: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, float]:
-        """Sum last-stage metrics over dp and hand them to every rank, in float64.  Collective."""
+        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.  Collective."""
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.ranks.device)
         if self.ranks.is_last_stage:
             if totals:
                 sums = torch.stack([totals[name].double() for name in names])
-            dist.all_reduce(sums, group=self.ranks.dp_group)
+            dist.all_reduce(sums, group=self.ranks.dp_cp_group)
         source = dist.get_global_rank(self.ranks.pp_group, self.ranks.pp_size - 1)
         dist.broadcast(sums, src=source, group=self.ranks.pp_group)
         return dict(zip(names, sums.tolist(), strict=True))
@@ -218,25 +287,47 @@ def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _forward_step(data: Iterator[PackedMicroBatch], model: Any, *, objective: Objective) -> tuple[torch.Tensor, Any]:
+def _forward_step(
+    data: Iterator[PackedMicroBatch], model: Any, *, trainer: Trainer, objective: Objective
+) -> tuple[torch.Tensor, Any]:
     micro_batch = next(data)
-    _, seq_length = micro_batch.input_ids_BS.shape
-    positions_BS = torch.arange(seq_length, device=micro_batch.input_ids_BS.device).expand_as(micro_batch.input_ids_BS)
-    output = model(micro_batch.input_ids_BS, positions_BS, None)
-    return output, partial(_loss, model=_unwrap(model), micro_batch=micro_batch, objective=objective)
+    output = model(
+        micro_batch.input_ids_BS, micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed_seq_params
+    )
+    return output, partial(_loss, trainer=trainer, micro_batch=micro_batch, objective=objective)
 
 
 def _loss(
-    hidden_SBD: torch.Tensor, *, model: HiddenStateModel, micro_batch: PackedMicroBatch, objective: Objective
+    hidden_SBD: torch.Tensor, *, trainer: Trainer, micro_batch: PackedMicroBatch, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]]:
     # The output layer is split over tp: every rank's vocabulary shard adds its part to the hidden states' gradient.
-    hidden_SBD = copy_to_tensor_model_parallel_region(hidden_SBD)
+    if trainer.config.sequence_parallel:
+        hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=True)
+    else:
+        hidden_SBD = copy_to_tensor_model_parallel_region(hidden_SBD)
     student_hidden_TD = hidden_SBD[micro_batch.position_T, micro_batch.row_T]
-    loss, metrics = objective(student_hidden_TD, model.output_weight(), micro_batch)
+    ddp, weight_vD = trainer.ddp[-1], trainer.output_weight()
+    # The weight is used outside of its module: what Megatron hangs on modules and on autograd is done here.
+    if ddp.use_forward_hook:
+        ddp.param_to_bucket_group[weight_vD].finish_param_sync()
+    loss, metrics = objective(student_hidden_TD, weight_vD, micro_batch)
+    if ddp.ddp_config.overlap_grad_reduce:
+        loss = _ReachesWeight.apply(loss, weight_vD)
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
 
 
-def _unwrap(model: Any) -> HiddenStateModel:
-    while not isinstance(model, HiddenStateModel):
-        model = model.module
-    return model
+class _ReachesWeight(torch.autograd.Function):
+    """The loss unchanged; backward also reaches ``weight``, with zeros.
+
+    The objective adds the weight's gradient to ``main_grad`` itself.  DDP starts a bucket's reduction when autograd has
+    reached all its parameters: without this one it would never start.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, weight_vD: torch.Tensor) -> torch.Tensor:
+        ctx.like = weight_vD.new_zeros(()).expand_as(weight_vD)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradients[0], ctx.like

@@ -30,7 +30,7 @@ def job_of(tp_rank: int, tp_size: int) -> Any:
 
 def run_of(*sample_ids: int) -> TeacherRun:
     entries = [
-        SimpleNamespace(key=request_of(i).key, metadata=SimpleNamespace(sample_id=i, num_loss_tokens=LENGTHS[i]))
+        SimpleNamespace(key=request_of(i).key, metadata=SimpleNamespace(sample_id=i), first=0, stop=LENGTHS[i])
         for i in sample_ids
     ]
     return TeacherRun(0, 0, sum(LENGTHS[i] for i in sample_ids), entries)

@@ -30,7 +30,8 @@ def gradients(job: Job) -> dict[str, torch.Tensor]:
 
     def named() -> list[tuple[str, torch.Tensor]]:
         result = []
-        for name, parameter in job.trainer.model.named_parameters():
+        (chunk,) = job.trainer.chunks
+        for name, parameter in chunk.named_parameters():
             gradient = parameter.main_grad.detach().clone()
             for attribute in ("tensor_model_parallel", "partition_dim"):
                 if hasattr(parameter, attribute):
@@ -38,7 +39,7 @@ def gradients(job: Job) -> dict[str, torch.Tensor]:
             result.append((name, gradient))
         return result
 
-    return job.student.bridge.export(job.trainer.model, named())
+    return job.student.bridge.export(job.trainer.chunks, [named()])
 
 
 def check_states(job: Job, reference: dict[str, torch.Tensor]) -> float:
@@ -135,10 +136,8 @@ def run_job(spec: dict, heads: LiveHeads, layers: LiveLayers) -> str:
     )
     before = heads.made
     job.trainer.optimizer_step = lambda: (0.0, 0.0)  # the gradients are what is compared
-    with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
-        values = train.train_step(
-            job, plan, TokenStore(job.run.trajectories(0)), samples, train.CachedStates(job, reader, 0), step=0
-        )
+    with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
+        values = train.train_step(job, plan, TokenStore(job.run.trajectories(0)), samples, states, step=0)
     distinct = len([t for t in plan.teachers_of(job.ranks.dp_rank) if plan.num_tokens.get(t)]) if job.heads else 0
     assert heads.made - before == distinct, (heads.made - before, distinct)
     assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
@@ -185,18 +184,18 @@ def check_off_device(job: Job) -> None:
     """Gradients and optimizer state leave no byte on the device, and come back bit for bit, with all views."""
     trainer = job.trainer
     trainer.create_optimizer_state()
-    states = [t for state in trainer._adam.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    gradients = [p.main_grad for p in trainer.model.parameters()]
+    states = [t for state in trainer._adams[0].state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    gradients = [p.main_grad for p in trainer.chunks[0].parameters()]
     moved = [*states, *gradients]
     for tensor in moved:
         tensor.uniform_()
     before = [t.clone() for t in moved]
     with trainer.off_device():
         assert all(t.untyped_storage().nbytes() == 0 for t in moved)
-        assert all(p.untyped_storage().nbytes() > 0 for p in trainer.model.parameters()), "weights stay"
+        assert all(p.untyped_storage().nbytes() > 0 for p in trainer.chunks[0].parameters()), "weights stay"
     for tensor, wanted in zip(moved, before, strict=True):
         assert torch.equal(tensor, wanted)
-    assert all(g is p.main_grad for g, p in zip(gradients, trainer.model.parameters(), strict=True))
+    assert all(g is p.main_grad for g, p in zip(gradients, trainer.chunks[0].parameters(), strict=True))
 
 
 def check_argmax(job: Job) -> str:
@@ -214,7 +213,7 @@ def check_argmax(job: Job) -> str:
             _Fields(p, r.response_ids)
             for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)
         ]
-        batch = train.pack_rows(fields, [1.0] * 64, shape=(64, width), device=job.ranks.device, payload=None)
+        batch = train.pack_rows(fields, [1.0] * 64, shape=(64, width), packed=False, ranks=job.ranks, payload=None)
         wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
 
         def compare(

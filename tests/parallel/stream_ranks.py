@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from mtopd.config import ParallelConfig
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, rope_theta
 from mtopd.megatron import parallel
-from mtopd.megatron.model import build_model, config_overrides
+from mtopd.megatron.model import build_chunks, config_overrides
 from mtopd.pipelines import ranks
 from mtopd.pipelines.job import build_teacher_layers
 from mtopd.teacher_offload import store as store_module
@@ -158,7 +159,9 @@ def check_damage(spec: dict[str, Any], student: parallel.Ranks) -> str:
 
 def check_resident(spec: dict[str, Any]) -> str:
     """Bit for bit what a Megatron model with the same weights resident gives on the same mesh and batches (fp32)."""
-    student = parallel.build_groups(2, 1, rank=dist.get_rank(), world_size=4, device=torch.device("cpu"), seed=0)
+    student = parallel.build_groups(
+        ParallelConfig(tp=2), rank=dist.get_rank(), world_size=4, device=torch.device("cpu"), seed=0
+    )
     store = open_store(Path(spec["stores"]) / "qwen3")
     teacher = Teacher(store, 2, 1, student)
     hf_config = hf_config_from_dict(store.manifest["architecture"])
@@ -168,11 +171,11 @@ def check_resident(spec: dict[str, Any]) -> str:
         padded_vocab_size=128,
         overrides=config_overrides(student.device),
     )
-    model = build_model(
+    chunks = build_chunks(
         bridge.transformer_config, hf_config, student, rotary_base=rope_theta(hf_config), padded_vocab=128
     )
-    bridge.load(model, Path(spec["hf"]) / "qwen3")
-    model.eval()
+    bridge.load(chunks, Path(spec["hf"]) / "qwen3")
+    model = chunks[0].eval()
     stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2)
     stream.expect([0] * 4)
     compared = 0
@@ -193,7 +196,7 @@ def check_resident(spec: dict[str, Any]) -> str:
 def main() -> None:
     ranks.quiet_libraries()
     spec = json.loads(Path(sys.argv[1]).read_text())
-    student = parallel.initialize(2, 2, seed=0)
+    student = parallel.initialize(ParallelConfig(tp=2, pp=2), seed=0)
     checks: list[Callable[[], str]] = [
         lambda: check_meshes(spec, student),
         lambda: check_waves(spec, student),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from mtopd.config import ParallelConfig
 from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
 from mtopd.convert.layer_parts import layer_parts
 from mtopd.megatron import parallel
@@ -190,7 +191,9 @@ def check(
 
 def main() -> None:
     root, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-    parallel.initialize(2, 2, seed=1)  # the student's groups: nothing of them may leak into a teacher's result
+    parallel.initialize(
+        ParallelConfig(tp=2, pp=2), seed=1
+    )  # the student's groups: nothing of them may leak into a teacher's result
     check_refusals(root / "qwen2")
     for name, slices, sizes in plan:
         chunks = load_file(root / f"{name}.chunks.safetensors")

@@ -1,0 +1,167 @@
+"""What Transformer Engine would bring, for machines without it, with a GPU or not: norm, attention, and mends of
+Megatron's code that takes it for there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mtopd.megatron.parallel import zigzag_chunks
+from mtopd.types import MtopdError
+
+
+@functools.cache
+def have_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, whose weight says when its gradient is a part: under sequence parallelism each tp rank has some
+    of the positions, and Megatron sums the gradients of weights that say so."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        _mark(self.weight, config)
+
+
+class CausalAttention(MegatronModule):
+    """Causal attention by torch's scaled_dot_product_attention: grouped queries, latent attention (values narrower than
+    keys), context parallelism, packed samples."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise MtopdError("window_size and softmax_type need Transformer Engine, which is not installed")
+        assert attention_type == "self" and attn_mask_type.name == "causal", (attention_type, attn_mask_type)
+        self._softmax_scale = softmax_scale
+        self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._cp_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """[S, B, heads, width] each -> [S, B, heads x value width]; packed [T, heads, width] -> [T, heads x ...].
+
+        Under context parallelism the rows are this rank's two ranges of the zigzag, ``zigzag_chunks``.
+        """
+        assert attention_mask is None and attention_bias is None, "causal attention alone"
+        if packed_seq_params is None:
+            return self._attend(query, key, value).flatten(2)
+        # Sample by sample: a block-diagonal mask would cost the square of the whole pack.
+        ends = packed_seq_params.cu_seqlens_q.tolist()
+        samples = [
+            self._attend(*(x[start:stop].unsqueeze(1) for x in (query, key, value)))
+            for start, stop in itertools.pairwise(ends)
+        ]
+        return torch.cat(samples).flatten(1)
+
+    def _attend(self, query_SBHC: torch.Tensor, key_SBGC: torch.Tensor, value_SBGC: torch.Tensor) -> torch.Tensor:
+        """[S, B, H, width of a value]"""
+        mask, cp_size = None, self._cp_group.size()
+        if cp_size > 1:
+            # Backward is a reduce-scatter: every rank's queries add to the gradient of every key.
+            key_SBGC, value_SBGC = (
+                gather_from_sequence_parallel_region(
+                    x.contiguous(), tensor_parallel_output_grad=True, group=self._cp_group
+                )
+                for x in (key_SBGC, value_SBGC)
+            )
+            position_S = torch.arange(len(key_SBGC), device=query_SBHC.device)
+            of_rank = [
+                torch.cat([position_S[chunk] for chunk in zigzag_chunks(len(position_S), rank, cp_size)])
+                for rank in range(cp_size)
+            ]
+            mask = of_rank[self._cp_group.rank()][:, None] >= torch.cat(of_rank)[None, :]
+        dropout = self._dropout if self.training else 0.0
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            output_BHSC = F.scaled_dot_product_attention(
+                query_SBHC.permute(1, 2, 0, 3),
+                key_SBGC.permute(1, 2, 0, 3),
+                value_SBGC.permute(1, 2, 0, 3),
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=self._softmax_scale,
+                enable_gqa=query_SBHC.shape[2] != key_SBGC.shape[2],
+            )
+        return output_BHSC.permute(2, 0, 1, 3)
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
+    """Megatron's local layer specs with the modules above."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        for part in (layer.submodules, attention):
+            for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm"):
+                if getattr(getattr(part, name, None), "__name__", "") == "WrappedTorchNorm":
+                    setattr(part, name, RMSNorm)
+        attention.core_attention = CausalAttention
+        if config.multi_latent_attention:
+            # The local spec splits the down-projections over tp and gathers their output over the global group: wrong
+            # on a teacher's mesh.  Replicated, as Transformer Engine has them, nothing is gathered.
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+    return spec
+
+
+def mark_replicated(model: torch.nn.Module, config: TransformerConfig) -> None:
+    """Under sequence parallelism replicated down-projections see some of the positions: their gradients are summed."""
+    for name, parameter in model.named_parameters():
+        if "_down_proj." in name:
+            _mark(parameter, config)
+
+
+def _mark(parameter: Any, config: TransformerConfig) -> None:
+    parameter.sequence_parallel = config.sequence_parallel
+
+
+def install() -> None:
+    """Mend what asks for Transformer Engine without looking.  Once per process; nothing when it is installed."""
+    if have_transformer_engine():
+        return
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        utils: Any = moe_utils
+        utils.te_general_gemm = None  # tested against None where the router computes in float32
+    attention: Any = multi_latent_attention
+    attention.HAVE_TE = isinstance(attention.TELinear, type)  # else it is a stand-in that isinstance() refuses
