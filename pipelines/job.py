@@ -17,7 +17,7 @@ from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.megatron.model import build_chunks, config_overrides, padded_vocab_size, sort_fields
+from mtopd.megatron.model import build_chunks, config_overrides, megatron_refuses, padded_vocab_size, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
@@ -42,12 +42,13 @@ class Student:
         self.vocab_size = vocab_size(self.tokenizer)
         padded = padded_vocab_size(self.hf_config.vocab_size, self.ranks.tp_size)
         fields = sort_fields(config.megatron)
-        self.bridge = Bridge(
-            self.hf_config,
-            dtype=self.dtype,
-            padded_vocab_size=padded,
-            overrides=config_overrides(self.ranks.device, fields.transformer, interleaved=self.ranks.vpp_size > 1),
-        )
+        with megatron_refuses():
+            self.bridge = Bridge(
+                self.hf_config,
+                dtype=self.dtype,
+                padded_vocab_size=padded,
+                overrides=config_overrides(self.ranks.device, fields.transformer, interleaved=self.ranks.vpp_size > 1),
+            )
         chunks = build_chunks(
             self.bridge.transformer_config,
             self.hf_config,

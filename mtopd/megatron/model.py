@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,6 +88,15 @@ def sort_fields(user: Mapping[str, Any]) -> MegatronFields:
             if name in fields:
                 table[name] = _coerce(value, fields[name].default, name)
     return MegatronFields(*tables)
+
+
+@contextlib.contextmanager
+def megatron_refuses() -> Iterator[None]:
+    """Megatron checks how its options go together when it builds its configs: a refusal there is the user's to mend."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        raise MtopdError(f"Megatron refuses the options under student.megatron: {error}") from error
 
 
 def _coerce(value: Any, default: Any, name: str) -> Any:

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from mtopd.megatron.model import HiddenStateModel, MegatronFields
+from mtopd.megatron.model import HiddenStateModel, MegatronFields, megatron_refuses
 from mtopd.megatron.parallel import Ranks
 
 
@@ -100,16 +100,9 @@ class Trainer:
             from megatron.core.transformer.module import Float16Module
 
             modules = [Float16Module(config, chunk) for chunk in self.chunks]
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
-        # Buckets of the chunks after the first are not needed before the pipeline's end: one each.
-        self.ddp = [
-            DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
-            for index, module in enumerate(modules)
-        ]
-        for module in self.ddp:
-            module.broadcast_params()
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
+        with megatron_refuses():
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
+            optimizer_config = OptimizerConfig(
                 **{
                     "optimizer": "adam",
                     "lr": settings.lr,
@@ -122,9 +115,15 @@ class Trainer:
                     "params_dtype": dtype,
                     **fields.optimizer,
                 }
-            ),
-            self.ddp,
-        )
+            )
+        # Buckets of the chunks after the first are not needed before the pipeline's end: one each.
+        self.ddp = [
+            DistributedDataParallel(config, ddp_config, module, disable_bucketing=index > 0)
+            for index, module in enumerate(modules)
+        ]
+        for module in self.ddp:
+            module.broadcast_params()
+        self.optimizer = get_megatron_optimizer(optimizer_config, self.ddp)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,

@@ -68,8 +68,10 @@ def test_every_architecture_on_every_mesh_gives_the_states_of_transformers(tmp_p
     expected |= {(name, *meshes[-1], "bfloat16") for name, (_, _, meshes) in MODELS.items()}
     assert results.keys() == expected, output
     print(*(f"{key}: {values}" for key, values in results.items()), sep="\n")
+    assert max(error for error, *_ in results.values()) > 0, "something else was compared with itself"
     for (*_, dtype), (error, difference, probed) in results.items():
         assert difference == 0, results  # the resident model: bit for bit
         # In bfloat16 rounding may send a token to another expert: the probe's mean is what bounds it.
-        assert 0 < error <= (LIMIT if dtype == "float32" else 1.0), results
+        # Both attend by the same torch function: at tp 1 a dense model may agree bit for bit.
+        assert error <= (LIMIT if dtype == "float32" else 1.0), results
         assert probed <= (1e-5 if dtype == "float32" else 0.5), results

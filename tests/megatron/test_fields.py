@@ -1,0 +1,59 @@
+"""The verbatim ``student.megatron`` table: a field reaches the Megatron dataclasses that have it, nothing else passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtopd.megatron.model import config_overrides, megatron_refuses, sort_fields
+from mtopd.types import MtopdError
+
+
+def test_a_field_goes_to_every_dataclass_that_has_it() -> None:
+    fields = sort_fields(
+        {"recompute_granularity": "full", "overlap_grad_reduce": True, "use_distributed_optimizer": True}
+    )
+    assert fields.transformer == {"recompute_granularity": "full"}
+    assert fields.ddp == {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
+    assert fields.optimizer == {"use_distributed_optimizer": True}
+
+
+def test_yaml_strings_become_numbers_and_words_stay() -> None:
+    assert sort_fields({"adam_eps": "1e-5"}).optimizer == {"adam_eps": 1e-5}
+    assert sort_fields({"bucket_size": 7}).ddp == {"bucket_size": 7}
+    with pytest.raises(MtopdError, match=r"student\.megatron\.adam_eps needs a number, found 'small'"):
+        sort_fields({"adam_eps": "small"})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("recompute_granularty", "did you mean 'recompute_granularity'"),
+        ("tensor_model_parallel_size", r"set student\.parallel\.tp"),
+        ("virtual_pipeline_model_parallel_size", r"set student\.parallel\.vpp"),
+        ("lr", r"set train\.optimizer\.lr"),
+        ("bf16", r"set student\.dtype"),
+        ("calculate_per_token_loss", "1/N is in the token weights"),
+    ],
+)
+def test_unknown_fields_and_those_with_a_key_of_their_own_are_refused(name: str, hint: str) -> None:
+    with pytest.raises(MtopdError, match=hint):
+        sort_fields({name: 1})
+
+
+def test_the_user_has_the_last_word_over_defaults_of_the_backend() -> None:
+    import torch
+
+    assert config_overrides(torch.device("cpu"))["sequence_parallel"] is False
+    assert config_overrides(torch.device("cpu"), {"sequence_parallel": True})["sequence_parallel"] is True
+    plain, interleaved = (config_overrides(torch.device("cpu"), interleaved=i) for i in (False, True))
+    assert (plain["batch_p2p_comm"], interleaved["batch_p2p_comm"]) == (True, False)
+
+
+def test_what_megatron_refuses_is_the_users_error() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    with (
+        pytest.raises(MtopdError, match="Megatron refuses the options under student.megatron: .*sequence"),
+        megatron_refuses(),
+    ):
+        TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2, sequence_parallel=True)
