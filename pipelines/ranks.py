@@ -131,6 +131,8 @@ def quiet_libraries() -> None:
     for module in ("megatron", "mbridge", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
+    # The distributed optimizer looks at gradients of views.
+    warnings.filterwarnings("ignore", message=".*a Tensor that is not a leaf.*")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The verbatim ``student.megatron`` table: a field reaches every Megatron dataclass that has it, nothing else passes."""
+"""The verbatim ``student.megatron`` table: a field reaches every Megatron dataclass that has it; no other passes."""
 
 from __future__ import annotations
 
