@@ -74,6 +74,9 @@ class StudentConfig(Model):
     model: LocalPath  # HF folder: initial weights and tokenizer
     dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: ParallelConfig = ParallelConfig()
+    freeze_router: bool = False  # experts are chosen as before; their bias moves only at a moe_router_bias_update_rate
+    # Heads that predict further tokens: carried unchanged into every export, or left out.  They are not trained.
+    mtp: Literal["freeze", "drop"] = "freeze"
     # Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, verbatim
     megatron: dict[str, Any] = {}
 
@@ -169,6 +172,15 @@ class TrainConfig(Model):
     token_budget: Count | None = None  # or: tokens of a pack, samples one behind the other
     normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
     optimizer: OptimizerConfig
+    max_bad_steps: Annotated[int, Field(ge=0)] = 0  # train steps with NaN or inf that are left out before the run stops
+
+    @model_validator(mode="after")
+    def _one_size(self) -> TrainConfig:
+        if (self.micro_batch_size is None) == (self.token_budget is None):
+            raise ValueError(
+                "needs exactly one of micro_batch_size (samples, padded) and token_budget (tokens, packed)"
+            )
+        return self
 
 
 class EvaluationConfig(Model):
@@ -210,6 +222,16 @@ class ConsolidateConfig(Model):
         if per_source[0] % per_source[1]:
             raise ValueError(
                 f"rollout.prompts_per_iteration {per_source[0]} is not a multiple of the {per_source[1]} data sources"
+            )
+        if self.train.token_budget is not None and self.student.parallel.cp > 1:
+            raise ValueError(
+                f"train.token_budget packs samples, which student.parallel.cp {self.student.parallel.cp} does not "
+                "split yet; use train.micro_batch_size, or cp 1"
+            )
+        if self.train.token_budget is not None and self.train.token_budget < self.data.context_length - 1:
+            raise ValueError(
+                f"train.token_budget {self.train.token_budget} does not hold a sample of data.context_length "
+                f"{self.data.context_length}; raise it"
             )
         world = self.student.parallel.world_size
         for i, teacher in enumerate(self.teachers):

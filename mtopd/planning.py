@@ -7,17 +7,30 @@ tensor, a file or a process group.
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
 from mtopd.types import MicroBatch, MtopdError, PlannedSample, SampleMetadata, TrainStepPlan
 
+MAX_STAGE_IMBALANCE = 1.1
 Normalization = Literal["teacher_balanced", "token_mean", "sequence_mean"]
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """What a sample of n tokens costs the model: ``per_token * n + per_pair * n^2``, in any unit."""
+
+    per_token: float = 1.0
+    per_pair: float = 0.0
+
+    def __call__(self, num_tokens: int) -> float:
+        return self.per_token * num_tokens + self.per_pair * num_tokens**2
 
 
 def plan_train_steps(
@@ -26,47 +39,140 @@ def plan_train_steps(
     num_train_steps: int,
     teacher_weights: Sequence[float],
     dp_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | None = None,
+    token_budget: int | None = None,
     seq_length_multiple: int = 1,
+    micro_batch_multiple: int = 1,
+    cost: SampleCost | None = None,
     normalization: Normalization,
     seed: int,
 ) -> list[TrainStepPlan]:
     """Plan the optimizer updates of one iteration.
+
+    Exactly one of ``micro_batch_size`` (samples, a row each, padded) and ``token_budget`` (tokens of a pack: one row,
+    samples one behind the other) is given.  A sample takes prompt + response - 1 tokens: the last is only predicted.
 
     Promises:
 
     - Every sample is in exactly one micro-batch of one train step; the numbers of samples of two steps differ by at
       most one.
     - The plan depends on the set of samples and the seed, not on the order in which the samples are given.
-    - Every dp rank has the same number of micro-batches in a step, as few as an even deal of the samples needs; empty
-      micro-batches stand at the end.
-    - A micro-batch holds at most ``micro_batch_size`` samples.
-    - Inside a dp rank the teacher index never decreases; equal teachers are in order of sample id.
-    - ``seq_length`` holds the longest row of the step and is the smallest such multiple of ``seq_length_multiple``.
+    - Every dp rank has the same number of micro-batches in a step, a multiple of ``micro_batch_multiple``; empty ones
+      stand at the end.
+    - A micro-batch holds at most ``micro_batch_size`` samples, or at most ``token_budget`` tokens.
+    - Padded, the number of micro-batches is as small as an even deal of the samples needs.
+    - Along a dp rank's micro-batches the teacher index never decreases; equal teachers in a micro-batch are in order of
+      sample id.
+    - The dp ranks share out the teachers in order: over all ranks there are at most (teachers + dp_size - 1) pairs of
+      a rank and a teacher it needs.
+    - A dp rank's cost is at most the mean plus the most expensive sample's cost where no bound on samples intervenes.
+    - ``seq_length`` is the smallest multiple of ``seq_length_multiple`` that holds the longest row of the step.
+    - ``waste`` is the share of a step's rows that is padding, rows of empty micro-batches included.
     - ``num_tokens`` has an entry for each teacher with at least one loss token in the step, and no other.
     - With N_i loss tokens and B_i samples of teacher i in the step over all dp ranks, N = sum N_i, B = sum B_i, the
       token weights summed over all loss tokens are: ``teacher_balanced`` sum of w_i over the teachers present;
       ``token_mean`` sum w_i N_i / N; ``sequence_mean`` sum w_i B_i / B.
     - A sample without loss tokens stays in the plan with weight 0 and is counted in no N and no B.
     """
-    _check_sizes(num_train_steps, dp_size, micro_batch_size, seq_length_multiple, normalization)
-    _check_samples(samples, num_train_steps, teacher_weights)
+    sizes = {
+        "num_train_steps": num_train_steps,
+        "dp_size": dp_size,
+        "micro_batch_size": micro_batch_size,
+        "token_budget": token_budget,
+        "seq_length_multiple": seq_length_multiple,
+        "micro_batch_multiple": micro_batch_multiple,
+    }
+    _check_sizes(sizes, normalization)
+    _check_samples(samples, num_train_steps, teacher_weights, token_budget)
     shuffled = sorted(samples, key=lambda sample: sample.sample_id)
     random.Random(seed).shuffle(shuffled)
     plans = []
     for mini_batch in _split_evenly(shuffled, num_train_steps):
+        if token_budget is None:
+            assert micro_batch_size is not None
+            parts = _pad(mini_batch, dp_size, micro_batch_size, micro_batch_multiple, cost or SampleCost())
+            longest = max(map(row_length, mini_batch))
+        else:
+            parts = _pack(mini_batch, dp_size, token_budget, micro_batch_multiple, cost or SampleCost())
+            longest = max(sum(map(row_length, batch)) for part in parts for batch in part)
+        seq_length = _round_up(longest, seq_length_multiple)
         weights = _token_weights(mini_batch, teacher_weights, normalization)
-        num_micro_batches = math.ceil(len(mini_batch) / (dp_size * micro_batch_size))
-        parts = _deal(mini_batch, dp_size, room=num_micro_batches * micro_batch_size)
+        rows = dp_size * len(parts[0]) * (micro_batch_size or 1)
         plans.append(
             TrainStepPlan(
-                micro_batches=tuple(_cut(part, num_micro_batches, micro_batch_size, weights) for part in parts),
-                seq_length=_round_up(max(map(_row_length, mini_batch)), seq_length_multiple),
-                packed=False,
+                micro_batches=tuple(tuple(_micro_batch(batch, weights) for batch in part) for part in parts),
+                seq_length=seq_length,
+                packed=token_budget is not None,
                 num_tokens=_loss_tokens_by_teacher(mini_batch),
+                waste=1.0 - sum(map(row_length, mini_batch)) / (rows * seq_length),
             )
         )
     return plans
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Numbers of a model from which its cost follows; for experts ``ffn_size`` is what one token goes through."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    attention_size: int  # query heads x head width
+    key_value_size: int  # key-value heads x head width
+    vocab_size: int
+
+    @property
+    def layer_flops(self) -> float:
+        """Of one token in one layer, forward, less attention over other tokens."""
+        width, attention = self.hidden_size, self.attention_size
+        return 2.0 * width * (2 * attention + 2 * self.key_value_size + 3 * self.ffn_size)
+
+    @property
+    def head_flops(self) -> float:
+        """Of one token in the output layer, forward."""
+        return 2.0 * self.hidden_size * self.vocab_size
+
+    @property
+    def sample_cost(self) -> SampleCost:
+        """Of a sample's forward through all layers; causal attention sees half of the pairs, in two products."""
+        return SampleCost(self.num_layers * self.layer_flops, self.num_layers * 2.0 * self.attention_size)
+
+
+@dataclass(frozen=True)
+class StageSplit:
+    """Layers of each pipeline stage; ``imbalance`` is the price of the dearest stage over the mean."""
+
+    layers: tuple[int, ...]
+    imbalance: float
+
+
+def price_stages(
+    student: Architecture, layers: Sequence[int], *, teacher_hidden_size: int, loss_share: float
+) -> StageSplit:
+    """Price the stages of a train step, in flops of a token: layers forward and backward (x 3), and on the last stage,
+    for the ``loss_share`` of tokens that are trained, the student's head x 3 and the teacher's x 1."""
+    prices = [3.0 * count * student.layer_flops for count in layers]
+    prices[-1] += loss_share * (3.0 * student.head_flops + 2.0 * teacher_hidden_size * student.vocab_size)
+    return StageSplit(tuple(layers), max(prices) * len(prices) / sum(prices))
+
+
+def propose_split(
+    student: Architecture, pp_size: int, *, teacher_hidden_size: int, loss_share: float
+) -> tuple[StageSplit, StageSplit | None]:
+    """(even split, better one or None).  A split is proposed when the even one's imbalance exceeds 1.1 and another,
+    as Megatron can express it (fewer layers on the last stage, the others equal), is better."""
+    price = partial(price_stages, student, teacher_hidden_size=teacher_hidden_size, loss_share=loss_share)
+    even = price([student.num_layers // pp_size] * pp_size)
+    if pp_size == 1 or even.imbalance <= MAX_STAGE_IMBALANCE:
+        return even, None
+    others = pp_size - 1
+    splits = [
+        price([(student.num_layers - last) // others] * others + [last])
+        for last in range(1, student.num_layers)
+        if (student.num_layers - last) % others == 0
+    ]
+    best = min(splits, key=lambda split: split.imbalance, default=even)
+    return even, best if best.imbalance < even.imbalance else None
 
 
 def plan_batches(num_items: int, batch_size: int, num_ranks: int) -> list[list[range]]:
@@ -106,23 +212,22 @@ def select_prompts(num_prompts: int, count: int, iteration: int, seed: int) -> l
     return rows
 
 
-def _check_sizes(
-    num_train_steps: int, dp_size: int, micro_batch_size: int, seq_length_multiple: int, normalization: str
-) -> None:
-    sizes = {
-        "num_train_steps": num_train_steps,
-        "dp_size": dp_size,
-        "micro_batch_size": micro_batch_size,
-        "seq_length_multiple": seq_length_multiple,
-    }
+def _check_sizes(sizes: Mapping[str, int | None], normalization: str) -> None:
+    if (sizes["micro_batch_size"] is None) == (sizes["token_budget"] is None):
+        raise MtopdError(
+            f"micro_batch_size is {sizes['micro_batch_size']} and token_budget is {sizes['token_budget']}; give "
+            "exactly one: samples of a padded micro-batch, or tokens of a pack"
+        )
     for name, value in sizes.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise MtopdError(f"{name} is {value}; it must be at least 1")
     if normalization not in get_args(Normalization):
         raise MtopdError(f"normalization is '{normalization}'; use one of {', '.join(get_args(Normalization))}")
 
 
-def _check_samples(samples: Sequence[SampleMetadata], num_train_steps: int, teacher_weights: Sequence[float]) -> None:
+def _check_samples(
+    samples: Sequence[SampleMetadata], num_train_steps: int, teacher_weights: Sequence[float], token_budget: int | None
+) -> None:
     if not samples:
         raise MtopdError("there are no samples to train on; run the rollout of this iteration first")
     if num_train_steps > len(samples):
@@ -138,6 +243,11 @@ def _check_samples(samples: Sequence[SampleMetadata], num_train_steps: int, teac
         raise MtopdError(f"sample_id {sample_id} is given {times} times; it would be trained on {times} times")
     for sample in samples:
         _check_sample(sample, len(teacher_weights))
+        if token_budget is not None and row_length(sample) > token_budget:
+            raise MtopdError(
+                f"sample {sample.sample_id} has {row_length(sample)} tokens, more than token_budget {token_budget}; "
+                "raise train.token_budget to the context length or lower data.max_response"
+            )
 
 
 def _check_sample(sample: SampleMetadata, num_teachers: int) -> None:
@@ -163,32 +273,89 @@ def _split_evenly(samples: Sequence[SampleMetadata], num_parts: int) -> list[Seq
     return [samples[start:end] for start, end in pairwise(bounds)]
 
 
-def _row_length(sample: SampleMetadata) -> int:
-    # The last response token is predicted but predicts nothing, so it is no input.
+def row_length(sample: SampleMetadata) -> int:
+    """Tokens that the model reads of a sample: the last response token is predicted but predicts nothing."""
     return sample.prompt_len + sample.response_len - 1
 
 
-def _deal(mini_batch: Sequence[SampleMetadata], dp_size: int, room: int) -> list[list[SampleMetadata]]:
-    """Longest first, each sample to the dp rank with the fewest tokens among those with fewer than ``room`` samples.
+Parts = list[list[list[SampleMetadata]]]  # [dp rank][micro-batch][sample]
 
-    All rows of a step are padded to one length.  Without the bound a rank with many short samples would need more
-    micro-batches than an even deal, and every other rank would run dummies beside it.
+
+def _pad(mini_batch: Sequence[SampleMetadata], dp_size: int, size: int, multiple: int, cost: SampleCost) -> Parts:
+    num_micro_batches = _round_up(math.ceil(len(mini_batch) / (dp_size * size)), multiple)
+    parts = _deal(mini_batch, dp_size, cost, room=math.ceil(len(mini_batch) / (dp_size * size)) * size)
+    return [[part[k * size : (k + 1) * size] for k in range(num_micro_batches)] for part in parts]
+
+
+def _pack(mini_batch: Sequence[SampleMetadata], dp_size: int, budget: int, multiple: int, cost: SampleCost) -> Parts:
+    parts = [
+        sorted(part, key=lambda sample: (-row_length(sample), sample.sample_id))
+        for part in _deal(mini_batch, dp_size, cost, room=len(mini_batch))
+    ]
+    num_packs = _round_up(max(len(_fill(part, row_length, budget)) for part in parts), multiple)
+    # All rows are as long as the longest: the shortest that hold everything in as many packs waste least.
+    shortest = max(map(row_length, mini_batch))
+    capacity = _least(lambda c: all(len(_fill(part, row_length, c)) <= num_packs for part in parts), shortest, budget)
+    packs = [_fill(part, row_length, capacity) for part in parts]
+    return [part + [[] for _ in range(num_packs - len(part))] for part in packs]
+
+
+def _deal(
+    mini_batch: Sequence[SampleMetadata], dp_size: int, cost: SampleCost, room: int
+) -> list[list[SampleMetadata]]:
+    """Share the samples out in teacher order, at most ``room`` to a dp rank, so that the dearest rank is cheap.
+
+    Inside a teacher they come as shuffled: every rank gets long and short ones, which fill packs well.
     """
-    parts: list[list[SampleMetadata]] = [[] for _ in range(dp_size)]
-    ranks_with_room = [(0, 0, rank) for rank in range(dp_size)]  # a heap of (tokens, samples, rank)
-    for sample in sorted(mini_batch, key=lambda s: (-_row_length(s), s.sample_id)):
-        tokens, count, rank = heapq.heappop(ranks_with_room)
-        parts[rank].append(sample)
-        if count + 1 < room:
-            heapq.heappush(ranks_with_room, (tokens + _row_length(sample), count + 1, rank))
-    return [sorted(part, key=lambda s: (s.teacher_index, s.sample_id)) for part in parts]
+
+    def price(sample: SampleMetadata) -> int:
+        return math.ceil(cost(row_length(sample)) * scale)
+
+    # Whole numbers, so that the search below ends at the same place on every machine.
+    scale = 1e6 / max(cost(row_length(sample)) for sample in mini_batch)
+    prices = [price(sample) for sample in mini_batch]
+    capacity = _least(
+        lambda c: len(_fill(mini_batch, price, c, room)) <= dp_size,
+        max(max(prices), sum(prices) // dp_size),
+        sum(prices),
+    )
+    parts = _fill(mini_batch, price, capacity, room)
+    return parts + [[] for _ in range(dp_size - len(parts))]
 
 
-def _cut(
-    part: Sequence[SampleMetadata], num_micro_batches: int, size: int, weights: Mapping[int, float]
-) -> tuple[MicroBatch, ...]:
-    planned = [PlannedSample(s.sample_id, s.teacher_index, weights[s.sample_id]) for s in part]
-    return tuple(MicroBatch(tuple(planned[k * size : (k + 1) * size])) for k in range(num_micro_batches))
+def _fill(
+    samples: Sequence[SampleMetadata], size: Callable[[SampleMetadata], int], capacity: int, room: int | None = None
+) -> list[list[SampleMetadata]]:
+    """Fill bins one after the other, teachers in order: a bin takes the first samples of the current teacher that still
+    fit and is closed when none does.  At most ``capacity`` and ``room`` samples in a bin."""
+    waiting: dict[int, list[tuple[int, SampleMetadata]]] = {}
+    for sample in samples:
+        waiting.setdefault(sample.teacher_index, []).append((size(sample), sample))
+    bins: list[list[SampleMetadata]] = []
+    left, places = 0, 0  # of the bin that is open
+    for _, of_teacher in sorted(waiting.items()):
+        while of_teacher:
+            fits = next((i for i, (taken, _) in enumerate(of_teacher) if taken <= left), None) if places else None
+            if fits is None:
+                bins.append([])
+                left, places = capacity, room or len(samples)
+                continue
+            taken, sample = of_teacher.pop(fits)
+            bins[-1].append(sample)
+            left, places = left - taken, places - 1
+    return [sorted(bin, key=lambda sample: (sample.teacher_index, sample.sample_id)) for bin in bins]
+
+
+def _least(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """A number between low and high for which ``holds``, by bisection; it holds for high."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return high
+
+
+def _micro_batch(samples: Sequence[SampleMetadata], weights: Mapping[int, float]) -> MicroBatch:
+    return MicroBatch(tuple(PlannedSample(s.sample_id, s.teacher_index, weights[s.sample_id]) for s in samples))
 
 
 def _token_weights(

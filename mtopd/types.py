@@ -85,6 +85,7 @@ class TrainStepPlan:
     seq_length: int  # tokens per row of every micro-batch: prompt + response without the last token, padded
     packed: bool  # a micro-batch is one row, its samples one behind the other; else one row for each sample
     num_tokens: Mapping[int, int]  # loss tokens of each teacher in the whole mini-batch (N_i)
+    waste: float  # share of all rows that is padding
 
     def teachers_of(self, dp_rank: int) -> list[int]:
         """Distinct teacher indices in this dp rank's part, ascending: the head loads this train step needs there."""

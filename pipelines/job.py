@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load_config
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
+from mtopd.convert.teacher import HFTensors
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import build_chunks, config_overrides, megatron_refuses, padded_vocab_size, sort_fields
@@ -35,8 +37,8 @@ class Student:
 
     def __init__(self, config: StudentConfig, optimizer: OptimizerConfig, num_steps: int, seed: int) -> None:
         self.ranks = parallel.initialize(config.parallel, seed=seed)
-        self.folder = config.model
-        self.hf_config = load_hf_config(config.model)
+        self.folder, self.mtp = config.model, config.mtp
+        self.hf_config: Any = load_hf_config(config.model)
         self.dtype = getattr(torch, config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vocab_size = vocab_size(self.tokenizer)
@@ -55,6 +57,7 @@ class Student:
             self.ranks,
             rotary_base=rope_theta(self.hf_config),
             padded_vocab=padded,
+            freeze_router=config.freeze_router,
         )
         self.bridge.load(chunks, config.model)
         self.trainer = Trainer(chunks, self.ranks, optimizer_settings(optimizer, num_steps), self.dtype, fields)
@@ -85,6 +88,11 @@ class Student:
         from safetensors.torch import save_file
 
         tensors = self.weights()
+        if self.ranks.rank == 0:
+            further = further_heads(self.folder, self.hf_config) if self.mtp == "freeze" else {}
+            tensors |= further
+            if not further and hasattr(self.hf_config, "num_nextn_predict_layers"):
+                self.hf_config.num_nextn_predict_layers = 0
         if self.ranks.rank == 0 and not is_sealed(folder):
             partial = folder.with_name(f".{folder.name}.tmp")
             for leftover in (partial, folder):
@@ -99,6 +107,17 @@ class Student:
             run.seal(partial)
             publish_tree(partial, folder)
         dist.barrier()
+
+
+def further_heads(folder: Path, hf_config: Any) -> dict[str, torch.Tensor]:
+    """The tensors of heads that predict further tokens: checkpoints keep them as layers behind the last."""
+    stored = HFTensors(folder)
+    behind = [
+        name
+        for name in stored
+        if (m := re.match(r"model\.layers\.(\d+)\.", name)) and int(m[1]) >= hf_config.num_hidden_layers
+    ]
+    return {name: stored[name] for name in behind}
 
 
 def optimizer_settings(config: OptimizerConfig, num_steps: int) -> OptimizerSettings:
@@ -150,6 +169,8 @@ class Job:
         self.teacher_meshes = self._build_teacher_meshes()
         self.metrics = MetricsWriter(self.run.metrics, enabled=self.ranks.rank == 0)
         self.progress = Progress(enabled=self.ranks.rank == 0)
+        self.checkpoints = checkpoint.CheckpointWriter(self.trainer, self.run, self._retain)
+        self.bad_steps = 0  # train steps left out so far because of NaN or inf
         self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}
 
@@ -206,7 +227,7 @@ class Job:
         return self.restore(newest[0])
 
     def restore(self, iteration: int) -> int:
-        checkpoint.load(self.trainer, self.run, iteration)
+        self.bad_steps = int(checkpoint.load(self.trainer, self.run, iteration)["bad_steps"])
         self.student.update_weights()
         return iteration
 
@@ -214,16 +235,23 @@ class Job:
         return iteration + 1 == self.config.train.num_iterations
 
     def save(self, iteration: int) -> None:
-        """Checkpoint the state after ``iteration`` when it is due; then what it replaces goes.  Collective."""
-        if (iteration + 1) % self.config.checkpoint.every and not self.is_last(iteration):
-            return
-        with self.timed("checkpoint", iteration):
-            checkpoint.save(self.trainer, self.run, iteration + 1, {})
-            if self.ranks.rank == 0:
-                for old in checkpoint.sealed(self.run)[: -self.config.checkpoint.keep]:
-                    remove_tree(self.run.checkpoint(old))
-                for done in range(iteration):  # the newest iteration stays to be looked at
-                    remove_tree(self.run.iteration(done))
+        """Begin a checkpoint of the state after ``iteration`` when due; publish one that is written.  Collective."""
+        due = (iteration + 1) % self.config.checkpoint.every == 0 or self.is_last(iteration)
+        with self.timed("checkpoint", iteration) if due else contextlib.nullcontext():
+            self.checkpoints.advance()
+            if due:
+                self.checkpoints.save(iteration + 1, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the trainer's own."""
+        return {"bad_steps": self.bad_steps}
+
+    def _retain(self, published: int) -> None:
+        """What a published checkpoint replaces goes: older ones, and iterations whose weights it holds."""
+        for old in checkpoint.sealed(self.run)[: -self.config.checkpoint.keep]:
+            remove_tree(self.run.checkpoint(old))
+        for done in range(published - 1):  # the newest iteration stays to be looked at
+            remove_tree(self.run.iteration(done))
 
     @contextlib.contextmanager
     def timed(self, phase: str, iteration: int) -> Iterator[None]:
@@ -237,6 +265,7 @@ class Job:
 
     def finish(self) -> None:
         """Export the student, note the peak memory, end the process group.  Collective."""
+        self.checkpoints.wait()
         self.student.export(self.run, self.run.export(self.config.train.num_iterations))
         self.close()
 
@@ -245,6 +274,7 @@ class Job:
         peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         self.metrics.write("memory", self.config.train.num_iterations, {"peak_host_bytes": int(peaks[0])})
+        self.checkpoints.close()
         for name in ("teacher_stream", "heads"):
             if (opened := self.__dict__.get(name)) is not None:
                 opened.close()

@@ -25,5 +25,8 @@ def main(run_dir: Path, generation: int, phase: str, iteration: str) -> None:
     with job.timed(phase, chosen):
         {"rollout": rollout, "teacher_pass": teacher_pass, "train": train}[phase].run(job, chosen)
     if phase == "train":
-        checkpoint.save(job.trainer, job.run, chosen + 1, {})
+        # Nothing goes for it: this is a look at one phase.
+        writer = checkpoint.CheckpointWriter(job.trainer, job.run, lambda published: None)
+        writer.save(chosen + 1, job.state())
+        writer.close()
     job.close()

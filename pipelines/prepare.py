@@ -9,19 +9,33 @@ from typing import Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
 from mtopd.pipelines import prompts
+from mtopd.planning import propose_split
 from mtopd.run_dir import RunDir, sweep
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 
-STUDENT_MODEL_TYPES = ("qwen3",)  # whose training on every layout is tested
+# What makes a train step depend on how tokens meet in batches: not the same numbers on another layout.
+_ROUTING = {
+    "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": None,
+    "moe_input_jitter_eps": None,
+    "moe_expert_capacity_factor": None,
+    "moe_token_drop_policy": "probs",
+    "moe_router_bias_update_rate": 0.0,
+}
+UNEVEN_SPLIT = {
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+}
 
 Say = Callable[[str], None]
 
 
 def consolidate(config: ConsolidateConfig, run: RunDir, say: Say) -> None:
     """Check a consolidation and write its run directory's first files.  The caller holds the lock."""
-    tokenizer = check_student(config.student)
+    tokenizer = check_student(config.student, deterministic=config.deterministic)
     check_world(config.student)
     stores = [open_store(t.store) for t in config.teachers]
     for i, (store, teacher) in enumerate(zip(stores, config.teachers, strict=True)):
@@ -37,8 +51,27 @@ def consolidate(config: ConsolidateConfig, run: RunDir, say: Say) -> None:
         for i, (t, s, w) in enumerate(zip(config.teachers, stores, config.teacher_weights, strict=True))
     ]
     _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table})
+    say_split(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
     prompts.prepare(run, config.data, tokenizer, routes, supervised=False, progress=say)
+
+
+def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
+    """Propose fewer layers on the last pipeline stage where the output layers make it wait for."""
+    from mtopd.convert.bridge import architecture, load_hf_config
+
+    parallel = config.student.parallel
+    if parallel.vpp > 1 or UNEVEN_SPLIT & config.student.megatron.keys():
+        return
+    even, better = propose_split(
+        architecture(load_hf_config(config.student.model)),
+        parallel.pp,
+        teacher_hidden_size=teacher_hidden_size,
+        loss_share=config.data.max_response / config.data.context_length,
+    )
+    if better is not None:
+        option = f"student.megatron.num_layers_in_last_pipeline_stage={better.layers[-1]}"
+        say(f"a pipeline stage costs {even.imbalance:.2f}x the mean; {option} makes that {better.imbalance:.2f}x")
 
 
 def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
@@ -62,14 +95,9 @@ def _start(run: RunDir, config: ConsolidateConfig | SpecialistConfig, manifest: 
     run.start(resolved(config), manifest, to_yaml(config))
 
 
-def check_student(student: StudentConfig) -> Any:
+def check_student(student: StudentConfig, *, deterministic: bool = True) -> Any:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
     hf_config = check_hf_folder(student.model)
-    if hf_config.model_type not in STUDENT_MODEL_TYPES:
-        raise MtopdError(
-            f"{student.model} has model_type {hf_config.model_type!r}; a student is one of "
-            f"{', '.join(STUDENT_MODEL_TYPES)} so far (teachers may be of other types)"
-        )
     tokenizer = load_tokenizer(student.model)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
@@ -81,14 +109,48 @@ def check_student(student: StudentConfig) -> Any:
         from mtopd.megatron.model import sort_fields
 
         sort_fields(student.megatron)
+    check_experts(student, hf_config, deterministic)
     parallel = student.parallel
+    chunks = 1 if UNEVEN_SPLIT & student.megatron.keys() else parallel.pp * parallel.vpp
     for what, count, ways in (
         ("key-value heads", hf_config.num_key_value_heads, parallel.tp),
-        ("layers", hf_config.num_hidden_layers, parallel.pp),
+        ("layers", hf_config.num_hidden_layers, chunks),
     ):
         if count % ways:
             raise MtopdError(f"{student.model} has {count} {what}, which {ways}-way parallelism does not divide")
     return tokenizer
+
+
+def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -> None:
+    """A student's experts, latent attention and further heads, on its layout."""
+    parallel, megatron = student.parallel, student.megatron
+    # Each architecture names its number of experts in its own way.
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(hf_config, name, None))), 0)
+    latent = getattr(hf_config, "kv_lora_rank", None) is not None
+    if parallel.ep > 1 and (not experts or experts % parallel.ep):
+        raise MtopdError(
+            f"{student.model} has {experts} experts, which student.parallel.ep {parallel.ep} does not divide"
+        )
+    if (experts or latent) and parallel.tp > 1 and not megatron.get("sequence_parallel"):
+        raise MtopdError(
+            f"student.parallel.tp {parallel.tp} with {'experts' if experts else 'latent attention'} needs sequence "
+            "parallelism: set student.megatron.sequence_parallel=true"
+        )
+    if latent and parallel.cp > 1:
+        raise MtopdError(f"student.parallel.cp {parallel.cp} does not go with latent attention; set it to 1")
+    if experts and parallel.expert_tp != (parallel.tp if parallel.ep == 1 else 1):
+        # Without ep Megatron does not sum experts' gradients over tp unless they are split over it.
+        raise MtopdError(
+            f"student.parallel.etp {parallel.expert_tp} with tp {parallel.tp} and ep {parallel.ep} is not supported: "
+            "leave etp out (tp without ep, 1 with it)"
+        )
+    for name, allowed in _ROUTING.items() if deterministic and experts else ():
+        if megatron.get(name, allowed) != allowed:
+            raise MtopdError(
+                f"student.megatron.{name}={megatron[name]} makes a step depend on the layout; set deterministic=false, "
+                f"or leave it at {allowed}"
+            )
 
 
 def check_hf_folder(folder: Path) -> Any:
@@ -106,12 +168,13 @@ def check_world(student: StudentConfig) -> None:
     parallel = student.parallel
     found = os.environ.get("WORLD_SIZE")
     if found is not None and int(found) != parallel.world_size:
-        need = parallel.tp * parallel.pp
+        need = parallel.tp * parallel.pp * parallel.cp
+        axes = f"tp {parallel.tp} x pp {parallel.pp}" + (f" x cp {parallel.cp}" if parallel.cp > 1 else "")
         if int(found) % need:
-            raise MtopdError(f"world size {found} is not a multiple of tp {parallel.tp} x pp {parallel.pp} = {need}")
+            raise MtopdError(f"world size {found} is not a multiple of {axes} = {need}")
         raise MtopdError(
-            f"world size is {found}, the config asks for tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = "
-            f"{parallel.world_size}; set student.parallel.dp={int(found) // need}"
+            f"world size is {found}, the config asks for {axes} x dp {parallel.dp} = {parallel.world_size}; "
+            f"set student.parallel.dp={int(found) // need}"
         )
 
 

@@ -41,6 +41,8 @@ def main(run_dir: Path, generation: int) -> None:
     objective = CrossEntropy(vocab_size=student.vocab_size, tp_rank=student.ranks.tp_rank)
     shares = dict.fromkeys(prompts.names, 1.0)
 
+    checkpoints = checkpoint.CheckpointWriter(student.trainer, run, lambda published: None)
+
     start = _resume(student, run, shares)
     for step in range(start, config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
@@ -57,8 +59,9 @@ def main(run_dir: Path, generation: int) -> None:
             progress.note(f"every source is at its target accuracy after {step + 1} steps")
             break
         if (step + 1) % _CHECKPOINT_EVERY == 0:
-            checkpoint.save(student.trainer, run, step + 1, {"shares": shares})
+            checkpoints.save(step + 1, {"shares": shares})
 
+    checkpoints.close()
     student.update_weights()
     found = accuracy(student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response)
     progress.note("  ".join(f"{name} {value:.3f}" for name, value in found.items()))

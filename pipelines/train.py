@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mtopd.convert.bridge import architecture
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
 from mtopd.megatron.parallel import Ranks, zigzag_chunks
 from mtopd.megatron.train_step import PackedMicroBatch
@@ -40,7 +41,10 @@ def run(job: Job, iteration: int) -> None:
         teacher_weights=job.config.teacher_weights,
         dp_size=job.ranks.dp_size,
         micro_batch_size=job.config.train.micro_batch_size,
+        token_budget=job.config.train.token_budget,
         seq_length_multiple=job.trainer.seq_length_multiple,
+        micro_batch_multiple=job.trainer.micro_batch_multiple,
+        cost=architecture(job.student.hf_config).sample_cost,
         normalization=job.config.train.normalization,
         seed=job.iteration_seed(iteration),
     )
@@ -179,6 +183,7 @@ def train_step(
         "grad_norm": grad_norm,
         "lr": lr,
         "micro_batches": len(micro_batches),
+        "waste": plan.waste,
         "teachers_in_step": sum(len(plan.teachers_of(rank)) for rank in range(job.ranks.dp_size)),
         "statistics": {store.name: _statistics(sums, i) for i, store in enumerate(job.stores) if sums[f"measured/{i}"]},
         **_head_metrics(job, states.stall_s - stalled, objective.statistics_s),

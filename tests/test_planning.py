@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 
@@ -12,7 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtopd.planning import plan_batches, plan_train_steps, select_prompts
+from mtopd.planning import (
+    Architecture,
+    SampleCost,
+    plan_batches,
+    plan_train_steps,
+    price_stages,
+    propose_split,
+    row_length,
+    select_prompts,
+)
 from mtopd.types import MtopdError, PlannedSample, SampleMetadata, TrainStepPlan
 
 NORMALIZATIONS = ["teacher_balanced", "token_mean", "sequence_mean"]
@@ -31,10 +41,14 @@ def problems(draw: st.DrawFn) -> tuple[list[SampleMetadata], dict]:
         metadata(first_id + 3 * k, teacher, prompt_len, response_len, draw(st.integers(0, response_len)))
         for k, (teacher, prompt_len, response_len) in enumerate(rows)
     ]
+    packed = draw(st.booleans())
     options = {
         "num_train_steps": draw(st.integers(1, min(len(samples), 4))),
         "dp_size": draw(st.integers(1, 5)),
-        "micro_batch_size": draw(st.integers(1, 6)),
+        "micro_batch_size": None if packed else draw(st.integers(1, 6)),
+        "token_budget": draw(st.integers(max(map(row_length, samples)), 150)) if packed else None,
+        "micro_batch_multiple": draw(st.integers(1, 3)),
+        "cost": draw(st.sampled_from([None, SampleCost(1.0, 0.5)])),
         "seq_length_multiple": draw(st.sampled_from([1, 4, 16])),
         "normalization": draw(st.sampled_from(NORMALIZATIONS)),
         "seed": draw(st.integers(0, 99)),
@@ -82,20 +96,37 @@ def test_every_sentence_of_the_planner_holds(problem: tuple[list[SampleMetadata]
 
 
 def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: dict) -> None:
-    size = options["micro_batch_size"]
-    assert len(plan.micro_batches) == options["dp_size"]
-    least = math.ceil(len(mini_batch) / (options["dp_size"] * size))
+    size, budget, dp_size = options["micro_batch_size"], options["token_budget"], options["dp_size"]
+    length = {s.sample_id: row_length(s) for s in mini_batch}
+    assert len(plan.micro_batches) == dp_size and plan.packed == (size is None)
+    (count,) = {len(part) for part in plan.micro_batches}
+    assert count % options["micro_batch_multiple"] == 0
+    if size:
+        least = math.ceil(len(mini_batch) / (dp_size * size))
+        assert count - least < options["micro_batch_multiple"]
     for part in plan.micro_batches:
-        assert len(part) == least
         fill = [len(micro_batch.samples) for micro_batch in part]
-        assert max(fill) <= size
-        assert fill == sorted(fill, reverse=True), "empty micro-batches stand at the end"
-        order = [(s.teacher_index, s.sample_id) for micro_batch in part for s in micro_batch.samples]
+        assert sorted(map(bool, fill), reverse=True) == list(map(bool, fill)), "empty micro-batches stand at the end"
+        order = [s.teacher_index for micro_batch in part for s in micro_batch.samples]
         assert order == sorted(order), "the teacher index never decreases inside a rank"
+        for micro_batch in part:
+            inside = [(s.teacher_index, s.sample_id) for s in micro_batch.samples]
+            assert inside == sorted(inside)
+            assert len(inside) <= size if size else sum(length[i] for _, i in inside) <= budget
+    teachers = {s.teacher_index for s in mini_batch}
+    assert sum(len(plan.teachers_of(rank)) for rank in range(dp_size)) <= len(teachers) + dp_size - 1
+    cost = options["cost"] or SampleCost()
+    if not size:
+        costs = [sum(cost(length[s.sample_id]) for mb in part for s in mb.samples) for part in plan.micro_batches]
+        dearest = max(cost(n) for n in length.values())
+        assert max(costs) <= (math.fsum(costs) / dp_size + dearest) * (1 + 1e-4)  # costs are rounded to one in 1e6
 
-    longest = max(s.prompt_len + s.response_len - 1 for s in mini_batch)
+    rows = [sum(length[s.sample_id] for s in mb.samples) for part in plan.micro_batches for mb in part]
+    longest = max(length.values()) if size else max(rows)
     assert plan.seq_length % options["seq_length_multiple"] == 0
     assert longest <= plan.seq_length < longest + options["seq_length_multiple"]
+    computed = dp_size * count * (size or 1) * plan.seq_length
+    assert plan.waste == pytest.approx(1 - sum(length.values()) / computed) and 0 <= plan.waste < 1
 
     loss_tokens = Counter()
     for s in mini_batch:
@@ -150,27 +181,81 @@ def test_a_step_without_any_loss_token_is_planned_with_weight_zero() -> None:
         assert plan.num_tokens == {}
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
-def test_dp_ranks_get_equal_tokens_up_to_one_sample(lengths: list[int], dp_size: int) -> None:
-    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate(lengths)]
-    plan = plan_one(samples, dp_size=dp_size, micro_batch_size=60)
-    tokens = [sum(lengths[s.sample_id] for mb in part for s in mb.samples) for part in plan.micro_batches]
-    assert max(tokens) - min(tokens) <= max(lengths)
-
-
 def response_lengths(plan: TrainStepPlan, samples: list[SampleMetadata]) -> list[list[int]]:
     return [sorted(samples[s.sample_id].response_len for mb in part for s in mb.samples) for part in plan.micro_batches]
 
 
-def test_dealing_is_by_tokens_longest_first_within_the_room_of_an_even_deal() -> None:
+def test_dealing_is_by_cost_within_the_room_of_an_even_deal() -> None:
     samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([1, 1, 1, 1, 4])]
-    assert response_lengths(plan_one(samples, dp_size=2), samples) == [[4], [1, 1, 1, 1]]
-    # By tokens alone the first rank would get the long sample only and the second need four micro-batches.
+    assert sorted(response_lengths(plan_one(samples, dp_size=2), samples)) == [[1, 1, 1, 1], [4]]
+    # By cost alone the first rank would get the long sample only and the second need four micro-batches.
     samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([100, *[1] * 7])]
     plan = plan_one(samples, dp_size=2, micro_batch_size=2)
-    assert response_lengths(plan, samples) == [[1, 1, 1, 100], [1, 1, 1, 1]]
+    assert sorted(response_lengths(plan, samples)) == [[1, 1, 1, 1], [1, 1, 1, 100]]
     assert [len(part) for part in plan.micro_batches] == [2, 2]
+    # Attention makes one long sample dearer than its tokens.
+    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([8, *[1] * 16])]
+    alike = {"dp_size": 2, "micro_batch_size": None, "token_budget": 24}
+    assert max(len(part) for part in response_lengths(plan_one(samples, **alike), samples)) <= 13
+    by_pairs = plan_one(samples, **alike, cost=SampleCost(0.0, 1.0))
+    assert sorted(len(part) for part in response_lengths(by_pairs, samples)) == [1, 16]
+
+
+def test_a_rank_sees_few_teachers() -> None:
+    samples = [metadata(k, teacher=k % 10) for k in range(240)]
+    for limit in ({"micro_batch_size": 8}, {"micro_batch_size": None, "token_budget": 64}):
+        plan = plan_one(samples, dp_size=8, teacher_weights=[0.1] * 10, **limit)
+        assert max(len(plan.teachers_of(rank)) for rank in range(8)) <= 3, "ten teachers over eight ranks"
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 8])
+@pytest.mark.parametrize("num_teachers", [1, 3, 12])
+def test_packs_of_realistic_lengths_waste_little(dp_size: int, num_teachers: int) -> None:
+    rng = random.Random(dp_size)
+    samples = [
+        metadata(k, k % num_teachers, rng.randint(20, 200), min(int(rng.lognormvariate(6.0, 1.0)) + 1, 3800))
+        for k in range(64 * dp_size)
+    ]
+    plan = plan_one(
+        samples,
+        dp_size=dp_size,
+        micro_batch_size=None,
+        token_budget=8192,
+        seq_length_multiple=16,
+        teacher_weights=[1.0] * num_teachers,
+    )
+    padded = plan_one(samples, dp_size=dp_size, micro_batch_size=8, teacher_weights=[1.0] * num_teachers)
+    print(f"dp {dp_size}, {num_teachers} teachers: waste {plan.waste:.3f}, padded {padded.waste:.3f}")
+    assert plan.waste <= 0.05 < padded.waste
+
+
+def test_an_empty_micro_batch_makes_up_a_group() -> None:
+    plan = plan_one([metadata(k) for k in range(3)], micro_batch_size=1, micro_batch_multiple=2)
+    assert [len(mb.samples) for mb in plan.micro_batches[0]] == [1, 1, 1, 0]
+
+
+ARCHITECTURE = Architecture(
+    num_layers=8, hidden_size=512, ffn_size=1536, attention_size=512, key_value_size=256, vocab_size=32000
+)
+
+
+def test_stages_are_priced_by_hand() -> None:
+    layer = 2 * 512 * (2 * 512 + 2 * 256 + 3 * 1536)
+    assert ARCHITECTURE.layer_flops == layer and ARCHITECTURE.head_flops == 2 * 512 * 32000
+    head = 0.5 * (3 * 2 * 512 * 32000 + 2 * 1024 * 32000)
+    split = price_stages(ARCHITECTURE, [4, 4], teacher_hidden_size=1024, loss_share=0.5)
+    assert split.imbalance == pytest.approx((12 * layer + head) / ((24 * layer + head) / 2))
+    assert ARCHITECTURE.sample_cost(10) == pytest.approx(8 * (10 * layer + 100 * 2 * 512))
+
+
+def test_a_heavy_last_stage_gets_fewer_layers() -> None:
+    even, better = propose_split(ARCHITECTURE, 2, teacher_hidden_size=1024, loss_share=0.5)
+    assert even.layers == (4, 4) and even.imbalance > 1.1
+    assert (better is not None and better.layers == (7, 1)) or better.layers == (6, 2)
+    assert better.imbalance < even.imbalance and sum(better.layers) == 8
+    small = replace(ARCHITECTURE, vocab_size=100)
+    assert propose_split(small, 2, teacher_hidden_size=512, loss_share=0.5)[1] is None, "even enough"
+    assert propose_split(ARCHITECTURE, 1, teacher_hidden_size=512, loss_share=1.0)[1] is None
 
 
 def test_seed_changes_the_split_into_steps() -> None:
@@ -189,6 +274,14 @@ def test_seed_changes_the_split_into_steps() -> None:
         ([metadata(0)], {"num_train_steps": 2}, "2 train steps need at least 2 samples but the iteration has 1"),
         ([metadata(0)], {"dp_size": 0}, "dp_size is 0"),
         ([metadata(0)], {"micro_batch_size": 0}, "micro_batch_size is 0"),
+        ([metadata(0)], {"token_budget": 10}, "micro_batch_size is 8 and token_budget is 10; give exactly one"),
+        ([metadata(0)], {"micro_batch_size": None}, "micro_batch_size is None and token_budget is None"),
+        (
+            [metadata(5)],
+            {"micro_batch_size": None, "token_budget": 5},
+            "sample 5 has 6 tokens, more than token_budget 5",
+        ),
+        ([metadata(0)], {"micro_batch_multiple": 0}, "micro_batch_multiple is 0"),
         ([metadata(0)], {"seq_length_multiple": 0}, "seq_length_multiple is 0"),
         ([metadata(0)], {"normalization": "mean"}, "'mean'; use one of teacher_balanced"),
         ([metadata(0)], {"teacher_weights": [float("nan")]}, "weight of teacher 0 is nan"),

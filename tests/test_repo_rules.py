@@ -9,7 +9,17 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 
 PARTS = {"rollout", "teacher_offload", "hidden_cache", "kernels", "objectives", "megatron", "convert"}
-LOWER = {"planning", "data", "trajectories", "run_dir", "metrics", "report", "tokenizer", "safetensors_file"}
+LOWER = {
+    "planning",
+    "data",
+    "trajectories",
+    "run_dir",
+    "metrics",
+    "report",
+    "tokenizer",
+    "safetensors_file",
+    "hf_model",
+}
 BOTTOM = {"config", "types"}
 # Part -> other parts it may import: the stated exceptions.
 ALLOWED = {

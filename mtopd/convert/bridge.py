@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mtopd.planning import Architecture
 from mtopd.types import MtopdError
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
@@ -66,6 +67,24 @@ def rope_theta(hf_config: Any) -> float:
     return float(parameters["rope_theta"])
 
 
+def architecture(hf_config: Any) -> Architecture:
+    """The numbers from which planning prices the model; of experts, those that one token goes through."""
+    heads, head_dim = hf_config.num_attention_heads, getattr(hf_config, "head_dim", None)
+    head_dim = getattr(hf_config, "v_head_dim", None) or head_dim or hf_config.hidden_size // heads
+    ffn = hf_config.intermediate_size
+    if experts := getattr(hf_config, "num_experts_per_tok", None):
+        experts += getattr(hf_config, "n_shared_experts", 0)
+        ffn = experts * getattr(hf_config, "moe_intermediate_size", ffn)
+    return Architecture(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_size=ffn,
+        attention_size=heads * head_dim,
+        key_value_size=hf_config.num_key_value_heads * head_dim,
+        vocab_size=hf_config.vocab_size,
+    )
+
+
 def _refuse_variants(hf_config: Any) -> None:
     """Raise MtopdError for options of an architecture that Megatron's layers do not have, or compute differently."""
     wanted: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -99,6 +118,7 @@ def _architecture_fields(hf_config: Any) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
         "moe_expert_capacity_factor": None,  # no token is dropped
+        "moe_router_bias_update_rate": 0.0,
     }
     if hf_config.model_type == "qwen3_moe":
         fields["moe_router_pre_softmax"] = not hf_config.norm_topk_prob
@@ -168,11 +188,17 @@ class _TransformerEngineNames:
         return getattr(self._model, name)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {self._bridge.te_name(k): v for k, v in self._model.state_dict().items() if isinstance(v, torch.Tensor)}
+        return {self._te_name(k): v for k, v in self._model.state_dict().items() if isinstance(v, torch.Tensor)}
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         tensors = self._tensors if self._tensors is not None else self._model.named_parameters()
-        return ((self._bridge.te_name(name), tensor) for name, tensor in tensors)
+        return ((self._te_name(name), tensor) for name, tensor in tensors)
+
+    def _te_name(self, name: str) -> str:
+        # Parameters are named by their place in the chunk; the kind of a layer is known by its place in the model.
+        match = re.match(r"decoder\.layers\.(\d+)\.", name)
+        layers: Any = self._model.decoder
+        return self._bridge.te_name(name, layers.layers[int(match[1])].layer_number - 1 if match else None)
 
 
 class Bridge:
@@ -195,6 +221,7 @@ class Bridge:
     ) -> None:
         from mbridge.core.bridge import _MODEL_REGISTRY
         from mbridge.core.parallel_states import ParallelStates
+        from mbridge.core.safetensor_io import SafeTensorIO
 
         _refuse_variants(hf_config)
         bridge_class = _MODEL_REGISTRY[hf_config.model_type]
@@ -218,7 +245,12 @@ class Bridge:
         own_class = type(
             bridge_class.__name__,
             (bridge_class,),
-            {"_DIRECT_MAPPING": dict(bridge_class._DIRECT_MAPPING), "_build_base_config": build_base_config},
+            {
+                "_DIRECT_MAPPING": dict(bridge_class._DIRECT_MAPPING),
+                "_build_base_config": build_base_config,
+                # DeepSeek's own reader takes bfloat16 models only.
+                "_get_safetensor_io": lambda _, folder: SafeTensorIO(folder),
+            },
         )
         self._bridge = own_class(
             _Transformers4Config(hf_config),
@@ -287,12 +319,15 @@ class Bridge:
             *(f"mlp.{n}" for n in mlp),
         ]
 
-    def te_name(self, local_name: str) -> str:
-        """Local-spec parameter name -> Transformer Engine's, where most norms live in the linear layer after them."""
+    def te_name(self, local_name: str, layer: int | None = None) -> str:
+        """Local-spec parameter name -> Transformer Engine's, where most norms live in the linear layer after them.
+
+        ``layer`` is the layer's number in the whole model where the name counts from a pipeline stage's first.
+        """
         match = re.fullmatch(r"(decoder\.layers\.(\d+)\.)(.*)", local_name)
         if match is None:
             return local_name
-        prefix, layer, name = match[1], int(match[2]), match[3]
+        prefix, layer, name = match[1], int(match[2]) if layer is None else layer, match[3]
         name = re.sub(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$", r"mlp.experts.\2.weight\1", name)
         if self.transformer_config.multi_latent_attention:
             name = re.sub(r"(q|kv)_layernorm\.weight$", r"linear_\1_up_proj.layer_norm_weight", name)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from mtopd.convert.bridge import Bridge
+from mtopd.hf_model import Tensors
 from mtopd.types import MtopdError
 
 Parts = list[tuple[str, torch.Tensor]]
 
 # Rows stand by query group (qkv) or by head, so that a slice is a whole number of them.
 _BY_HEAD = ("linear_qkv.weight", "linear_qkv.bias", "linear_q_up_proj.weight", "linear_kv_up_proj.weight")
-
-
-class Tensors(Protocol):
-    """Tensors of a checkpoint by name, one at a time."""
-
-    def __getitem__(self, name: str) -> torch.Tensor: ...
 
 
 def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tuple[Parts, Parts]:

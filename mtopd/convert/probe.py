@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mtopd.convert.bridge import load_hf_config
-from mtopd.convert.layer_parts import Tensors
+from mtopd.hf_model import Tensors, fill, stored_names
 from mtopd.types import MtopdError
 
 NUM_TOKENS = 16
@@ -72,7 +72,7 @@ def _streamed_model(hf_config: Any, tensors: Tensors) -> Any:
         def load(module: torch.nn.Module, args: Any, prefix: str = prefix) -> None:
             module.to_empty(device="cpu")
             for name, tensor in module.state_dict().items():
-                _fill(model, f"{prefix}.{name}", tensor, tensors)
+                fill(tensor, stored_names(model, f"{prefix}.{name}", tensor), tensors)
 
         def drop(module: torch.nn.Module, args: Any, output: Any) -> None:
             module.to("meta")
@@ -80,25 +80,3 @@ def _streamed_model(hf_config: Any, tensors: Tensors) -> Any:
         module.register_forward_pre_hook(load)
         module.register_forward_hook(drop)
     return model
-
-
-def _fill(model: Any, name: str, tensor: torch.Tensor, tensors: Tensors) -> None:
-    """Copy the checkpoint's tensors into the model's ``name``.
-
-    transformers stores the experts of a layer as one tensor, gate over up; its own map says which of the checkpoint's
-    tensors those are, matrix by matrix and within it expert by expert.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    names = list(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")}))
-    pieces = [tensor]
-    if len(names) > 1:
-        experts = tensor.shape[0]
-        pieces = [piece for matrix in tensor.chunk(len(names) // experts, dim=1) for piece in matrix.unbind()]
-    for stored, piece in zip(names, pieces, strict=True):
-        found = tensors[stored]
-        if found.shape != piece.shape:
-            raise MtopdError(
-                f"tensor {stored!r} has shape {tuple(found.shape)}, the config calls for {tuple(piece.shape)}"
-            )
-        piece.copy_(found)

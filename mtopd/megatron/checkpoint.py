@@ -1,70 +1,154 @@
-"""The trainer's state on disk: one safetensors file per (tp, pp) rank, nothing that could execute.
+"""The trainer's state on disk, in Megatron's distributed format: it can be loaded at any layout.
 
-A checkpoint folder is written under a temporary name and published whole by rank 0, with its seal (sha256 of every
-file) already inside.  It belongs to one layout: resuming needs the tp and pp it was written with.
+A save copies weights, optimizer and random state to host memory, and a thread writes the copy while training goes on;
+one save is in flight at most.  A folder is written under a temporary name and published whole by rank 0, with its seal
+(sha256 of every file) already inside.  Nothing in it is opened before all files match the seal, and even then nothing
+can execute: tensors and ``common.pt`` load with ``weights_only``, the index (a pickle) through an unpickler that knows
+the classes of checkpoints and no others.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import io
+import pickle
+import queue
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader, Metadata
 
 from mtopd.megatron.train_step import Trainer
-from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_seal, remove_tree
-from mtopd.safetensors_file import read_header
+from mtopd.run_dir import SEAL, RunDir, is_sealed, publish_tree, read_seal, remove_tree
 from mtopd.types import MtopdError
 
+# Results of a write stay in this process: no manager process, which would outlive a killed rank.
+filesystem_async._get_write_results_queue = queue.Queue
 
-def save(trainer: Trainer, run: RunDir, iteration: int, state: Mapping[str, Any]) -> None:
-    """Publish ``checkpoints/<iteration>``.  ``state`` is plain data that ``load`` gives back.  Collective."""
-    ranks, target = trainer.ranks, run.checkpoint(iteration)
-    partial = target.with_name(f".{target.name}.tmp")
-    if ranks.rank == 0:
-        remove_tree(partial)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    digest = None
-    if ranks.dp_rank == 0:
-        path = partial / _file_name(trainer)
-        save_file({k: v.detach().cpu().contiguous() for k, v in _tensors(trainer).items()}, path)
-        with open(path, "rb") as file:
-            digest = (path.name, hashlib.file_digest(file, "sha256").hexdigest())
-    digests: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(digests, digest)
-    if ranks.rank == 0:
-        files = dict(sorted(d for d in digests if d is not None))
-        layout = {"tp": ranks.tp_size, "pp": ranks.pp_size}
-        run.seal(partial, {"layout": layout, "files": files, "state": dict(state), "train_steps": trainer.steps_done})
-        remove_tree(target)
-        publish_tree(partial, target)
-    dist.barrier()
+
+@dataclass(frozen=True)
+class _Written:
+    """What a rank's thread wrote: Megatron's results by bucket, sha256 by file name."""
+
+    results: dict[int, Any]
+    digests: dict[str, str]
+
+
+@dataclass
+class _InFlight:
+    iteration: int
+    partial: Path
+    request: AsyncRequest
+    written: Future[_Written]
+    contents: dict[str, Any]  # of the seal
+
+
+class CheckpointWriter:
+    """Saves in the background.  Every method is collective: all ranks call it at the same place.
+
+    ``published(iteration)`` is called on rank 0 once a checkpoint can be resumed from.
+    """
+
+    def __init__(self, trainer: Trainer, run: RunDir, published: Callable[[int], None]) -> None:
+        self._trainer, self._run, self._published = trainer, run, published
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: _InFlight | None = None
+
+    def save(self, iteration: int, state: Mapping[str, Any]) -> None:
+        """Begin ``checkpoints/<iteration>``; waits for the former save.  ``state`` is plain data for the next start."""
+        self.wait()
+        trainer, rank = self._trainer, self._trainer.ranks.rank
+        target = self._run.checkpoint(iteration)
+        partial = target.with_name(f".{target.name}.tmp")
+        if rank == 0:
+            remove_tree(partial)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        trainer.finish_param_sync()
+        request = dist_checkpointing.save(_sharded_state(trainer, loading=False), str(partial), async_sharded_save=True)
+        buckets = [
+            (path, name, (objects, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
+            for path, name, (objects, tensors) in (request.async_fn_args[1] if request.async_fn else [])
+        ]
+        transforms = request.async_fn.args[0] if request.async_fn else []
+        contents = {"layout": _layout(trainer), "state": dict(state), "train_steps": trainer.steps_done}
+        written = self._thread.submit(_write, buckets, transforms, partial / _rng_file(rank), _rng_state())
+        self._in_flight = _InFlight(iteration, partial, request, written, contents)
+
+    def advance(self) -> None:
+        """Publish the save in flight if every rank has written its part; returns at once."""
+        if self._in_flight is not None:
+            done = torch.tensor(int(self._in_flight.written.done()), device=self._trainer.ranks.device)
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if done.item():
+                self.wait()
+
+    def wait(self) -> None:
+        """Publish the save in flight.  Raises MtopdError when a rank could not write."""
+        if (save := self._in_flight) is None:
+            return
+        self._in_flight = None
+        error = save.written.exception()
+        outcomes: list[Any] = [None] * self._trainer.ranks.world_size
+        dist.all_gather_object(outcomes, str(error) if error else save.written.result().digests)
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, str)]:
+            raise MtopdError(f"cannot write checkpoint {save.partial}: {errors[0]}; the former one stays")
+        if save.request.async_fn:
+            save.request.async_fn_args[2].put(save.written.result().results)
+        for finalize in save.request.finalize_fns:
+            finalize()
+        if self._trainer.ranks.rank == 0:
+            digests = {name: digest for outcome in outcomes for name, digest in outcome.items()}
+            for path in save.partial.iterdir():  # what rank 0 wrote beside the tensors
+                digests.setdefault(path.name, _sha256(path))
+            target = self._run.checkpoint(save.iteration)
+            self._run.seal(save.partial, {"files": dict(sorted(digests.items())), **save.contents})
+            remove_tree(target)
+            publish_tree(save.partial, target)
+            self._published(save.iteration)
+        dist.barrier()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
 
 
 def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
-    """Restore the trainer and return ``state``.  Raises MtopdError when the files do not match the seal or layout."""
-    folder, ranks = run.checkpoint(iteration), trainer.ranks
-    seal = read_seal(folder)
-    if seal["layout"] != (layout := {"tp": ranks.tp_size, "pp": ranks.pp_size}):
-        raise MtopdError(f"{folder} was written with {seal['layout']}, this run has {layout}; resume with that layout")
-    path = folder / _file_name(trainer)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != seal["files"][path.name]:
-        raise MtopdError(f"{path} does not match its seal; remove {folder} to resume from an earlier checkpoint")
-    read_header(path)
-    stored = load_file(path)
-    trainer.create_optimizer_state()
+    """Restore the trainer, at whatever layout it has now, and return ``state``.  Collective.
+
+    Random states are restored at the layout they were saved at; elsewhere the streams begin anew from the run's seed.
+    Raises MtopdError when the folder does not match its seal.
+    """
+    folder = run.checkpoint(iteration)
+    seal = _verified_seal(folder, trainer)
+    state = dist_checkpointing.load(
+        _sharded_state(trainer, loading=True),
+        str(folder),
+        sharded_strategy=_LoadSharded(),
+        common_strategy=_LoadCommon(),
+    )
     with torch.no_grad():
-        for name, tensor in _tensors(trainer).items():
-            tensor.copy_(stored[name])
+        for index, chunk in enumerate(trainer.chunks):
+            missing, unexpected = chunk.load_state_dict(state[f"chunk{index}"], strict=False)
+            assert not unexpected and all("_extra_state" in name for name in missing), (missing, unexpected)
+        trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.resume_schedule(int(seal["train_steps"]))
-    state: dict[str, Any] = seal["state"]
-    return state
+    if seal["layout"] == _layout(trainer):
+        _restore_rng(load_file(folder / _rng_file(trainer.ranks.rank)))
+    plain: dict[str, Any] = seal["state"]
+    return plain
 
 
 def newest(run: RunDir) -> int | None:
@@ -77,21 +161,140 @@ def sealed(run: RunDir) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("[0-9]*") if is_sealed(p)) if folder.is_dir() else []
 
 
-def _file_name(trainer: Trainer) -> str:
-    return f"tp{trainer.ranks.tp_rank:03d}_pp{trainer.ranks.pp_rank:03d}.safetensors"
+def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    """Megatron's description of every tensor: its place in the whole model, whatever the layout."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": trainer.ranks.dp_cp_group,
+    }
+    trainer.create_optimizer_state()
+    chunks = {
+        f"chunk{index}": {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+            if not isinstance(value, ShardedObject)  # pickled extra state, of which a model without fp8 has none
+        }
+        for index, chunk in enumerate(trainer.chunks)
+    }
+    optimizer = trainer.optimizer.sharded_state_dict(dict(chunks), is_loading=loading, metadata=metadata)
+    return {**chunks, "optimizer": optimizer}
 
 
-def _tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Live tensors of this rank's state by a name that does not depend on the order of parameters."""
-    tensors: dict[str, torch.Tensor] = {}
-    (chunk,) = trainer.chunks
-    for name, parameter in chunk.named_parameters():
-        tensors[f"model/{name}"] = parameter.data
-        master = getattr(parameter, "main_param", None)
-        if master is not None:
-            tensors[f"master/{name}"] = master.data
-        state = trainer.adam_state(parameter if master is None else master)
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            if key in state:
-                tensors[f"{key}/{name}"] = state[key]
-    return tensors
+def _write(buckets: list[Any], transforms: Any, rng_path: Path, rng_state: Mapping[str, torch.Tensor]) -> _Written:
+    """In the writer's thread: every bucket a file, written and synced by Megatron's own function."""
+    results, digests = {}, {}
+    for index, bucket in enumerate(buckets):
+        outcome: queue.Queue[Any] = queue.Queue()
+        ticket: queue.Queue[int] = queue.Queue()  # taken back when the bucket is written
+        ticket.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, index, bucket, outcome, ticket, use_fsync=True
+        )
+        _, results[index] = outcome.get()
+        if isinstance(results[index], Exception):
+            raise results[index]
+        digests[bucket[1]] = _sha256(Path(bucket[0]))
+    save_file(dict(rng_state), rng_path)
+    digests[rng_path.name] = _sha256(rng_path)
+    return _Written(results, digests)
+
+
+def _layout(trainer: Trainer) -> dict[str, int]:
+    ranks = trainer.ranks
+    sizes = ("world", "tp", "pp", "vpp", "cp", "dp", "ep", "expert_tp")
+    return {name: getattr(ranks, f"{name}_size") for name in sizes}
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng_{rank:05d}.safetensors"
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    """torch's generator and Megatron's tracked ones, on this rank."""
+    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+    states = {"torch": torch.get_rng_state(), **{f"tracked/{name}": state for name, state in tracked.items()}}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.cpu().clone() for name, state in states.items()}
+
+
+def _restore_rng(states: dict[str, torch.Tensor]) -> None:
+    prefix = "tracked/"
+    tracked = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# -- reading nothing that could execute -------------------------------------------------------------------------------
+def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """The seal, after every file was compared with it; the ranks share the reading.  Collective."""
+    seal, ranks = read_seal(folder), trainer.ranks
+    found = {path.name: path for path in folder.iterdir() if path.name != SEAL}
+    wrong = sorted(found.keys() ^ seal["files"].keys())
+    wrong += [name for name, path in found.items() if path.is_symlink() or not path.is_file()]
+    if not wrong:
+        mine = sorted(seal["files"])[ranks.rank :: ranks.world_size]
+        wrong = [name for name in mine if _sha256(found[name]) != seal["files"][name]]
+    of_ranks: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(of_ranks, wrong)
+    if bad := [name for names in of_ranks for name in names]:
+        raise MtopdError(
+            f"{folder / bad[0]} does not match the checkpoint's seal; it was damaged or exchanged: remove {folder} to "
+            "resume from an earlier checkpoint"
+        )
+    return seal
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _LoadCommon(TorchCommonLoadStrategy):
+    def load_common(self, checkpoint_dir: Any) -> Any:
+        return torch.load(Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
+        raise MtopdError(f"{checkpoint_dir} holds pickled objects; a checkpoint of this program has none")
+
+
+class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        original = torch_strategy._get_filesystem_reader
+        torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _IndexReader(folder)
+        try:
+            return super().load(sharded_state_dict, checkpoint_dir)
+        finally:
+            torch_strategy._get_filesystem_reader = original
+
+
+class _IndexReader(FileSystemReader):
+    """Reads tensors as torch does (``weights_only``) and the index with ``_IndexUnpickler``."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _IndexUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+        assert isinstance(metadata, Metadata)
+        return metadata
+
+
+_PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+_PLAIN |= {("pathlib", "PosixPath"), ("builtins", "set"), ("builtins", "frozenset")}
+_HOMES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Admits classes that torch.distributed.checkpoint and megatron define, and the few plain types they hold."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if module.startswith(_HOMES) and "." not in name:
+            found = super().find_class(module, name)
+            # A module also holds what it imports: only its own classes.
+            if isinstance(found, type) and found.__module__.startswith(_HOMES):
+                return found
+        raise MtopdError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; remove it")

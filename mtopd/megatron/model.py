@@ -159,7 +159,13 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
 
 
 def build_chunks(
-    config: TransformerConfig, hf_config: Any, ranks: Ranks, *, rotary_base: float, padded_vocab: int
+    config: TransformerConfig,
+    hf_config: Any,
+    ranks: Ranks,
+    *,
+    rotary_base: float,
+    padded_vocab: int,
+    freeze_router: bool = False,
 ) -> list[HiddenStateModel]:
     """This rank's model chunks, on its device, weights not yet loaded: one, or ``vpp`` under the interleaved schedule.
 
@@ -183,6 +189,8 @@ def build_chunks(
             vp_stage=vp_stage,
         )
         without_te.mark_replicated(chunk, config)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not (freeze_router and ".router." in name))
         if ranks.device.type == "cuda":
             chunk.cuda(ranks.device)
         chunks.append(chunk)

@@ -246,10 +246,6 @@ class Trainer:
     def steps_done(self) -> int:
         return int(self.scheduler.num_steps) - 1
 
-    def adam_state(self, parameter: torch.Tensor) -> dict[str, Any]:
-        (adam,) = self._adams
-        return adam.state[parameter]
-
     def create_optimizer_state(self) -> None:
         """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them."""
         for adam in self._adams:

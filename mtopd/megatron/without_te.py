@@ -165,3 +165,21 @@ def install() -> None:
         utils.te_general_gemm = None  # tested against None where the router computes in float32
     attention: Any = multi_latent_attention
     attention.HAVE_TE = isinstance(attention.TELinear, type)  # else it is a stand-in that isinstance() refuses
+
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    restore = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def restore_but_step(self: Any, model_param: Any, tensors: Any) -> None:
+        """torch's AdamW counts steps in a tensor of each parameter: checkpoints do not hold it, and loading has given
+        all parameters one and the same, which would then count once for each of them."""
+        group, place = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        step = state.pop("step", None)
+        restore(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step.clone()
+
+    if not getattr(restore, "mends_step", False):
+        restore_but_step.mends_step = True  # type: ignore[attr-defined]
+        DistributedOptimizer._set_main_param_and_optimizer_states = restore_but_step

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mtopd.hf_model import fill, stored_names
 from mtopd.rollout.philox import uniform
 
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs
@@ -49,13 +50,22 @@ class EmbeddedEngine:
 
         self._model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
         self._model.to(device).eval().requires_grad_(False)
+        tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
+        self._stored = {
+            name: stored_names(self._model, name, tensor)
+            for name, tensor in self._model.state_dict().items()
+            if name not in tied
+        }
         self._vocab_size, self._eos_id, self._pad_id, self._device = vocab_size, eos_id, pad_id, device
 
     def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
-        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
-        tied = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
-        assert set(missing) <= tied and not unexpected, (missing, unexpected)
+        wanted = {stored for names in self._stored.values() for stored in names}
+        given = tensors.keys() - ({"lm_head.weight"} if self._model.config.tie_word_embeddings else set())
+        assert given == wanted, given ^ wanted
+        for name, tensor in self._model.state_dict().items():
+            if name in self._stored:
+                fill(tensor, self._stored[name], tensors)
 
     @torch.no_grad()
     def generate(
