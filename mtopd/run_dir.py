@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +127,49 @@ class RunDir:
         finally:
             os.close(descriptor)
 
-    def start(self, config: Mapping[str, Any], manifest: Mapping[str, Any], config_yaml: str) -> None:
+    def start(
+        self,
+        config: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        config_yaml: str,
+        *,
+        accept_changed: bool = False,
+        drop_unfinished: Callable[[], None] = lambda: None,
+    ) -> list[str]:
         """Write or check config and manifest, and take the next generation number.  The caller holds the lock.
 
-        Raises MtopdError when the directory belongs to a run with another config or other teachers.
+        Layout and sizing (``FREE``) may differ from the former start's.  Teachers, routes and tokenizer
+        (``ACCEPTABLE``) only with ``accept_changed``: then ``drop_unfinished`` is called before the new ones are
+        written down, and the changes are returned.  Raises MtopdError for any other change: that is another run.
         """
         known = {"schema": SCHEMA, "config": dict(config), **manifest}
+        changes: list[str] = []
         if self.manifest.exists():
             previous = read_json(self.manifest)
-            if (where := first_difference(previous, known)) is not None:
+            accepted = previous.pop("accepted_changes", [])
+            found = [(path, text) for path, text in differences(previous, known) if not _matches(path, FREE)]
+            for path, text in found:
+                if not _matches(path, ACCEPTABLE):
+                    raise MtopdError(
+                        f"run directory {self.path} belongs to another run: {text}; "
+                        "choose another run_dir, or remove this one to start over"
+                    )
+            changes = [text for _, text in found]
+            if changes and not accept_changed:
                 raise MtopdError(
-                    f"run directory {self.path} belongs to another run: {where}; "
-                    "choose another run_dir, or remove this one to start over"
+                    f"the teachers, routes or tokenizer of {self.path} have changed: {changes[0]}; start with "
+                    "--accept-changed to go on from the newest checkpoint with the new ones, or choose another run_dir"
                 )
+            if changes:
+                drop_unfinished()
+            known["accepted_changes"] = accepted + changes
         else:
-            write_json(self.manifest, known)
-            write_atomic(self.config, config_yaml.encode())
+            known["accepted_changes"] = []
+        write_atomic(self.config, config_yaml.encode())
+        write_json(self.manifest, known)
         self.generation = self.current_generation() + 1
         write_json(self.path / "generation.json", {"generation": self.generation})
+        return changes
 
     def current_generation(self) -> int:
         path = self.path / "generation.json"
@@ -204,19 +229,43 @@ def sweep(run: RunDir) -> None:
                 path.unlink(missing_ok=True)
 
 
-def first_difference(found: Any, wanted: Any, where: str = "") -> str | None:
-    """The first place where two JSON values differ, as "key: found X, wanted Y"; None when they are equal."""
+Keys = tuple[str | int, ...]
+
+# Keys of manifest.json by what a later start may do with them; * stands for any place in a list.
+FREE: tuple[Keys, ...] = (  # how the run is computed
+    ("config", "student", "parallel"),
+    ("config", "student", "megatron"),
+    ("config", "teachers", "*", "parallel"),
+    ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
+    ("config", "teacher_offload"),
+    ("config", "checkpoint"),
+    ("config", "evaluation", "every"),
+    ("config", "train", "micro_batch_size"),
+    ("config", "train", "token_budget"),
+    ("config", "train", "max_bad_steps"),
+)
+ACCEPTABLE: tuple[Keys, ...] = (("config", "teachers"), ("teachers",), ("tokenizer_hash",))  # who teaches what
+
+
+def _matches(path: Keys, patterns: Sequence[Keys]) -> bool:
+    return any(
+        len(path) >= len(pattern) and all(p in ("*", part) for p, part in zip(pattern, path, strict=False))
+        for pattern in patterns
+    )
+
+
+def differences(found: Any, wanted: Any, path: Keys = ()) -> Iterator[tuple[Keys, str]]:
+    """Every place where two JSON values differ, with "key: found X, wanted Y"."""
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
-            inner = f"{where}.{key}" if where else str(key)
             if key not in found or key not in wanted:
-                return f"{inner} is only in {'this config' if key not in found else 'the run directory'}"
-            if (difference := first_difference(found[key], wanted[key], inner)) is not None:
-                return difference
-        return None
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+                inner = f"{where}.{key}" if where else str(key)
+                yield (*path, key), f"{inner} is only in {'this config' if key not in found else 'the run directory'}"
+            else:
+                yield from differences(found[key], wanted[key], (*path, key))
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
         for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-            if (difference := first_difference(a, b, f"{where}[{i}]")) is not None:
-                return difference
-        return None
-    return None if found == wanted else f"{where} is {found!r} there and {wanted!r} here"
+            yield from differences(a, b, (*path, i))
+    elif found != wanted:
+        yield path, f"{where} is {found!r} there and {wanted!r} here"

@@ -35,6 +35,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file.")
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
+AcceptChanged = Annotated[
+    bool, typer.Option("--accept-changed", help="Go on although teachers, routes or tokenizer have changed.")
+]
 Iteration = Annotated[int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")]
 
 
@@ -99,13 +102,16 @@ def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], tar
 
 
 @app.command()
-def consolidate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Distil all teachers of a config into one student; start again to resume."""
+def consolidate(config: ConfigFile, overrides: Overrides = None, accept_changed: AcceptChanged = False) -> None:
+    """Distil all teachers of a config into one student; start again to resume, at any layout."""
+    import functools
+
     from mtopd.config import ConsolidateConfig, load_config
     from mtopd.pipelines import prepare, report
 
     loaded = load_config(config, overrides or [], ConsolidateConfig)
-    _run(loaded, prepare.consolidate, "consolidate:main", lambda run: run.export(loaded.train.num_iterations))
+    prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
+    _run(loaded, prepared, "consolidate:main", lambda run: run.export(loaded.train.num_iterations))
     if _is_first():
         report.write(loaded.run_dir, Console())
 

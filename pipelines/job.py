@@ -25,11 +25,12 @@ from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
-from mtopd.run_dir import RunDir, is_sealed, publish_tree, remove_tree, write_json
+from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, vocab_size
+from mtopd.types import MtopdError
 
 
 class Student:
@@ -227,7 +228,13 @@ class Job:
         return self.restore(newest[0])
 
     def restore(self, iteration: int) -> int:
-        self.bad_steps = int(checkpoint.load(self.trainer, self.run, iteration)["bad_steps"])
+        state = checkpoint.load(self.trainer, self.run, iteration)
+        if state["teachers"] != self.state()["teachers"] and not read_json(self.run.manifest)["accepted_changes"]:
+            raise MtopdError(
+                f"{self.run.checkpoint(iteration)} was trained by the teachers {state['teachers']}, the run has "
+                f"{self.state()['teachers']}: its manifest was exchanged; use the run directory as it was"
+            )
+        self.bad_steps = int(state["bad_steps"])
         self.student.update_weights()
         return iteration
 
@@ -244,7 +251,7 @@ class Job:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trainer's own."""
-        return {"bad_steps": self.bad_steps}
+        return {"bad_steps": self.bad_steps, "teachers": [[s.name, s.fingerprint] for s in self.stores]}
 
     def _retain(self, published: int) -> None:
         """What a published checkpoint replaces goes: older ones, and iterations whose weights it holds."""

@@ -10,7 +10,7 @@ from typing import Any
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
 from mtopd.pipelines import prompts
 from mtopd.planning import propose_split
-from mtopd.run_dir import RunDir, sweep
+from mtopd.run_dir import RunDir, is_sealed, remove_tree, sweep
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
@@ -33,8 +33,11 @@ UNEVEN_SPLIT = {
 Say = Callable[[str], None]
 
 
-def consolidate(config: ConsolidateConfig, run: RunDir, say: Say) -> None:
-    """Check a consolidation and write its run directory's first files.  The caller holds the lock."""
+def consolidate(config: ConsolidateConfig, run: RunDir, say: Say, *, accept_changed: bool = False) -> None:
+    """Check a consolidation and write its run directory's first files.  The caller holds the lock.
+
+    ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another tokenizer.
+    """
     tokenizer = check_student(config.student, deterministic=config.deterministic)
     check_world(config.student)
     stores = [open_store(t.store) for t in config.teachers]
@@ -50,7 +53,9 @@ def consolidate(config: ConsolidateConfig, run: RunDir, say: Say) -> None:
         {"index": i, "name": t.name, "fingerprint": s.fingerprint, "weight": w}
         for i, (t, s, w) in enumerate(zip(config.teachers, stores, config.teacher_weights, strict=True))
     ]
-    _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table})
+    manifest = {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table}
+    for change in _start(run, config, manifest, accept_changed=accept_changed):
+        say(f"accepted: {change}")
     say_split(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
     prompts.prepare(run, config.data, tokenizer, routes, supervised=False, progress=say)
@@ -90,9 +95,22 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     prompts.prepare(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 
-def _start(run: RunDir, config: ConsolidateConfig | SpecialistConfig, manifest: dict[str, Any]) -> None:
+def _start(
+    run: RunDir, config: ConsolidateConfig | SpecialistConfig, manifest: dict[str, Any], *, accept_changed: bool = False
+) -> list[str]:
     sweep(run)
-    run.start(resolved(config), manifest, to_yaml(config))
+
+    def drop_unfinished() -> None:
+        """What was made for the former teachers: routed prompts, and iterations that no checkpoint holds."""
+        (run.path / prompts.FILE).unlink(missing_ok=True)
+        finished = max((int(p.name) for p in (run.path / "checkpoints").glob("[0-9]*") if is_sealed(p)), default=0)
+        for folder in (run.path / "iterations").glob("[0-9]*"):
+            if int(folder.name) >= finished:
+                remove_tree(folder)
+
+    return run.start(
+        resolved(config), manifest, to_yaml(config), accept_changed=accept_changed, drop_unfinished=drop_unfinished
+    )
 
 
 def check_student(student: StudentConfig, *, deterministic: bool = True) -> Any:

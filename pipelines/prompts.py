@@ -18,6 +18,7 @@ from mtopd.config import DataConfig, SourceConfig
 from mtopd.run_dir import RunDir, write_atomic
 from mtopd.types import MtopdError, Prompt
 
+FILE = "prompts.arrow"
 _SCHEMA = pa.schema(
     [
         ("source", pa.int32()),
@@ -153,4 +154,4 @@ def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSou
 
 
 def _path(run: RunDir) -> Path:
-    return run.path / "prompts.arrow"
+    return run.path / FILE

@@ -100,8 +100,10 @@ def test_planning_and_types_need_no_tensor_library() -> None:
 
 
 def test_nothing_that_can_execute_code_is_loaded() -> None:
-    wrong = [str(path) for path in sources() if re.search(UNSAFE, path.read_text())]
-    assert wrong == []
+    # Megatron's checkpoint index is a pickle: one file reads it, after its seal, through an unpickler of its own.
+    index = Path("mtopd/megatron/checkpoint.py")
+    wrong = [path for path in sources() if re.search(UNSAFE, path.read_text())]
+    assert [path.relative_to(REPOSITORY) for path in wrong] == [index]
 
 
 def test_the_loop_stays_a_table_of_contents() -> None:

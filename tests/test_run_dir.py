@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mtopd.run_dir import RunDir, first_difference, is_sealed, read_seal, remove_tree, sweep, write_atomic
+from mtopd.run_dir import RunDir, differences, is_sealed, read_json, read_seal, remove_tree, sweep, write_atomic
 from mtopd.types import MtopdError
 
 
@@ -91,8 +92,80 @@ def test_remove_tree_goes_in_one_visible_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_first_difference_names_the_place() -> None:
-    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
-    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b is 2 there and 3 here"
-    assert first_difference({"a": 1}, {}) == "a is only in the run directory"
-    assert first_difference({}, {"a": 1}) == "a is only in this config"
+def test_differences_name_their_places() -> None:
+    def texts(found: object, wanted: object) -> list[str]:
+        return [text for _, text in differences(found, wanted)]
+
+    assert texts({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == []
+    assert texts({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b is 2 there and 3 here"]
+    assert texts({"a": 1}, {}) == ["a is only in the run directory"]
+    assert texts({"c": 1}, {"a": 1, "c": 2}) == ["a is only in this config", "c is 1 there and 2 here"]
+
+
+CONFIG = {
+    "student": {"model": "base", "parallel": {"tp": 2}},
+    "teachers": [{"name": "t", "store": "s", "route": {"domain": "a"}, "parallel": {"tp": 2}}],
+    "train": {"micro_batch_size": 8, "normalization": "token_mean"},
+}
+MANIFEST = {"tokenizer_hash": "h", "teachers": [{"name": "t", "fingerprint": "f"}]}
+
+
+def changed(path: list, value: object) -> tuple[dict, dict]:
+    both = {"config": copy.deepcopy(CONFIG), **copy.deepcopy(MANIFEST)}
+    inner = both
+    for part in path[:-1]:
+        inner = inner[part]
+    inner[path[-1]] = value
+    return both.pop("config"), both
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ["config", "student", "parallel", "tp"],
+        ["config", "teachers", 0, "parallel", "tp"],
+        ["config", "teachers", 0, "store"],
+        ["config", "train", "micro_batch_size"],
+    ],
+)
+def test_a_later_start_may_have_another_layout(tmp_path: Path, path: list) -> None:
+    run = RunDir(tmp_path)
+    assert run.start(CONFIG, MANIFEST, "old") == []
+    assert run.start(*changed(path, 1), "new") == []
+    assert run.config.read_text() == "new" and run.generation == 2
+    assert read_json(run.manifest)["config"] == changed(path, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["tokenizer_hash"], "other"),
+        (["teachers", 0, "fingerprint"], "other"),
+        (["config", "teachers", 0, "route"], {"domain": "b"}),
+        (["config", "teachers"], []),
+    ],
+)
+def test_other_teachers_routes_or_tokenizers_need_a_word(tmp_path: Path, path: list, value: object) -> None:
+    run, dropped = RunDir(tmp_path), []
+    run.start(CONFIG, MANIFEST, "old")
+    with pytest.raises(MtopdError, match=r"have changed: .* --accept-changed"):
+        run.start(*changed(path, value), "new", drop_unfinished=lambda: dropped.append(1))
+    assert not dropped and run.config.read_text() == "old"
+    found = run.start(
+        *changed(path, value),
+        "new",
+        accept_changed=True,
+        drop_unfinished=lambda: dropped.append(read_json(run.manifest)),
+    )
+    assert len(found) == 1 and len(dropped) == 1 and dropped[0]["config"] == CONFIG, "dropped before it is written down"
+    assert read_json(run.manifest)["accepted_changes"] == found
+    assert run.start(*changed(path, value), "new") == [], "known from now on"
+
+
+@pytest.mark.parametrize("path", [["config", "student", "model"], ["config", "train", "normalization"]])
+def test_another_run_is_refused_with_or_without_a_word(tmp_path: Path, path: list) -> None:
+    run = RunDir(tmp_path)
+    run.start(CONFIG, MANIFEST, "old")
+    for accept in (False, True):
+        with pytest.raises(MtopdError, match="belongs to another run"):
+            run.start(*changed(path, "other"), "new", accept_changed=accept)

@@ -83,7 +83,12 @@ class CheckpointWriter:
             for path, name, (objects, tensors) in (request.async_fn_args[1] if request.async_fn else [])
         ]
         transforms = request.async_fn.args[0] if request.async_fn else []
-        contents = {"layout": _layout(trainer), "state": dict(state), "train_steps": trainer.steps_done}
+        contents = {
+            "layout": _layout(trainer),
+            "optimizer": _optimizer_kind(trainer),
+            "state": dict(state),
+            "train_steps": trainer.steps_done,
+        }
         written = self._thread.submit(_write, buckets, transforms, partial / _rng_file(rank), _rng_state())
         self._in_flight = _InFlight(iteration, partial, request, written, contents)
 
@@ -129,10 +134,16 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     """Restore the trainer, at whatever layout it has now, and return ``state``.  Collective.
 
     Random states are restored at the layout they were saved at; elsewhere the streams begin anew from the run's seed.
-    Raises MtopdError when the folder does not match its seal.
+    Raises MtopdError when the folder does not match its seal, or holds the other kind of optimizer.
     """
     folder = run.checkpoint(iteration)
     seal = _verified_seal(folder, trainer)
+    for what, here in _optimizer_kind(trainer).items():
+        if seal["optimizer"][what] != here:
+            raise MtopdError(
+                f"{folder} was written with {what}={seal['optimizer'][what]} and cannot be loaded with {what}={here}: "
+                "Megatron keeps the optimizer's state in another form; set it as it was"
+            )
     state = dist_checkpointing.load(
         _sharded_state(trainer, loading=True),
         str(folder),
@@ -202,9 +213,16 @@ def _write(buckets: list[Any], transforms: Any, rng_path: Path, rng_state: Mappi
 
 
 def _layout(trainer: Trainer) -> dict[str, int]:
-    ranks = trainer.ranks
     sizes = ("world", "tp", "pp", "vpp", "cp", "dp", "ep", "expert_tp")
-    return {name: getattr(ranks, f"{name}_size") for name in sizes}
+    return {name: getattr(trainer.ranks, f"{name}_size") for name in sizes}
+
+
+def _optimizer_kind(trainer: Trainer) -> dict[str, bool]:
+    """What a resume may not change.  Experts that ep splits have an optimizer of their own."""
+    return {
+        "student.megatron.use_distributed_optimizer": trainer.distributed_optimizer,
+        "student.parallel.ep > 1": trainer.ranks.ep_size > 1,
+    }
 
 
 def _rng_file(rank: int) -> str:

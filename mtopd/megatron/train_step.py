@@ -141,7 +141,8 @@ class Trainer:
         self.scheduler.step(1)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
-        self._gathers_late = ddp_config.use_distributed_optimizer and ddp_config.overlap_param_gather
+        self.distributed_optimizer = ddp_config.use_distributed_optimizer
+        self._gathers_late = self.distributed_optimizer and ddp_config.overlap_param_gather
         if ddp_config.overlap_grad_reduce:
             config.no_sync_func = self._each_or_one([m.no_sync for m in self.ddp])
             if ddp_config.align_param_gather:
@@ -295,13 +296,14 @@ def _forward_step(
 def _loss(
     hidden_SBD: torch.Tensor, *, trainer: Trainer, micro_batch: PackedMicroBatch, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]]:
+    ddp, weight_vD = trainer.ddp[-1], trainer.output_weight()
+    hidden_SBD = hidden_SBD.to(weight_vD.dtype)  # Megatron's 16-bit wrapper gives its last output in float32
     # The output layer is split over tp: every rank's vocabulary shard adds its part to the hidden states' gradient.
     if trainer.config.sequence_parallel:
         hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=True)
     else:
         hidden_SBD = copy_to_tensor_model_parallel_region(hidden_SBD)
     student_hidden_TD = hidden_SBD[micro_batch.position_T, micro_batch.row_T]
-    ddp, weight_vD = trainer.ddp[-1], trainer.output_weight()
     # The weight is used outside of its module: what Megatron hangs on modules and on autograd is done here.
     if ddp.use_forward_hook:
         ddp.param_to_bucket_group[weight_vD].finish_param_sync()

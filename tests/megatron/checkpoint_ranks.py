@@ -1,0 +1,176 @@
+"""Worker of test_checkpoint: trains small students, saves after three steps, goes on; or resumes and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mtopd.config import ParallelConfig
+from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.megatron import checkpoint, parallel
+from mtopd.megatron.cross_entropy import CrossEntropy
+from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
+from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
+from mtopd.pipelines import ranks
+from mtopd.pipelines.train import loss_positions, pack_rows, rows_here
+from mtopd.run_dir import RunDir, write_json
+from mtopd.types import MtopdError
+
+VOCAB, PADDED, BATCH = 100, 128, 8
+SETTINGS = OptimizerSettings(
+    lr=1e-3,
+    min_lr=1e-4,
+    warmup_steps=2,
+    decay_steps=10,
+    decay_style="cosine",
+    weight_decay=0.01,
+    adam_beta1=0.9,
+    adam_beta2=0.98,
+    clip_grad=1.0,
+)
+
+
+def build(root: Path, job: dict[str, Any]) -> tuple[Trainer, Bridge]:
+    layout = ParallelConfig(**job["parallel"])
+    own = parallel.initialize(layout, seed=0)
+    hf_config, dtype = load_hf_config(root / job["kind"]), getattr(torch, job.get("dtype", "float32"))
+    fields = sort_fields({"adam_eps": 1e-5, **job.get("megatron", {})})
+    overrides = config_overrides(own.device, fields.transformer, interleaved=layout.vpp > 1)
+    bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=PADDED, overrides=overrides)
+    chunks = build_chunks(
+        bridge.transformer_config, hf_config, own, rotary_base=rope_theta(hf_config), padded_vocab=PADDED
+    )
+    bridge.load(chunks, root / job["kind"])
+    return Trainer(chunks, own, SETTINGS, dtype, fields), bridge
+
+
+def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
+    """The same eight samples of a step at every layout, two a micro-batch."""
+    rng, own = np.random.default_rng(step), trainer.ranks
+    samples = []
+    for _ in range(BATCH):
+        ids = rng.integers(3, VOCAB, 16)
+        samples.append(SimpleNamespace(prompt_ids=ids[:4], response_ids=ids[4:], loss_mask=np.ones(12, np.uint8)))
+    mine = samples[own.dp_rank :: own.dp_size]
+    batches = []
+    for start in range(0, len(mine), 2):
+        part = mine[start : start + 2]
+        labels = [
+            int(token)
+            for sample in part
+            for here in rows_here(loss_positions(sample), 16, own)
+            for token in sample.response_ids[here.first : here.stop]
+        ]
+        weights = [1 / (12 * BATCH)] * len(part)
+        batches.append(pack_rows(part, weights, shape=(2, 16), packed=False, ranks=own, payload=torch.tensor(labels)))
+    return batches
+
+
+def train(trainer: Trainer, steps: range) -> list[float]:
+    losses = []
+    objective = CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
+    for step in steps:
+        sums = trainer.reduce_metrics(trainer.forward_backward(micro_batches(trainer, step), objective), ["loss"])
+        trainer.optimizer_step()
+        losses.append(sums["loss"])
+    return losses
+
+
+def state(trainer: Trainer, bridge: Bridge) -> str:
+    """A digest of all weights."""
+    trainer.finish_param_sync()
+    tensors = bridge.export(trainer.chunks)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_damages(trainer: Trainer, run: RunDir, iteration: int) -> tuple[int, int]:
+    """(damages, refused): a changed byte in every file, one missing, one too many, a link."""
+    folder = run.checkpoint(iteration)
+    names = sorted(path.name for path in folder.iterdir() if path.name != "SEALED")
+    tried = refused = 0
+
+    def attempt(name: str) -> None:
+        nonlocal tried, refused
+        tried += 1
+        dist.barrier()
+        try:
+            checkpoint.load(trainer, run, iteration)
+        except MtopdError as error:
+            refused += name in str(error) and "seal" in str(error)
+        dist.barrier()
+
+    first = trainer.ranks.rank == 0
+    for name in names:
+        whole = (folder / name).read_bytes()
+        dist.barrier()
+        if first:
+            (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        attempt(name)
+        if first:
+            (folder / name).write_bytes(whole)
+    whole = (folder / names[0]).read_bytes()
+    for change in ("missing", "link", "extra"):
+        dist.barrier()
+        path = folder / ("extra.pt" if change == "extra" else names[0])
+        if first:
+            path.unlink(missing_ok=True)
+            if change == "extra":
+                path.write_bytes(b"x")
+            elif change == "link":
+                (folder.parent / "elsewhere").write_bytes(whole)
+                path.symlink_to(folder.parent / "elsewhere")
+        attempt(path.name)
+        if first:
+            path.unlink(missing_ok=True)
+            if change != "extra":
+                path.write_bytes(whole)
+    dist.barrier()
+    return tried, refused
+
+
+def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
+    trainer, bridge = build(root, job)
+    run = RunDir(root / "runs" / job.get("save", job.get("resume")), 1)
+    if "save" in job:
+        if trainer.ranks.rank == 0:
+            run.path.mkdir(parents=True)
+            write_json(run.path / "generation.json", {"generation": 1})
+        dist.barrier()
+        published: list[int] = []
+        writer = checkpoint.CheckpointWriter(trainer, run, published.append)
+        train(trainer, range(3))
+        writer.save(3, {"shares": {"a": 1.5}})
+        assert checkpoint.newest(run) is None, "a save under way is no checkpoint"
+        losses = train(trainer, range(3, 6))  # the weights change while they are written
+        writer.close()
+        assert published == ([3] if trainer.ranks.rank == 0 else []) and checkpoint.newest(run) == 3
+        result = {"losses": losses, "state": state(trainer, bridge)}
+        result["damages"], result["refused"] = check_damages(trainer, run, 3)
+        return result
+    try:
+        plain = checkpoint.load(trainer, run, 3)
+    except MtopdError as error:
+        return {"error": str(error)}
+    losses = train(trainer, range(3, 6))
+    return {"losses": losses, "state": state(trainer, bridge), "plain": plain, "steps_done": trainer.steps_done}
+
+
+if __name__ == "__main__":
+    ranks.quiet_libraries()
+    for spec in json.loads(sys.argv[2]):
+        found = run_job(Path(sys.argv[1]), spec)
+        if dist.get_rank() == 0:
+            print("RESULT " + json.dumps({**spec, **found}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()

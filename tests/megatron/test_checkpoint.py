@@ -1,0 +1,112 @@
+"""Checkpoints: the same numbers after a resume at any layout; nothing damaged is trusted, nothing foreign executes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from mtopd.megatron.checkpoint import _IndexUnpickler
+from mtopd.types import MtopdError
+from tests.conftest import run_ranks
+from tests.small_models import save_model
+
+WORKER = Path(__file__).with_name("checkpoint_ranks.py")
+DISTRIBUTED = {"use_distributed_optimizer": True}
+# A job trains on, from the checkpoint of another job's layout; "save" makes one after three steps and trains on.
+SAVED = {
+    "dense": {"kind": "qwen3", "parallel": {"tp": 2, "pp": 2}},
+    "bf16": {"kind": "qwen3", "dtype": "bfloat16", "parallel": {"tp": 2, "pp": 2}},
+    "sharded": {"kind": "qwen3", "parallel": {"tp": 2, "dp": 2}, "megatron": DISTRIBUTED},
+    "experts": {"kind": "qwen3_moe", "parallel": {"pp": 2, "dp": 2, "ep": 2}},
+}
+RESUMED = {
+    4: [
+        ("dense", {"parallel": {"tp": 2, "pp": 2}}),
+        ("dense", {"parallel": {"pp": 2, "vpp": 2, "dp": 2}}),
+        ("bf16", {"parallel": {"tp": 2, "pp": 2}}),
+        ("sharded", {"parallel": {"tp": 2, "dp": 2}, "megatron": DISTRIBUTED}),
+        ("sharded", {"parallel": {"tp": 2, "pp": 2}, "megatron": DISTRIBUTED}),
+        ("experts", {"parallel": {"pp": 2, "dp": 2, "ep": 2}}),
+        ("experts", {"parallel": {"tp": 2, "dp": 2, "ep": 4}, "megatron": {"sequence_parallel": True}}),
+    ],
+    2: [
+        ("dense", {"parallel": {"dp": 2}}),
+        ("dense", {"parallel": {"cp": 2}}),
+        ("dense", {"parallel": {"dp": 2}, "megatron": DISTRIBUTED, "refuses": "optimizer=False"}),
+        ("sharded", {"parallel": {"dp": 2}, "megatron": DISTRIBUTED}),
+        ("experts", {"parallel": {"dp": 2, "ep": 2}}),
+        ("experts", {"parallel": {"dp": 2}, "refuses": "ep > 1=True"}),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoint")
+    save_model(root / "qwen3", seed=1, vocab=111)
+    save_model(root / "qwen3_moe", seed=2, model_type="qwen3_moe", tied=False, vocab=111)
+    return root
+
+
+def run_jobs(root: Path, world_size: int, jobs: list[dict]) -> list[dict]:
+    output = run_ranks(world_size, WORKER, str(root), json.dumps(jobs), timeout=400.0)
+    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    assert len(found) == len(jobs), output
+    return found
+
+
+def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) -> None:
+    jobs = [{"save": name, **job} for name, job in SAVED.items()]
+    jobs += [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[4]]
+    done = run_jobs(root, 4, jobs)
+    done += run_jobs(root, 2, [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[2]])
+    wanted = {job["save"]: job for job in done if "save" in job}
+    assert len(done) == len(SAVED) + len(RESUMED[4]) + len(RESUMED[2])
+    for job in done:
+        if "save" in job:
+            assert job["refused"] == job["damages"] > 4, "every damaged file was refused by name"
+            continue
+        if "refuses" in job:
+            assert job["refuses"] in job["error"]
+            continue
+        saved = wanted[job["resume"]]
+        same = job["parallel"] == saved["parallel"]
+        errors = [abs(a - b) / b for a, b in zip(job["losses"], saved["losses"], strict=True)]
+        print(job["resume"], job["parallel"], f"worst loss {max(errors):.1e}", "state", job["state"][:12])
+        assert job["steps_done"] == 6
+        if same:
+            assert job["losses"] == saved["losses"] and job["state"] == saved["state"], "bit for bit"
+        assert max(errors) <= 2e-6, job
+        assert job["plain"] == {"shares": {"a": 1.5}}
+
+
+def _by_dotted_name(module: str, name: str) -> bytes:
+    """Protocol 4 follows the dots of a name, beyond what the module defines."""
+    text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
+    return b"\x80\x04" + text + b"\x93."
+
+
+class Executes:
+    def __reduce__(self) -> tuple:
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("pickled", "named"),
+    [
+        (pickle.dumps(Executes()), "builtins.print"),
+        (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
+        (b"ctorch.distributed.checkpoint.filesystem\nio\n.", "filesystem.io"),  # a module that the module imports
+        (_by_dotted_name("torch.distributed.checkpoint.filesystem", "os.system"), "os.system"),
+        (b"ctorch\nload\n.", "torch.load"),
+    ],
+)
+def test_the_index_admits_no_foreign_names(pickled: bytes, named: str, capsys: pytest.CaptureFixture) -> None:
+    import io
+
+    with pytest.raises(MtopdError, match=named):
+        _IndexUnpickler(io.BytesIO(pickled)).load()
+    assert "executed" not in capsys.readouterr().out
