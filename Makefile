@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smoke test integration lint soak benchmark benchmark-quick clean-demo clean-smoke help
+.PHONY: demo smoke test parity integration lint soak benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
 	@echo "make smoke        the same with fewer steps (about 2 minutes after installation)"
 	@echo "make test         install what is needed and run the test suite"
+	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
 	@echo "make soak         a hundred SIGKILLs over cache writers, the streaming pass and teachers add (about 15 minutes)"
@@ -31,6 +32,9 @@ smoke: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not integration"
+
+parity: $(READY)
+	$(BIN)/python -m tests.parallel.parity
 
 integration: $(READY)
 	$(BIN)/python -m pytest -m integration

@@ -35,30 +35,38 @@ def run(job: Job, iteration: int) -> None:
             raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
     tokens = TokenStore(job.run.trajectories(iteration))
     samples = sample_metadata(read_metadata(job.run.trajectories(iteration)))
-    plans = plan_train_steps(
-        samples,
-        num_train_steps=job.config.train.train_steps_per_iteration,
-        teacher_weights=job.config.teacher_weights,
-        dp_size=job.ranks.dp_size,
-        micro_batch_size=job.config.train.micro_batch_size,
-        token_budget=job.config.train.token_budget,
-        seq_length_multiple=job.trainer.seq_length_multiple,
-        micro_batch_multiple=job.trainer.micro_batch_multiple,
-        cost=architecture(job.student.hf_config).sample_cost,
-        normalization=job.config.train.normalization,
-        seed=job.iteration_seed(iteration),
-    )
+    plans = plan(job, samples, seed=job.iteration_seed(iteration))
     by_id = {s.sample_id: s for s in samples}
-    runs = [_runs_of_step(job, plan, tokens, by_id) for plan in plans]
+    runs = [_runs_of_step(job, of_step, tokens, by_id) for of_step in plans]
     if job.heads:
         job.heads.expect([i for step in runs for i in dict.fromkeys(run.teacher_index for run in step)])
     with open_cache(job, iteration) as reader, CachedStates(job, reader, iteration) as states:
-        for number, plan in enumerate(plans):
+        for number, of_step in enumerate(plans):
             for ahead in runs[number : number + 2] if number == 0 else runs[number + 1 : number + 2]:
                 states.prefetch(ahead)
             step = iteration * len(plans) + number
-            job.metrics.write("train_step", iteration, train_step(job, plan, tokens, samples, states, step), step=step)
-            job.progress.advance(tokens=sum(plan.num_tokens.values()))
+            job.metrics.write(
+                "train_step", iteration, train_step(job, of_step, tokens, samples, states, step), step=step
+            )
+            job.progress.advance(tokens=sum(of_step.num_tokens.values()))
+
+
+def plan(job: Job, samples: Sequence[SampleMetadata], *, seed: int) -> list[TrainStepPlan]:
+    """The iteration's train steps, for this job's layout."""
+    config, trainer = job.config.train, job.trainer
+    return plan_train_steps(
+        samples,
+        num_train_steps=config.train_steps_per_iteration,
+        teacher_weights=job.config.teacher_weights,
+        dp_size=job.ranks.dp_size,
+        micro_batch_size=config.micro_batch_size,
+        token_budget=config.token_budget,
+        seq_length_multiple=trainer.seq_length_multiple,
+        micro_batch_multiple=trainer.micro_batch_multiple,
+        cost=architecture(job.student.hf_config).sample_cost,
+        normalization=config.normalization,
+        seed=seed,
+    )
 
 
 def open_cache(job: Job, iteration: int) -> AbstractContextManager[HiddenCacheReader | None]:
@@ -184,9 +192,8 @@ def train_step(
         "lr": lr,
         "micro_batches": len(micro_batches),
         "waste": plan.waste,
-        "teachers_in_step": sum(len(plan.teachers_of(rank)) for rank in range(job.ranks.dp_size)),
         "statistics": {store.name: _statistics(sums, i) for i, store in enumerate(job.stores) if sums[f"measured/{i}"]},
-        **_head_metrics(job, states.stall_s - stalled, objective.statistics_s),
+        **_head_metrics(job, micro_batches, states.stall_s - stalled, objective.statistics_s),
         "wall_s": time.perf_counter() - started,
     }
 
@@ -202,10 +209,16 @@ def _no_head(teacher_index: int) -> AbstractContextManager[TeacherHead]:
     raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
 
 
-def _head_metrics(job: Job, stall_s: float, statistics_s: float) -> dict[str, object]:
-    """Head loads by teacher (a load by a tp group counts once, dp groups add), residency, slowest rank's seconds."""
+def _head_metrics(
+    job: Job, micro_batches: Sequence[PackedMicroBatch], stall_s: float, statistics_s: float
+) -> dict[str, object]:
+    """Head loads by teacher (a load by a tp group counts once, dp and cp ranks add) and the teachers that called for
+    them, residency, slowest rank's seconds."""
     teachers = range(len(job.stores))
-    sums, peaks = torch.zeros(2, len(job.stores), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    sums, peaks = torch.zeros(3, len(job.stores), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    if job.ranks.tp_rank == 0:
+        for i in {run.teacher_index for micro_batch in micro_batches for run in micro_batch.payload}:
+            sums[2, i] = 1
     if job.heads:
         counters = job.heads.take_counters()
         assert all(n == 1 for n in counters.loads.values()), (
@@ -222,6 +235,7 @@ def _head_metrics(job: Job, stall_s: float, statistics_s: float) -> dict[str, ob
     return {
         "head_loads": {store.name: int(sums[0, i]) for i, store in enumerate(job.stores)},
         "head_bytes_read": {store.name: int(sums[1, i]) for i, store in enumerate(job.stores)},
+        "teachers_in_step": int(sums[2].sum()),
         "peak_resident_heads": int(peaks[0]),
         "peak_head_bytes": int(peaks[1]),
         "stall_s": float(peaks[2]),

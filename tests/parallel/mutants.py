@@ -1,0 +1,232 @@
+"""Ways to be silently wrong on some layout, by name: each must turn its row of the parity matrix red."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# Mutant -> the row that must fail.
+MUTANTS = {
+    "tp reduction dropped": "tp2",
+    "sp gather without its reduction": "tp2pp2 +sp",
+    "1/N twice": "dp2",
+    "gradients averaged over dp": "dp2",
+    "shift off by one": "micro-batches of 2",
+    "weights of other samples": "micro-batches of 2",
+    "cp ranges not zigzag": "cp2",
+    "cp keys not gathered": "tp2cp2 +sp",
+    "packed samples see one another": "packed",
+    "packed positions run on": "packed, tp2 +sp",
+    "tied gradients not summed over pp": "tied pp2",
+    "interleaved sends batched": "pp2 vpp2",
+    "overlapped gather not waited for": "dp2, both overlaps",
+    "shards reduced by no one": "dp2, distributed optimizer",
+    "expert gradients not summed": "experts tp2 +sp etp2",
+    "expert gradients averaged": "experts ep2",
+    "norms not summed under sp": "experts tp2ep2 +sp",
+    "down-projections not summed": "latent tp2 +sp",
+    "recompute of other inputs": "recompute, full",
+}
+
+
+def install(name: str) -> None:
+    """Break this process so; what is patched is what the product calls."""
+    _INSTALL[name]()
+
+
+def _identity(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return tensor
+
+
+def _tp_reduction() -> None:
+    from mtopd.megatron import train_step
+
+    train_step.copy_to_tensor_model_parallel_region = _identity
+
+
+def _sp_gather() -> None:
+    from mtopd.megatron import train_step
+
+    original = train_step.gather_from_sequence_parallel_region
+    train_step.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad: original(
+        x, tensor_parallel_output_grad=False
+    )
+
+
+def _pack_rows(change: Callable[[list[float]], list[float]]) -> None:
+    from mtopd.pipelines import train
+
+    original = train.pack_rows
+    train.pack_rows = lambda samples, weights, **rest: original(samples, change(list(weights)), **rest)
+
+
+def _averaged() -> None:
+    from mtopd.megatron import train_step
+
+    original = train_step.DistributedDataParallelConfig
+    train_step.DistributedDataParallelConfig = lambda **fields: original(average_in_collective=True, **fields)
+
+
+def _shift() -> None:
+    from mtopd.pipelines import train
+
+    original = train.loss_positions
+    train.loss_positions = lambda sample: (original(sample) + 1) % (len(sample.prompt_ids) + len(sample.response_ids))
+
+
+def _contiguous() -> None:
+    from mtopd.pipelines import train
+
+    def halves(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, slice]:
+        chunk = seq_length // (2 * cp_size)
+        return tuple(slice((2 * cp_rank + i) * chunk, (2 * cp_rank + i + 1) * chunk) for i in range(2))
+
+    train.zigzag_chunks = halves
+
+
+def _cp_keys() -> None:
+    """Keys and values come from all ranks, their gradients do not go back to them."""
+    from mtopd.megatron import without_te
+
+    original = without_te.gather_from_sequence_parallel_region
+    without_te.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad, group: original(
+        x, tensor_parallel_output_grad=False, group=group
+    )
+
+
+def _one_sample() -> None:
+    import torch
+
+    from mtopd.megatron.train_step import PackedMicroBatch
+
+    original = PackedMicroBatch.packed_seq_params.fget
+
+    def joined(batch: PackedMicroBatch) -> Any:
+        params = original(batch)
+        if params is not None:
+            params.cu_seqlens_q = params.cu_seqlens_kv = torch.tensor([0, batch.input_ids_BS.shape[1]])
+            params.max_seqlen_q = params.max_seqlen_kv = batch.input_ids_BS.shape[1]
+        return params
+
+    PackedMicroBatch.packed_seq_params = property(joined)
+
+
+def _positions() -> None:
+    """Rotary positions count on over the whole pack; attention is right."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    original = rope_utils._apply_rotary_pos_emb_bshd
+
+    def run_on(t: Any, cu_seqlens: Any, freqs: Any, **options: Any) -> Any:
+        import torch
+
+        options.pop("cp_group", None)
+        total = int(cu_seqlens[-1])
+        first = freqs[1] if len(freqs) > 1 else freqs[0]
+        angles = torch.arange(total).view(-1, *[1] * (first.dim())) * first
+        return original(t.unsqueeze(1), angles, **options).squeeze(1)
+
+    rope_utils._apply_rotary_pos_emb_thd = run_on
+
+
+def _tied() -> None:
+    from megatron.core.distributed import finalize_model_grads
+
+    module = __import__("sys").modules[finalize_model_grads.__module__]
+    module._allreduce_word_embedding_grads = lambda *args, **kwargs: None
+
+
+def _batched() -> None:
+    from mtopd.pipelines import job
+
+    original = job.config_overrides
+    job.config_overrides = lambda *args, **kwargs: {
+        **original(*args, **kwargs),
+        "batch_p2p_comm": True,
+        "overlap_p2p_comm": False,
+    }
+
+
+def _late() -> None:
+    """The output weight is used before its gather has come; nobody waits before it is exported either."""
+    from mtopd.megatron.train_step import Trainer
+
+    Trainer.finish_param_sync = lambda trainer: None
+
+
+def _unreduced() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    _ParamAndGradBucketGroup.start_grad_sync = lambda *args, **kwargs: None
+    _ParamAndGradBucketGroup.finish_grad_sync = lambda *args, **kwargs: None
+
+
+def _etp() -> None:
+    from mtopd.config import ParallelConfig
+
+    ParallelConfig.expert_tp = property(lambda layout: 1)
+
+
+def _expert_mean() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+    original = _ParamAndGradBuffer.__init__
+
+    def halved(buffer: Any, ddp_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(buffer, ddp_config, *args, **kwargs)
+        if any(not getattr(p, "allreduce", True) for p in buffer.params):
+            for bucket in buffer.buckets:
+                bucket.gradient_scaling_factor = 0.5
+
+    _ParamAndGradBuffer.__init__ = halved
+
+
+def _norms() -> None:
+    from mtopd.megatron import without_te
+
+    without_te._mark = lambda parameter, config: setattr(parameter, "sequence_parallel", False)
+
+
+def _down() -> None:
+    from mtopd.megatron import model
+
+    model.without_te.mark_replicated = lambda *args: None
+
+
+def _recompute() -> None:
+    """The second forward of a layer sees other inputs than the first."""
+    from megatron.core.tensor_parallel import random
+
+    original = random.detach_variable
+
+    def noisy(inputs: Any) -> Any:
+        return tuple(
+            (x * 1.001).detach().requires_grad_(x.requires_grad) if getattr(x, "requires_grad", False) else x
+            for x in original(inputs)
+        )
+
+    random.detach_variable = noisy
+
+
+_INSTALL: dict[str, Callable[[], None]] = {
+    "tp reduction dropped": _tp_reduction,
+    "sp gather without its reduction": _sp_gather,
+    "1/N twice": lambda: _pack_rows(lambda weights: [w / 10 for w in weights]),
+    "gradients averaged over dp": _averaged,
+    "shift off by one": _shift,
+    "weights of other samples": lambda: _pack_rows(lambda weights: weights[::-1]),
+    "cp ranges not zigzag": _contiguous,
+    "cp keys not gathered": _cp_keys,
+    "packed samples see one another": _one_sample,
+    "packed positions run on": _positions,
+    "tied gradients not summed over pp": _tied,
+    "interleaved sends batched": _batched,
+    "overlapped gather not waited for": _late,
+    "shards reduced by no one": _unreduced,
+    "expert gradients not summed": _etp,
+    "expert gradients averaged": _expert_mean,
+    "norms not summed under sp": _norms,
+    "down-projections not summed": _down,
+    "recompute of other inputs": _recompute,
+}
+assert _INSTALL.keys() == MUTANTS.keys()
