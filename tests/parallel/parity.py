@@ -1,8 +1,8 @@
 """The parity matrix: one mini-batch under every layout, in one table.  ``python -m tests.parallel.parity`` prints it.
 
 Each kind of student at tp1pp1 is held against transformers and autograd in float64, one sample at a time; every other
-row against its tp1pp1.  Megatron's gradients and weights come back through the weight map as HF tensors, so every parameter
-is compared, tied ones summed.  Three teachers of other widths and depths are streamed for each row anew.
+row against its tp1pp1.  Megatron's gradients and weights come back through the weight map as HF tensors, so every
+parameter is compared, tied ones summed.  Three teachers of other widths and depths are streamed for each row anew.
 
 Near convergence gradients are small differences: there a row may be as far from tp1pp1 as four times the distance of
 two float32 summation orders at tp 1.
@@ -309,7 +309,7 @@ def run_rows(root: Path, chosen: list[Row], *, mutant: str = "", timeout: float 
     """Run rows, each world size in one job; results lie in the rows' run directories."""
     output = ""
     for world_size in sorted({row.world_size for row in chosen}):
-        plan = root / f"plan{mutant}-{world_size}.json"
+        plan = root / f"plan-{world_size}.json"
         plan.write_text(json.dumps([prepare_run(root, row) for row in chosen if row.world_size == world_size]))
         output += run_ranks(world_size, WORKER, str(plan), mutant, timeout=timeout)
     return output
