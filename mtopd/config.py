@@ -198,6 +198,7 @@ class CheckpointConfig(Model):
 class ConsolidateConfig(Model):
     run_dir: LocalPath
     seed: int = 0
+    log_json: bool = False  # metrics lines on standard output instead of a progress display
     deterministic: bool = True
     student: StudentConfig
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)]
@@ -283,6 +284,7 @@ class SupervisedConfig(Model):
 class SpecialistConfig(Model):
     run_dir: LocalPath
     seed: int = 0
+    log_json: bool = False
     student: StudentConfig
     data: DataConfig
     train: SupervisedConfig

@@ -8,6 +8,7 @@ line again: readers take the last line of each (kind, iteration, step, part).
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from mtopd.types import MtopdError
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl; scalars go to TensorBoard too.
+    """Appends to metrics.jsonl; scalars go to TensorBoard too, and with ``echo`` every line to standard output.
 
     Ranks other than 0 are not ``enabled``: they write nothing.
     """
 
-    def __init__(self, path: Path, *, enabled: bool) -> None:
+    def __init__(self, path: Path, *, enabled: bool, echo: bool = False) -> None:
         self._file = self._board = None
+        self._echo = echo
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -37,7 +39,11 @@ class MetricsWriter:
             return
         which = {k: v for k, v in (("step", step), ("part", part)) if v is not None}
         line = {"kind": kind, "iteration": iteration, **which, **values}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        text = json.dumps(line, allow_nan=False) + "\n"
+        self._file.write(text)
+        if self._echo:
+            sys.stdout.write(text)
+            sys.stdout.flush()
         for name, value in _scalars(values, kind):
             self._board.add_scalar(name, value, iteration if step is None else step)
 

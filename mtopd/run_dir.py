@@ -239,6 +239,7 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
     ("config", "teacher_offload"),
     ("config", "checkpoint"),
+    ("config", "log_json"),
     ("config", "evaluation", "every"),
     ("config", "train", "micro_batch_size"),
     ("config", "train", "token_budget"),

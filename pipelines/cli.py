@@ -35,6 +35,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file.")
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
+LogJson = Annotated[
+    bool, typer.Option("--log-json", help="Print every line of metrics.jsonl instead of a progress display.")
+]
 AcceptChanged = Annotated[
     bool, typer.Option("--accept-changed", help="Go on although teachers, routes or tokenizer have changed.")
 ]
@@ -102,14 +105,16 @@ def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], tar
 
 
 @app.command()
-def consolidate(config: ConfigFile, overrides: Overrides = None, accept_changed: AcceptChanged = False) -> None:
+def consolidate(
+    config: ConfigFile, overrides: Overrides = None, accept_changed: AcceptChanged = False, log_json: LogJson = False
+) -> None:
     """Distil all teachers of a config into one student; start again to resume, at any layout."""
     import functools
 
     from mtopd.config import ConsolidateConfig, load_config
     from mtopd.pipelines import prepare, report
 
-    loaded = load_config(config, overrides or [], ConsolidateConfig)
+    loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
     _run(loaded, prepared, "consolidate:main", lambda run: run.export(loaded.train.num_iterations))
     if _is_first():
@@ -117,26 +122,30 @@ def consolidate(config: ConfigFile, overrides: Overrides = None, accept_changed:
 
 
 @app.command()
-def specialist(config: ConfigFile, overrides: Overrides = None) -> None:
+def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJson = False) -> None:
     """Train one model on supervised examples; writes an HF checkpoint and, if asked, a teacher store."""
     from mtopd.config import SpecialistConfig, load_config
     from mtopd.pipelines import prepare, stores
 
-    loaded = load_config(config, overrides or [], SpecialistConfig)
+    loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
     final = loaded.run_dir / "export" / "final"
     _run(loaded, prepare.specialist, "specialist:main", lambda run: final)
     if _is_first() and loaded.store is not None:
         stores.add(loaded.store.name, final, loaded.store.path, _console, slices=loaded.store.slices)
 
 
-def _phase(run_dir: Path, phase: str, iteration: int | None) -> None:
+def _logging(log_json: bool) -> list[str]:
+    return ["log_json=true"] if log_json else []
+
+
+def _phase(run_dir: Path, phase: str, iteration: int | None, log_json: bool) -> None:
     from mtopd.config import ConsolidateConfig, load_config
     from mtopd.pipelines import prepare, ranks
     from mtopd.run_dir import RunDir
 
     if not (run_dir / "config.yaml").is_file():
         raise MtopdError(f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a consolidation")
-    loaded = load_config(run_dir / "config.yaml", [], ConsolidateConfig)
+    loaded = load_config(run_dir / "config.yaml", _logging(log_json), ConsolidateConfig)
     run = RunDir(run_dir)
     with run.lock():
         prepare.consolidate(loaded, run, _say)
@@ -145,21 +154,21 @@ def _phase(run_dir: Path, phase: str, iteration: int | None) -> None:
 
 
 @app.command()
-def rollout(run_dir: RunDirectory, iteration: Iteration = None) -> None:
+def rollout(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
     """Phase 1 alone: sample the iteration's trajectories with the checkpoint of that iteration."""
-    _phase(run_dir, "rollout", iteration)
+    _phase(run_dir, "rollout", iteration, log_json)
 
 
 @app.command("teacher-pass")
-def teacher_pass(run_dir: RunDirectory, iteration: Iteration = None) -> None:
+def teacher_pass(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
     """Phase 2 alone: fill the hidden cache from the iteration's sealed trajectories."""
-    _phase(run_dir, "teacher_pass", iteration)
+    _phase(run_dir, "teacher_pass", iteration, log_json)
 
 
 @app.command()
-def train(run_dir: RunDirectory, iteration: Iteration = None) -> None:
+def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
     """Phase 3 alone: the iteration's train steps from its sealed trajectories and cache; ends in a checkpoint."""
-    _phase(run_dir, "train", iteration)
+    _phase(run_dir, "train", iteration, log_json)
 
 
 @app.command()

@@ -168,9 +168,11 @@ class Job:
         self.prompts = Prompts.load(self.run, self.config.data)
         self.stores = [open_store(t.store) for t in self.config.teachers]
         self.teacher_meshes = self._build_teacher_meshes()
-        self.metrics = MetricsWriter(self.run.metrics, enabled=self.ranks.rank == 0)
-        self.progress = Progress(enabled=self.ranks.rank == 0)
+        first, as_json = self.ranks.rank == 0, self.config.log_json
+        self.metrics = MetricsWriter(self.run.metrics, enabled=first, echo=as_json)
+        self.progress = Progress(enabled=first and not as_json)
         self.checkpoints = checkpoint.CheckpointWriter(self.trainer, self.run, self._retain)
+        self.noise_floor: dict[int, float] = {}  # nats, of the probed teachers' cached states
         self.bad_steps = 0  # train steps left out so far because of NaN or inf
         self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}

@@ -18,7 +18,7 @@ from mtopd.config import SpecialistConfig, load_config
 from mtopd.data import SupervisedExample
 from mtopd.megatron import checkpoint
 from mtopd.megatron.cross_entropy import CrossEntropy
-from mtopd.megatron.train_step import PackedMicroBatch
+from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.evaluate import accuracy
 from mtopd.pipelines.job import Student, write_evaluation
@@ -26,6 +26,7 @@ from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.pipelines.train import loss_positions, pack_rows, rows_here
 from mtopd.run_dir import RunDir
+from mtopd.types import MtopdError
 
 _CHECKPOINT_EVERY = 100  # train steps
 
@@ -36,8 +37,9 @@ def main(run_dir: Path, generation: int) -> None:
     config: SpecialistConfig = load_config(run.config, [], SpecialistConfig)
     student = Student(config.student, config.train.optimizer, config.train.num_steps, config.seed)
     prompts = Prompts.load(run, config.data)
-    metrics = MetricsWriter(run.metrics, enabled=student.ranks.rank == 0)
-    progress = Progress(enabled=student.ranks.rank == 0)
+    first = student.ranks.rank == 0
+    metrics = MetricsWriter(run.metrics, enabled=first, echo=config.log_json)
+    progress = Progress(enabled=first and not config.log_json)
     objective = CrossEntropy(vocab_size=student.vocab_size, tp_rank=student.ranks.tp_rank)
     shares = dict.fromkeys(prompts.names, 1.0)
 
@@ -50,7 +52,13 @@ def main(run_dir: Path, generation: int) -> None:
         batch = draw(prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step)
         micro_batches, num_tokens = pack(batch, config, student)
         sums = student.trainer.reduce_metrics(student.trainer.forward_backward(micro_batches, objective), ["loss"])
-        grad_norm, lr = student.trainer.optimizer_step()
+        try:
+            grad_norm, lr = student.trainer.optimizer_step()
+        except NonFiniteGradients as error:
+            raise MtopdError(
+                f"train step {step} was refused: {error}, the loss is {sums['loss']}; weights are as after the step "
+                "before.  Lower train.optimizer.lr or look at the data"
+            ) from None
         progress.advance(tokens=num_tokens)
         seconds = time.perf_counter() - started
         values = {"loss": sums["loss"], "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, "wall_s": seconds}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from mtopd.convert.bridge import architecture
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
 from mtopd.megatron.parallel import Ranks, zigzag_chunks
-from mtopd.megatron.train_step import PackedMicroBatch
+from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
 from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.job import Job
@@ -45,9 +47,8 @@ def run(job: Job, iteration: int) -> None:
             for ahead in runs[number : number + 2] if number == 0 else runs[number + 1 : number + 2]:
                 states.prefetch(ahead)
             step = iteration * len(plans) + number
-            job.metrics.write(
-                "train_step", iteration, train_step(job, of_step, tokens, samples, states, step), step=step
-            )
+            values = train_step(job, of_step, tokens, samples, states, step)
+            job.metrics.write("bad_step" if "refused" in values else "train_step", iteration, values, step=step)
             job.progress.advance(tokens=sum(of_step.num_tokens.values()))
 
 
@@ -176,26 +177,88 @@ def train_step(
     sums = job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), names)
     if heads:
         heads.drop()
-    grad_norm, lr = job.trainer.optimizer_step()
+    teachers = range(len(job.stores))
+    loss = sum(sums[f"loss/{i}"] for i in teachers)
+    try:
+        if not math.isfinite(loss) or any(sums[f"non_finite/{i}"] for i in teachers):
+            raise NonFiniteGradients(f"the loss is {loss}")
+        grad_norm, lr = job.trainer.optimizer_step()
+    except NonFiniteGradients as error:
+        return refused(job, step, f"{error}; {_culprits(job, objective, states)}")
     num_tokens = sum(plan.num_tokens.values())
+    num_samples = Counter(
+        by_id[s.sample_id].teacher_index for part in plan.micro_batches for batch in part for s in batch.samples
+    )
+    wall_s = time.perf_counter() - started
     return {
-        "loss": sums["loss"],
+        "loss": loss,
         "reverse_kl": sum(sums[f"kl_sum/{i}"] for i in range(len(job.stores))) / max(num_tokens, 1),
         "reverse_kl_by_teacher": {
             store.name: sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"]
             for i, store in enumerate(job.stores)
             if sums[f"tokens/{i}"]
         },
+        "share_by_teacher": {
+            store.name: {
+                "tokens": plan.num_tokens.get(i, 0) / max(num_tokens, 1),
+                "samples": num_samples[i] / sum(num_samples.values()),
+                "loss": sums[f"loss/{i}"] / loss if loss else 0.0,
+            }
+            for i, store in enumerate(job.stores)
+        },
+        "below_10x_noise_floor": [
+            job.stores[i].name
+            for i, floor in sorted(job.noise_floor.items())
+            if sums[f"tokens/{i}"] and sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"] < 10 * floor
+        ],
         "entropy": sums["entropy"] / max(num_tokens, 1),
         "tokens": num_tokens,
+        "tokens_per_s": num_tokens / wall_s,
         "grad_norm": grad_norm,
         "lr": lr,
         "micro_batches": len(micro_batches),
         "waste": plan.waste,
         "statistics": {store.name: _statistics(sums, i) for i, store in enumerate(job.stores) if sums[f"measured/{i}"]},
         **_head_metrics(job, micro_batches, states.stall_s - stalled, objective.statistics_s),
-        "wall_s": time.perf_counter() - started,
+        "wall_s": wall_s,
     }
+
+
+def refused(job: Job, step: int, why: str) -> dict[str, object]:
+    """The step is left out: weights, optimizer and schedule are as before.  Raises MtopdError if it is one too many."""
+    if job.bad_steps >= job.config.train.max_bad_steps:
+        raise MtopdError(
+            f"train step {step} was refused: {why}; weights are as after the step before.  Look at those samples, or "
+            f"allow more than {job.bad_steps} such steps with train.max_bad_steps"
+        )
+    job.bad_steps += 1
+    job.progress.note(f"train step {step} is left out ({job.bad_steps} of {job.config.train.max_bad_steps}): {why}")
+    return {"refused": why, "bad_steps": job.bad_steps}
+
+
+def _culprits(job: Job, objective: TeacherKL, states: CachedStates) -> str:
+    """Which samples gave NaN or inf, and whether the teacher or the student did.  Collective."""
+    mine: list[tuple[int, str]] = []
+    for run, rows in objective.non_finite():
+        finite_T = torch.isfinite(states(run)).all(-1)
+        bounds = np.cumsum([0, *(entry.stop - entry.first for entry in run.entries)])
+        for row in rows:
+            entry = run.entries[int(np.searchsorted(bounds, row, "right")) - 1]
+            name = job.stores[run.teacher_index].name
+            side = "the student's hidden states" if finite_T[row] else f"the cached hidden states of teacher {name!r}"
+            mine.append((entry.metadata.sample_id, side))
+    gathered: list[list[tuple[int, str]]] = [[] for _ in range(job.ranks.world_size)]
+    dist.all_gather_object(gathered, sorted(set(mine)))
+    found = sorted({culprit for of_rank in gathered for culprit in of_rank})
+    if not found:
+        return "no sample's loss is NaN or inf: the gradients overflowed"
+    by_side: dict[str, list[int]] = {}
+    for sample_id, side in found:
+        by_side.setdefault(side, []).append(sample_id)
+    return "; ".join(
+        f"{side} in sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}"
+        for side, ids in by_side.items()
+    )
 
 
 def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, float]:

@@ -188,7 +188,6 @@ def build_chunks(
             parallel_output=True,
             vp_stage=vp_stage,
         )
-        without_te.mark_replicated(chunk, config)
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(not (freeze_router and ".router." in name))
         if ranks.device.type == "cuda":

@@ -66,6 +66,10 @@ class PackedMicroBatch:
 Objective = Callable[[torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
 
+class NonFiniteGradients(Exception):
+    """A gradient is NaN or inf."""
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW with linear or cosine decay from ``lr`` to ``min_lr`` after ``warmup_steps``."""
@@ -124,6 +128,7 @@ class Trainer:
         for module in self.ddp:
             module.broadcast_params()
         self.optimizer = get_megatron_optimizer(optimizer_config, self.ddp)
+        self._check_norm()
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -147,6 +152,18 @@ class Trainer:
             config.no_sync_func = self._each_or_one([m.no_sync for m in self.ddp])
             if ddp_config.align_param_gather:
                 config.param_sync_func = self._each_or_one([m.start_param_sync for m in self.ddp])
+
+    def _check_norm(self) -> None:
+        """Megatron's step takes the norm of all gradients before it clips and updates: there it is refused."""
+        norm = self.optimizer.get_grad_norm
+
+        def checked() -> float:
+            value = float(norm() or 0.0)
+            if not math.isfinite(value):
+                raise NonFiniteGradients(f"the gradient norm is {value}")
+            return value
+
+        self.optimizer.get_grad_norm = checked
 
     @staticmethod
     def _each_or_one(functions: list[Any]) -> Any:
@@ -201,7 +218,10 @@ class Trainer:
         return totals
 
     def optimizer_step(self) -> tuple[float, float]:
-        """Clip, update, advance the schedule.  Returns (gradient norm, learning rate used)."""
+        """Clip, update, advance the schedule.  Returns (gradient norm, learning rate used).
+
+        Raises NonFiniteGradients, on every rank, before anything is updated.
+        """
         lr = float(self.optimizer.param_groups[0]["lr"])
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)

@@ -37,7 +37,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        _mark(self.weight, config)
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
 
 
 class CausalAttention(MegatronModule):
@@ -140,17 +141,6 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
             # on a teacher's mesh.  Replicated, as Transformer Engine has them, nothing is gathered.
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
     return spec
-
-
-def mark_replicated(model: torch.nn.Module, config: TransformerConfig) -> None:
-    """Under sequence parallelism replicated down-projections see some of the positions: their gradients are summed."""
-    for name, parameter in model.named_parameters():
-        if "_down_proj." in name:
-            _mark(parameter, config)
-
-
-def _mark(parameter: Any, config: TransformerConfig) -> None:
-    parameter.sequence_parallel = config.sequence_parallel
 
 
 def install() -> None:

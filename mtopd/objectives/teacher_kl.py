@@ -63,13 +63,14 @@ class TeacherKL:
         self._num_teachers, self._head, self._hidden_states = num_teachers, head, hidden_states
         self._vocab_size, self._tp_group, self._seed = vocab_size, tp_group, seed
         self._measured: set[int] = set()
+        self._per_token: list[tuple[TeacherRun, torch.Tensor]] = []
         self.statistics_s = 0.0
 
     @staticmethod
     def metric_names(num_teachers: int) -> list[str]:
         """Names of the sums that a call returns, alike on all ranks."""
-        of_a_teacher = ("kl_sum", "tokens", "measured", *STATISTICS)
-        return ["loss", "entropy", *(f"{name}/{i}" for i in range(num_teachers) for name in of_a_teacher)]
+        of_a_teacher = ("loss", "kl_sum", "tokens", "non_finite", "measured", *STATISTICS)
+        return ["entropy", *(f"{name}/{i}" for i in range(num_teachers) for name in of_a_teacher)]
 
     def __call__(
         self, student_hidden_TD: torch.Tensor, output_weight_vD: Any, micro_batch: Any
@@ -97,7 +98,9 @@ class TeacherKL:
                 }
                 out = fused_linear_divergence(*tensors, **options, weight_grad_accumulator=output_weight_vD.main_grad)
                 loss = loss + out.loss
-                add("loss", (out.per_token.double() * token_weight_T.double()).sum())
+                add(f"loss/{run.teacher_index}", (out.per_token.double() * token_weight_T.double()).sum())
+                add(f"non_finite/{run.teacher_index}", (~out.per_token.isfinite()).sum())
+                self._per_token.append((run, out.per_token))
                 add("entropy", out.entropy.double().sum())
                 add(f"kl_sum/{run.teacher_index}", out.per_token.double().sum())
                 add(f"tokens/{run.teacher_index}", torch.tensor(run.stop - run.start))
@@ -107,6 +110,11 @@ class TeacherKL:
                         add(f"{name}/{run.teacher_index}", value)
             del head, tensors  # the slot alone may hold it when the next teacher's is asked for
         return loss, metrics
+
+    def non_finite(self) -> list[tuple[TeacherRun, list[int]]]:
+        """Runs in which a token's divergence is NaN or inf, with those rows counted from the run's first."""
+        found = [(run, (~values.isfinite()).nonzero()[:, 0].tolist()) for run, values in self._per_token]
+        return [(run, rows) for run, rows in found if rows]
 
     def _statistics(self, tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Sums over the measured tokens, and their number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 # Mutant -> the row that must fail.
@@ -16,7 +17,7 @@ MUTANTS = {
     "cp ranges not zigzag": "cp2",
     "cp keys not gathered": "tp2cp2 +sp",
     "packed samples see one another": "packed",
-    "packed positions run on": "packed, tp2 +sp",
+    "packed cuts off by one": "packed, tp2 +sp",
     "tied gradients not summed over pp": "tied pp2",
     "interleaved sends batched": "pp2 vpp2",
     "overlapped gather not waited for": "dp2, both overlaps",
@@ -60,18 +61,25 @@ def _pack_rows(change: Callable[[list[float]], list[float]]) -> None:
     train.pack_rows = lambda samples, weights, **rest: original(samples, change(list(weights)), **rest)
 
 
-def _averaged() -> None:
-    from mtopd.megatron import train_step
+def _averaged(which: Callable[[Any], bool]) -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
-    original = train_step.DistributedDataParallelConfig
-    train_step.DistributedDataParallelConfig = lambda **fields: original(average_in_collective=True, **fields)
+    original = _ParamAndGradBuffer.__init__
+
+    def halved(buffer: Any, *args: Any, **kwargs: Any) -> None:
+        original(buffer, *args, **kwargs)
+        if all(map(which, buffer.params)):
+            for bucket in buffer.buckets:
+                bucket.gradient_scaling_factor = 0.5
+
+    _ParamAndGradBuffer.__init__ = halved
 
 
 def _shift() -> None:
     from mtopd.pipelines import train
 
     original = train.loss_positions
-    train.loss_positions = lambda sample: (original(sample) + 1) % (len(sample.prompt_ids) + len(sample.response_ids))
+    train.loss_positions = lambda sample: original(sample) - 1
 
 
 def _contiguous() -> None:
@@ -94,39 +102,23 @@ def _cp_keys() -> None:
     )
 
 
-def _one_sample() -> None:
+def _cuts(change: Callable[[list[int]], list[int]]) -> None:
     import torch
 
     from mtopd.megatron.train_step import PackedMicroBatch
 
     original = PackedMicroBatch.packed_seq_params.fget
 
-    def joined(batch: PackedMicroBatch) -> Any:
+    def changed(batch: PackedMicroBatch) -> Any:
         params = original(batch)
         if params is not None:
-            params.cu_seqlens_q = params.cu_seqlens_kv = torch.tensor([0, batch.input_ids_BS.shape[1]])
-            params.max_seqlen_q = params.max_seqlen_kv = batch.input_ids_BS.shape[1]
+            cuts = change(params.cu_seqlens_q.tolist())
+            params.cu_seqlens_q = params.cu_seqlens_kv = torch.tensor(cuts, dtype=torch.int32)
+            longest = max(b - a for a, b in pairwise(cuts))
+            params.max_seqlen_q = params.max_seqlen_kv = longest
         return params
 
-    PackedMicroBatch.packed_seq_params = property(joined)
-
-
-def _positions() -> None:
-    """Rotary positions count on over the whole pack; attention is right."""
-    from megatron.core.models.common.embeddings import rope_utils
-
-    original = rope_utils._apply_rotary_pos_emb_bshd
-
-    def run_on(t: Any, cu_seqlens: Any, freqs: Any, **options: Any) -> Any:
-        import torch
-
-        options.pop("cp_group", None)
-        total = int(cu_seqlens[-1])
-        first = freqs[1] if len(freqs) > 1 else freqs[0]
-        angles = torch.arange(total).view(-1, *[1] * (first.dim())) * first
-        return original(t.unsqueeze(1), angles, **options).squeeze(1)
-
-    rope_utils._apply_rotary_pos_emb_thd = run_on
+    PackedMicroBatch.packed_seq_params = property(changed)
 
 
 def _tied() -> None:
@@ -167,30 +159,21 @@ def _etp() -> None:
     ParallelConfig.expert_tp = property(lambda layout: 1)
 
 
-def _expert_mean() -> None:
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+def _unmark(which: Callable[[str], bool]) -> None:
+    """Weights that each tp rank has whole: under sequence parallelism their gradients are parts."""
+    from mtopd.pipelines import job
 
-    original = _ParamAndGradBuffer.__init__
+    original = job.build_chunks
 
-    def halved(buffer: Any, ddp_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(buffer, ddp_config, *args, **kwargs)
-        if any(not getattr(p, "allreduce", True) for p in buffer.params):
-            for bucket in buffer.buckets:
-                bucket.gradient_scaling_factor = 0.5
+    def build(*args: Any, **kwargs: Any) -> Any:
+        chunks = original(*args, **kwargs)
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if which(name):
+                    parameter.sequence_parallel = False
+        return chunks
 
-    _ParamAndGradBuffer.__init__ = halved
-
-
-def _norms() -> None:
-    from mtopd.megatron import without_te
-
-    without_te._mark = lambda parameter, config: setattr(parameter, "sequence_parallel", False)
-
-
-def _down() -> None:
-    from mtopd.megatron import model
-
-    model.without_te.mark_replicated = lambda *args: None
+    job.build_chunks = build
 
 
 def _recompute() -> None:
@@ -212,21 +195,21 @@ _INSTALL: dict[str, Callable[[], None]] = {
     "tp reduction dropped": _tp_reduction,
     "sp gather without its reduction": _sp_gather,
     "1/N twice": lambda: _pack_rows(lambda weights: [w / 10 for w in weights]),
-    "gradients averaged over dp": _averaged,
+    "gradients averaged over dp": lambda: _averaged(lambda parameter: True),
     "shift off by one": _shift,
     "weights of other samples": lambda: _pack_rows(lambda weights: weights[::-1]),
     "cp ranges not zigzag": _contiguous,
     "cp keys not gathered": _cp_keys,
-    "packed samples see one another": _one_sample,
-    "packed positions run on": _positions,
+    "packed samples see one another": lambda: _cuts(lambda cuts: [cuts[0], cuts[-1]]),
+    "packed cuts off by one": lambda: _cuts(lambda cuts: [cuts[0], *(c + 1 for c in cuts[1:-1]), cuts[-1]]),
     "tied gradients not summed over pp": _tied,
     "interleaved sends batched": _batched,
     "overlapped gather not waited for": _late,
     "shards reduced by no one": _unreduced,
     "expert gradients not summed": _etp,
-    "expert gradients averaged": _expert_mean,
-    "norms not summed under sp": _norms,
-    "down-projections not summed": _down,
+    "expert gradients averaged": lambda: _averaged(lambda parameter: not getattr(parameter, "allreduce", True)),
+    "norms not summed under sp": lambda: _unmark(lambda name: "layernorm" in name),
+    "down-projections not summed": lambda: _unmark(lambda name: "_down_proj." in name),
     "recompute of other inputs": _recompute,
 }
 assert _INSTALL.keys() == MUTANTS.keys()

@@ -160,6 +160,11 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     job.trainer.optimizer_step = optimizer_step
     found |= {f"weights/{name}": tensor for name, tensor in job.student.weights().items()}
     values = results[0]
+    rounded = row["cache_dtype"] == "bfloat16"
+    for index, floor in job.noise_floor.items():  # of a teacher held against itself the KL is what rounding makes it
+        kl = values["reverse_kl_by_teacher"][job.stores[index].name]
+        assert kl / 4 < floor < kl * 4 if rounded else floor == 0, (floor, kl)
+    assert values["below_10x_noise_floor"] == (row["teachers"] if rounded else [])
     check_metrics(job, row, values)
     checks = []
     if row["teachers"][0] == "self":
