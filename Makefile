@@ -14,7 +14,7 @@ help:
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
-	@echo "make soak         a hundred SIGKILLs over cache writers, the streaming pass and teachers add (about 15 minutes)"
+	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
 	@echo "make benchmark    divergence, teacher stream and hidden cache at real sizes (about 25 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
@@ -43,6 +43,7 @@ soak: $(READY)
 	$(BIN)/python -m tests.hidden_cache.kill_writers --kills 60
 	$(BIN)/python -m tests.teacher_offload.kill_add --kills 20
 	$(BIN)/python -m tests.integration.kill_pass --kills 20
+	$(BIN)/python -m tests.integration.kill_job --kills 30
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -35,6 +35,12 @@ KILLED = 2  # iteration in which the run is killed: the first after a checkpoint
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kill")
+    make_workplace(root)
+    return root
+
+
+def make_workplace(root: Path) -> None:
+    """A student, two teachers, prompts and the config of a job of four ranks."""
     save_model(root / "student", seed=1, layers=2)
     for i in range(2):
         save_model(root / f"t{i}", seed=2 + i, layers=2)
@@ -63,7 +69,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpoint": {"every": 2, "keep": 2},
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
-    return root
 
 
 def start(root: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:

@@ -1,0 +1,163 @@
+"""SIGKILL at random instants of a whole consolidation: `python -m tests.integration.kill_job --kills 30`.
+
+Four ranks at tp2pp2.  A random rank, now and then the launcher, is killed in a chosen phase or at any moment; the job
+must be down within a minute and say which rank it was; then the same command is given again.  However often: the
+exported weights are those of the run that was never disturbed, bit for bit.  Nothing is left behind: no process, no
+listening port, no lock, no temporary file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from mtopd.run_dir import RunDir, is_sealed
+from tests.integration.test_kill_and_resume import (
+    NUM_ITERATIONS,
+    assert_nothing_left,
+    finish,
+    make_workplace,
+    rank_processes,
+    start,
+)
+
+# In the order of the loop; a line is written when a phase ends.
+PHASES = ("rollout", "teacher_pass", "train", "update_weights", "checkpoint", "evaluation")
+DOWN_S = 60.0
+OVERRIDES = ("checkpoint.every=1", "rollout.prompts_per_iteration=96", "evaluation.every=1")
+
+
+def lines(run: Path, generation: int | None = None) -> list[dict[str, Any]]:
+    """Phase lines of a start (all starts: None); half a last line is not there yet."""
+    path = run / "metrics.jsonl"
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line["kind"].startswith("phase/") and generation in (None, int(line["part"].split()[-1])):
+            found.append({**line, "phase": line["kind"].removeprefix("phase/")})
+    return found
+
+
+def phase_now(run: Path, generation: int) -> str:
+    """What a start is doing, by the last phase it has finished."""
+    done = lines(run, generation)
+    if not done:
+        return "start-up"
+    last = done[-1]
+    if last["phase"] == "evaluation":
+        return "export" if last["iteration"] == NUM_ITERATIONS else "rollout"
+    return PHASES[PHASES.index(last["phase"]) + 1]
+
+
+def wait_for(process: subprocess.Popen[str], run: RunDir, generation: int, phase: str) -> bool:
+    """Until the next start after ``generation`` is in the phase; False when it ends first."""
+    deadline = time.monotonic() + 180
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"phase {phase} was never seen"
+        if run.current_generation() > generation and phase_now(run.path, run.current_generation()) == phase:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def kill_once(root: Path, run: RunDir, phase: str | None, duration: float, draw: random.Random) -> str | None:
+    """Start, kill, wait; the phase that was hit, or None when the job was through before."""
+    generation = run.current_generation() if run.path.exists() else 0
+    process = start(root, run.path, *OVERRIDES)
+    if phase is None or wait_for(process, run, generation, phase):
+        time.sleep(draw.random() * duration)
+    family = rank_processes(process.pid)
+    if process.poll() is not None or is_sealed(run.export(NUM_ITERATIONS)):
+        code, output = finish(process)
+        assert code == 0, output
+        return None
+    hit = phase_now(run.path, run.current_generation()) if len(family) == 4 else "start-up"
+    everything = psutil.Process(process.pid).children(recursive=True)
+    launcher = not family or draw.random() < 0.15
+    doomed = process.pid if launcher else draw.choice(family).pid
+    killed = time.monotonic()
+    try:
+        os.kill(doomed, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    code, output = finish(process, timeout=DOWN_S)
+    took = time.monotonic() - killed
+    assert took < DOWN_S
+    if not launcher:
+        assert code == 2 and re.search(r"rank \d was killed by SIGKILL", output), output
+        assert output.count("error:") == 1, output
+    assert_nothing_left(run.path, everything)
+    listening = [
+        c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in {p.pid for p in everything}
+    ]
+    assert not listening, listening
+    return hit
+
+
+def run(kills: int, folder: Path, seed: int) -> str:
+    """Kill ``kills`` times; one line of results.  Raises AssertionError on any violation."""
+    draw = random.Random(seed)
+    make_workplace(folder)
+    whole = RunDir(folder / "undisturbed")
+    began = time.monotonic()
+    code, output = finish(start(folder, whole.path, *OVERRIDES))
+    assert code == 0, output
+    wall = time.monotonic() - began
+    wanted = load_file(whole.export(NUM_ITERATIONS) / "model.safetensors")
+    seconds = {phase: [x["wall_s"] for x in lines(whole.path) if x["phase"] == phase] for phase in PHASES}
+    durations = {phase: sum(values) / len(values) for phase, values in seconds.items()} | {"export": 1.0}
+
+    hits: Counter[str] = Counter()
+    compared = 0
+    victim = RunDir(folder / "victim")
+    targets = [*durations, None]  # every phase in turn, then any instant
+    while sum(hits.values()) < kills:
+        phase = targets[sum(hits.values()) % len(targets)]
+        hit = kill_once(folder, victim, phase, wall if phase is None else durations[phase], draw)
+        if hit is not None:
+            hits[hit] += 1
+            print(f"kill {sum(hits.values())}: {hit}", flush=True)
+            continue
+        compared += same_weights(victim, wanted)
+        shutil.rmtree(victim.path)
+    code, output = finish(start(folder, victim.path, *OVERRIDES))
+    assert code == 0, output
+    compared += same_weights(victim, wanted)
+    told = ", ".join(f"{count} in {phase}" for phase, count in hits.most_common())
+    return f"whole job: {kills} SIGKILLs ({told}); {compared} runs finished, all with the weights of an undisturbed one"
+
+
+def same_weights(run: RunDir, wanted: dict[str, torch.Tensor]) -> int:
+    found = load_file(run.export(NUM_ITERATIONS) / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), f"{name} differs from the undisturbed run"
+    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.removed"))
+    return 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mtopd-kill-") as name:
+        print(run(arguments.kills, Path(name), arguments.seed))
