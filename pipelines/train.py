@@ -177,6 +177,7 @@ def train_step(
     sums = job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), names)
     if heads:
         heads.drop()
+    used = _head_metrics(job, micro_batches, states.stall_s - stalled, objective.statistics_s)  # of a bad step, too
     teachers = range(len(job.stores))
     loss = sum(sums[f"loss/{i}"] for i in teachers)
     try:
@@ -184,7 +185,7 @@ def train_step(
             raise NonFiniteGradients(f"the loss is {loss}")
         grad_norm, lr = job.trainer.optimizer_step()
     except NonFiniteGradients as error:
-        return refused(job, step, f"{error}; {_culprits(job, objective, states)}")
+        return refused(job, step, f"{error}; {_culprits(job, objective, states)}") | used
     num_tokens = sum(plan.num_tokens.values())
     num_samples = Counter(
         by_id[s.sample_id].teacher_index for part in plan.micro_batches for batch in part for s in batch.samples
@@ -219,7 +220,7 @@ def train_step(
         "micro_batches": len(micro_batches),
         "waste": plan.waste,
         "statistics": {store.name: _statistics(sums, i) for i, store in enumerate(job.stores) if sums[f"measured/{i}"]},
-        **_head_metrics(job, micro_batches, states.stall_s - stalled, objective.statistics_s),
+        **used,
         "wall_s": wall_s,
     }
 

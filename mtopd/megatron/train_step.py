@@ -128,6 +128,7 @@ class Trainer:
         for module in self.ddp:
             module.broadcast_params()
         self.optimizer = get_megatron_optimizer(optimizer_config, self.ddp)
+        self._bad_ranks = 0  # that hold a gradient which is not finite
         self._check_norm()
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -222,6 +223,8 @@ class Trainer:
 
         Raises NonFiniteGradients, on every rank, before anything is updated.
         """
+        if self._bad_ranks:  # the norm does not see all: what tp ranks hold alike, it counts on the first alone
+            raise NonFiniteGradients(f"gradients are NaN or inf on {self._bad_ranks} of {self.ranks.world_size} ranks")
         lr = float(self.optimizer.param_groups[0]["lr"])
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
@@ -287,15 +290,19 @@ class Trainer:
         return [wrapper.optimizer for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
 
     def reduce_metrics(self, totals: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, float]:
-        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.  Collective."""
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.ranks.device)
-        if self.ranks.is_last_stage:
-            if totals:
-                sums = torch.stack([totals[name].double() for name in names])
-            dist.all_reduce(sums, group=self.ranks.dp_cp_group)
-        source = dist.get_global_rank(self.ranks.pp_group, self.ranks.pp_size - 1)
-        dist.broadcast(sums, src=source, group=self.ranks.pp_group)
-        return dict(zip(names, sums.tolist(), strict=True))
+        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.  Collective.
+
+        The same reduction tells every rank whether any holds a gradient that is not finite, for ``optimizer_step``.
+        """
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.ranks.device)
+        if totals and self.ranks.is_last_stage and self.ranks.tp_rank == 0:  # alike on all tp ranks
+            sums[:-1] = torch.stack([totals[name].double() for name in names])
+        buffers = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
+        sums[-1] = ~torch.stack([gradient.sum() for gradient in buffers]).isfinite().all()
+        dist.all_reduce(sums)
+        *values, num_bad = sums.tolist()
+        self._bad_ranks = int(num_bad)
+        return dict(zip(names, values, strict=True))
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

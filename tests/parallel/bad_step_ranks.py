@@ -93,7 +93,26 @@ def main() -> None:
     said = refusal(2)
     assert "no sample's loss is NaN or inf: the gradients overflowed" in said, said
     say(said)
+
+    def overflow_last(*args: object) -> dict:
+        """In what tp ranks hold alike, and on one of them: the norm counts it on another."""
+        totals = forward_backward(*args)
+        if job.ranks.rank == job.ranks.world_size - 1:
+            job.trainer.chunks[-1].decoder.final_layernorm.weight.main_grad[0] = torch.inf
+        return totals
+
+    job.trainer.forward_backward = overflow_last
+    said = refusal(2)
+    assert f"gradients are NaN or inf on 1 of {job.ranks.world_size} ranks" in said, said
+
+    # Left out, it leaves no trace: the next step is taken.
+    job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"max_bad_steps": 2})})
+    assert step(2)["bad_steps"] == 2
     job.trainer.forward_backward = forward_backward
+    before = job.trainer.steps_done
+    values = step(3)
+    assert values["loss"] > 0 and values["grad_norm"] > 0 and set(values["head_loads"].values()) == {1}, values
+    assert job.trainer.steps_done == before + 1
 
     if job.trainer.chunks[0].pre_process:
         with torch.no_grad():
