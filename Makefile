@@ -15,7 +15,7 @@ help:
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
-	@echo "make benchmark    divergence, teacher stream and hidden cache at real sizes (about 25 minutes on 2 idle cores)"
+	@echo "make benchmark    divergence, teacher stream, hidden cache and train step at real sizes (about 30 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
 $(READY): pyproject.toml constraints.txt
@@ -54,11 +54,13 @@ benchmark: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --json benchmarks/results/divergence_2core_cpu.json
 	$(BIN)/python benchmarks/teacher_stream.py --json benchmarks/results/teacher_stream_2core_cpu.json
 	$(BIN)/python benchmarks/hidden_cache.py --json benchmarks/results/hidden_cache_2core_cpu.json
+	$(BIN)/python benchmarks/trainer.py --json benchmarks/results/trainer_2core_cpu.json
 
 benchmark-quick: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --quick
 	$(BIN)/python benchmarks/teacher_stream.py --quick
 	$(BIN)/python benchmarks/hidden_cache.py --quick
+	$(BIN)/python benchmarks/trainer.py --quick
 
 clean-demo:
 	rm -rf runs/demo
