@@ -191,6 +191,39 @@ def watch_rewrites(process: subprocess.Popen[str], files: dict[Path, int]) -> li
     return sorted(changed)
 
 
+def train_steps(run: Path) -> dict[int, dict]:
+    """The last line of every train step of the iteration in which runs are killed."""
+    parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in parsed if line["kind"] == "train_step" and line["iteration"] == KILLED}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("undisturbed")
+def test_four_processes_die_and_two_go_on(workplace: Path) -> None:
+    run = workplace / "fewer"
+    process = start(workplace, run)
+    ranks = kill_when(process, inside_phase(run, "train"))
+    code, output = finish(process)
+    assert code == 2 and "SIGKILL" in output, output
+    assert_nothing_left(run, ranks)
+
+    index = {p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")}
+    assert index
+    layout = [f"student.parallel.{name}={size}" for name, size in {"tp": 1, "pp": 1, "dp": 2}.items()]
+    process = start(workplace, run, *layout, "train.micro_batch_size=8")
+    redone = watch_rewrites(process, index)
+    code, output = finish(process)
+    assert code == 0, output
+    assert redone == [] and lines(run, "rollout").count(KILLED) == 1
+    assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
+    found, wanted = train_steps(run), train_steps(workplace / "undisturbed")
+    first = sorted(wanted)[:3]
+    assert sorted(found) == sorted(wanted) and len(first) == 3
+    errors = [abs(found[step]["loss"] - wanted[step]["loss"]) / wanted[step]["loss"] for step in first]
+    print(f"worst loss {max(errors):.1e}")
+    assert max(errors) <= 2e-6, errors
+
+
 @pytest.mark.timeout(300)
 def test_ranks_die_with_their_launcher(workplace: Path) -> None:
     run = workplace / "launcher"
