@@ -162,7 +162,8 @@ class RunDir:
                 )
             if changes:
                 drop_unfinished()
-            known["accepted_changes"] = accepted + changes
+            here = self.current_generation() + 1
+            known["accepted_changes"] = accepted + [{"start": here, "change": text} for text in changes]
         else:
             known["accepted_changes"] = []
         write_atomic(self.config, config_yaml.encode())

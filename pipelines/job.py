@@ -25,11 +25,20 @@ from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
-from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
+from mtopd.run_dir import (
+    RunDir,
+    differences,
+    is_sealed,
+    publish_tree,
+    read_json,
+    read_seal,
+    remove_tree,
+    write_json,
+)
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
-from mtopd.tokenizer import load_tokenizer, vocab_size
+from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 
 
@@ -231,11 +240,14 @@ class Job:
 
     def restore(self, iteration: int) -> int:
         state = checkpoint.load(self.trainer, self.run, iteration)
-        if state["teachers"] != self.state()["teachers"] and not read_json(self.run.manifest)["accepted_changes"]:
-            raise MtopdError(
-                f"{self.run.checkpoint(iteration)} was trained by the teachers {state['teachers']}, the run has "
-                f"{self.state()['teachers']}: its manifest was exchanged; use the run directory as it was"
-            )
+        written_by = read_seal(self.run.checkpoint(iteration))["generation"]
+        accepted = [c["start"] for c in read_json(self.run.manifest)["accepted_changes"]]
+        for _, text in differences(state["taught_by"], self.taught_by):
+            if max(accepted, default=0) <= written_by:
+                raise MtopdError(
+                    f"{self.run.checkpoint(iteration)} was trained by other teachers than the run's manifest names: "
+                    f"{text}, and nobody accepted that; restore {self.run.manifest}, or remove the checkpoint"
+                )
         self.bad_steps = int(state["bad_steps"])
         self.student.update_weights()
         return iteration
@@ -244,16 +256,25 @@ class Job:
         return iteration + 1 == self.config.train.num_iterations
 
     def save(self, iteration: int) -> None:
-        """Begin a checkpoint of the state after ``iteration`` when due; publish one that is written.  Collective."""
+        """Begin a checkpoint of the state after ``iteration`` when it is due.  Collective."""
         due = (iteration + 1) % self.config.checkpoint.every == 0 or self.is_last(iteration)
-        with self.timed("checkpoint", iteration) if due else contextlib.nullcontext():
-            self.checkpoints.advance()
-            if due:
+        if due:
+            with self.timed("checkpoint", iteration):
                 self.checkpoints.save(iteration + 1, self.state())
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trainer's own."""
-        return {"bad_steps": self.bad_steps, "teachers": [[s.name, s.fingerprint] for s in self.stores]}
+        return {"bad_steps": self.bad_steps, "taught_by": self.taught_by}
+
+    @cached_property
+    def taught_by(self) -> dict[str, Any]:
+        """Who teaches what, in which tokens, as JSON has it."""
+        config = self.config
+        teachers = [
+            {"name": store.name, "fingerprint": store.fingerprint, "weight": weight, "route": dict(teacher.route)}
+            for store, weight, teacher in zip(self.stores, config.teacher_weights, config.teachers, strict=True)
+        ]
+        return {"teachers": teachers, "tokenizer_hash": tokenizer_hash(self.student.tokenizer)}
 
     def _retain(self, published: int) -> None:
         """What a published checkpoint replaces goes: older ones, and iterations whose weights it holds."""
@@ -264,7 +285,11 @@ class Job:
 
     @contextlib.contextmanager
     def timed(self, phase: str, iteration: int) -> Iterator[None]:
-        """Write a ``phase`` line with the wall seconds of the block, and show the phase."""
+        """Write a ``phase`` line with the wall seconds of the block, and show the phase.  Collective.
+
+        A checkpoint that was written meanwhile is published first: a kill in this phase goes on from it.
+        """
+        self.checkpoints.advance()
         self.progress.phase(phase, iteration, self.config.train.num_iterations)
         started = time.perf_counter()
         yield

@@ -101,12 +101,15 @@ def _start(
     sweep(run)
 
     def drop_unfinished() -> None:
-        """What was made for the former teachers: routed prompts, and iterations that no checkpoint holds."""
+        """What was made for the former teachers: routed prompts, iterations that no checkpoint holds, their results."""
         (run.path / prompts.FILE).unlink(missing_ok=True)
         finished = max((int(p.name) for p in (run.path / "checkpoints").glob("[0-9]*") if is_sealed(p)), default=0)
         for folder in (run.path / "iterations").glob("[0-9]*"):
             if int(folder.name) >= finished:
                 remove_tree(folder)
+        for path in (run.path / "evaluations").glob("[0-9]*.json"):
+            if int(path.stem) > finished:
+                path.unlink()
 
     return run.start(
         resolved(config), manifest, to_yaml(config), accept_changed=accept_changed, drop_unfinished=drop_unfinished

@@ -66,6 +66,7 @@ def main(run_dir: Path, generation: int) -> None:
         if _reached_target(config, student, prompts, shares, step, metrics):
             progress.note(f"every source is at its target accuracy after {step + 1} steps")
             break
+        checkpoints.advance()
         if (step + 1) % _CHECKPOINT_EVERY == 0:
             checkpoints.save(step + 1, {"shares": shares})
 

@@ -158,7 +158,7 @@ def test_other_teachers_routes_or_tokenizers_need_a_word(tmp_path: Path, path: l
         drop_unfinished=lambda: dropped.append(read_json(run.manifest)),
     )
     assert len(found) == 1 and len(dropped) == 1 and dropped[0]["config"] == CONFIG, "dropped before it is written down"
-    assert read_json(run.manifest)["accepted_changes"] == found
+    assert read_json(run.manifest)["accepted_changes"] == [{"start": 2, "change": found[0]}]
     assert run.start(*changed(path, value), "new") == [], "known from now on"
 
 

@@ -4,7 +4,7 @@ A save copies weights, optimizer and random state to host memory, and a thread w
 one save is in flight at most.  A folder is written under a temporary name and published whole by rank 0, with its seal
 (sha256 of every file) already inside.  Nothing in it is opened before all files match the seal, and even then nothing
 can execute: tensors and ``common.pt`` load with ``weights_only``, the index (a pickle) through an unpickler that knows
-the classes of checkpoints and no others.
+the dozen classes of an index and no others, and it may name nothing but tensors in sealed files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import io
 import pickle
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 from mtopd.megatron.train_step import Trainer
 from mtopd.run_dir import SEAL, RunDir, is_sealed, publish_tree, read_seal, remove_tree
@@ -147,7 +147,7 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     state = dist_checkpointing.load(
         _sharded_state(trainer, loading=True),
         str(folder),
-        sharded_strategy=_LoadSharded(),
+        sharded_strategy=_LoadSharded(read_index(folder / ".metadata", seal["files"])),
         common_strategy=_LoadCommon(),
     )
     with torch.no_grad():
@@ -250,10 +250,16 @@ def _restore_rng(states: dict[str, torch.Tensor]) -> None:
 # -- reading nothing that could execute -------------------------------------------------------------------------------
 def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """The seal, after every file was compared with it; the ranks share the reading.  Collective."""
+    if folder.is_symlink():
+        raise MtopdError(f"{folder} is a link; a checkpoint lies in its run directory itself: remove the link")
     seal, ranks = read_seal(folder), trainer.ranks
+    if not isinstance(seal.get("files"), dict):
+        raise MtopdError(
+            f"{folder / SEAL} lists no files: another version wrote {folder}; remove it or use that version"
+        )
     found = {path.name: path for path in folder.iterdir() if path.name != SEAL}
     wrong = sorted(found.keys() ^ seal["files"].keys())
-    wrong += [name for name, path in found.items() if path.is_symlink() or not path.is_file()]
+    wrong += [name for name, path in {**found, SEAL: folder / SEAL}.items() if path.is_symlink() or not path.is_file()]
     if not wrong:
         mine = sorted(seal["files"])[ranks.rank :: ranks.world_size]
         wrong = [name for name in mine if _sha256(found[name]) != seal["files"][name]]
@@ -281,38 +287,72 @@ class _LoadCommon(TorchCommonLoadStrategy):
 
 
 class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
+    def __init__(self, index: Metadata) -> None:
+        super().__init__()
+        self._index = index
+
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         original = torch_strategy._get_filesystem_reader
-        torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _IndexReader(folder)
+        torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _SealedReader(folder, self._index)
         try:
             return super().load(sharded_state_dict, checkpoint_dir)
         finally:
             torch_strategy._get_filesystem_reader = original
 
 
-class _IndexReader(FileSystemReader):
-    """Reads tensors as torch does (``weights_only``) and the index with ``_IndexUnpickler``."""
+class _SealedReader(FileSystemReader):
+    """Reads tensors as torch does (``weights_only``), by an index that was read before."""
+
+    def __init__(self, folder: Any, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _IndexUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        assert isinstance(metadata, Metadata)
-        return metadata
+        return self._index
 
 
-_PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
-_PLAIN |= {("pathlib", "PosixPath"), ("builtins", "set"), ("builtins", "frozenset")}
-_HOMES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+def read_index(path: Path, files: Collection[str]) -> Metadata:
+    """Megatron's index of a checkpoint, which may name tensors in sealed ``files`` and nothing else.
+
+    Raises MtopdError for anything more: an entry that is no tensor would be unpickled by torch, whatever it holds.
+    """
+    index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+    tensors = isinstance(index, Metadata) and all(
+        isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()
+    )
+    if not tensors:
+        raise MtopdError(f"{path} names pickled objects, which no checkpoint of this program holds; {_EXCHANGED}")
+    for place in index.storage_data.values():
+        if place.relative_path not in files or place.transform_descriptors:
+            raise MtopdError(f"{path} points to {place.relative_path}, which is not a sealed file; {_EXCHANGED}")
+    found: Metadata = index
+    return found
+
+
+_EXCHANGED = "it was exchanged: remove its folder to resume from an earlier checkpoint"
+_CHECKPOINT = "torch.distributed.checkpoint"
+_INDEX_NAMES = {
+    f"{_CHECKPOINT}.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",  # known, so that read_index can say what is wrong
+    },
+    f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+}
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Admits classes that torch.distributed.checkpoint and megatron define, and the few plain types they hold."""
+    """Admits what Megatron's index is made of and nothing else: data classes, sizes, dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
-        if module.startswith(_HOMES) and "." not in name:
-            found = super().find_class(module, name)
-            # A module also holds what it imports: only its own classes.
-            if isinstance(found, type) and found.__module__.startswith(_HOMES):
-                return found
-        raise MtopdError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; remove it")
+        raise MtopdError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; {_EXCHANGED}")

@@ -168,6 +168,7 @@ def test_a_killed_rank_loses_no_sealed_work(workplace: Path, undisturbed: dict[s
     if phase in ("teacher_pass", "train", "checkpoint"):
         assert lines(run, "rollout").count(KILLED) == 1, "sealed trajectories were sampled again"
     if phase in ("train", "checkpoint"):
+        assert lines(run, "train_step").count(KILLED - 1) == 4, "the checkpoint was not published when it was written"
         # one line for each of the two teachers
         assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
     assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.removed"))
@@ -216,6 +217,7 @@ def test_four_processes_die_and_two_go_on(workplace: Path) -> None:
     assert code == 0, output
     assert redone == [] and lines(run, "rollout").count(KILLED) == 1
     assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
+    assert lines(run, "train_step").count(KILLED - 1) == 4, "the run went on from an earlier checkpoint"
     found, wanted = train_steps(run), train_steps(workplace / "undisturbed")
     first = sorted(wanted)[:3]
     assert sorted(found) == sorted(wanted) and len(first) == 3

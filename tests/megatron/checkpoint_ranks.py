@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pickle
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from mtopd.config import ParallelConfig
 from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
@@ -139,6 +144,71 @@ def check_damages(trainer: Trainer, run: RunDir, iteration: int) -> tuple[int, i
     return tried, refused
 
 
+def check_forgeries(trainer: Trainer, run: RunDir, iteration: int) -> list[str]:
+    """What is said to an index that was exchanged together with its seal; nothing of it may run."""
+    folder = run.checkpoint(iteration)
+    index, seal = folder / ".metadata", folder / "SEALED"
+    whole, sealed = index.read_bytes(), seal.read_bytes()
+    executed = folder.parent / "executed"
+
+    class Executes:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(executed),)
+
+    def foreign() -> Any:
+        return Executes()
+
+    def no_tensor() -> Any:
+        entries = pickle.loads(whole)
+        entries.state_dict_metadata[next(iter(entries.state_dict_metadata))] = BytesStorageMetadata()
+        return entries
+
+    def elsewhere() -> Any:
+        entries = pickle.loads(whole)
+        next(iter(entries.storage_data.values())).relative_path = "../elsewhere"
+        return entries
+
+    said = []
+    for forge in (foreign, no_tensor, elsewhere):
+        dist.barrier()
+        if trainer.ranks.rank == 0:
+            index.write_bytes(pickle.dumps(forge()))
+            digest = hashlib.sha256(index.read_bytes()).hexdigest()
+            contents = json.loads(sealed)
+            contents["files"][index.name] = digest
+            seal.write_text(json.dumps(contents))
+        dist.barrier()
+        try:
+            checkpoint.load(trainer, run, iteration)
+            said.append("")
+        except MtopdError as error:
+            said.append(str(error))
+        dist.barrier()
+    if trainer.ranks.rank == 0:
+        index.write_bytes(whole)
+        seal.write_bytes(sealed)
+        assert not executed.exists()
+    dist.barrier()
+    return said
+
+
+def die_while_writing(trainer: Trainer, writer: checkpoint.CheckpointWriter) -> None:
+    """Rank 1's thread is killed with half a file written, while all ranks train on."""
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def half(*arguments: Any, **options: Any) -> None:
+        write(*arguments, **options)
+        path = Path(arguments[2][0])
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if trainer.ranks.rank == 1:
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(half)
+    writer.save(6, {})
+    train(trainer, range(6, 10))
+    writer.close()
+
+
 def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
     trainer, bridge = build(root, job)
     run = RunDir(root / "runs" / job.get("save", job.get("resume")), 1)
@@ -150,20 +220,28 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         published: list[int] = []
         writer = checkpoint.CheckpointWriter(trainer, run, published.append)
         train(trainer, range(3))
+        result: dict[str, Any] = {"saved": state(trainer, bridge)}
         writer.save(3, {"shares": {"a": 1.5}})
         assert checkpoint.newest(run) is None, "a save under way is no checkpoint"
         losses = train(trainer, range(3, 6))  # the weights change while they are written
+        if job.get("dies"):
+            writer.wait()
+            if trainer.ranks.rank == 0:
+                write_json(run.path / "before.json", {**result, "losses": losses})
+            die_while_writing(trainer, writer)
         writer.close()
         assert published == ([3] if trainer.ranks.rank == 0 else []) and checkpoint.newest(run) == 3
-        result = {"losses": losses, "state": state(trainer, bridge)}
+        result |= {"losses": losses, "state": state(trainer, bridge)}
+        result["forgeries"] = check_forgeries(trainer, run, 3)
         result["damages"], result["refused"] = check_damages(trainer, run, 3)
         return result
     try:
         plain = checkpoint.load(trainer, run, 3)
     except MtopdError as error:
         return {"error": str(error)}
+    loaded = {"loaded": state(trainer, bridge), "plain": plain, "newest": checkpoint.newest(run)}
     losses = train(trainer, range(3, 6))
-    return {"losses": losses, "state": state(trainer, bridge), "plain": plain, "steps_done": trainer.steps_done}
+    return {**loaded, "losses": losses, "state": state(trainer, bridge), "steps_done": trainer.steps_done}
 
 
 if __name__ == "__main__":

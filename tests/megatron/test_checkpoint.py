@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtopd.megatron.checkpoint import _IndexUnpickler
+from mtopd.run_dir import RunDir, sweep
 from mtopd.types import MtopdError
 from tests.conftest import run_ranks
 from tests.small_models import save_model
@@ -67,12 +68,15 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
     assert len(done) == len(SAVED) + len(RESUMED[4]) + len(RESUMED[2])
     for job in done:
         if "save" in job:
+            for said, wanted_word in zip(job["forgeries"], ("mkdir", "pickled objects", "../elsewhere"), strict=True):
+                assert wanted_word in said
             assert job["refused"] == job["damages"] > 4, "every damaged file was refused by name"
             continue
         if "refuses" in job:
             assert job["refuses"] in job["error"]
             continue
         saved = wanted[job["resume"]]
+        assert job["loaded"] == saved["saved"], "the weights are the saved ones at any layout, bit for bit"
         same = job["parallel"] == saved["parallel"]
         errors = [abs(a - b) / b for a, b in zip(job["losses"], saved["losses"], strict=True)]
         print(job["resume"], job["parallel"], f"worst loss {max(errors):.1e}", "state", job["state"][:12])
@@ -81,6 +85,19 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
             assert job["losses"] == saved["losses"] and job["state"] == saved["state"], "bit for bit"
         assert max(errors) <= 2e-6, job
         assert job["plain"] == {"shares": {"a": 1.5}}
+
+
+def test_a_rank_that_dies_while_it_writes_leaves_the_former_checkpoint(root: Path) -> None:
+    dense = {"kind": "qwen3", "parallel": {"tp": 2}}
+    with pytest.raises(AssertionError, match="Signal 9"):
+        run_jobs(root, 2, [{"save": "dying", "dies": True, **dense}])
+    folder = root / "runs" / "dying" / "checkpoints"
+    assert list(folder.glob(".000006.tmp/*.distcp")), "it died in the save"
+    saved = json.loads((folder.parent / "before.json").read_text())
+    sweep(RunDir(root / "runs" / "dying"))
+    assert [path.name for path in folder.iterdir()] == ["000003"]
+    (job,) = run_jobs(root, 2, [{"resume": "dying", **dense}])
+    assert (job["newest"], job["loaded"], job["losses"]) == (3, saved["saved"], saved["losses"])
 
 
 def _by_dotted_name(module: str, name: str) -> bytes:
