@@ -172,6 +172,17 @@ class RunDir:
         write_json(self.path / "generation.json", {"generation": self.generation})
         return changes
 
+    def check_accepted(self, folder: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        """Raise MtopdError when ``found``, noted in a sealed folder, is not ``here`` and no start since accepted it."""
+        accepted = max((change["start"] for change in read_json(self.manifest)["accepted_changes"]), default=0)
+        if accepted > read_seal(folder)["generation"]:
+            return
+        for _, text in differences(found, here):
+            raise MtopdError(
+                f"{folder} was made with other teachers than {self.manifest} names: {text}, no start accepted that; "
+                "put the manifest back, or remove the folder"
+            )
+
     def current_generation(self) -> int:
         path = self.path / "generation.json"
         return int(read_json(path)["generation"]) if path.exists() else 0

@@ -25,21 +25,11 @@ from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
-from mtopd.run_dir import (
-    RunDir,
-    differences,
-    is_sealed,
-    publish_tree,
-    read_json,
-    read_seal,
-    remove_tree,
-    write_json,
-)
+from mtopd.run_dir import RunDir, is_sealed, publish_tree, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
-from mtopd.types import MtopdError
 
 
 class Student:
@@ -240,14 +230,7 @@ class Job:
 
     def restore(self, iteration: int) -> int:
         state = checkpoint.load(self.trainer, self.run, iteration)
-        written_by = read_seal(self.run.checkpoint(iteration))["generation"]
-        accepted = [c["start"] for c in read_json(self.run.manifest)["accepted_changes"]]
-        for _, text in differences(state["taught_by"], self.taught_by):
-            if max(accepted, default=0) <= written_by:
-                raise MtopdError(
-                    f"{self.run.checkpoint(iteration)} was trained by other teachers than the run's manifest names: "
-                    f"{text}, and nobody accepted that; restore {self.run.manifest}, or remove the checkpoint"
-                )
+        self.run.check_accepted(self.run.checkpoint(iteration), state["taught_by"], self.taught_by)
         self.bad_steps = int(state["bad_steps"])
         self.student.update_weights()
         return iteration

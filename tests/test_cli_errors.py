@@ -201,7 +201,28 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     save_model(workplace / "other", seed=99, layers=2)
     shutil.rmtree(workplace / "stores" / "t0")
     add_teacher("t0", workplace / "other", workplace / "stores" / "t0", slices=2)
-    assert "teachers[0].fingerprint" in refused(workplace, capsys, monkeypatch)
+    run = workplace / "run"
+    sealed, finished = run / "checkpoints" / "000001" / "SEALED", run / "evaluations" / "000001.json"
+    kept = [sealed, finished, run / "iterations" / "000000" / "trajectories" / "SEALED"]
+    unfinished = [run / "iterations" / "000001" / "trajectories" / "SEALED", run / "evaluations" / "000002.json"]
+    for path in (*kept, *unfinished):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    line = refused(workplace, capsys, monkeypatch)
+    assert "teachers[0].fingerprint" in line and "--accept-changed" in line
+    assert all(path.exists() for path in (*kept, *unfinished)), "a refusal changes nothing"
+    before = json.loads((run / "manifest.json").read_text())["teachers"][0]["fingerprint"]
+
+    monkeypatch.setattr(ranks, "launch", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml"), "--accept-changed"])
+    with pytest.raises(SystemExit):
+        cli.main()
+        raise SystemExit
+    assert "accepted: teachers[0].fingerprint" in capsys.readouterr().err.replace("\n", " ")
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in unfinished)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["teachers"][0]["fingerprint"] != before
+    assert [change["start"] for change in manifest["accepted_changes"]] == [2]
 
 
 def test_a_run_directory_in_use_is_refused(

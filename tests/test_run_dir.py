@@ -162,6 +162,21 @@ def test_other_teachers_routes_or_tokenizers_need_a_word(tmp_path: Path, path: l
     assert run.start(*changed(path, value), "new") == [], "known from now on"
 
 
+def test_a_checkpoint_of_other_teachers_needs_a_word_given_after_it(tmp_path: Path) -> None:
+    run, folder = RunDir(tmp_path), tmp_path / "000001"
+    folder.mkdir()
+    run.start(CONFIG, MANIFEST, "old")
+    run.seal(folder)
+    run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["a"]})
+    with pytest.raises(MtopdError, match=r"000001 .* teachers\[0\] is 'a' there and 'b' here, no start accepted"):
+        run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["b"]})
+    run.start(*changed(["tokenizer_hash"], "other"), "new", accept_changed=True)
+    run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["b"]})
+    run.seal(folder)  # a checkpoint made after the word was given
+    with pytest.raises(MtopdError, match="no start accepted"):
+        run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["b"]})
+
+
 @pytest.mark.parametrize("path", [["config", "student", "model"], ["config", "train", "normalization"]])
 def test_another_run_is_refused_with_or_without_a_word(tmp_path: Path, path: list) -> None:
     run = RunDir(tmp_path)
