@@ -9,6 +9,7 @@ listening port, no lock, no temporary file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -94,10 +95,8 @@ def kill_once(root: Path, run: RunDir, phase: str | None, duration: float, draw:
     launcher = not family or draw.random() < 0.15
     doomed = process.pid if launcher else draw.choice(family).pid
     killed = time.monotonic()
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(doomed, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     code, output = finish(process, timeout=DOWN_S)
     took = time.monotonic() - killed
     assert took < DOWN_S
