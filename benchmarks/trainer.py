@@ -135,7 +135,7 @@ def supervised(job: Any) -> Callable[[], None]:
     import torch
 
     from mtopd.megatron.cross_entropy import CrossEntropy
-    from mtopd.pipelines import train
+    from mtopd.pipelines import packing, train
     from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
 
     tokens = TokenStore(job.run.trajectories(0))
@@ -147,7 +147,7 @@ def supervised(job: Any) -> Callable[[], None]:
         for batch in plan.micro_batches[job.ranks.dp_rank]:
             fields = [tokens.tokens(s.sample_id) for s in batch.samples]
             labels = [int(t) for f in fields for t, m in zip(f.response_ids, f.loss_mask, strict=True) if m]
-            packed = train.pack_rows(
+            packed = packing.pack_rows(
                 fields,
                 [s.token_weight for s in batch.samples],
                 shape=(job.config.train.micro_batch_size, plan.seq_length),

@@ -22,9 +22,9 @@ from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.evaluate import accuracy
 from mtopd.pipelines.job import Student, write_evaluation
+from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
-from mtopd.pipelines.train import loss_positions, pack_rows, rows_here
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtopd.megatron.parallel import zigzag_chunks
-from mtopd.pipelines.train import loss_positions, pack_rows, rows_here
+from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 
 
 def ranks(cp_rank: int = 0, cp_size: int = 1) -> Any:

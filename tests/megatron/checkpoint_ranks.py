@@ -25,7 +25,7 @@ from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
 from mtopd.pipelines import ranks
-from mtopd.pipelines.train import loss_positions, pack_rows, rows_here
+from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 from mtopd.run_dir import RunDir, write_json
 from mtopd.types import MtopdError
 

@@ -76,20 +76,20 @@ def _averaged(which: Callable[[Any], bool]) -> None:
 
 
 def _shift() -> None:
-    from mtopd.pipelines import train
+    from mtopd.pipelines import packing
 
-    original = train.loss_positions
-    train.loss_positions = lambda sample: original(sample) - 1
+    original = packing.loss_positions
+    packing.loss_positions = lambda sample: original(sample) - 1
 
 
 def _contiguous() -> None:
-    from mtopd.pipelines import train
+    from mtopd.pipelines import packing
 
     def halves(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, slice]:
         chunk = seq_length // (2 * cp_size)
         return tuple(slice((2 * cp_rank + i) * chunk, (2 * cp_rank + i + 1) * chunk) for i in range(2))
 
-    train.zigzag_chunks = halves
+    packing.zigzag_chunks = halves
 
 
 def _cp_keys() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mtopd.hidden_cache import HiddenCacheReader
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.pipelines import evaluate, ranks, teacher_pass, train
+from mtopd.pipelines import evaluate, packing, ranks, teacher_pass, train
 from mtopd.pipelines.job import Job
 from mtopd.rollout.embedded import Request
 from mtopd.teacher_offload import head_slot, layer_stream, shares
@@ -230,7 +230,7 @@ def check_argmax(job: Job) -> str:
             _Fields(p, r.response_ids)
             for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)
         ]
-        batch = train.pack_rows(fields, [1.0] * 64, shape=(64, width), packed=False, ranks=job.ranks, payload=None)
+        batch = packing.pack_rows(fields, [1.0] * 64, shape=(64, width), packed=False, ranks=job.ranks, payload=None)
         wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
 
         def compare(
