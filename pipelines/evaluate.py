@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mtopd.convert.bridge import load_hf_config
 from mtopd.convert.teacher import HFTensors
 from mtopd.megatron.parallel import Ranks
-from mtopd.pipelines.job import Job, write_evaluation
+from mtopd.pipelines.job import Job, is_further_head, write_evaluation
 from mtopd.pipelines.prompts import Prompts
 from mtopd.planning import plan_batches
 from mtopd.rollout.embedded import EmbeddedEngine, Request
@@ -65,8 +66,9 @@ def _evaluate(job: Job, engine: EmbeddedEngine, weights: Mapping[str, torch.Tens
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an HF checkpoint."""
-    return dict(HFTensors(folder))
+    """All tensors of an HF checkpoint that answering takes."""
+    stored, hf_config = HFTensors(folder), load_hf_config(folder)
+    return {name: stored[name] for name in stored if not is_further_head(name, hf_config)}
 
 
 def accuracy(

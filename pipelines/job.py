@@ -89,8 +89,9 @@ class Student:
 
         tensors = self.weights()
         if self.ranks.rank == 0:
-            further = further_heads(self.folder, self.hf_config) if self.mtp == "freeze" else {}
-            tensors |= further
+            stored = HFTensors(self.folder)
+            further = [name for name in stored if self.mtp == "freeze" and is_further_head(name, self.hf_config)]
+            tensors |= {name: stored[name] for name in further}
             if not further and hasattr(self.hf_config, "num_nextn_predict_layers"):
                 self.hf_config.num_nextn_predict_layers = 0
         if self.ranks.rank == 0 and not is_sealed(folder):
@@ -109,15 +110,10 @@ class Student:
         dist.barrier()
 
 
-def further_heads(folder: Path, hf_config: Any) -> dict[str, torch.Tensor]:
-    """The tensors of heads that predict further tokens: checkpoints keep them as layers behind the last."""
-    stored = HFTensors(folder)
-    behind = [
-        name
-        for name in stored
-        if (m := re.match(r"model\.layers\.(\d+)\.", name)) and int(m[1]) >= hf_config.num_hidden_layers
-    ]
-    return {name: stored[name] for name in behind}
+def is_further_head(name: str, hf_config: Any) -> bool:
+    """Whether a tensor is of a head that predicts further tokens: checkpoints keep them as layers behind the last."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= hf_config.num_hidden_layers
 
 
 def optimizer_settings(config: OptimizerConfig, num_steps: int) -> OptimizerSettings:

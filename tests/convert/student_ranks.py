@@ -1,0 +1,73 @@
+"""Worker of test_student_weights: loads students at several layouts, exports them, asks the rollout engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtopd.config import OptimizerConfig, StudentConfig
+from mtopd.pipelines import ranks
+from mtopd.pipelines.evaluate import read_weights
+from mtopd.pipelines.job import Student
+from mtopd.rollout.embedded import Request
+from mtopd.run_dir import RunDir, write_json
+
+
+def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
+    folder = root / job["kind"]
+    config = StudentConfig(model=folder, parallel=job["parallel"], megatron=job["megatron"], freeze_router=True)
+    student = Student(config, OptimizerConfig(lr=1e-3, warmup_steps=0), 10, seed=0)
+    wanted, found = read_weights(folder), student.weights()
+    tied = {"lm_head.weight"} if student.hf_config.tie_word_embeddings else set()
+    assert found.keys() - tied == wanted.keys() - tied, found.keys() ^ wanted.keys()
+    for name in found.keys() - tied:
+        assert torch.equal(found[name], wanted[name]), f"{name} came back otherwise"
+        assert found[name].dtype == wanted[name].dtype, name
+    for chunk in student.trainer.chunks:
+        for name, parameter in chunk.named_parameters():
+            assert parameter.requires_grad == (".router." not in name), name
+    if first_of_kind:
+        check_answers(root, job["kind"], student)
+    dist.barrier()
+
+
+def check_answers(root: Path, kind: str, student: Student) -> None:
+    """Greedy answers of the engine, and of transformers from the exported folder: the same tokens."""
+    run = RunDir(root / "runs", 1)
+    if dist.get_rank() == 0:
+        run.path.mkdir(exist_ok=True)
+        write_json(run.path / "generation.json", {"generation": 1})
+    dist.barrier()
+    for mtp in ("drop", "freeze"):
+        student.mtp = mtp
+        student.hf_config.num_nextn_predict_layers = 1  # what the folder says
+        student.export(run, run.path / f"{kind}-{mtp}")
+    prompts = [tuple(range(5 + i, 12 + 2 * i)) for i in range(4)]
+    requests = [Request(f"p{i}", ids) for i, ids in enumerate(prompts)]
+    answers = [r.response_ids for r in student.engine.generate(requests, max_response=12, greedy=True)]
+    if dist.get_rank() == 0:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(run.path / f"{kind}-freeze", dtype=torch.float32).eval()
+        for ids, answer in zip(prompts, answers, strict=True):
+            whole = torch.tensor([[*ids, *answer]])
+            with torch.no_grad():
+                logits = model(whole[:, :-1]).logits[0, len(ids) - 1 :, : student.vocab_size]
+            assert logits.argmax(-1).tolist() == list(answer), (ids, answer)
+
+
+if __name__ == "__main__":
+    ranks.quiet_libraries()
+    seen: set[str] = set()
+    for spec in json.loads(sys.argv[2]):
+        run_job(Path(sys.argv[1]), spec, spec["kind"] not in seen)
+        seen.add(spec["kind"])
+        if dist.get_rank() == 0:
+            print(f"PASSED {spec['kind']} {spec['parallel']}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
