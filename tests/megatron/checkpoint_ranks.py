@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,6 +195,20 @@ def check_forgeries(trainer: Trainer, run: RunDir, iteration: int) -> list[str]:
     return said
 
 
+@contextlib.contextmanager
+def slow_writer() -> Iterator[threading.Event]:
+    """The writer's thread waits for the event before it writes."""
+    write, released = filesystem_async.FileSystemWriterAsync.write_preloaded_data, threading.Event()
+
+    def later(*arguments: Any, **options: Any) -> None:
+        assert released.wait(120)
+        write(*arguments, **options)
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(later)
+    yield released
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
 def die_while_writing(trainer: Trainer, writer: checkpoint.CheckpointWriter) -> None:
     """Rank 1's thread is killed with half a file written, while all ranks train on."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
@@ -221,11 +238,14 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         writer = checkpoint.CheckpointWriter(trainer, run, published.append)
         train(trainer, range(3))
         result: dict[str, Any] = {"saved": state(trainer, bridge)}
-        writer.save(3, {"shares": {"a": 1.5}})
-        assert checkpoint.newest(run) is None, "a save under way is no checkpoint"
-        losses = train(trainer, range(3, 6))  # the weights change while they are written
-        if job.get("dies"):
+        with slow_writer() as released:
+            writer.save(3, {"shares": {"a": 1.5}})
+            losses = train(trainer, range(3, 6))  # weights and moments change before they are written
+            writer.advance()
+            assert checkpoint.newest(run) is None, "a save under way is no checkpoint"
+            released.set()
             writer.wait()
+        if job.get("dies"):
             if trainer.ranks.rank == 0:
                 write_json(run.path / "before.json", {**result, "losses": losses})
             die_while_writing(trainer, writer)
