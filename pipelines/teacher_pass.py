@@ -18,7 +18,7 @@ from mtopd.run_dir import is_sealed
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.store import TeacherStore
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, Wave, plan_pass, run_teacher_pass
-from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
+from mtopd.trajectories import TokenFields, TokenStore, read_metadata, sample_metadata
 from mtopd.types import SampleMetadata
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,10 @@ def run(job: Job, iteration: int) -> None:
 
 
 def cache_key(job: Job, store: TeacherStore, tokens: TokenStore, sample: SampleMetadata) -> bytes:
-    fields = tokens.tokens(sample.sample_id)
+    return key_of(job, store, tokens.tokens(sample.sample_id))
+
+
+def key_of(job: Job, store: TeacherStore, fields: TokenFields) -> bytes:
     return sample_key(
         store.fingerprint, fields.prompt_ids, fields.response_ids, fields.loss_mask, job.cache_dtype(store)
     )

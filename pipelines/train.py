@@ -26,7 +26,7 @@ from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.teacher_offload.head_slot import TeacherHead
-from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
+from mtopd.trajectories import TokenFields, TokenStore, read_metadata, sample_metadata
 from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
 
 
@@ -311,13 +311,14 @@ def pack(
     job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
 ) -> PackedMicroBatch:
     """Tensors of one micro-batch.  Only last-stage ranks look up cache keys."""
+    fields = [tokens.tokens(s.sample_id) for s in micro_batch.samples]
     return pack_rows(
-        [tokens.tokens(s.sample_id) for s in micro_batch.samples],
+        fields,
         [s.token_weight for s in micro_batch.samples],
         shape=(1 if plan.packed else job.config.train.micro_batch_size or 1, plan.seq_length),
         packed=plan.packed,
         ranks=job.ranks,
-        payload=_runs(job, plan, micro_batch, tokens, by_id) if job.heads else [],
+        payload=_runs(job, plan, micro_batch, fields, by_id) if job.heads else [],
     )
 
 
@@ -337,19 +338,27 @@ def _runs_of_step(
     """This rank's runs in the order they are used; none on ranks that are not on the last stage."""
     if not job.heads:
         return []
-    return [run for batch in plan.micro_batches[job.ranks.dp_rank] for run in _runs(job, plan, batch, tokens, by_id)]
+    return [
+        run
+        for batch in plan.micro_batches[job.ranks.dp_rank]
+        for run in _runs(job, plan, batch, [tokens.tokens(s.sample_id) for s in batch.samples], by_id)
+    ]
 
 
 def _runs(
-    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+    job: Job,
+    plan: TrainStepPlan,
+    micro_batch: MicroBatch,
+    fields: Sequence[TokenFields],
+    by_id: dict[int, SampleMetadata],
 ) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
     runs: list[TeacherRun] = []
     start = 0
-    for planned in micro_batch.samples:
+    for planned, of_sample in zip(micro_batch.samples, fields, strict=True):
         metadata = by_id[planned.sample_id]
-        key = teacher_pass.cache_key(job, job.stores[planned.teacher_index], tokens, metadata)
-        positions = loss_positions(tokens.tokens(planned.sample_id))
+        key = teacher_pass.key_of(job, job.stores[planned.teacher_index], of_sample)
+        positions = loss_positions(of_sample)
         for here in rows_here(positions, plan.seq_length, job.ranks):
             entry = SampleRows(metadata, key, here.first, here.stop)
             stop = start + here.stop - here.first

@@ -76,7 +76,7 @@ def main() -> None:
     say("one step left out")
 
     # Sound states again; then a token whose embedding is NaN poisons every sample that reads it.
-    teacher_pass.cache_key, original = (lambda *args: original(*args)[::-1]), teacher_pass.cache_key
+    teacher_pass.key_of, original = (lambda *args: original(*args)[::-1]), teacher_pass.key_of
     for seal in ("SEALED",) if job.ranks.rank == 0 else ():
         (job.run.hidden_cache(0) / seal).unlink()
     dist.barrier()
