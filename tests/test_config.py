@@ -23,6 +23,9 @@ GOOD: dict[str, Any] = {
 }
 
 
+PACKED = {**GOOD["train"], "micro_batch_size": None, "token_budget": 60}
+
+
 def spoiled(path: str, value: object) -> dict[str, Any]:
     values: Any = copy.deepcopy(GOOD)
     *parents, leaf = path.split(".")
@@ -48,6 +51,10 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("evaluation.weight_average", ["z"], "names ['z']"),
         ("teachers.0.name", "../x", "teachers.0.name is '../x'"),
         ("teachers", [], "teachers"),
+        ("train.token_budget", 512, "exactly one of micro_batch_size (samples, padded) and token_budget"),
+        ("train", {**GOOD["train"], "micro_batch_size": None}, "exactly one of micro_batch_size"),
+        ("train", PACKED, "token_budget 60 does not hold a sample of data.context_length 64"),
+        ("student.mtp", "train", "student.mtp is 'train'"),
         ("teachers.0.store", "s3://user:secret@host/t", "teachers.0.store: a store's URL is"),
     ],
 )
@@ -55,6 +62,14 @@ def test_what_cannot_work_is_refused(path: str, value: object, said: str) -> Non
     with pytest.raises(MtopdError) as error:
         validate(spoiled(path, value), ConsolidateConfig, "c.yaml")
     assert said in str(error.value) and "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_packed_samples_are_not_split_over_context_parallel_ranks() -> None:
+    values = spoiled("train", {**PACKED, "token_budget": 128})
+    validate(values, ConsolidateConfig, "c")
+    values["student"]["parallel"]["cp"] = 2
+    with pytest.raises(MtopdError, match="packs samples, which student.parallel.cp 2 does not split yet"):
+        validate(values, ConsolidateConfig, "c")
 
 
 def test_teacher_weights_default_to_one_over_n() -> None:

@@ -2,12 +2,14 @@
 
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -341,3 +343,31 @@ def test_planning_imports_neither_torch_nor_numpy() -> None:
         "import sys, mtopd.planning; sys.exit(bool({'torch', 'numpy', 'pyarrow', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_start_proposes_an_uneven_split_where_it_helps(tmp_path: Path) -> None:
+    from mtopd.config import ConsolidateConfig, validate
+    from mtopd.pipelines.prepare import say_split
+    from tests.small_models import save_model
+
+    save_model(tmp_path, seed=0, layers=8, vocab=2000)
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "student": {"model": str(tmp_path), "parallel": {"pp": 2}},
+        "teachers": [{"name": "t", "store": "t", "route": {}}],
+        "data": {"sources": [{"name": "s", "path": "p"}], "context_length": 64, "max_response": 32},
+        "rollout": {"prompts_per_iteration": 8},
+        "train": {"num_iterations": 1, "micro_batch_size": 1, "optimizer": {"lr": 1e-3}},
+    }
+
+    def said(**student: dict) -> list[str]:
+        lines: list[str] = []
+        config = validate({**values, "student": {**values["student"], **student}}, ConsolidateConfig, "test")
+        say_split(config, 64, lines.append)
+        return lines
+
+    (line,) = said()
+    before, after = map(float, re.findall(r"([0-9.]+)x", line))
+    assert before > 1.1 > after >= 1 and "student.megatron.num_layers_in_last_pipeline_stage=" in line
+    assert said(megatron={"num_layers_in_last_pipeline_stage": 5}) == [], "the user has chosen"
+    assert said(parallel={"pp": 1}) == []
