@@ -68,7 +68,7 @@ def test_packed_samples_are_not_split_over_context_parallel_ranks() -> None:
     values = spoiled("train", {**PACKED, "token_budget": 128})
     validate(values, ConsolidateConfig, "c")
     values["student"]["parallel"]["cp"] = 2
-    with pytest.raises(MtopdError, match="packs samples, which student.parallel.cp 2 does not split yet"):
+    with pytest.raises(MtopdError, match=r"packs samples, which student\.parallel\.cp 2 does not split yet"):
         validate(values, ConsolidateConfig, "c")
 
 
