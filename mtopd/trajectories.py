@@ -254,6 +254,36 @@ class TokenFields:
     teacher_prompt_ids: npt.NDArray[np.int32] | None
 
 
+class _Batch:
+    """The columns of one mapped record batch as arrays: a sample is a few slices, not a few Arrow scalars."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._length = len(batch)
+        columns = [batch.column(name) for name in TOKENS_SCHEMA.names[1:]]
+        self._starts = [column.offsets.to_numpy() for column in columns]
+        spans = columns[4].values
+        self._values = [column.values.to_numpy() for i, column in enumerate(columns) if i != 4]
+        self._spans = [spans.field(name).to_numpy() for name in ("start", "version")]
+        self._has_context = columns[5].is_valid().to_numpy(zero_copy_only=False)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def fields(self, row: int) -> TokenFields:
+        prompt, response, mask, log_probs, spans, context = (
+            slice(starts[row], starts[row + 1]) for starts in self._starts
+        )
+        starts, versions = (values[spans].tolist() for values in self._spans)
+        return TokenFields(
+            prompt_ids=self._values[0][prompt],
+            response_ids=self._values[1][response],
+            loss_mask=self._values[2][mask],
+            rollout_log_probs=self._values[3][log_probs],
+            version_spans=tuple(zip(starts, versions, strict=True)),
+            teacher_prompt_ids=self._values[4][context] if self._has_context[row] else None,
+        )
+
+
 class TokenStore:
     """The samples of all sealed shards of a folder, by sample id.
 
@@ -262,32 +292,25 @@ class TokenStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._metadata = read_metadata(folder)
-        self._row_of = {sample_id: row for row, sample_id in enumerate(self._metadata["sample_id"].to_pylist())}
-        shards: list[pa.Table] = []
+        self.metadata = read_metadata(folder)  # as ``read_metadata`` gives it
+        self._row_of = {sample_id: row for row, sample_id in enumerate(self.metadata["sample_id"].to_pylist())}
+        self._hash, self._num_loss = (self.metadata[name].to_pylist() for name in ("token_hash", "num_loss_tokens"))
+        self._places: list[tuple[_Batch, int]] = []  # of each row
         self._paths: list[Path] = []  # of the tokens file, for each row
         for name in sealed_shards(folder):
-            shards.append(_map_tokens(folder, name, self._metadata.slice(len(self._paths))))
-            self._paths += [_tokens_path(folder, name)] * len(shards[-1])
-        self._tokens = pa.concat_tables(shards)
+            table = _map_tokens(folder, name, self.metadata.slice(len(self._paths)))
+            self._paths += [_tokens_path(folder, name)] * len(table)
+            for batch in map(_Batch, table.to_batches()):
+                self._places += [(batch, row) for row in range(len(batch))]
         self._verified: set[int] = set()
 
     def tokens(self, sample_id: int) -> TokenFields:
         """The token fields of a sample; the first call for a sample compares them with its token hash."""
         row = self._row(sample_id)
-        prompt, response, mask, log_probs, spans, context = (
-            self._tokens[name][row].values for name in TOKENS_SCHEMA.names[1:]
-        )
-        fields = TokenFields(
-            prompt_ids=prompt.to_numpy(),
-            response_ids=response.to_numpy(),
-            loss_mask=mask.to_numpy(),
-            rollout_log_probs=log_probs.to_numpy(),
-            version_spans=tuple((span["start"], span["version"]) for span in spans.to_pylist()),
-            teacher_prompt_ids=None if context is None else context.to_numpy(),
-        )
+        batch, place = self._places[row]
+        fields = batch.fields(place)
         if sample_id not in self._verified:
-            self._verify(row, fields)
+            self._verify(sample_id, row, fields)
             self._verified.add(sample_id)
         return fields
 
@@ -299,7 +322,7 @@ class TokenStore:
                 f"sample {sample_id} of {self._folder} has teacher_prompt_ids, which a Trajectory cannot hold; this "
                 "version scores the student's own context only: write the shard without them"
             )
-        (row,) = self._metadata.slice(self._row(sample_id), 1).to_pylist()
+        (row,) = self.metadata.slice(self._row(sample_id), 1).to_pylist()
         return Trajectory(
             sample_id=sample_id,
             prompt_id=row["prompt_id"],
@@ -319,14 +342,13 @@ class TokenStore:
             raise MtopdError(f"sample {sample_id} is in no sealed shard of {self._folder}; plan from its own metadata")
         return self._row_of[sample_id]
 
-    def _verify(self, row: int, fields: TokenFields) -> None:
-        expected = {name: self._metadata[name][row].as_py() for name in ("sample_id", "token_hash", "num_loss_tokens")}
-        if token_hash(fields.prompt_ids, fields.response_ids, fields.loss_mask) != expected["token_hash"]:
-            raise _damaged(self._paths[row], f"the tokens of sample {expected['sample_id']} do not match their hash")
-        if fields.loss_mask.max() > 1 or fields.loss_mask.sum() != expected["num_loss_tokens"]:
+    def _verify(self, sample_id: int, row: int, fields: TokenFields) -> None:
+        if token_hash(fields.prompt_ids, fields.response_ids, fields.loss_mask) != self._hash[row]:
+            raise _damaged(self._paths[row], f"the tokens of sample {sample_id} do not match their hash")
+        if fields.loss_mask.max() > 1 or fields.loss_mask.sum() != self._num_loss[row]:
             raise _damaged(
                 self._paths[row],
-                f"loss_mask of sample {expected['sample_id']} must hold {expected['num_loss_tokens']} ones, else zeros",
+                f"loss_mask of sample {sample_id} must hold {self._num_loss[row]} ones, else zeros",
             )
 
 
