@@ -11,9 +11,12 @@ of a run; then the iteration's train steps over and over.  One section at one ra
                model (Megatron's forward and backward without the rest), divergence, collectives (blocking calls,
                wherever made), metrics (statistics of both distributions, reductions, the line that is written),
                optimizer, waiting (for slower ranks, at a barrier before the reduction of the metrics), other
-    overhead   planning + cache_read + head_swap + metrics
-    price      a train step / a step of the same model, samples and optimizer with cross entropy: median over pairs
-               that were measured in turn, without the benchmark's clocks
+    overhead   1 - bare step / train step; the bare one has its micro-batches packed, all hidden states and heads at
+               hand and measures nothing: model, divergence and optimizer alone.  What a rank does while it would wait
+               for another one costs nothing here
+    price      a train step / a step of the same model, samples and optimizer with cross entropy
+
+Overhead and price are medians over rounds in which the kinds of step were measured in turn, without the clocks.
 
 Nothing is asserted of times.
 """
@@ -33,14 +36,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
 TEACHERS = ("rot", "rev", "spir")
-OVERHEAD = ("planning", "cache_read", "head_swap", "metrics")
 TARGETS = {"overhead": 0.10}
 
 
@@ -114,7 +117,7 @@ def wrap_parts(clock: Clock) -> None:
         with clock("waiting"):
             dist.barrier()
 
-    for function in ("plan", "pack", "_runs_of_step", "TokenStore", "read_metadata", "sample_metadata"):
+    for function in ("plan", "pack", "runs_of_step", "TokenStore", "sample_metadata"):
         clock.wrap(train, function, "planning")
     clock.wrap(train, "HiddenCacheReader", "cache_read")
     for method in ("__call__", "prefetch"):
@@ -130,39 +133,87 @@ def wrap_parts(clock: Clock) -> None:
     clock.wrap(Trainer, "optimizer_step", "optimizer")
 
 
-def supervised(job: Any) -> Callable[[], None]:
-    """The iteration's train steps again, with cross entropy to the sampled tokens; packed once, as all of it is."""
-    import torch
+class Iteration:
+    """The train steps of the rolled-out iteration, to be taken again in a barer form."""
 
-    from mtopd.megatron.cross_entropy import CrossEntropy
-    from mtopd.pipelines import packing, train
-    from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
+    def __init__(self, job: Any) -> None:
+        from mtopd.pipelines import train
+        from mtopd.trajectories import TokenStore, sample_metadata
 
-    tokens = TokenStore(job.run.trajectories(0))
-    samples = sample_metadata(read_metadata(job.run.trajectories(0)))
-    objective = CrossEntropy(vocab_size=job.vocab_size, tp_rank=job.ranks.tp_rank)
-    steps = []
-    for plan in train.plan(job, samples, seed=job.iteration_seed(0)):
-        steps.append([])
-        for batch in plan.micro_batches[job.ranks.dp_rank]:
-            fields = [tokens.tokens(s.sample_id) for s in batch.samples]
-            labels = [int(t) for f in fields for t, m in zip(f.response_ids, f.loss_mask, strict=True) if m]
-            packed = packing.pack_rows(
-                fields,
-                [s.token_weight for s in batch.samples],
-                shape=(job.config.train.micro_batch_size, plan.seq_length),
-                packed=False,
-                ranks=job.ranks,
-                payload=torch.tensor(labels, device=job.ranks.device),
-            )
-            steps[-1].append(packed)
+        self.job, self.tokens = job, TokenStore(job.run.trajectories(0))
+        samples = sample_metadata(self.tokens.metadata)
+        self.by_id = {s.sample_id: s for s in samples}
+        self.plans = train.plan(job, samples, seed=job.iteration_seed(0))
 
-    def run() -> None:
-        for micro_batches in steps:
-            job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), ["loss"])
-            job.trainer.optimizer_step()
+    def bare(self) -> Callable[[], None]:
+        """With the same objective, everything at hand and nothing measured."""
+        from mtopd.objectives.teacher_kl import TeacherKL
+        from mtopd.pipelines import train
 
-    return run
+        class Unmeasured(TeacherKL):
+            def _statistics(self, *_: Any) -> dict[str, Any]:
+                return {}
+
+        job, heads, steps = self.job, {}, []
+        if job.heads:
+            for index in range(len(job.stores)):
+                with job.heads.lease(index) as head:
+                    heads[index] = replace(head, weight_vE=head.weight_vE.clone())
+                del head
+            job.heads.drop()
+            job.heads.take_counters()
+        with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
+            for plan in self.plans:
+                runs = train.runs_of_step(job, plan, self.tokens, self.by_id)
+                mine = zip(plan.micro_batches[job.ranks.dp_rank], runs, strict=True)
+                packed = [train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine]
+                steps.append((packed, {id(run): states(run).clone() for of_batch in runs for run in of_batch}))
+
+        def run() -> None:
+            for packed, hidden in steps:
+                objective = Unmeasured(
+                    num_teachers=len(job.stores),
+                    head=lambda index: nullcontext(heads[index]),
+                    hidden_states=lambda run, hidden=hidden: hidden[id(run)],
+                    vocab_size=job.vocab_size,
+                    tp_group=job.ranks.tp_group,
+                    seed=0,
+                )
+                job.trainer.forward_backward(packed, objective)
+                job.trainer.optimizer_step()
+
+        return run
+
+    def supervised(self) -> Callable[[], None]:
+        """With cross entropy to the sampled tokens."""
+        import torch
+
+        from mtopd.megatron.cross_entropy import CrossEntropy
+        from mtopd.pipelines import packing
+
+        job, steps = self.job, []
+        objective = CrossEntropy(vocab_size=job.vocab_size, tp_rank=job.ranks.tp_rank)
+        for plan in self.plans:
+            steps.append([])
+            for batch in plan.micro_batches[job.ranks.dp_rank]:
+                fields = [self.tokens.tokens(s.sample_id) for s in batch.samples]
+                labels = [int(t) for f in fields for t, m in zip(f.response_ids, f.loss_mask, strict=True) if m]
+                packed = packing.pack_rows(
+                    fields,
+                    [s.token_weight for s in batch.samples],
+                    shape=(job.config.train.micro_batch_size, plan.seq_length),
+                    packed=False,
+                    ranks=job.ranks,
+                    payload=torch.tensor(labels, device=job.ranks.device),
+                )
+                steps[-1].append(packed)
+
+        def run() -> None:
+            for micro_batches in steps:
+                job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), ["loss"])
+                job.trainer.optimizer_step()
+
+        return run
 
 
 def worker(path: Path) -> None:
@@ -180,7 +231,7 @@ def worker(path: Path) -> None:
     job = Job(Path(spec["run"]), 1)
     rollout.run(job, 0)
     teacher_pass.run(job, 0)
-    cross_entropy, num_steps = supervised(job), job.config.train.train_steps_per_iteration
+    iteration, num_steps = Iteration(job), job.config.train.train_steps_per_iteration
 
     def measured(run: Callable[[], None]) -> float:
         dist.barrier()
@@ -193,8 +244,10 @@ def worker(path: Path) -> None:
         with clock("other"):
             train.run(job, 0)
 
-    measured(distil), measured(cross_entropy)  # memory and code are there afterwards
-    pairs = [(measured(distil), measured(cross_entropy)) for _ in range(spec["repeats"])]
+    kinds = {"train_step": distil, "bare_step": iteration.bare(), "cross_entropy_step": iteration.supervised()}
+    for run in kinds.values():
+        measured(run)  # memory and code are there afterwards
+    rounds = [{kind: measured(run) for kind, run in kinds.items()} for _ in range(spec["repeats"])]
     shares: list[dict[str, float]] = []
     for _ in range(spec["repeats"]):
         clock.seconds.clear()
@@ -206,10 +259,9 @@ def worker(path: Path) -> None:
     names = sorted({name for part in shares for name in part})
     result = {
         "shares": {name: statistics.median(part.get(name, 0.0) for part in shares) for name in names},
-        "overhead": spread([sum(part.get(name, 0.0) for name in OVERHEAD) for part in shares]),
-        "price": spread([distilled / plain for distilled, plain in pairs]),
-        "train_step_s": spread([distilled for distilled, _ in pairs]),
-        "cross_entropy_step_s": spread([plain for _, plain in pairs]),
+        "overhead": spread([1 - times["bare_step"] / times["train_step"] for times in rounds]),
+        "price": spread([times["train_step"] / times["cross_entropy_step"] for times in rounds]),
+        **{f"{kind}_s": spread([times[kind] for times in rounds]) for kind in kinds},
     }
     if job.ranks.is_last_stage and job.ranks.tp_rank == 0:
         Path(spec["answer"]).write_text(json.dumps(result))

@@ -39,7 +39,7 @@ def loss_positions(sample: TrainedTokens) -> Any:
 def rows_here(positions: Any, seq_length: int, ranks: Ranks) -> list[RowRange]:
     """The loss rows whose positions this cp rank has: all of them, or those in its two ranges of the zigzag."""
     if ranks.cp_size == 1:
-        return [RowRange(0, len(positions), 0)]
+        return [RowRange(0, len(positions), 0)] if len(positions) else []
     here, start = [], 0
     for chunk in zigzag_chunks(seq_length, ranks.cp_rank, ranks.cp_size):
         first, stop = np.searchsorted(positions, [chunk.start, chunk.stop]).tolist()
@@ -61,20 +61,22 @@ def pack_rows(
 
     Loss rows stand in order of samples, then positions.  Under context parallelism the result has this rank's part.
     """
+    assert len(samples) == len(token_weights)
     input_ids_BS, position_ids_BS = np.zeros(shape, np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
-    positions, rows, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    positions, owners = [np.zeros(0, np.int64)], [0]  # of consecutive loss rows: where they stand, whose they are
     starts = [0]  # of the samples in a packed row
-    for number, (sample, weight) in enumerate(zip(samples, token_weights, strict=True)):
-        ids = np.concatenate([sample.prompt_ids, sample.response_ids[:-1]])
+    for number, sample in enumerate(samples):
         row, begin = (0, starts[-1]) if packed else (number, 0)
-        input_ids_BS[row, begin : begin + len(ids)] = ids
-        position_ids_BS[row, begin : begin + len(ids)] = np.arange(len(ids))
-        starts.append(begin + len(ids))
+        middle, end = begin + len(sample.prompt_ids), begin + len(sample.prompt_ids) + len(sample.response_ids) - 1
+        input_ids_BS[row, begin:middle], input_ids_BS[row, middle:end] = sample.prompt_ids, sample.response_ids[:-1]
+        if packed:
+            position_ids_BS[0, begin:end] = np.arange(end - begin)
+        starts.append(end)
         found = loss_positions(sample)
         for here in rows_here(found, shape[1], ranks):
-            positions.append(begin + found[here.first : here.stop] + here.offset)
-            rows.append(np.full(len(positions[-1]), row))
-            weights.append(np.full(len(positions[-1]), weight, np.float32))
+            positions.append(found[here.first : here.stop] + (begin + here.offset))
+            owners.append(number)
+    owner_T = np.repeat(owners, [len(part) for part in positions])
     if packed:  # the padding is a sample of its own
         padding = shape[1] - starts[-1]
         position_ids_BS[0, starts[-1] :] = np.arange(padding)
@@ -88,8 +90,8 @@ def pack_rows(
         input_ids_BS=torch.from_numpy(input_ids_BS).to(ranks.device),
         position_ids_BS=torch.from_numpy(position_ids_BS).to(ranks.device),
         position_T=torch.from_numpy(np.concatenate(positions)).to(ranks.device),
-        row_T=torch.from_numpy(np.concatenate(rows)).to(ranks.device),
-        token_weight_T=torch.from_numpy(np.concatenate(weights)).to(ranks.device),
+        row_T=torch.from_numpy(np.zeros_like(owner_T) if packed else owner_T).to(ranks.device),
+        token_weight_T=torch.from_numpy(np.array(token_weights, np.float32)[owner_T]).to(ranks.device),
         payload=payload,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=ranks.device) if packed else None,
         max_seqlen=int(max(np.diff(starts))) if packed else 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.teacher_offload.head_slot import TeacherHead
-from mtopd.trajectories import TokenFields, TokenStore, read_metadata, sample_metadata
+from mtopd.trajectories import TokenStore, sample_metadata
 from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
 
 
@@ -36,18 +37,19 @@ def run(job: Job, iteration: int) -> None:
         if not is_sealed(folder):
             raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
     tokens = TokenStore(job.run.trajectories(iteration))
-    samples = sample_metadata(read_metadata(job.run.trajectories(iteration)))
+    samples = sample_metadata(tokens.metadata)
     plans = plan(job, samples, seed=job.iteration_seed(iteration))
     by_id = {s.sample_id: s for s in samples}
-    runs = [_runs_of_step(job, of_step, tokens, by_id) for of_step in plans]
+    runs = [runs_of_step(job, of_step, tokens, by_id) for of_step in plans]
+    in_order = [list(itertools.chain(*of_step)) for of_step in runs]
     if job.heads:
-        job.heads.expect([i for step in runs for i in dict.fromkeys(run.teacher_index for run in step)])
+        job.heads.expect([i for step in in_order for i in dict.fromkeys(run.teacher_index for run in step)])
     with open_cache(job, iteration) as reader, CachedStates(job, reader, iteration) as states:
         for number, of_step in enumerate(plans):
-            for ahead in runs[number : number + 2] if number == 0 else runs[number + 1 : number + 2]:
+            for ahead in in_order[number : number + 2] if number == 0 else in_order[number + 1 : number + 2]:
                 states.prefetch(ahead)
             step = iteration * len(plans) + number
-            values = train_step(job, of_step, tokens, samples, states, step)
+            values = train_step(job, of_step, runs[number], tokens, states, step)
             job.metrics.write("bad_step" if "refused" in values else "train_step", iteration, values, step=step)
             job.progress.advance(tokens=sum(of_step.num_tokens.values()))
 
@@ -153,18 +155,16 @@ def _name(run: TeacherRun) -> tuple[tuple[int, int, int], ...]:
 def train_step(
     job: Job,
     plan: TrainStepPlan,
+    runs: Sequence[Sequence[TeacherRun]],
     tokens: TokenStore,
-    samples: Sequence[SampleMetadata],
     states: CachedStates,
     step: int,
 ) -> dict[str, object]:
     """One optimizer update; returns the values of its metrics line.  Collective."""
     started, heads = time.perf_counter(), job.heads
     stalled = states.stall_s
-    by_id = {s.sample_id: s for s in samples}
-    micro_batches = [
-        pack(job, plan, micro_batch, tokens, by_id) for micro_batch in plan.micro_batches[job.ranks.dp_rank]
-    ]
+    mine = plan.micro_batches[job.ranks.dp_rank]
+    micro_batches = [pack(job, plan, batch, of_batch, tokens) for batch, of_batch in zip(mine, runs, strict=True)]
     objective = TeacherKL(
         num_teachers=len(job.stores),
         head=heads.lease if heads else _no_head,
@@ -187,9 +187,7 @@ def train_step(
     except NonFiniteGradients as error:
         return refused(job, step, f"{error}; {_culprits(job, objective, states)}") | used
     num_tokens = sum(plan.num_tokens.values())
-    num_samples = Counter(
-        by_id[s.sample_id].teacher_index for part in plan.micro_batches for batch in part for s in batch.samples
-    )
+    num_samples = Counter(s.teacher_index for part in plan.micro_batches for batch in part for s in batch.samples)
     wall_s = time.perf_counter() - started
     return {
         "loss": loss,
@@ -308,17 +306,16 @@ def _head_metrics(
 
 
 def pack(
-    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, runs: Sequence[TeacherRun], tokens: TokenStore
 ) -> PackedMicroBatch:
-    """Tensors of one micro-batch.  Only last-stage ranks look up cache keys."""
-    fields = [tokens.tokens(s.sample_id) for s in micro_batch.samples]
+    """Tensors of one micro-batch, with its runs."""
     return pack_rows(
-        fields,
+        [tokens.tokens(s.sample_id) for s in micro_batch.samples],
         [s.token_weight for s in micro_batch.samples],
         shape=(1 if plan.packed else job.config.train.micro_batch_size or 1, plan.seq_length),
         packed=plan.packed,
         ranks=job.ranks,
-        payload=_runs(job, plan, micro_batch, fields, by_id) if job.heads else [],
+        payload=runs,
     )
 
 
@@ -332,39 +329,28 @@ class SampleRows:
     stop: int
 
 
-def _runs_of_step(
+def runs_of_step(
     job: Job, plan: TrainStepPlan, tokens: TokenStore, by_id: dict[int, SampleMetadata]
-) -> list[TeacherRun]:
-    """This rank's runs in the order they are used; none on ranks that are not on the last stage."""
-    if not job.heads:
-        return []
-    return [
-        run
-        for batch in plan.micro_batches[job.ranks.dp_rank]
-        for run in _runs(job, plan, batch, [tokens.tokens(s.sample_id) for s in batch.samples], by_id)
-    ]
+) -> list[list[TeacherRun]]:
+    """The runs of this rank's micro-batches; none on ranks that are not on the last stage, which look up no keys."""
+    mine = plan.micro_batches[job.ranks.dp_rank]
+    return [_runs(job, plan, micro_batch, tokens, by_id) if job.heads else [] for micro_batch in mine]
 
 
 def _runs(
-    job: Job,
-    plan: TrainStepPlan,
-    micro_batch: MicroBatch,
-    fields: Sequence[TokenFields],
-    by_id: dict[int, SampleMetadata],
+    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
 ) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
     runs: list[TeacherRun] = []
-    start = 0
-    for planned, of_sample in zip(micro_batch.samples, fields, strict=True):
-        metadata = by_id[planned.sample_id]
-        key = teacher_pass.key_of(job, job.stores[planned.teacher_index], of_sample)
-        positions = loss_positions(of_sample)
-        for here in rows_here(positions, plan.seq_length, job.ranks):
-            entry = SampleRows(metadata, key, here.first, here.stop)
-            stop = start + here.stop - here.first
-            if runs and runs[-1].teacher_index == planned.teacher_index:
-                runs[-1] = TeacherRun(planned.teacher_index, runs[-1].start, stop, [*runs[-1].entries, entry])
-            elif stop > start:
-                runs.append(TeacherRun(planned.teacher_index, start, stop, [entry]))
-            start = stop
+    for teacher_index, planned in itertools.groupby(micro_batch.samples, key=lambda sample: sample.teacher_index):
+        entries = []
+        for sample_id in (sample.sample_id for sample in planned):
+            fields = tokens.tokens(sample_id)
+            here = rows_here(loss_positions(fields), plan.seq_length, job.ranks)
+            key = teacher_pass.key_of(job, job.stores[teacher_index], fields)
+            entries += [SampleRows(by_id[sample_id], key, rows.first, rows.stop) for rows in here]
+        start = runs[-1].stop if runs else 0
+        stop = start + sum(entry.stop - entry.first for entry in entries)
+        if entries:
+            runs.append(TeacherRun(teacher_index, start, stop, entries))
     return runs

@@ -1,7 +1,8 @@
 """Metrics that need both distributions, on a few tokens: entropies, forward KL, overlap of the likeliest tokens.
 
 Legend: T tokens, D student hidden size, E teacher hidden size, v this rank's vocabulary rows, N tokens measured,
-C tokens of a chunk, K likeliest tokens compared, R tensor-parallel ranks.
+C tokens of a chunk, K likeliest tokens compared, R tensor-parallel ranks, A = R x K candidates,
+M = 2 C: rows of student against teacher, then of teacher against student.
 
 The tokens are drawn by a seed, alike on every tp rank, and their number is bounded by the caller: two products and a
 look at the logits for each, in the workspace of `fused_linear_divergence`, nothing kept for a gradient.
@@ -82,7 +83,8 @@ def distribution_statistics(
     transforms = (call.problem.student, call.problem.teacher)
     # Applied here, before the row kernels: the likeliest tokens are looked up in the finished logits.
     problem = replace(call.problem, student=LogitTransform(), teacher=LogitTransform())
-    call = replace(call, problem=problem, token_weight_T=_drawn(call.token_weight_T, num_tokens, seed))
+    drawn_T = _drawn(call.token_weight_T, num_tokens, seed)
+    call = replace(call, problem=problem, token_weight_T=drawn_T, most_rows=num_tokens)
     k = min(k, call.tp.size * call.shard_rows if vocab_size is None else vocab_size)
     with torch.autocast(student_hidden.device.type, enabled=False), call.chunks() as chunks:
         measured = [_measure(call, chunk, k, transforms) for chunk in chunks]
@@ -104,51 +106,49 @@ def _measure(call: Call, chunk: Chunk, k: int, transforms: tuple[LogitTransform,
     student_Cv, teacher_Cv = chunk.student_Cv, chunk.teacher_Cv
     for logits_Cv, transform in zip((student_Cv, teacher_Cv), transforms, strict=True):
         _transform_(logits_Cv, transform)
-    student_entropy_C, student_inverse_sum_C, student_max_C, _ = _row_numbers(call, student_Cv, teacher_Cv)
-    # The reverse KL with the roles exchanged is the forward KL.
-    teacher_entropy_C, teacher_inverse_sum_C, teacher_max_C, forward_kl_C = _row_numbers(call, teacher_Cv, student_Cv)
-    student_top_CK, student_ids_CK = _likeliest(call, student_Cv, k)
-    teacher_top_CK, teacher_ids_CK = _likeliest(call, teacher_Cv, k)
+    # The reverse KL with the roles exchanged is the forward KL; both directions travel in one exchange.
+    statistics_9M = torch.cat(
+        [call.row_statistics(student_Cv, teacher_Cv), call.row_statistics(teacher_Cv, student_Cv)], 1
+    )
+    statistics = call.tp.all_gather(statistics_9M)
+    (student_top_CK, student_ids_CK), (teacher_top_CK, teacher_ids_CK) = _likeliest(call, (student_Cv, teacher_Cv), k)
+    rows_9M = call.kernels.merge(call.problem, statistics.wait(), student_Cv.new_ones(statistics_9M.shape[1]))
+    student_9C, teacher_9C = (rows_9C.contiguous() for rows_9C in rows_9M.chunk(2, 1))
+    value_C = call.row_gradient(teacher_Cv, student_Cv, teacher_9C, None)[0]
+    forward_kl_C = call.tp.all_gather(value_C).wait().double().sum(0).to(call.dtype)
     is_shared_CKK = student_ids_CK[:, :, None] == teacher_ids_CK[:, None, :]
 
-    def mass(top_CK: Tensor, max_C: Tensor, inverse_sum_C: Tensor, is_shared_CK: Tensor) -> Tensor:
-        probs_CK = ((top_CK - max_C[:, None]) / call.problem.temperature).exp() * inverse_sum_C[:, None]
-        return (probs_CK * is_shared_CK).sum(1)
+    def mass(top_CK: Tensor, rows_9C: Tensor, is_shared_CK: Tensor) -> Tensor:
+        """Probability of the shared tokens, of the model whose roles in `rows_9C` are the student's."""
+        exponents_CK = (top_CK - rows_9C[Row.STUDENT_MAX][:, None]) / call.problem.temperature
+        return (exponents_CK.exp() * rows_9C[Row.STUDENT_INVERSE_SUM][:, None] * is_shared_CK).sum(1)
 
     return torch.stack(
         [
-            student_entropy_C,
-            teacher_entropy_C,
+            student_9C[Row.ENTROPY],
+            teacher_9C[Row.ENTROPY],
             forward_kl_C,
             is_shared_CKK.sum((1, 2)) / k,
-            mass(student_top_CK, student_max_C, student_inverse_sum_C, is_shared_CKK.any(2)),
-            mass(teacher_top_CK, teacher_max_C, teacher_inverse_sum_C, is_shared_CKK.any(1)),
+            mass(student_top_CK, student_9C, is_shared_CKK.any(2)),
+            mass(teacher_top_CK, teacher_9C, is_shared_CKK.any(1)),
         ]
     )
 
 
-def _row_numbers(call: Call, left_Cv: Tensor, right_Cv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of softmax(left): entropy, 1 / sum of exponentials, largest logit; and KL(left || right).  [C] each."""
-    statistics_9C = call.row_statistics(left_Cv, right_Cv)
-    statistics_R9C = call.tp.all_gather(statistics_9C).wait()
-    rows_9C = call.kernels.merge(call.problem, statistics_R9C, left_Cv.new_ones(len(left_Cv)))
-    value_C = call.row_gradient(left_Cv, right_Cv, rows_9C, None)[0]
-    kl_C = call.tp.all_gather(value_C).wait().double().sum(0).to(call.dtype)
-    return rows_9C[Row.ENTROPY], rows_9C[Row.STUDENT_INVERSE_SUM], rows_9C[Row.STUDENT_MAX], kl_C
-
-
-def _likeliest(call: Call, logits_Cv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of the whole vocabulary and their token ids, [C, K]."""
-    top_2CK = logits_Cv.new_full((2, len(logits_Cv), k), -math.inf)
+def _likeliest(call: Call, models: tuple[Tensor, Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
+    """The k largest logits of the whole vocabulary and their token ids, [C, K], of both models."""
+    top_22CK = models[0].new_full((2, 2, len(models[0]), k), -math.inf)
     num_local = min(k, call.num_columns)
-    if num_local > 0:
+    for top_2CK, logits_Cv in zip(top_22CK, models, strict=True) if num_local > 0 else ():
         top = logits_Cv.topk(num_local, dim=1)
         top_2CK[0, :, :num_local] = top.values
         top_2CK[1, :, :num_local] = top.indices + call.tp.rank * call.shard_rows  # below 2**24: exact in float32
-    top_R2CK = call.tp.all_gather(top_2CK).wait()
-    all_2CK = top_R2CK.permute(1, 2, 0, 3).flatten(2)
-    values_CK, order_CK = all_2CK[0].topk(k, dim=1)
-    return values_CK, all_2CK[1].gather(1, order_CK).long()
+    found = []
+    for all_R2CK in call.tp.all_gather(top_22CK).wait().unbind(1):
+        values_CA, ids_CA = all_R2CK.permute(1, 2, 0, 3).flatten(2)
+        values_CK, order_CK = values_CA.topk(k, dim=1)
+        found.append((values_CK, ids_CA.gather(1, order_CK).long()))
+    return found
 
 
 def _transform_(raw_Cv: Tensor, transform: LogitTransform) -> None:

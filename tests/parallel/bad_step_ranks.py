@@ -49,7 +49,9 @@ def main() -> None:
 
     def step(number: int) -> dict:
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
-            return train.train_step(job, plan, tokens, samples, states, number)
+            by_id = {s.sample_id: s for s in samples}
+            runs = train.runs_of_step(job, plan, tokens, by_id)
+            return train.train_step(job, plan, runs, tokens, states, number)
 
     def refusal(number: int) -> str:
         before = {name: tensor.clone() for name, tensor in job.student.weights().items()}

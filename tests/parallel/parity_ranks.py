@@ -152,9 +152,9 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
         before = heads.made
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
             assert (reader is not None) == job.ranks.is_last_stage, "other stages never open the cache"
-            results.append(train.train_step(job, of_step, tokens, samples, states, step))
-        by_id = {s.sample_id: s for s in samples}
-        distinct = len({run.teacher_index for run in train._runs_of_step(job, of_step, tokens, by_id)})
+            runs = train.runs_of_step(job, of_step, tokens, {s.sample_id: s for s in samples})
+            results.append(train.train_step(job, of_step, runs, tokens, states, step))
+        distinct = len({run.teacher_index for of_batch in runs for run in of_batch})
         assert heads.made - before == distinct, (heads.made - before, distinct)
         assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
     job.trainer.optimizer_step = optimizer_step
