@@ -10,6 +10,7 @@ Shape letters: N rows (loss tokens) of one sample, E hidden size of its teacher.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ import numpy as np
 from mtopd.hidden_cache import folder as cache_folder
 from mtopd.hidden_cache.index import IndexRow, load_index
 from mtopd.hidden_cache.key import Request
-from mtopd.hidden_cache.layout import SegmentLayout
+from mtopd.hidden_cache.layout import SegmentLayout, crc32c
 from mtopd.hidden_cache.segment import OpenShard, SegmentDamaged, SegmentReader, segment_damaged
 from mtopd.types import MtopdError
 
@@ -78,6 +79,7 @@ class HiddenCacheReader:
         self._open_shard = lru_cache(_OPEN_SHARDS)(OpenShard)
         self._pool: ThreadPoolExecutor | None = None
         self._counting = threading.Lock()
+        self._kept = threading.local()
         if cache_folder.is_marked(root):
             for teacher in cache_folder.teacher_folders(root):
                 self._load(teacher)
@@ -112,8 +114,13 @@ class HiddenCacheReader:
         raise CacheMiss(f"sample {entry.request.sample_id}: no sound copy of its rows. {'; '.join(causes)}")
 
     def read_many(self, reads: Iterable[Read]) -> None:
-        """All of ``reads``, by several threads in the order of the disk; CacheMiss of one of them if any misses."""
-        for _ in self._map(lambda read: self.read_rows(*read), sorted(reads, key=lambda read: _place(read.entry))):
+        """All of ``reads``, by several threads in the order of the disk; CacheMiss of one of them if any misses.
+
+        Of samples smaller than a chunk several lie in one: it is read and checked once for all of them.
+        """
+        in_order = sorted(reads, key=lambda read: _place(read.entry))
+        groups = [list(group) for _, group in itertools.groupby(in_order, key=_shared_chunk)]
+        for _ in self._map(self._read_group, groups):
             pass
 
     def entries(self) -> list[Entry]:
@@ -216,6 +223,37 @@ class HiddenCacheReader:
         with self._counting:
             self.bytes_read += bytes_read
 
+    def _read_group(self, group: list[Read]) -> None:
+        if len(group) > 1:
+            try:
+                return self._read_together(group)
+            except SegmentDamaged:
+                pass  # each by itself: it may have another copy
+        for read in group:
+            self.read_rows(*read)
+
+    def _read_together(self, group: list[Read]) -> None:
+        """Reads of one chunk: the whole chunk into this thread's buffer, from there to each its own rows."""
+        segment, layout = self._segment(group[0].entry), group[0].entry.layout
+        first = (group[0].entry.sample.row + group[0].start) // layout.chunk_rows * layout.chunk_rows
+        rows_NE = self._chunk_buffer(layout)[: segment.rows - first]
+        bytes_read = segment.read(first, first + len(rows_NE), rows_NE)
+        for read in group:
+            sample = read.entry.sample
+            found_NE = rows_NE[sample.row + read.start - first : sample.row + read.stop - first]
+            if len(found_NE) == sample.n_tokens and crc32c(found_NE) != sample.crc32c:
+                raise segment_damaged(read.entry.segment, f"the index has another crc32c for sample {sample.sample_id}")
+            read.out_NE[:] = found_NE
+        with self._counting:
+            self.bytes_read += bytes_read
+
+    def _chunk_buffer(self, layout: SegmentLayout) -> np.ndarray:
+        """[chunk_rows, E], kept by the thread: new pages would cost more than what is read into them."""
+        kept = getattr(self._kept, "buffer", None)
+        if kept is None or kept.nbytes < layout.chunk_bytes:
+            kept = self._kept.buffer = np.empty(layout.chunk_bytes, np.uint8)
+        return kept[: layout.chunk_bytes].view(layout.dtype).reshape(-1, layout.hidden_size)
+
     def _segment(self, copy: Entry) -> SegmentReader:
         segment = self._segments.get(copy.segment)
         if segment is None:
@@ -250,6 +288,13 @@ def _buffer(entry: Entry) -> np.ndarray:
 
 def _place(entry: Entry) -> tuple[Path, int]:
     return entry.segment, entry.sample.row
+
+
+def _shared_chunk(read: Read) -> object:
+    """The chunk that holds all rows of a read, alike for all reads of it; the read itself where they are in several."""
+    row, chunk_rows = read.entry.sample.row, read.entry.layout.chunk_rows
+    first, last = (row + read.start) // chunk_rows, (row + read.stop - 1) // chunk_rows
+    return (read.entry.segment, first) if first == last and read.start < read.stop else id(read)
 
 
 def load_teacher_index(teacher: Path) -> dict[Path, tuple[SegmentLayout, list[IndexRow]] | MtopdError]:

@@ -93,6 +93,11 @@ def install() -> None:
     _installed.append(mode)
 
 
+def own_code() -> contextlib.AbstractContextManager[None]:
+    """Around code that names its devices itself: there the mode would only cost time, 2 us for each torch call."""
+    return torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext()
+
+
 def _install_dispatcher() -> None:
     """The experts' all-to-all needs its split sizes as host integers; upstream converts only what is on CUDA."""
     from megatron.core.transformer.moe import token_dispatcher

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
+from mtopd.megatron import cpu
 from mtopd.megatron.model import HiddenStateModel, MegatronFields, megatron_refuses
 from mtopd.megatron.parallel import Ranks
 
@@ -334,7 +335,8 @@ def _loss(
     # The weight is used outside of its module: what Megatron hangs on modules and on autograd is done here.
     if ddp.use_forward_hook:
         ddp.param_to_bucket_group[weight_vD].finish_param_sync()
-    loss, metrics = objective(student_hidden_TD, weight_vD, micro_batch)
+    with cpu.own_code():
+        loss, metrics = objective(student_hidden_TD, weight_vD, micro_batch)
     if ddp.ddp_config.overlap_grad_reduce:
         loss = _ReachesWeight.apply(loss, weight_vD)
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics

@@ -17,6 +17,7 @@ from cache_samples import CODE, MATH, fill, get, open_writer, put, request_of, r
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
+    Read,
     Request,
     as_rows,
     sample_key,
@@ -94,6 +95,24 @@ def test_bytes_read_counts_storage(tmp_path: Path) -> None:
     reader = HiddenCacheReader(tmp_path / "c")
     get(reader, 0)
     assert reader.bytes_read == 1024 * 4 * 2 + 4  # the one chunk and its crc
+
+
+def test_small_samples_of_a_chunk_are_read_at_once(tmp_path: Path) -> None:
+    """Whole samples and slices, in any order, of two teachers; one sample lies in two chunks."""
+    with open_writer(tmp_path / "c") as writer:
+        put(writer, *range(30))
+        put(writer, 0, 1, teacher=CODE)
+    wanted = [(3, 0, 50), (0, 10, 20), (20, 0, 50), (1, 49, 50), (7, 0, 0), (29, 0, 50)]
+    with HiddenCacheReader(tmp_path / "c") as reader:
+        reads = [Read(reader.lookup(*request_of(i)), a, b, np.zeros((b - a, 4), np.uint16)) for i, a, b in wanted]
+        others = [Read(reader.lookup(*request_of(i, CODE)), 0, 50, np.zeros((50, 6), np.uint16)) for i in (1, 0)]
+        reader.read_many([*reads, *others])
+        for (sample_id, start, stop), read in zip(wanted, reads, strict=True):
+            assert np.array_equal(read.out_NE, rows_of(sample_id)[start:stop]), sample_id
+        for sample_id, read in zip((1, 0), others, strict=True):
+            assert np.array_equal(read.out_NE, rows_of(sample_id, CODE))
+        math, code = 1024 * 4 * 2 + 4, 1024 * 6 * 2 + 4
+        assert reader.bytes_read == 4 * math + code, "each chunk once, and twice more for the sample in both"
 
 
 def test_equal_tokens_of_several_samples_are_several_entries(tmp_path: Path) -> None:

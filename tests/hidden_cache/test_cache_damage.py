@@ -15,6 +15,7 @@ from cache_samples import CODE, MATH, fill, flip, get, open_writer, put, request
 from mtopd.hidden_cache import (
     CacheMiss,
     HiddenCacheReader,
+    Read,
     Recovery,
     SegmentDamaged,
     recover,
@@ -60,6 +61,24 @@ def test_damage_in_one_chunk_costs_the_samples_of_that_chunk(tmp_path: Path) -> 
     segment = fill(tmp_path / "c", 0, 1, 2, n=1024)
     flip(segment / "c/0/0", 1024 * 4 * 2 + 4 + 10)  # in the second chunk
     assert list(HiddenCacheReader(tmp_path / "c").verify()) == [request_of(1)]
+
+
+def test_damage_of_a_chunk_read_for_many_is_a_miss_or_the_next_copy(tmp_path: Path) -> None:
+    segment = fill(tmp_path / "c", 0, 1, 2)
+    flip(segment / "c/0/0", 20)
+
+    def read_all(reader: HiddenCacheReader) -> list[np.ndarray]:
+        entries = [reader.lookup(*request_of(sample_id)) for sample_id in range(3)]
+        reads = [Read(entry, 0, 50, np.zeros((50, 4), np.uint16)) for entry in entries if entry is not None]
+        reader.read_many(reads)
+        return [read.out_NE for read in reads]
+
+    with pytest.raises(CacheMiss, match="sample 0"):
+        read_all(HiddenCacheReader(tmp_path / "c"))
+    for generation in range(1, 4):
+        fill(tmp_path / "c", 0, 1, 2, generation=generation)
+    for sample_id, rows in enumerate(read_all(HiddenCacheReader(tmp_path / "c"))):
+        assert np.array_equal(rows, rows_of(sample_id))
 
 
 def test_a_sound_segment_in_the_place_of_another_is_found(tmp_path: Path) -> None:
