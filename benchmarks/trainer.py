@@ -150,10 +150,6 @@ class Iteration:
         from mtopd.objectives.teacher_kl import TeacherKL
         from mtopd.pipelines import train
 
-        class Unmeasured(TeacherKL):
-            def _statistics(self, *_: Any) -> dict[str, Any]:
-                return {}
-
         job, heads, steps = self.job, {}, []
         if job.heads:
             for index in range(len(job.stores)):
@@ -167,16 +163,17 @@ class Iteration:
                 runs = train.runs_of_step(job, plan, self.tokens, self.by_id)
                 mine = zip(plan.micro_batches[job.ranks.dp_rank], runs, strict=True)
                 packed = [train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine]
-                steps.append((packed, {id(run): states(run).clone() for of_batch in runs for run in of_batch}))
+                steps.append((packed, {run: states(run).clone() for of_batch in runs for run in of_batch}))
 
         def run() -> None:
             for packed, hidden in steps:
-                objective = Unmeasured(
+                objective = TeacherKL(
                     num_teachers=len(job.stores),
                     head=lambda index: nullcontext(heads[index]),
-                    hidden_states=lambda run, hidden=hidden: hidden[id(run)],
+                    hidden_states=hidden.__getitem__,
                     vocab_size=job.vocab_size,
                     tp_group=job.ranks.tp_group,
+                    runs=(),
                     seed=0,
                 )
                 job.trainer.forward_backward(packed, objective)

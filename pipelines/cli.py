@@ -118,7 +118,7 @@ def consolidate(
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
     _run(loaded, prepared, "consolidate:main", lambda run: run.export(loaded.train.num_iterations))
     if _is_first():
-        report.write(loaded.run_dir, Console())
+        report.write(loaded.run_dir, _console if loaded.log_json else Console())
 
 
 @app.command()

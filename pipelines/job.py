@@ -25,7 +25,7 @@ from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
-from mtopd.run_dir import RunDir, is_sealed, publish_tree, remove_tree, write_json
+from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -167,7 +167,7 @@ class Job:
         self.metrics = MetricsWriter(self.run.metrics, enabled=first, echo=as_json)
         self.progress = Progress(enabled=first and not as_json)
         self.checkpoints = checkpoint.CheckpointWriter(self.trainer, self.run, self._retain)
-        self.noise_floor: dict[int, float] = {}  # nats, of the probed teachers' cached states
+        self.noise_floor = self._known_noise_floors()  # nats, of a probed teacher's cached states
         self.bad_steps = 0  # train steps left out so far because of NaN or inf
         self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}
@@ -211,6 +211,22 @@ class Job:
         """hidden_dtype of this teacher's cached states."""
         wanted = self.config.hidden_cache.dtype
         return str(TORCH_DTYPE[store.dtype]).removeprefix("torch.") if wanted == "auto" else wanted
+
+    def _noise_floor_path(self, index: int) -> Path:
+        store = self.stores[index]
+        return self.run.path / "probes" / f"{store.fingerprint}.{self.cache_dtype(store)}.floor.json"
+
+    def _known_noise_floors(self) -> dict[int, float]:
+        """What earlier starts measured: one that finds its cache sealed probes no teacher."""
+        paths = {index: self._noise_floor_path(index) for index in range(len(self.stores))}
+        return {index: float(read_json(path)["nats"]) for index, path in paths.items() if path.exists()}
+
+    def keep_noise_floor(self, index: int, nats: float) -> None:
+        self.noise_floor[index] = nats
+        if self.ranks.rank == 0:
+            path = self._noise_floor_path(index)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"nats": nats})
 
     # -- the loop's services ----------------------------------------------------------------------------------------
     def iteration_seed(self, iteration: int) -> int:

@@ -56,7 +56,7 @@ class Probe:
             write_json(self._path, reference)
         cached_TE = rows_TE.to(getattr(torch, self._job.cache_dtype(store))).to(rows_TE.dtype)
         floor = 0.0 if torch.equal(cached_TE, rows_TE) else noise_floor(store, rows_TE, cached_TE)
-        self._job.noise_floor[self._index] = floor
+        self._job.keep_noise_floor(self._index, floor)
         self._job.probed.add(self._index)
         self.report = {"probe": reference["by"], "probe_difference": difference, "kl_noise_floor": floor}
 

@@ -171,6 +171,7 @@ def train_step(
         hidden_states=states,
         vocab_size=job.vocab_size,
         tp_group=job.ranks.tp_group,
+        runs=list(itertools.chain(*runs)),
         seed=job.iteration_seed(step),
     )
     names = objective.metric_names(len(job.stores))
@@ -205,6 +206,7 @@ def train_step(
             }
             for i, store in enumerate(job.stores)
         },
+        "kl_noise_floor": {job.stores[i].name: floor for i, floor in sorted(job.noise_floor.items())},
         "below_10x_noise_floor": [
             job.stores[i].name
             for i, floor in sorted(job.noise_floor.items())
@@ -261,10 +263,13 @@ def _culprits(job: Job, objective: TeacherKL, states: CachedStates) -> str:
 
 
 def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, float]:
-    """Means over the measured tokens of a teacher (`mtopd.kernels.DistributionStatistics`)."""
-    measured = sums[f"measured/{teacher_index}"]
-    means = {name: sums[f"{name}/{teacher_index}"] / measured for name in STATISTICS}
-    return {"tokens": measured, **means, "entropy_gap": abs(means["teacher_entropy"] - means["student_entropy"])}
+    """Means over a teacher's tokens, estimated on those measured (`mtopd.kernels.DistributionStatistics`)."""
+    means = {name: sums[f"{name}/{teacher_index}"] / sums[f"tokens/{teacher_index}"] for name in STATISTICS}
+    return {
+        "tokens": sums[f"measured/{teacher_index}"],
+        **means,
+        "entropy_gap": abs(means["teacher_entropy"] - means["student_entropy"]),
+    }
 
 
 def _no_head(teacher_index: int) -> AbstractContextManager[TeacherHead]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +29,7 @@ class Head(Protocol):
     def softcap(self) -> float | None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TeacherRun:
     """Consecutive loss rows of a micro-batch that belong to one teacher.  ``entries``: their samples, in order."""
 
@@ -46,8 +47,10 @@ class TeacherKL:
     last-stage ranks only.  The gradient of ``output_weight_vD``, a parameter under Megatron's DDP, is added to its
     ``main_grad`` in forward, in float32.
 
-    The metrics that need both distributions are taken of the first run of each teacher, on at most STATISTICS_TOKENS
-    tokens drawn by ``seed``; ``statistics_s`` is the time that took.
+    The metrics that need both distributions are measured on at most STATISTICS_TOKENS tokens of each teacher, drawn by
+    ``seed``: of ``runs``, all that this rank has in the step, one is drawn by its number of rows, then tokens of it, so
+    that every token is equally likely.  They are added up with the weight of all the teacher's tokens on this rank.
+    ``statistics_s`` is the time that took.
     """
 
     def __init__(
@@ -58,11 +61,12 @@ class TeacherKL:
         hidden_states: Callable[[TeacherRun], torch.Tensor],
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
+        runs: Sequence[TeacherRun],
         seed: int,
     ) -> None:
         self._num_teachers, self._head, self._hidden_states = num_teachers, head, hidden_states
         self._vocab_size, self._tp_group, self._seed = vocab_size, tp_group, seed
-        self._measured: set[int] = set()
+        self._rows_of_measured = _draw_runs(runs, seed)
         self._per_token: list[tuple[TeacherRun, torch.Tensor]] = []
         self.statistics_s = 0.0
 
@@ -104,9 +108,9 @@ class TeacherKL:
                 add("entropy", out.entropy.double().sum())
                 add(f"kl_sum/{run.teacher_index}", out.per_token.double().sum())
                 add(f"tokens/{run.teacher_index}", torch.tensor(run.stop - run.start))
-                if run.teacher_index not in self._measured:
-                    self._measured.add(run.teacher_index)
-                    for name, value in self._statistics(tensors, options).items():
+                if run in self._rows_of_measured:
+                    num_rows = self._rows_of_measured[run]
+                    for name, value in self._statistics(tensors, options, num_rows).items():
                         add(f"{name}/{run.teacher_index}", value)
             del head, tensors  # the slot alone may hold it when the next teacher's is asked for
         return loss, metrics
@@ -116,13 +120,27 @@ class TeacherKL:
         found = [(run, (~values.isfinite()).nonzero()[:, 0].tolist()) for run, values in self._per_token]
         return [(run, rows) for run, rows in found if rows]
 
-    def _statistics(self, tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Sums over the measured tokens, and their number."""
+    def _statistics(
+        self, tensors: tuple[torch.Tensor, ...], options: dict[str, Any], num_rows: int
+    ) -> dict[str, torch.Tensor]:
+        """Means over the measured tokens, times ``num_rows``; and how many were measured."""
         started = _now(tensors[0].device)
         found = distribution_statistics(*tensors, **options, num_tokens=STATISTICS_TOKENS, seed=self._seed)
-        sums = {name: getattr(found, name).double().sum() for name in STATISTICS}
+        sums = {name: getattr(found, name).double().mean() * num_rows for name in STATISTICS}
         self.statistics_s += _now(tensors[0].device) - started
         return {"measured": torch.tensor(len(found.rows)), **sums}
+
+
+def _draw_runs(runs: Sequence[TeacherRun], seed: int) -> dict[TeacherRun, int]:
+    """A run of each teacher, and the rows that all runs of the teacher have.  Alike on all tp ranks."""
+    of_teacher: dict[int, list[TeacherRun]] = {}
+    for run in runs:
+        of_teacher.setdefault(run.teacher_index, []).append(run)
+    draw, drawn = random.Random(seed), {}
+    for _, candidates in sorted(of_teacher.items()):
+        rows = [run.stop - run.start for run in candidates]
+        drawn[draw.choices(candidates, rows)[0]] = sum(rows)
+    return drawn
 
 
 def _now(device: torch.device) -> float:

@@ -96,7 +96,8 @@ class EmbeddedEngine:
                 token_A = log_p_AV.argmax(-1)
             else:
                 u_A = uniform(seed, iteration, prompt_B[row_A], sample_B[row_A], position)
-                token_A = inverse_cdf(log_p_AV, torch.from_numpy(u_A).to(self._device))
+                # On the host: of floats CUDA has no deterministic cumsum.
+                token_A = inverse_cdf(log_p_AV.cpu(), torch.from_numpy(u_A)).to(self._device)
             chosen_A = log_p_AV.gather(-1, token_A[:, None])[:, 0].tolist()
             running = np.zeros(len(row_A), bool)
             for i, (row, token, log_prob) in enumerate(zip(row_A, token_A.tolist(), chosen_A, strict=True)):
