@@ -127,7 +127,8 @@ def wrap_parts(clock: Clock) -> None:
     clock.wrap(teacher_kl, "fused_linear_divergence", "divergence")
     clock.wrap(teacher_kl.TeacherKL, "_statistics", "metrics")
     clock.wrap(Trainer, "reduce_metrics", "metrics", before=wait)
-    clock.wrap(train, "_head_metrics", "metrics")
+    for function in ("_own_numbers", "_head_metrics"):
+        clock.wrap(train, function, "metrics")
     clock.wrap(MetricsWriter, "write", "metrics")
     clock.wrap(Trainer, "forward_backward", "model")
     clock.wrap(Trainer, "optimizer_step", "optimizer")

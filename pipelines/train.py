@@ -26,7 +26,7 @@ from mtopd.pipelines.job import Job
 from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
-from mtopd.teacher_offload.head_slot import TeacherHead
+from mtopd.teacher_offload.head_slot import HeadCounters, TeacherHead
 from mtopd.trajectories import TokenStore, sample_metadata
 from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
 
@@ -165,20 +165,22 @@ def train_step(
     stalled = states.stall_s
     mine = plan.micro_batches[job.ranks.dp_rank]
     micro_batches = [pack(job, plan, batch, of_batch, tokens) for batch, of_batch in zip(mine, runs, strict=True)]
+    in_order = list(itertools.chain(*runs))
     objective = TeacherKL(
         num_teachers=len(job.stores),
         head=heads.lease if heads else _no_head,
         hidden_states=states,
         vocab_size=job.vocab_size,
         tp_group=job.ranks.tp_group,
-        runs=list(itertools.chain(*runs)),
+        runs=in_order,
         seed=job.iteration_seed(step),
     )
-    names = objective.metric_names(len(job.stores))
-    sums = job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), names)
+    totals = job.trainer.forward_backward(micro_batches, objective)
     if heads:
         heads.drop()
-    used = _head_metrics(job, micro_batches, states.stall_s - stalled, objective.statistics_s)  # of a bad step, too
+    own = _own_numbers(job, in_order, states.stall_s - stalled, objective.statistics_s)
+    sums = job.trainer.reduce_metrics(totals, objective.metric_names(len(job.stores)), *own)
+    used = _head_metrics(job, sums)  # of a bad step, too
     teachers = range(len(job.stores))
     loss = sum(sums[f"loss/{i}"] for i in teachers)
     try:
@@ -276,37 +278,38 @@ def _no_head(teacher_index: int) -> AbstractContextManager[TeacherHead]:
     raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
 
 
-def _head_metrics(
-    job: Job, micro_batches: Sequence[PackedMicroBatch], stall_s: float, statistics_s: float
-) -> dict[str, object]:
-    """Head loads by teacher (a load by a tp group counts once, dp and cp ranks add) and the teachers that called for
-    them, residency, slowest rank's seconds."""
-    teachers = range(len(job.stores))
-    sums, peaks = torch.zeros(3, len(job.stores), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    if job.ranks.tp_rank == 0:
-        for i in {run.teacher_index for micro_batch in micro_batches for run in micro_batch.payload}:
-            sums[2, i] = 1
-    if job.heads:
-        counters = job.heads.take_counters()
-        assert all(n == 1 for n in counters.loads.values()), (
-            f"a head was loaded twice in one train step: {counters.loads}"
-        )
-        for i in teachers:
-            sums[0, i] = counters.loads.get(i, 0) if job.ranks.tp_rank == 0 else 0
-            sums[1, i] = counters.bytes_read.get(i, 0)
-        stall_s += counters.stall_s
-        peaks += torch.tensor([counters.peak_resident, counters.peak_device_bytes, stall_s, statistics_s])
-    sums, peaks = sums.to(job.ranks.device), peaks.to(job.ranks.device)
-    dist.all_reduce(sums)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+def _own_numbers(
+    job: Job, runs: Sequence[TeacherRun], stall_s: float, statistics_s: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What this rank did in a train step: numbers to be added over all ranks (a head that a tp group loads counts once,
+    dp and cp ranks add), and those of which the largest is wanted."""
+    counters = job.heads.take_counters() if job.heads else HeadCounters()
+    assert all(n == 1 for n in counters.loads.values()), f"a head was loaded twice in one train step: {counters.loads}"
+    needed, counts = {run.teacher_index for run in runs}, int(job.ranks.tp_rank == 0)
+    added: dict[str, float] = {}
+    for i in range(len(job.stores)):
+        added[f"head_loads/{i}"] = counts * counters.loads.get(i, 0)
+        added[f"head_bytes/{i}"] = counters.bytes_read.get(i, 0)
+        added[f"needed/{i}"] = counts * (i in needed)
+    return added, {
+        "peak_resident_heads": counters.peak_resident,
+        "peak_head_bytes": counters.peak_device_bytes,
+        "stall_s": stall_s + counters.stall_s,
+        "statistics_s": statistics_s,
+    }
+
+
+def _head_metrics(job: Job, sums: Mapping[str, float]) -> dict[str, object]:
+    """Heads loaded and called for, residency, the slowest rank's seconds."""
+    names = list(enumerate(store.name for store in job.stores))
     return {
-        "head_loads": {store.name: int(sums[0, i]) for i, store in enumerate(job.stores)},
-        "head_bytes_read": {store.name: int(sums[1, i]) for i, store in enumerate(job.stores)},
-        "teachers_in_step": int(sums[2].sum()),
-        "peak_resident_heads": int(peaks[0]),
-        "peak_head_bytes": int(peaks[1]),
-        "stall_s": float(peaks[2]),
-        "statistics_s": float(peaks[3]),
+        "head_loads": {name: int(sums[f"head_loads/{i}"]) for i, name in names},
+        "head_bytes_read": {name: int(sums[f"head_bytes/{i}"]) for i, name in names},
+        "teachers_in_step": int(sum(sums[f"needed/{i}"] for i, _ in names)),
+        "peak_resident_heads": int(sums["peak_resident_heads"]),
+        "peak_head_bytes": int(sums["peak_head_bytes"]),
+        "stall_s": sums["stall_s"],
+        "statistics_s": sums["statistics_s"],
     }
 
 

@@ -290,20 +290,37 @@ class Trainer:
         """The torch optimizers inside Megatron's wrappers: one, or one more for experts."""
         return [wrapper.optimizer for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
 
-    def reduce_metrics(self, totals: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, float]:
-        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.  Collective.
+    def reduce_metrics(
+        self,
+        totals: Mapping[str, torch.Tensor],
+        names: Sequence[str],
+        added: Mapping[str, float] | None = None,
+        largest: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.  Collective: one reduction.
 
-        The same reduction tells every rank whether any holds a gradient that is not finite, for ``optimizer_step``.
+        With them come numbers that every rank has under the same names: ``added`` over all ranks, and the ``largest``
+        of any rank.  The same reduction tells every rank whether one holds a gradient that is not finite, for
+        ``optimizer_step``.
         """
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.ranks.device)
-        if totals and self.ranks.is_last_stage and self.ranks.tp_rank == 0:  # alike on all tp ranks
-            sums[:-1] = torch.stack([totals[name].double() for name in names])
+        ranks, added, largest = self.ranks, added or {}, largest or {}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": ranks.device}
+        of_stage = torch.zeros(len(names), **options)
+        if totals and ranks.is_last_stage and ranks.tp_rank == 0:  # alike on all tp ranks
+            of_stage = torch.stack([totals[name].double() for name in names])
         buffers = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
-        sums[-1] = ~torch.stack([gradient.sum() for gradient in buffers]).isfinite().all()
+        is_bad = ~torch.stack([gradient.sum() for gradient in buffers]).isfinite().all()
+        of_ranks_RN = torch.zeros(ranks.world_size, len(largest), **options)  # a sum in which each rank has a row
+        of_ranks_RN[ranks.rank] = torch.tensor([*largest.values()], **options)
+        sums = torch.cat(
+            [of_stage, torch.tensor([*added.values()], **options), is_bad.double()[None], of_ranks_RN.flatten()]
+        )
         dist.all_reduce(sums)
-        *values, num_bad = sums.tolist()
-        self._bad_ranks = int(num_bad)
-        return dict(zip(names, values, strict=True))
+        num_sums = len(names) + len(added)
+        self._bad_ranks = int(sums[num_sums])
+        maxima = sums[num_sums + 1 :].view_as(of_ranks_RN).amax(0)
+        values = [*sums[:num_sums].tolist(), *maxima.tolist()]
+        return dict(zip([*names, *added, *largest], values, strict=True))
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
