@@ -119,7 +119,7 @@ def wrap_parts(clock: Clock) -> None:
 
     for function in ("plan", "pack", "runs_of_step", "TokenStore", "sample_metadata"):
         clock.wrap(train, function, "planning")
-    clock.wrap(train, "HiddenCacheReader", "cache_read")
+    clock.wrap(train, "open_cache", "cache_read")
     for method in ("__call__", "prefetch"):
         clock.wrap(train.CachedStates, method, "cache_read")
     for method in ("_load", "expect"):

@@ -15,7 +15,7 @@ from cache_samples import MATH, fill, flip, request_of, rows_of
 
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader
 from mtopd.objectives.teacher_kl import TeacherRun
-from mtopd.pipelines.train import CachedStates
+from mtopd.pipelines.cached_states import CachedStates
 
 LENGTHS = [50, 0, 1100, 7]
 VERSION = 7  # of cache_samples
