@@ -88,6 +88,8 @@ def build_report(record: RunRecord) -> dict[str, Any]:
     recovered = [d["recovery"] for d in domains.values() if d["recovery"] is not None]
     resident, heads = _peak(steps, "peak_resident_heads"), _peak(steps, "peak_head_bytes")
     average = record.weight_average or {}
+    bad_steps = {line["step"] for line in record.lines.get("bad_step", ())}  # with NaN or inf; one may be taken later
+    left_out, allowed = len(bad_steps - {line["step"] for line in steps}), record.config.train.max_bad_steps
     report = {
         "schema": SCHEMA,
         "finished": record.finished,
@@ -121,6 +123,7 @@ def build_report(record: RunRecord) -> dict[str, Any]:
             "bytes_streamed": _check(_total(passes, "bytes_read") + _total(passes, "bytes_kept"),
                                      sum(p["waves"] * p["stored_bytes"] for p in passes)),
             "peak_resident_heads": {"found": resident, "at_most": 1, "ok": resident <= 1},
+            "train_steps_left_out": {"found": left_out, "at_most": allowed, "ok": left_out <= allowed},
         },
     }  # fmt: skip
     return _finite(report)

@@ -245,6 +245,16 @@ def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: di
     assert [row[0] for row in check_rows(report) if row[-1] != "ok"] == [check.replace("_", " ")]
 
 
+def test_a_train_step_that_was_left_out_and_never_taken_shows(run: RunDir) -> None:
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    metrics.write("bad_step", 4, {"refused": "the loss is nan", "bad_steps": 1}, step=8)  # taken by another start
+    metrics.write("bad_step", 14, {"refused": "the loss is nan", "bad_steps": 2}, step=30)
+    metrics.close()
+    report = report_of(run)
+    assert report["checks"]["train_steps_left_out"] == {"found": 1, "at_most": 0, "ok": False}
+    assert check_rows(report)[-1] == ["train steps left out", "1", "at most 0", "WRONG"]
+
+
 @pytest.mark.parametrize(
     ("changes", "ok"),
     [
