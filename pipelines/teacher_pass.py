@@ -34,10 +34,11 @@ class CachedSample:
 
 @dataclass(frozen=True)
 class _Visit:
-    """One teacher's work in this iteration: its samples without rows, dealt to replicas and cut into waves."""
+    """One teacher's work in this iteration: the batches in which a sample has no rows yet."""
 
     teacher: int
-    samples: list[CachedSample]
+    samples: list[CachedSample]  # all of the teacher's; the waves hold their places
+    lacking: set[int]  # ids of those without rows
     waves: list[list[Wave]]  # of each replica
 
 
@@ -79,8 +80,8 @@ def key_of(job: Job, store: TeacherStore, fields: TokenFields) -> bytes:
     )
 
 
-def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> list[CachedSample]:
-    """Samples the cache does not hold soundly, the same list on every rank; each rank checks its part.  Collective."""
+def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> set[int]:
+    """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.  Collective."""
     with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader:
         mine = {(s.key, s.metadata.sample_id, iteration): s for s in samples[job.ranks.rank :: job.ranks.world_size]}
         causes = reader.missing(mine)
@@ -89,27 +90,32 @@ def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> list[C
             logger.warning("hidden cache: sample %d is computed again: %s", request[1], cause)
     found: list[list[int]] = [[] for _ in range(job.ranks.world_size)]
     dist.all_gather_object(found, [request[1] for request in causes])
-    lacking = {sample_id for part in found for sample_id in part}
-    return [s for s in samples if s.metadata.sample_id in lacking]
+    return {sample_id for part in found for sample_id in part}
 
 
 def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
-    """The teachers that have something to do, in index order; the same on every rank.  Collective."""
+    """The teachers that have something to do, in index order; the same on every rank.  Collective.
+
+    Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are those of a pass that
+    nothing disturbed.
+    """
     metadata = sample_metadata(read_metadata(job.run.trajectories(iteration)))
     samples = [CachedSample(s, cache_key(job, job.stores[s.teacher_index], tokens, s)) for s in metadata]
-    lacking = missing(job, iteration, samples)
+    all_lacking = missing(job, iteration, samples)
     offload, visits = job.config.teacher_offload, []
     for index, store in enumerate(job.stores):
-        own = [s for s in lacking if s.metadata.teacher_index == index]
-        if own:
+        own = [s for s in samples if s.metadata.teacher_index == index]
+        lacking = all_lacking & {s.metadata.sample_id for s in own}
+        if lacking:
             waves = plan_pass(
                 [s.metadata.prompt_len + s.metadata.response_len - 1 for s in own],
                 job.teacher_meshes[index].num_replicas,
                 batch_tokens=offload.batch_tokens,
                 token_bytes=store.hidden_size * ITEM_SIZE[store.dtype],
                 activation_budget=offload.activation_budget,
+                wanted={i for i, s in enumerate(own) if s.metadata.sample_id in lacking},
             )
-            visits.append(_Visit(index, own, waves))
+            visits.append(_Visit(index, own, lacking, waves))
     return visits
 
 
@@ -130,9 +136,10 @@ def _one_teacher(job: Job, iteration: int, visit: _Visit, tokens: TokenStore) ->
     ):
 
         def keep(sample: TeacherSample, rows_TE: torch.Tensor) -> None:
-            if mesh.tp_rank == 0:  # the norm's output is the same on all tp ranks of a replica
+            cached: CachedSample = sample.key
+            # The norm's output is the same on all tp ranks of a replica.
+            if mesh.tp_rank == 0 and cached.metadata.sample_id in visit.lacking:
                 rows_TE = rows_TE.to(getattr(torch, hidden_dtype)).cpu().contiguous()
-                cached: CachedSample = sample.key
                 request = cached.key, cached.metadata.sample_id, iteration
                 writer.put(store.fingerprint, store.hidden_size, *request, as_rows(rows_TE))
 
@@ -167,7 +174,7 @@ def _counted(job: Job, visit: _Visit, result: PassResult) -> dict[str, object]:
         job.teacher_meshes[visit.teacher],
         job.teacher_stream.take_counters(),
     )
-    tokens = result.tokens if mesh.tp_rank == 0 else 0
+    tokens = result.tokens if mesh.tp_rank == 0 else 0  # those run beside what was lacking, too
     sums = torch.tensor([reads.bytes_read, reads.bytes_kept, tokens], dtype=torch.float64, device=job.ranks.device)
     peaks = torch.tensor(
         [
@@ -186,7 +193,7 @@ def _counted(job: Job, visit: _Visit, result: PassResult) -> dict[str, object]:
         "bytes_kept": int(sums[1]),
         "stored_bytes": store.pass_bytes(),
         "tokens": int(sums[2]),
-        "samples": len(visit.samples),
+        "samples": len(visit.lacking),
         "waves": len(result.waves),
         "stall_s": float(peaks[0]),
         "peak_device_bytes": int(peaks[1]),

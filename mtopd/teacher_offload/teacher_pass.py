@@ -6,7 +6,8 @@ The activations of all waiting batches are bounded by ``activation_budget``.  Wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,17 +47,28 @@ class PassResult:
 
 
 def plan_pass(
-    lengths: Sequence[int], num_replicas: int, *, batch_tokens: int, token_bytes: int, activation_budget: int
+    lengths: Sequence[int],
+    num_replicas: int,
+    *,
+    batch_tokens: int,
+    token_bytes: int,
+    activation_budget: int,
+    wanted: Set[int] | None = None,
 ) -> list[list[Wave]]:
     """Which replica runs which samples, in which batches and waves: ``result[replica]``.  Pure.
 
+    ``wanted``: the samples whose states are asked for, None for all; the others may run beside them.  The last bits of
+    a state depend on how long and how many its neighbours in the batch are and, where experts are shared, on the
+    batches of the other replicas at its side.  So what a killed pass lacks is run in the batches of the whole pass.
+
     Promises:
 
-    - Every sample is in exactly one batch of one replica.
+    - Every sample is in one batch of one replica; the k-th batches of all replicas are a round and run side by side.
     - Replicas are balanced by tokens: longest first onto the least loaded.
     - A batch holds neighbours in length; its padded tokens stay within ``batch_tokens`` unless it is a single sample.
+    - A round without a wanted sample is left out; all others are the same for any ``wanted``.
     - The padded tokens of a wave's batches, times ``token_bytes``, stay within ``activation_budget``.
-    - All replicas have the same number of waves, as few as the fullest needs, and of batches in a wave.
+    - A wave ends after the same round on all replicas, and only where the next would exceed the budget of one.
 
     Raises MtopdError when one sample alone exceeds the budget.
     """
@@ -66,22 +78,26 @@ def plan_pass(
             f"takes {max(lengths) * token_bytes}; raise it to at least that"
         )
     wave_tokens = activation_budget // token_bytes
-    plans = []
-    for part in _split_over_replicas(lengths, num_replicas):
-        waves: list[list[list[int]]] = [[]]
-        held = 0
-        for batch in _length_sorted_batches(part, lengths, min(batch_tokens, wave_tokens)):
-            padded = len(batch) * lengths[batch[0]]
-            if held + padded > wave_tokens:
-                waves.append([])
-                held = 0
-            waves[-1].append(batch)
-            held += padded
-        plans.append(waves)
-    num_waves = max(map(len, plans))
-    plans = [waves + [[] for _ in range(num_waves - len(waves))] for waves in plans]
-    counts = [max(len(waves[w]) for waves in plans) for w in range(num_waves)]
-    return [[Wave(batches, count) for batches, count in zip(waves, counts, strict=True)] for waves in plans]
+    parts = [
+        _length_sorted_batches(part, lengths, min(batch_tokens, wave_tokens))
+        for part in _split_over_replicas(lengths, num_replicas)
+    ]
+    waves: list[list[tuple[list[int], ...]]] = [[]]  # rounds of each
+    held = [0] * num_replicas
+    for batches in itertools.zip_longest(*parts, fillvalue=[]):
+        if wanted is not None and all(wanted.isdisjoint(batch) for batch in batches):
+            continue
+        padded = [len(batch) * lengths[batch[0]] if batch else 0 for batch in batches]
+        if any(h + p > wave_tokens for h, p in zip(held, padded, strict=True)):
+            waves.append([])
+            held = [0] * num_replicas
+        waves[-1].append(batches)
+        held = [h + p for h, p in zip(held, padded, strict=True)]
+    # A replica that has run out of batches has none in any later round: its empty ones are the last of a wave.
+    return [
+        [Wave([batches[replica] for batches in wave if batches[replica]], len(wave)) for wave in waves]
+        for replica in range(num_replicas)
+    ]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtopd.teacher_offload.teacher_pass import plan_pass
+from mtopd.teacher_offload.teacher_pass import Wave, plan_pass
 from mtopd.types import MtopdError
 
 TOKEN_BYTES = 8
@@ -37,6 +37,31 @@ def test_every_promise_holds(lengths: list[int], num_replicas: int, batch_tokens
     assert max(loads) - min(loads) <= max(lengths, default=0), "moving one sample could not balance them better"
 
 
+@given(LENGTHS.filter(bool), st.integers(1, 4), st.integers(60, 200), st.data())
+def test_what_is_lacking_runs_in_the_rounds_of_the_whole_pass(
+    lengths: list[int], num_replicas: int, wave_tokens: int, data: st.DataObject
+) -> None:
+    wanted = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
+    options = {"batch_tokens": 64, "token_bytes": 1, "activation_budget": wave_tokens}
+    whole = plan_pass(lengths, num_replicas, **options)
+    rest = plan_pass(lengths, num_replicas, **options, wanted=wanted)
+    assert rounds(rest) == [batches for batches in rounds(whole) if wanted & set().union(*batches)]
+    assert len(rest[0]) <= len(whole[0])
+    for waves in rest:
+        for wave in waves:
+            assert sum(len(batch) * max(lengths[i] for i in batch) for batch in wave.batches) <= wave_tokens
+
+
+def rounds(plans: list[list[Wave]]) -> list[list[list[int]]]:
+    """What the replicas run side by side, round by round through all waves; an empty list is an empty batch."""
+    found = []
+    for column in zip(*plans, strict=True):
+        assert len({wave.num_batches for wave in column}) == 1
+        for k in range(column[0].num_batches):
+            found.append([wave.batches[k] if k < len(wave.batches) else [] for wave in column])
+    return found
+
+
 @given(LENGTHS.filter(bool), st.integers(1, 5))
 def test_one_wave_when_the_budget_allows(lengths: list[int], num_replicas: int) -> None:
     plans = plan_pass(lengths, num_replicas, batch_tokens=64, token_bytes=1, activation_budget=64 * len(lengths))
@@ -46,6 +71,8 @@ def test_one_wave_when_the_budget_allows(lengths: list[int], num_replicas: int) 
 def test_waves_are_as_few_as_the_fullest_replica_needs() -> None:
     (waves,) = plan_pass([10] * 9, 1, batch_tokens=20, token_bytes=1, activation_budget=40)
     assert [[len(b) for b in w.batches] for w in waves] == [[2, 2], [2, 2], [1]]
+    (waves,) = plan_pass([10] * 9, 1, batch_tokens=20, token_bytes=1, activation_budget=40, wanted={0, 5, 8})
+    assert [w.batches for w in waves] == [[[0, 1], [4, 5]], [[8]]]
 
 
 def test_a_sample_beyond_the_budget_is_refused() -> None:

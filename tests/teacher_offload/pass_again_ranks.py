@@ -1,0 +1,87 @@
+"""Worker of test_pass_again: one whole pass, then caches that lack some of its samples, filled again and again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from mtopd import hidden_cache
+from mtopd.pipelines import ranks, teacher_pass
+from mtopd.pipelines.job import Job
+
+Rows = dict[hidden_cache.Request, tuple[int, np.ndarray]]  # teacher index and rows by what names them
+
+
+def cached_rows(job: Job) -> Rows:
+    teachers = {store.fingerprint: index for index, store in enumerate(job.stores)}
+    found = {}
+    with hidden_cache.HiddenCacheReader(job.run.hidden_cache(0)) as reader:
+        for entry in reader.entries():
+            assert len(reader.copies(entry.request)) == 1, "a sample that was there was written again"
+            rows_NE = np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
+            reader.read(entry, rows_NE)
+            found[entry.request] = teachers[entry.layout.teacher_fingerprint], rows_NE
+    return found
+
+
+def leave(job: Job, kept: Rows) -> None:
+    """The iteration's cache as a killed start leaves it: these rows, no seal.  Collective."""
+    if job.ranks.rank == 0:
+        root = job.run.hidden_cache(0)
+        hidden_cache.remove(root)
+        with hidden_cache.HiddenCacheWriter(root, writer="killed", generation=1, hidden_dtype="float32") as writer:
+            for request, (teacher, rows_NE) in kept.items():
+                store = job.stores[teacher]
+                writer.put(store.fingerprint, store.hidden_size, *request, rows_NE)
+    dist.barrier()
+
+
+def told(job: Job, visited: int) -> dict[str, list[int]]:
+    """What the metrics lines of the last passes say, of teacher after teacher."""
+    if job.ranks.rank:
+        return {}
+    lines = [json.loads(line) for line in job.run.metrics.read_text().splitlines()]
+    passes = [values for line in lines for values in line.get("teachers", {}).values()][-visited:]
+    for values in passes:
+        assert values["bytes_read"] + values["bytes_kept"] == values["waves"] * values["stored_bytes"], values
+    return {key: [values[key] for values in passes] for key in ("samples", "tokens", "waves")}
+
+
+def report(job: Job, result: dict[str, Any]) -> None:
+    if job.ranks.rank == 0:
+        print("RESULT " + json.dumps(result), flush=True)
+    dist.barrier()
+
+
+def main() -> None:
+    ranks.quiet_libraries()
+    job = Job(Path(sys.argv[1]), 1)
+    offload = job.config.teacher_offload
+    # All batches in one wave; then in several, of which what is lacking needs fewer.
+    for budget in (offload.activation_budget, 384 * 4 * job.stores[0].hidden_size):
+        small = offload.model_copy(update={"activation_budget": budget})
+        job.config = job.config.model_copy(update={"teacher_offload": small})
+        leave(job, {})
+        teacher_pass.run(job, 0)
+        whole = cached_rows(job)
+        longest_first = sorted(whole, key=lambda request: -len(whole[request][1]))
+        of_first = [request for request in longest_first if whole[request][0] == 0]
+        losses = {"the shortest": longest_first[-3:], "every third": longest_first[::3], "one": of_first[9:10]}
+        report(job, {"budget": budget, "lost": "all", **told(job, 2)})
+        for name, lost in losses.items():
+            leave(job, {request: rows for request, rows in whole.items() if request not in lost})
+            teacher_pass.run(job, 0)
+            found = cached_rows(job)
+            differ = [r.sample_id for r in whole if found[r][1].tobytes() != whole[r][1].tobytes()]
+            visited = len({whole[request][0] for request in lost})
+            report(job, {"budget": budget, "lost": name, "num": len(lost), "differ": differ, **told(job, visited)})
+    job.close()
+
+
+if __name__ == "__main__":
+    main()
