@@ -272,12 +272,16 @@ class Trainer:
         return int(self.scheduler.num_steps) - 1
 
     def create_optimizer_state(self) -> None:
-        """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them."""
+        """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them.
+
+        torch's Adam counts steps by parameter; Transformer Engine's by group, and its state takes no other names.
+        """
         for adam in self._adams:
             for group in adam.param_groups:
                 for parameter in group["params"]:
                     state = adam.state[parameter]
-                    state.setdefault("step", torch.zeros((), dtype=torch.float32))
+                    if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+                        state.setdefault("step", torch.zeros((), dtype=torch.float32))
                     for name in ("exp_avg", "exp_avg_sq"):
                         state.setdefault(name, torch.zeros_like(parameter.data))
 
@@ -360,7 +364,7 @@ def _loss(
 
 
 class _ReachesWeight(torch.autograd.Function):
-    """The loss unchanged; backward also reaches ``weight``, with zeros.
+    """The loss unchanged, its own tensor (Megatron frees no view); backward also reaches ``weight``, with zeros.
 
     The objective adds the weight's gradient to ``main_grad`` itself.  DDP starts a bucket's reduction when autograd has
     reached all its parameters: without this one it would never start.
@@ -369,7 +373,7 @@ class _ReachesWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, weight_vD: torch.Tensor) -> torch.Tensor:
         ctx.like = weight_vD.new_zeros(()).expand_as(weight_vD)
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,48 @@
+"""What a train step does for optimizers and schedules that this machine does not have."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mtopd.megatron.train_step import Trainer, _ReachesWeight
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """As Transformer Engine's: counts steps by group, and knows the dtypes of these states alone."""
+
+    name_to_dtype_map = dict.fromkeys(("exp_avg", "exp_avg_sq", "master_param"), torch.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        values = super().state_dict()
+        for state in values["state"].values():
+            for name in state:
+                assert self.name_to_dtype_map[name] == state[name].dtype
+        return values
+
+
+@pytest.mark.parametrize("kind", [FusedAdam, torch.optim.AdamW])
+def test_fresh_moments_have_the_names_that_this_adam_knows(kind: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    adam = kind([weight], {"lr": 1.0}) if kind is FusedAdam else kind([weight])
+    trainer: Any = SimpleNamespace(_adams=[adam])
+    Trainer.create_optimizer_state(trainer)
+    (state,) = adam.state_dict()["state"].values()
+    assert state.keys() == {"exp_avg", "exp_avg_sq"} | (set() if kind is FusedAdam else {"step"})
+    assert all(not tensor.any() for tensor in state.values())
+
+
+def test_a_loss_that_reaches_the_weight_may_be_freed_and_has_the_same_gradient() -> None:
+    """Megatron frees a stage's output after its use, which it refuses for a view of another tensor."""
+    hidden, weight = torch.ones(2, requires_grad=True), torch.ones(5, 3, requires_grad=True)
+    before = 3.0 * hidden.sum()
+    loss = _ReachesWeight.apply(before, weight)
+    assert loss._base is None and torch.equal(loss, before)
+    reached = []
+    weight.register_hook(reached.append)
+    loss.backward()
+    assert hidden.grad is not None and hidden.grad.tolist() == [3.0, 3.0]
+    assert len(reached) == 1 and reached[0].shape == weight.shape and not reached[0].any()
