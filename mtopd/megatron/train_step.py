@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.module import Float16Module
 
 from mtopd.megatron import cpu
 from mtopd.megatron.model import HiddenStateModel, MegatronFields, megatron_refuses
@@ -100,11 +101,7 @@ class Trainer:
         self.ranks = ranks
         self.chunks = list(chunks)
         self.config = config = chunks[0].config
-        modules: list[Any] = self.chunks
-        if dtype == torch.bfloat16:
-            from megatron.core.transformer.module import Float16Module
-
-            modules = [Float16Module(config, chunk) for chunk in self.chunks]
+        modules = [_in_bfloat16(chunk) for chunk in self.chunks] if dtype == torch.bfloat16 else self.chunks
         with megatron_refuses():
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
             optimizer_config = OptimizerConfig(
@@ -325,6 +322,19 @@ class Trainer:
         maxima = sums[num_sums + 1 :].view_as(of_ranks_RN).amax(0)
         values = [*sums[:num_sums].tolist(), *maxima.tolist()]
         return dict(zip([*names, *added, *largest], values, strict=True))
+
+
+def _in_bfloat16(chunk: HiddenStateModel) -> torch.nn.Module:
+    """Megatron's wrapper that computes in bfloat16.
+
+    It casts buffers, too, but a router's are float32 on purpose: rounded, its expert bias would choose other experts.
+    """
+    kept = [(module, dict(module.named_buffers(recurse=False))) for module in chunk.modules()]
+    wrapped = Float16Module(chunk.config, chunk)
+    for module, buffers in kept:
+        for name, buffer in buffers.items():
+            setattr(module, name, buffer)
+    return wrapped
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -49,6 +49,9 @@ class EmbeddedEngine:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            if any(part in name for part in self._model._keep_in_fp32_modules_strict):
+                tensor.data = tensor.data.float()  # as from_pretrained has it: a rounded bias chooses other experts
         self._model.to(device).eval().requires_grad_(False)
         tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
         self._stored = {

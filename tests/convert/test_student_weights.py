@@ -47,7 +47,8 @@ def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path:
     jobs = []
     for seed, (kind, layouts) in enumerate(LAYOUTS.items()):
         save_model(tmp_path / kind, seed=seed, model_type=kind, vocab=111, tied=kind == "qwen3")
-        jobs += [{"kind": kind, "parallel": parallel, "megatron": megatron} for parallel, megatron in layouts]
+        jobs += [{"kind": kind, "student": {"parallel": p, "megatron": m}} for p, m in layouts]
+    jobs += [{"kind": "deepseek_v3", "student": {"parallel": {"pp": 2, "dp": 2, "ep": 2}, "dtype": "bfloat16"}}]
     further = with_further_head(tmp_path / "deepseek_v3")
     output = run_ranks(4, WORKER, str(tmp_path), json.dumps(jobs), timeout=400.0)
     print(output)

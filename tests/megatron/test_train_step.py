@@ -1,4 +1,4 @@
-"""What a train step does for optimizers and schedules that this machine does not have."""
+"""What a train step does for optimizers and schedules that this machine does not have, and for 16-bit models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtopd.megatron.train_step import Trainer, _ReachesWeight
+from mtopd.megatron.train_step import Trainer, _in_bfloat16, _ReachesWeight
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -46,3 +46,14 @@ def test_a_loss_that_reaches_the_weight_may_be_freed_and_has_the_same_gradient()
     loss.backward()
     assert hidden.grad is not None and hidden.grad.tolist() == [3.0, 3.0]
     assert len(reached) == 1 and reached[0].shape == weight.shape and not reached[0].any()
+
+
+def test_a_16_bit_model_keeps_its_routers_biases_in_float32() -> None:
+    router = torch.nn.Linear(2, 2)
+    bias = 0.1 + torch.arange(4) / 1000  # none of them is a bfloat16
+    router.register_buffer("expert_bias", bias)
+    chunk: Any = torch.nn.Sequential(router)
+    chunk.config = SimpleNamespace(fp16=False, bf16=True, virtual_pipeline_model_parallel_size=None)
+    wrapped: Any = _in_bfloat16(chunk)
+    assert wrapped.module is chunk and router.weight.dtype == torch.bfloat16
+    assert router.expert_bias is bias and bias.dtype == torch.float32
