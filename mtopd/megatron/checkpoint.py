@@ -154,8 +154,7 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
         for index, chunk in enumerate(trainer.chunks):
             missing, unexpected = chunk.load_state_dict(state[f"chunk{index}"], strict=False)
             assert not unexpected and all("_extra_state" in name for name in missing), (missing, unexpected)
-        trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.resume_schedule(int(seal["train_steps"]))
+        trainer.load_optimizer(state["optimizer"], int(seal["train_steps"]))
     if seal["layout"] == _layout(trainer):
         _restore_rng(load_file(folder / _rng_file(trainer.ranks.rank)))
     plain: dict[str, Any] = seal["state"]

@@ -68,6 +68,11 @@ class PackedMicroBatch:
 Objective = Callable[[torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
 
+# torch's Adam counts steps in the state of each parameter.  Transformer Engine's counts them by group, and its state
+# takes no other name than those of moments and master weight.
+_COUNTS_BY_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
+
+
 class NonFiniteGradients(Exception):
     """A gradient is NaN or inf."""
 
@@ -269,20 +274,32 @@ class Trainer:
         return int(self.scheduler.num_steps) - 1
 
     def create_optimizer_state(self) -> None:
-        """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them.
-
-        torch's Adam counts steps by parameter; Transformer Engine's by group, and its state takes no other names.
-        """
+        """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them."""
         for adam in self._adams:
             for group in adam.param_groups:
                 for parameter in group["params"]:
                     state = adam.state[parameter]
-                    if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+                    if isinstance(adam, _COUNTS_BY_PARAMETER):
                         state.setdefault("step", torch.zeros((), dtype=torch.float32))
                     for name in ("exp_avg", "exp_avg_sq"):
                         state.setdefault(name, torch.zeros_like(parameter.data))
 
-    def resume_schedule(self, steps_done: int) -> None:
+    def load_optimizer(self, state: Any, steps_done: int) -> None:
+        """Take a checkpoint's optimizer state and go on after ``steps_done``.
+
+        Megatron has every rank count the steps that global rank 0 wrote down, for the experts as well: rank 0's stage
+        may have none, and so no count of theirs.
+        """
+        adams = self._adams
+        for index, adam in enumerate(adams):
+            values = state if len(adams) == 1 else state[index]
+            inner = values.get("optimizer", values)
+            if "state" in inner and isinstance(adam, _COUNTS_BY_PARAMETER):
+                inner["state"]["common_step"] = torch.tensor(float(steps_done))
+            else:
+                for group in inner["param_groups"]:
+                    group["step"] = steps_done
+        self.optimizer.load_state_dict(state)
         self.scheduler.num_steps = 0
         self.scheduler.step(steps_done + 1)
 

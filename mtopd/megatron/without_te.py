@@ -158,7 +158,9 @@ def install() -> None:
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    restore = DistributedOptimizer._set_main_param_and_optimizer_states
+    restore, describe = DistributedOptimizer._set_main_param_and_optimizer_states, DistributedOptimizer.state_dict
+    if getattr(restore, "mends_step", False):
+        return
 
     def restore_but_step(self: Any, model_param: Any, tensors: Any) -> None:
         """torch's AdamW counts steps in a tensor of each parameter: checkpoints do not hold it, and loading has given
@@ -170,6 +172,18 @@ def install() -> None:
         if step is not None:
             state["step"] = step.clone()
 
-    if not getattr(restore, "mends_step", False):
-        restore_but_step.mends_step = True  # type: ignore[attr-defined]
-        DistributedOptimizer._set_main_param_and_optimizer_states = restore_but_step
+    def describe_if_empty(self: Any) -> Any:
+        """An optimizer of experts has no parameter, and so no step, on a pipeline stage of dense layers: it is given
+        one for the asking."""
+        state = self.optimizer.state
+        if state:
+            return describe(self)
+        state["nothing"] = {"step": torch.zeros(())}
+        try:
+            return describe(self)
+        finally:
+            del state["nothing"]
+
+    restore_but_step.mends_step = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = restore_but_step
+    DistributedOptimizer.state_dict = describe_if_empty

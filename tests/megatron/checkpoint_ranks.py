@@ -78,7 +78,8 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
             for token in sample.response_ids[here.first : here.stop]
         ]
         weights = [1 / (12 * BATCH)] * len(part)
-        batches.append(pack_rows(part, weights, shape=(2, 16), packed=False, ranks=own, payload=torch.tensor(labels)))
+        payload = torch.tensor(labels, dtype=torch.long)
+        batches.append(pack_rows(part, weights, shape=(2, 16), packed=False, ranks=own, payload=payload))
     return batches
 
 

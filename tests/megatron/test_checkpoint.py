@@ -22,6 +22,9 @@ SAVED = {
     "bf16": {"kind": "qwen3", "dtype": "bfloat16", "parallel": {"tp": 2, "pp": 2}},
     "sharded": {"kind": "qwen3", "parallel": {"tp": 2, "dp": 2}, "megatron": DISTRIBUTED},
     "experts": {"kind": "qwen3_moe", "parallel": {"pp": 2, "dp": 2, "ep": 2}},
+    # The first stage has no experts: on it, their optimizer has no parameter and counts no step.
+    "late experts": {"kind": "dense_first", "parallel": {"pp": 2, "dp": 2, "ep": 2}},
+    "late sharded": {"kind": "dense_first", "parallel": {"pp": 2, "dp": 2, "ep": 2}, "megatron": DISTRIBUTED},
 }
 RESUMED = {
     4: [
@@ -32,6 +35,8 @@ RESUMED = {
         ("sharded", {"parallel": {"tp": 2, "pp": 2}, "megatron": DISTRIBUTED}),
         ("experts", {"parallel": {"pp": 2, "dp": 2, "ep": 2}}),
         ("experts", {"parallel": {"tp": 2, "dp": 2, "ep": 4}, "megatron": {"sequence_parallel": True}}),
+        ("late experts", {"parallel": {"pp": 2, "dp": 2, "ep": 2}}),
+        ("late sharded", {"parallel": {"pp": 2, "dp": 2, "ep": 2}, "megatron": DISTRIBUTED}),
     ],
     2: [
         ("dense", {"parallel": {"dp": 2}}),
@@ -49,6 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoint")
     save_model(root / "qwen3", seed=1, vocab=111)
     save_model(root / "qwen3_moe", seed=2, model_type="qwen3_moe", tied=False, vocab=111)
+    save_model(root / "dense_first", seed=3, model_type="deepseek_v3", tied=False, vocab=111, first_k_dense_replace=2)
     return root
 
 

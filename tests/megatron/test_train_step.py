@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,15 +25,31 @@ class FusedAdam(torch.optim.Optimizer):
         return values
 
 
+def adam_of(kind: Any) -> Any:
+    weight = torch.nn.Parameter(torch.ones(3))
+    return kind([weight], {"lr": 1.0}) if kind is FusedAdam else kind([weight])
+
+
 @pytest.mark.parametrize("kind", [FusedAdam, torch.optim.AdamW])
 def test_fresh_moments_have_the_names_that_this_adam_knows(kind: Any) -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    adam = kind([weight], {"lr": 1.0}) if kind is FusedAdam else kind([weight])
+    adam = adam_of(kind)
     trainer: Any = SimpleNamespace(_adams=[adam])
     Trainer.create_optimizer_state(trainer)
     (state,) = adam.state_dict()["state"].values()
     assert state.keys() == {"exp_avg", "exp_avg_sq"} | (set() if kind is FusedAdam else {"step"})
     assert all(not tensor.any() for tensor in state.values())
+
+
+@pytest.mark.parametrize("kind", [FusedAdam, torch.optim.AdamW])
+def test_the_seal_counts_the_steps_of_every_optimizer(kind: Any) -> None:
+    """Rank 0 may have written no count for the experts, or none of this kind of Adam."""
+    trainer: Any = SimpleNamespace(_adams=[adam_of(kind), adam_of(kind)], optimizer=Mock(), scheduler=Mock())
+    of_dense, of_experts = ({"state": {}, "param_groups": [{}]} for _ in range(2))
+    Trainer.load_optimizer(trainer, {0: {"optimizer": of_dense, "param_state": {}}, 1: of_experts}, 7)
+    for values in (of_dense, of_experts):
+        counts = values["param_groups"][0].get("step"), values["state"].get("common_step")
+        assert counts == ((7, None) if kind is FusedAdam else (None, 7))
+    trainer.scheduler.step.assert_called_once_with(8)
 
 
 def test_a_loss_that_reaches_the_weight_may_be_freed_and_has_the_same_gradient() -> None:
