@@ -24,6 +24,7 @@ from mtopd.types import MtopdError
 
 SCHEMA = 1
 SEAL = "SEALED"
+_ASIDE = ".aside"  # ending of what waits until its successor has its name
 
 
 def fsync_dir(folder: Path) -> None:
@@ -221,18 +222,44 @@ def remove_tree(folder: Path) -> None:
 
 def publish_tree(partial: Path, target: Path) -> None:
     """Give a complete folder its final name: everything in it durable first, then one rename."""
-    for path in (*partial.rglob("*"), partial):
+    _make_durable(partial)
+    os.replace(partial, target)
+    fsync_dir(target.parent)
+
+
+def replace_tree(partial: Path, target: Path) -> None:
+    """Publish a folder of this run in place of another, if there is one; that one goes last.
+
+    A crash between the two renames leaves it aside, from where ``sweep`` puts it back.
+    """
+    aside = target.with_name(f".{target.name}{_ASIDE}")
+    _make_durable(partial)
+    if target.exists():
+        os.replace(target, aside)
+    os.replace(partial, target)
+    fsync_dir(target.parent)
+    remove_tree(aside)
+
+
+def _make_durable(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             fsync_dir(path)
         else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    os.replace(partial, target)
-    fsync_dir(target.parent)
 
 
 def sweep(run: RunDir) -> None:
-    """Remove what a killed start left in the run directory: temporary files and half-removed folders."""
+    """Mend what a killed start left in the run directory: a folder whose successor did not come takes its name again;
+    temporary files and half-removed folders go."""
+    for aside in list(run.path.rglob(f".*{_ASIDE}")):
+        target = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
+        if target.exists():
+            remove_tree(aside)
+        else:
+            os.replace(aside, target)
+            fsync_dir(target.parent)
     for pattern in (".*.tmp", ".*.removed"):
         for path in list(run.path.rglob(pattern)):
             if path.is_dir() and not path.is_symlink():

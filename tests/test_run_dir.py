@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from mtopd.run_dir import RunDir, differences, is_sealed, read_json, read_seal, remove_tree, sweep, write_atomic
+from mtopd.run_dir import (
+    SEAL,
+    RunDir,
+    differences,
+    is_sealed,
+    read_json,
+    read_seal,
+    remove_tree,
+    replace_tree,
+    sweep,
+    write_atomic,
+)
 from mtopd.types import MtopdError
 
 
@@ -90,6 +101,41 @@ def test_remove_tree_goes_in_one_visible_step(tmp_path: Path) -> None:
     remove_tree(tmp_path / "folder")
     remove_tree(tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
+
+
+def _kill_at_rename(number: int) -> None:
+    """SIGKILL instead of this process's rename number ``number``, from 0."""
+    rename, done = os.replace, iter(range(number))
+
+    def replace(*paths: Path) -> None:
+        if next(done, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.replace = replace
+
+
+@pytest.mark.parametrize(("number", "survives"), [(0, "old"), (1, "old"), (2, "new"), (3, "new")])
+def test_a_checkpoint_that_is_replaced_survives_a_kill_or_its_successor_does(
+    tmp_path: Path, number: int, survives: str
+) -> None:
+    run = RunDir(tmp_path, generation=1)
+    target, partial = run.checkpoint(3), run.checkpoint(3).with_name(".000003.tmp")
+    for folder, text in ((target, "old"), (partial, "new")):
+        folder.mkdir(parents=True)
+        (folder / SEAL).write_text(text)
+    child = os.fork()
+    if not child:
+        try:
+            _kill_at_rename(number)
+            replace_tree(partial, target)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) == (number < 3), "three renames: aside, into place, out of sight"
+    for _ in range(2):
+        sweep(run)
+        assert [path.name for path in target.parent.iterdir()] == ["000003"] and (target / SEAL).read_text() == survives
 
 
 def test_differences_name_their_places() -> None:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 from mtopd.megatron.train_step import Trainer
-from mtopd.run_dir import SEAL, RunDir, is_sealed, publish_tree, read_seal, remove_tree
+from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal, remove_tree, replace_tree
 from mtopd.types import MtopdError
 
 # Results of a write stay in this process: no manager process, which would outlive a killed rank.
@@ -120,8 +120,7 @@ class CheckpointWriter:
                 digests.setdefault(path.name, _sha256(path))
             target = self._run.checkpoint(save.iteration)
             self._run.seal(save.partial, {"files": dict(sorted(digests.items())), **save.contents})
-            remove_tree(target)
-            publish_tree(save.partial, target)
+            replace_tree(save.partial, target)
             self._published(save.iteration)
         dist.barrier()
 
