@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import enum
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -55,6 +56,8 @@ _OURS = {
     **dict.fromkeys(("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"), "use_distributed_optimizer instead"),
 }
 
+KINDS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
+
 
 @dataclasses.dataclass(frozen=True)
 class MegatronFields:
@@ -71,8 +74,7 @@ def sort_fields(user: Mapping[str, Any]) -> MegatronFields:
     Raises MtopdError for a field that no dataclass has or that another key sets.  Values are coerced to the field's
     type (YAML reads 2e-3 as a string).
     """
-    kinds = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
-    known = [{f.name: f for f in dataclasses.fields(kind)} for kind in kinds]
+    known = [{f.name: f for f in dataclasses.fields(kind)} for kind in KINDS]
     tables: tuple[dict[str, Any], ...] = ({}, {}, {})
     for name, value in user.items():
         if name in _OURS:
@@ -100,13 +102,28 @@ def megatron_refuses() -> Iterator[None]:
 
 
 def _coerce(value: Any, default: Any, name: str) -> Any:
-    """YAML's string as the field's number."""
-    if not (isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool)):
+    """YAML's string as what the field's default is: a number, a dtype, a member of an enumeration."""
+    if not isinstance(value, str):
         return value
+    needed = "a number"
     try:
-        return type(default)(float(value)) if isinstance(default, int) else float(value)
-    except ValueError:
-        raise MtopdError(f"student.megatron.{name} needs a number, found {value!r}") from None
+        if isinstance(default, enum.Enum):
+            needed = f"one of {', '.join(type(default).__members__)}"
+            return type(default)[value]
+        if isinstance(default, torch.dtype):
+            needed = "a dtype such as float32 or bfloat16"
+            return _DTYPES[value]
+        if isinstance(default, bool):
+            needed = "true or false"
+            return {"true": True, "false": False}[value.lower()]
+        if isinstance(default, int):
+            return int(float(value))
+        return float(value) if isinstance(default, float) else value
+    except (ValueError, KeyError):
+        raise MtopdError(f"student.megatron.{name} needs {needed}, found {value!r}") from None
+
+
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 def config_overrides(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from mtopd.megatron.model import config_overrides, megatron_refuses, sort_fields
+from mtopd.megatron.model import KINDS, config_overrides, megatron_refuses, sort_fields
 from mtopd.types import MtopdError
 
 
@@ -20,8 +21,28 @@ def test_a_field_goes_to_every_dataclass_that_has_it() -> None:
 def test_yaml_strings_become_numbers_and_words_stay() -> None:
     assert sort_fields({"adam_eps": "1e-5"}).optimizer == {"adam_eps": 1e-5}
     assert sort_fields({"bucket_size": 7}).ddp == {"bucket_size": 7}
-    with pytest.raises(MtopdError, match=r"student\.megatron\.adam_eps needs a number, found 'small'"):
-        sort_fields({"adam_eps": "small"})
+    assert sort_fields({"sequence_parallel": "False"}).transformer == {"sequence_parallel": False}
+    assert sort_fields({"moe_router_dtype": "fp32"}).transformer == {"moe_router_dtype": "fp32"}
+
+
+def test_yaml_strings_become_members_of_enumerations_and_dtypes() -> None:
+    backend = sort_fields({"attention_backend": "flash"}).transformer["attention_backend"]
+    assert backend == type(KINDS[0].attention_backend).flash
+    assert sort_fields({"exp_avg_dtype": "bfloat16"}).optimizer == {"exp_avg_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "needs"),
+    [
+        ("adam_eps", "small", "needs a number, found 'small'"),
+        ("attention_backend", "flsh", "needs one of flash, fused, unfused, local, auto, found 'flsh'"),
+        ("sequence_parallel", "on it", "needs true or false, found 'on it'"),
+        ("main_grads_dtype", "fp32", "needs a dtype such as float32 or bfloat16, found 'fp32'"),
+    ],
+)
+def test_strings_that_a_field_does_not_know_are_refused(name: str, value: str, needs: str) -> None:
+    with pytest.raises(MtopdError, match=rf"student\.megatron\.{name} {needs}"):
+        sort_fields({name: value})
 
 
 @pytest.mark.parametrize(
@@ -41,8 +62,6 @@ def test_unknown_fields_and_those_with_a_key_of_their_own_are_refused(name: str,
 
 
 def test_the_user_has_the_last_word_over_defaults_of_the_backend() -> None:
-    import torch
-
     assert config_overrides(torch.device("cpu"))["sequence_parallel"] is False
     assert config_overrides(torch.device("cpu"), {"sequence_parallel": True})["sequence_parallel"] is True
     plain, interleaved = (config_overrides(torch.device("cpu"), interleaved=i) for i in (False, True))
