@@ -17,6 +17,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +271,31 @@ def sweep(run: RunDir) -> None:
 
 Keys = tuple[str | int, ...]
 
+# Megatron's options that say where and when something is computed, and nothing of what; * stands for any letters.
+# (Of use_distributed_optimizer a checkpoint itself demands that it stays.)
+FREE_MEGATRON = (
+    # layout and split
+    *("sequence_parallel", "cp_comm_type", "hierarchical_context_parallel_sizes", "microbatch_group_size_per_vp_stage"),
+    *("pipeline_model_parallel_*", "num_layers_in_*_pipeline_stage", "account_for_*_in_pipeline_split"),
+    # memory
+    *("recompute_*", "num_microbatches_with_partial_activation_checkpoints", "distribute_saved_activations"),
+    *("cpu_offloading*", "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
+    *("moe_layer_recompute", "deallocate_pipeline_outputs", "clone_scatter_output_in_embedding"),
+    *("use_distributed_optimizer", "use_cpu_initialization", "perform_initialization"),
+    # communication
+    *("overlap_grad_reduce", "overlap_param_gather", "align_param_gather", "bucket_size", "pad_buckets_*", "nccl_ub"),
+    *("overlap_p2p_comm*", "batch_p2p_*", "use_ring_exchange_p2p", "tp_comm_*", "symmetric_ar_type"),
+    *("delay_wgrad_compute", "defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
+    *("overlap_moe_expert_parallel_comm", "ep_overlap_*", "moe_shared_expert_overlap", "moe_token_dispatcher_type"),
+    *("moe_enable_deepep", "moe_deepep_*", "moe_flex_dispatcher_backend", "moe_hybridep_*"),
+    # checks and logs
+    *("check_for_*", "barrier_with_L1_time", "config_logger_dir"),
+)
+
 # Keys of manifest.json by what a later start may do with them; * stands for any place in a list.
 FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "student", "parallel"),
-    ("config", "student", "megatron"),
+    *(("config", "student", "megatron", option) for option in FREE_MEGATRON),
     ("config", "teachers", "*", "parallel"),
     ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
     ("config", "teacher_offload"),
@@ -289,7 +311,8 @@ ACCEPTABLE: tuple[Keys, ...] = (("config", "teachers"), ("teachers",), ("tokeniz
 
 def _matches(path: Keys, patterns: Sequence[Keys]) -> bool:
     return any(
-        len(path) >= len(pattern) and all(p in ("*", part) for p, part in zip(pattern, path, strict=False))
+        len(path) >= len(pattern)
+        and all(fnmatchcase(str(part), str(p)) for p, part in zip(pattern, path, strict=False))
         for pattern in patterns
     )
 

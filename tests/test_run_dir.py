@@ -149,7 +149,7 @@ def test_differences_name_their_places() -> None:
 
 
 CONFIG = {
-    "student": {"model": "base", "parallel": {"tp": 2}},
+    "student": {"model": "base", "parallel": {"tp": 2}, "megatron": {"bucket_size": 7, "adam_eps": 1e-5}},
     "teachers": [{"name": "t", "store": "s", "route": {"domain": "a"}, "parallel": {"tp": 2}}],
     "train": {"micro_batch_size": 8, "normalization": "token_mean"},
 }
@@ -169,6 +169,9 @@ def changed(path: list, value: object) -> tuple[dict, dict]:
     "path",
     [
         ["config", "student", "parallel", "tp"],
+        ["config", "student", "megatron", "bucket_size"],
+        ["config", "student", "megatron", "recompute_modules"],
+        ["config", "student", "megatron", "num_layers_in_last_pipeline_stage"],
         ["config", "teachers", 0, "parallel", "tp"],
         ["config", "teachers", 0, "store"],
         ["config", "train", "micro_batch_size"],
@@ -223,10 +226,19 @@ def test_a_checkpoint_of_other_teachers_needs_a_word_given_after_it(tmp_path: Pa
         run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["b"]})
 
 
-@pytest.mark.parametrize("path", [["config", "student", "model"], ["config", "train", "normalization"]])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ["config", "student", "model"],
+        ["config", "student", "megatron", "adam_eps"],
+        ["config", "student", "megatron", "hidden_dropout"],
+        ["config", "student", "megatron", "moe_router_dtype"],
+        ["config", "train", "normalization"],
+    ],
+)
 def test_another_run_is_refused_with_or_without_a_word(tmp_path: Path, path: list) -> None:
     run = RunDir(tmp_path)
     run.start(CONFIG, MANIFEST, "old")
     for accept in (False, True):
-        with pytest.raises(MtopdError, match="belongs to another run"):
+        with pytest.raises(MtopdError, match=rf"belongs to another run: config\..*{path[-1]}"):
             run.start(*changed(path, "other"), "new", accept_changed=accept)

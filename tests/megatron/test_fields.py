@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+
 import pytest
 import torch
 
 from mtopd.megatron.model import KINDS, config_overrides, megatron_refuses, sort_fields
+from mtopd.run_dir import FREE_MEGATRON
 from mtopd.types import MtopdError
 
 
@@ -43,6 +47,14 @@ def test_yaml_strings_become_members_of_enumerations_and_dtypes() -> None:
 def test_strings_that_a_field_does_not_know_are_refused(name: str, value: str, needs: str) -> None:
     with pytest.raises(MtopdError, match=rf"student\.megatron\.{name} {needs}"):
         sort_fields({name: value})
+
+
+def test_what_a_later_start_may_change_are_fields_of_megatron() -> None:
+    known = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
+    for pattern in FREE_MEGATRON:
+        assert fnmatch.filter(known, pattern), pattern
+    free = {name for pattern in FREE_MEGATRON for name in fnmatch.filter(known, pattern)}
+    assert not [name for name in free if name.startswith(("adam", "hidden", "moe_router", "moe_aux", "fp8"))]
 
 
 @pytest.mark.parametrize(
