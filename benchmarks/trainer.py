@@ -117,7 +117,7 @@ def wrap_parts(clock: Clock) -> None:
         with clock("waiting"):
             dist.barrier()
 
-    for function in ("plan", "pack", "runs_of_step", "TokenStore", "sample_metadata"):
+    for function in ("plan", "pack", "runs_of_step", "sample_metadata"):
         clock.wrap(train, function, "planning")
     clock.wrap(train, "open_cache", "cache_read")
     for method in ("__call__", "prefetch"):
@@ -139,9 +139,9 @@ class Iteration:
 
     def __init__(self, job: Any) -> None:
         from mtopd.pipelines import train
-        from mtopd.trajectories import TokenStore, sample_metadata
+        from mtopd.trajectories import sample_metadata
 
-        self.job, self.tokens = job, TokenStore(job.run.trajectories(0))
+        self.job, self.tokens = job, job.tokens(0)
         samples = sample_metadata(self.tokens.metadata)
         self.by_id = {s.sample_id: s for s in samples}
         self.plans = train.plan(job, samples, seed=job.iteration_seed(0))

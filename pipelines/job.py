@@ -30,6 +30,7 @@ from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
+from mtopd.trajectories import TokenStore
 
 
 class Student:
@@ -171,6 +172,7 @@ class Job:
         self.bad_steps = 0  # train steps left out so far because of NaN or inf
         self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}
+        self._tokens: tuple[int, TokenStore] | None = None
 
     # -- teachers -----------------------------------------------------------------------------------------------------
     def _build_teacher_meshes(self) -> list[parallel.TeacherMesh]:
@@ -227,6 +229,12 @@ class Job:
             path = self._noise_floor_path(index)
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"nats": nats})
+
+    def tokens(self, iteration: int) -> TokenStore:
+        """The iteration's trajectories, opened and compared with their hashes once for all phases that read them."""
+        if self._tokens is None or self._tokens[0] != iteration:
+            self._tokens = iteration, TokenStore(self.run.trajectories(iteration))
+        return self._tokens[1]
 
     # -- the loop's services ----------------------------------------------------------------------------------------
     def iteration_seed(self, iteration: int) -> int:

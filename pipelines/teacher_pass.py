@@ -18,7 +18,7 @@ from mtopd.run_dir import is_sealed
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.store import TeacherStore
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, Wave, plan_pass, run_teacher_pass
-from mtopd.trajectories import TokenFields, TokenStore, read_metadata, sample_metadata
+from mtopd.trajectories import TokenFields, TokenStore, sample_metadata
 from mtopd.types import SampleMetadata
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class _Visit:
 def run(job: Job, iteration: int) -> None:
     """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and mend what is damaged.  Collective."""
     folder = job.run.hidden_cache(iteration)
-    tokens = TokenStore(job.run.trajectories(iteration))
+    tokens = job.tokens(iteration)
     if job.ranks.rank == 0 and folder.exists():
         found = recover(folder)  # what a killed start left behind
         if found.segments:
@@ -99,8 +99,10 @@ def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
     Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are those of a pass that
     nothing disturbed.
     """
-    metadata = sample_metadata(read_metadata(job.run.trajectories(iteration)))
-    samples = [CachedSample(s, cache_key(job, job.stores[s.teacher_index], tokens, s)) for s in metadata]
+    samples = [
+        CachedSample(s, cache_key(job, job.stores[s.teacher_index], tokens, s))
+        for s in sample_metadata(tokens.metadata)
+    ]
     all_lacking = missing(job, iteration, samples)
     offload, visits = job.config.teacher_offload, []
     for index, store in enumerate(job.stores):

@@ -31,7 +31,7 @@ def run(job: Job, iteration: int) -> None:
     for folder in (job.run.trajectories(iteration), job.run.hidden_cache(iteration)):
         if not is_sealed(folder):
             raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
-    tokens = TokenStore(job.run.trajectories(iteration))
+    tokens = job.tokens(iteration)
     samples = sample_metadata(tokens.metadata)
     plans = plan(job, samples, seed=job.iteration_seed(iteration))
     by_id = {s.sample_id: s for s in samples}
