@@ -15,14 +15,17 @@ from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 
-# What makes a train step depend on how tokens meet in batches: not the same numbers on another layout.
-_ROUTING = {
-    "moe_aux_loss_coeff": 0.0,
-    "moe_z_loss_coeff": None,
-    "moe_input_jitter_eps": None,
-    "moe_expert_capacity_factor": None,
-    "moe_token_drop_policy": "probs",
-    "moe_router_bias_update_rate": 0.0,
+# Options that make a train step depend on how tokens meet in batches, not the same numbers on another layout; with what
+# each may be, the default first.  A kind of balancing that is a loss does nothing at moe_aux_loss_coeff 0.
+_ROUTING: dict[str, tuple[Any, ...]] = {
+    "moe_aux_loss_coeff": (0.0,),
+    "moe_z_loss_coeff": (None,),
+    "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+    "moe_router_force_load_balancing": (False,),
+    "moe_input_jitter_eps": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_token_drop_policy": ("probs",),
+    "moe_router_bias_update_rate": (0.0,),
 }
 UNEVEN_SPLIT = {
     "num_layers_in_first_pipeline_stage",
@@ -81,7 +84,8 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
 
 def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     """Check a supervised run and write its run directory's first files.  The caller holds the lock."""
-    tokenizer = check_student(config.student)
+    # Nothing is promised of another layout: experts may be balanced by a loss.
+    tokenizer = check_student(config.student, deterministic=False)
     check_world(config.student)
     size, parallel = config.train.global_batch_size, config.student.parallel
     unit, factors = parallel.dp * config.train.micro_batch_size, f"dp {parallel.dp} x micro_batch_size"
@@ -116,7 +120,7 @@ def _start(
     )
 
 
-def check_student(student: StudentConfig, *, deterministic: bool = True) -> Any:
+def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
     hf_config = check_hf_folder(student.model)
     tokenizer = load_tokenizer(student.model)
@@ -167,10 +171,10 @@ def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -
             "leave etp out (tp without ep, 1 with it)"
         )
     for name, allowed in _ROUTING.items() if deterministic and experts else ():
-        if megatron.get(name, allowed) != allowed:
+        if megatron.get(name, allowed[0]) not in allowed:
             raise MtopdError(
                 f"student.megatron.{name}={megatron[name]} makes a step depend on the layout; set deterministic=false, "
-                f"or leave it at {allowed}"
+                f"or leave it at {' or '.join(map(str, allowed))}"
             )
 
 
