@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
+from mtopd.megatron.parallel import check_layout
 from mtopd.pipelines import prompts
 from mtopd.planning import propose_split
 from mtopd.run_dir import RunDir, is_sealed, remove_tree, sweep
@@ -136,6 +137,7 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
         sort_fields(student.megatron)
     check_experts(student, hf_config, deterministic)
     parallel = student.parallel
+    check_layout(parallel, parallel.world_size)
     chunks = 1 if UNEVEN_SPLIT & student.megatron.keys() else parallel.pp * parallel.vpp
     for what, count, ways in (
         ("key-value heads", hf_config.num_key_value_heads, parallel.tp),
@@ -164,6 +166,10 @@ def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -
         )
     if latent and parallel.cp > 1:
         raise MtopdError(f"student.parallel.cp {parallel.cp} does not go with latent attention; set it to 1")
+    if parallel.etp is not None and not experts:
+        raise MtopdError(
+            f"student.parallel.etp {parallel.etp} splits experts, of which {student.model} has none; leave it out"
+        )
     if experts and parallel.expert_tp != (parallel.tp if parallel.ep == 1 else 1):
         # Without ep Megatron does not sum experts' gradients over tp unless they are split over it.
         raise MtopdError(

@@ -127,7 +127,8 @@ def check_layout(layout: ParallelConfig, world_size: int) -> None:
     stage, experts = world_size // layout.pp, layout.ep * layout.expert_tp
     if stage % experts:
         raise MtopdError(
-            f"ep {layout.ep} x etp {layout.expert_tp} = {experts} does not divide the {stage} ranks of a pipeline stage"
+            f"ep {layout.ep} x etp {layout.expert_tp} = {experts} does not divide the {stage} ranks of a pipeline "
+            "stage; set student.parallel.ep to a divisor"
         )
 
 
