@@ -149,13 +149,22 @@ class Trainer:
         # The schedule computes lr for the step *after* the one just done; the first step must not run at lr 0.
         self.scheduler.step(1)
         config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss
+        self._num_positions = 1  # of the mini-batch, padding too
+        config.grad_scale_func = self._scale
         self.distributed_optimizer = ddp_config.use_distributed_optimizer
         self._gathers_late = self.distributed_optimizer and ddp_config.overlap_param_gather
         if ddp_config.overlap_grad_reduce:
             config.no_sync_func = self._each_or_one([m.no_sync for m in self.ddp])
             if ddp_config.align_param_gather:
                 config.param_sync_func = self._each_or_one([m.start_param_sync for m in self.ddp])
+
+    def _scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """What Megatron starts backward with: for the loss, and, asked with a constant, for what routers add to it.
+
+        Megatron multiplies those by a micro-batch's positions, to divide all gradients by the mini-batch's afterwards:
+        since here none is divided, it is done before.
+        """
+        return self.optimizer.scale_loss(loss if loss.requires_grad else loss / self._num_positions)
 
     def _check_norm(self) -> None:
         """Megatron's step takes the norm of all gradients before it clips and updates: there it is refused."""
@@ -204,6 +213,7 @@ class Trainer:
         assert all(mb.input_ids_BS.shape == (batch_size, local_length) for mb in micro_batches), (
             "one shape per train step"
         )
+        self._num_positions = batch_size * local_length * self.ranks.cp_size * len(micro_batches) * self.ranks.dp_size
         # Every chunk of an interleaved schedule goes through all micro-batches by itself.
         iterators = [iter(micro_batches) for _ in self.ddp]
         collected = get_forward_backward_func()(

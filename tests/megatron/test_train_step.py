@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -10,6 +12,10 @@ import pytest
 import torch
 
 from mtopd.megatron.train_step import Trainer, _in_bfloat16, _ReachesWeight
+from tests.conftest import run_ranks
+from tests.small_models import save_model
+
+WORKER = Path(__file__).with_name("router_loss_ranks.py")
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -74,3 +80,21 @@ def test_a_16_bit_model_keeps_its_routers_biases_in_float32() -> None:
     wrapped: Any = _in_bfloat16(chunk)
     assert wrapped.module is chunk and router.weight.dtype == torch.bfloat16
     assert router.expert_bias is bias and bias.dtype == torch.float32
+
+
+def test_a_routers_own_loss_has_the_weight_that_megatron_gives_it(tmp_path: Path) -> None:
+    """Megatron multiplies it by a micro-batch's tokens and divides all gradients by the mini-batch's; ours are divided
+    by nothing."""
+    save_model(tmp_path / "qwen3_moe", seed=2, model_type="qwen3_moe", tied=False, vocab=111)
+    balanced = {"moe_router_load_balancing_type": "aux_loss"}
+    jobs: list[dict[str, Any]] = [
+        {"parallel": {"dp": 2}, "megatron": balanced},
+        {"parallel": {"pp": 2}, "megatron": balanced},
+        {"parallel": {"tp": 2}, "megatron": {"sequence_parallel": True, **balanced}},
+    ]
+    output = run_ranks(2, WORKER, str(tmp_path), json.dumps([{"kind": "qwen3_moe", **job} for job in jobs]))
+    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    assert len(found) == len(jobs), output
+    for job in found:
+        print(job["parallel"], f"error {job['error']:.1e}, effect {job['effect']:.2f}")
+        assert job["error"] <= 2e-6 and 0.01 < job["effect"] < 100, job
