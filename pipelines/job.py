@@ -281,8 +281,7 @@ class Job:
 
     def _retain(self, published: int) -> None:
         """What a published checkpoint replaces goes: older ones, and iterations whose weights it holds."""
-        for old in checkpoint.sealed(self.run)[: -self.config.checkpoint.keep]:
-            remove_tree(self.run.checkpoint(old))
+        checkpoint.prune(self.run, keep=self.config.checkpoint.keep)
         for done in range(published - 1):  # the newest iteration stays to be looked at
             remove_tree(self.run.iteration(done))
 

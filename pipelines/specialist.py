@@ -29,6 +29,7 @@ from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 _CHECKPOINT_EVERY = 100  # train steps
+_CHECKPOINTS_KEPT = 2
 
 
 def main(run_dir: Path, generation: int) -> None:
@@ -43,13 +44,16 @@ def main(run_dir: Path, generation: int) -> None:
     objective = CrossEntropy(vocab_size=student.vocab_size, tp_rank=student.ranks.tp_rank)
     shares = dict.fromkeys(prompts.names, 1.0)
 
-    checkpoints = checkpoint.CheckpointWriter(student.trainer, run, lambda published: None)
+    checkpoints = checkpoint.CheckpointWriter(
+        student.trainer, run, lambda published: checkpoint.prune(run, keep=_CHECKPOINTS_KEPT)
+    )
 
     start = _resume(student, run, shares)
     for step in range(start, config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
         started = time.perf_counter()
-        batch = draw(prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step)
+        drawn = draw(prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step)
+        batch = [prompts.train[source].example(row) for source, row in drawn]
         micro_batches, num_tokens = pack(batch, config, student)
         sums = student.trainer.reduce_metrics(student.trainer.forward_backward(micro_batches, objective), ["loss"])
         try:
@@ -57,7 +61,7 @@ def main(run_dir: Path, generation: int) -> None:
         except NonFiniteGradients as error:
             raise MtopdError(
                 f"train step {step} was refused: {error}, the loss is {sums['loss']}; weights are as after the step "
-                "before.  Lower train.optimizer.lr or look at the data"
+                f"before.  Lower train.optimizer.lr, or look at its examples: {named(drawn, prompts.names)}"
             ) from None
         progress.advance(tokens=num_tokens)
         seconds = time.perf_counter() - started
@@ -91,8 +95,8 @@ def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
     return newest[0]
 
 
-def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) -> list[SupervisedExample]:
-    """One mini-batch: ``size`` examples dealt to the sources by their shares (largest remainder), rows at random."""
+def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) -> list[tuple[int, int]]:
+    """One mini-batch as (source, row): dealt to the sources by their shares (largest remainder), rows at random."""
     total = sum(shares.values())
     exact = [size * shares[name] / total for name in prompts.names]
     counts = [int(x) for x in exact]
@@ -100,10 +104,16 @@ def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) ->
         counts[i] += 1
     rng = random.Random(seed)
     return [
-        table.example(rng.randrange(len(table)))
-        for table, count in zip(prompts.train, counts, strict=True)
+        (source, rng.randrange(len(table)))
+        for source, (table, count) in enumerate(zip(prompts.train, counts, strict=True))
         for _ in range(count)
     ]
+
+
+def named(drawn: list[tuple[int, int]], names: Sequence[str]) -> str:
+    """The rows of each source, ascending."""
+    rows = {name: sorted({row for source, row in drawn if names[source] == name}) for name in names}
+    return "; ".join(f"{name} {', '.join(map(str, of))}" for name, of in rows.items() if of)
 
 
 def pack(
@@ -133,7 +143,7 @@ def pack(
                 shape=(size, seq_length),
                 packed=False,
                 ranks=ranks,
-                payload=torch.tensor(labels, device=ranks.device),
+                payload=torch.tensor(labels, dtype=torch.long, device=ranks.device),
             )
         )
     return micro_batches, num_tokens

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtopd.data import SupervisedExample
 from mtopd.megatron.parallel import zigzag_chunks
+from mtopd.pipelines import specialist
 from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
 
 
@@ -92,3 +94,25 @@ def test_zigzag_ranges_tile_the_row_and_cost_every_rank_the_same(cp_size: int) -
     positions = [np.concatenate([np.arange(48)[chunk] for chunk in part]) for part in parts]
     assert sorted(np.concatenate(positions).tolist()) == list(range(48))
     assert len({int(p.sum()) for p in positions}) == 1  # causal attention of position p costs p + 1
+
+
+def test_labels_of_a_cp_rank_without_any_are_token_ids_all_the_same() -> None:
+    """Positions 5 to 8 of 16 are the other rank's; an empty tensor of no stated kind would be float32."""
+    example = SupervisedExample((1, 2, 3, 4, 5, 6), (7, 8, 9, 10))
+    config: Any = SimpleNamespace(train=SimpleNamespace(micro_batch_size=1))
+    labels = []
+    for cp_rank in range(2):
+        here = SimpleNamespace(**vars(ranks(cp_rank, 2)), dp_rank=0, dp_size=1)
+        student: Any = SimpleNamespace(ranks=here, trainer=SimpleNamespace(seq_length_multiple=16))
+        (micro_batch,), num_tokens = specialist.pack([example], config, student)
+        assert num_tokens == 4 and micro_batch.payload.dtype == torch.long
+        labels.append(micro_batch.payload.tolist())
+    assert labels == [[], [7, 8, 9, 10]]
+
+
+def test_a_mini_batch_is_dealt_by_shares_and_named_by_source_and_row() -> None:
+    prompts: Any = SimpleNamespace(names=["words", "sums"], train=[range(5), range(3)])
+    drawn = specialist.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
+    assert [source for source, _ in drawn] == [0] * 6 + [1] * 2 and all(row < len(prompts.train[s]) for s, row in drawn)
+    assert drawn == specialist.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
+    assert specialist.named([(0, 4), (1, 2), (0, 1), (0, 4)], prompts.names) == "words 1, 4; sums 2"

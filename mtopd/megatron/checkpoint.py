@@ -170,6 +170,12 @@ def sealed(run: RunDir) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("[0-9]*") if is_sealed(p)) if folder.is_dir() else []
 
 
+def prune(run: RunDir, *, keep: int) -> None:
+    """Remove all sealed checkpoints but the newest ``keep``."""
+    for old in sealed(run)[:-keep]:
+        remove_tree(run.checkpoint(old))
+
+
 def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     """Megatron's description of every tensor: its place in the whole model, whatever the layout."""
     metadata = {

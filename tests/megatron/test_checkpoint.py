@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtopd.megatron.checkpoint import _IndexUnpickler
+from mtopd.megatron.checkpoint import _IndexUnpickler, prune, sealed
 from mtopd.run_dir import RunDir, sweep
 from mtopd.types import MtopdError
 from tests.conftest import run_ranks
@@ -104,6 +104,16 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_former_checkpoint(root: Pat
     assert [path.name for path in folder.iterdir()] == ["000003"]
     (job,) = run_jobs(root, 2, [{"resume": "dying", **dense}])
     assert (job["newest"], job["loaded"], job["losses"]) == (3, saved["saved"], saved["losses"])
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, 1)
+    for iteration in (100, 200, 300, 1000):
+        run.checkpoint(iteration).mkdir(parents=True)
+        (run.checkpoint(iteration) / "SEALED").write_text("")
+    run.checkpoint(400).mkdir()  # not sealed
+    prune(run, keep=2)
+    assert sealed(run) == [300, 1000] and run.checkpoint(400).exists()
 
 
 def _by_dotted_name(module: str, name: str) -> bytes:

@@ -1,19 +1,21 @@
-"""Worker of test_train_step: gradients with a router's own loss, by our normalisation and by Megatron's."""
+"""Worker of test_train_step: a router's own loss by our normalisation and by Megatron's; a rank without labels."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mtopd.data import SupervisedExample
 from mtopd.megatron import train_step
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.train_step import Trainer
-from mtopd.pipelines import ranks
+from mtopd.pipelines import ranks, specialist
 from tests.megatron.checkpoint_ranks import VOCAB, build, micro_batches
 
 
@@ -40,23 +42,31 @@ def divided_by_megatron(trainer: Trainer) -> torch.Tensor:
         train_step._loss, trainer.config.grad_scale_func = normalised, ours
 
 
-def run_job(root: Path, job: dict[str, Any]) -> dict[str, float]:
+def router_loss(root: Path, job: dict[str, Any]) -> dict[str, float]:
     trainers = [
         build(root, {**job, "megatron": {**job["megatron"], "moe_aux_loss_coeff": coefficient}})[0]
         for coefficient in (0.0, 0.1)
     ]
     without, ours = map(router_gradients, trainers)
     wanted = divided_by_megatron(trainers[1])
-    return {
-        "error": float((ours - wanted).norm() / wanted.norm()),
-        "effect": float((ours - without).norm() / without.norm()),
-    }
+    error, effect = ((found - other).norm() / other.norm() for found, other in ((ours, wanted), (ours, without)))
+    return {"error": float(error), "effect": float(effect)}
+
+
+def one_answer(root: Path, job: dict[str, Any]) -> dict[str, float]:
+    """The loss of one example, whose answer lies on the second rank under cp 2."""
+    trainer, _ = build(root, job)
+    config: Any = SimpleNamespace(train=SimpleNamespace(micro_batch_size=1))
+    student: Any = SimpleNamespace(trainer=trainer, ranks=trainer.ranks)
+    batches, _ = specialist.pack([SupervisedExample((1, 2, 3, 4, 5, 6), (7, 8, 9, 10))], config, student)
+    objective = CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
+    return trainer.reduce_metrics(trainer.forward_backward(batches, objective), ["loss", "tokens"])
 
 
 if __name__ == "__main__":
     ranks.quiet_libraries()
     for spec in json.loads(sys.argv[2]):
-        found = run_job(Path(sys.argv[1]), spec)
+        found = {"router_loss": router_loss, "one_answer": one_answer}[spec["check"]](Path(sys.argv[1]), spec)
         if dist.get_rank() == 0:
             print("RESULT " + json.dumps({**spec, **found}), flush=True)
     dist.barrier()
