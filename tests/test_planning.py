@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -118,13 +118,16 @@ def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: d
     teachers = {s.teacher_index for s in mini_batch}
     assert sum(len(plan.teachers_of(rank)) for rank in range(dp_size)) <= len(teachers) + dp_size - 1
     cost = options["cost"] or SampleCost()
-    if not size:
+    if size and size * math.ceil(len(mini_batch) / (dp_size * size)) >= len(mini_batch):
         costs = [sum(cost(length[s.sample_id]) for mb in part for s in mb.samples) for part in plan.micro_batches]
         dearest = max(cost(n) for n in length.values())
         assert max(costs) <= (math.fsum(costs) / dp_size + dearest) * (1 + 1e-4)  # costs are rounded to one in 1e6
 
     rows = [sum(length[s.sample_id] for s in mb.samples) for part in plan.micro_batches for mb in part]
     longest = max(length.values()) if size else max(rows)
+    if not size:
+        of_ranks = [rows[rank * count : (rank + 1) * count] for rank in range(dp_size)]
+        assert all(a + b > longest for of_rank in of_ranks for a, b in pairwise(of_rank) if b)
     assert plan.seq_length % options["seq_length_multiple"] == 0
     assert longest <= plan.seq_length < longest + options["seq_length_multiple"]
     computed = dp_size * count * (size or 1) * plan.seq_length
@@ -195,12 +198,22 @@ def test_dealing_is_by_cost_within_the_room_of_an_even_deal() -> None:
     plan = plan_one(samples, dp_size=2, micro_batch_size=2)
     assert sorted(response_lengths(plan, samples)) == [[1, 1, 1, 1], [1, 1, 1, 100]]
     assert [len(part) for part in plan.micro_batches] == [2, 2]
-    # Attention makes one long sample dearer than its tokens.
+
+
+@pytest.mark.parametrize(
+    ("token_budget", "cost", "expected"),
+    [
+        (8, None, [8, 9]),  # three packs, an empty one: by tokens the long sample has company on its rank
+        (8, SampleCost(0.0, 1.0), [1, 16]),  # attention makes it dearer than its tokens; the waste is the same
+        (24, SampleCost(0.0, 1.0), [5, 12]),  # here that would be a waste of 25 % instead of none
+    ],
+)
+def test_packs_are_dealt_by_cost_unless_it_is_wasteful(
+    token_budget: int, cost: SampleCost | None, expected: list[int]
+) -> None:
     samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([8, *[1] * 16])]
-    alike = {"dp_size": 2, "micro_batch_size": None, "token_budget": 24}
-    assert max(len(part) for part in response_lengths(plan_one(samples, **alike), samples)) <= 13
-    by_pairs = plan_one(samples, **alike, cost=SampleCost(0.0, 1.0))
-    assert sorted(len(part) for part in response_lengths(by_pairs, samples)) == [1, 16]
+    plan = plan_one(samples, dp_size=2, micro_batch_size=None, token_budget=token_budget, cost=cost)
+    assert sorted(len(part) for part in response_lengths(plan, samples)) == expected
 
 
 def test_a_rank_sees_few_teachers() -> None:
@@ -210,25 +223,48 @@ def test_a_rank_sees_few_teachers() -> None:
         assert max(len(plan.teachers_of(rank)) for rank in range(8)) <= 3, "ten teachers over eight ranks"
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 8])
 @pytest.mark.parametrize("num_teachers", [1, 3, 12])
-def test_packs_of_realistic_lengths_waste_little(dp_size: int, num_teachers: int) -> None:
-    rng = random.Random(dp_size)
-    samples = [
+@pytest.mark.parametrize("dp_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("of_each_rank", [16, 64])
+def test_packs_of_realistic_lengths_waste_little(of_each_rank: int, dp_size: int, num_teachers: int) -> None:
+    """At least 16 samples of each rank and 10 of each teacher; fewer are in the order of teachers and little else."""
+    num_samples = max(of_each_rank * dp_size, 10 * num_teachers)
+    for seed in range(5):
+        samples = realistic_samples(num_samples, num_teachers, seed)
+        shared = {"dp_size": dp_size, "teacher_weights": [1.0] * num_teachers, "seq_length_multiple": 16}
+        for times in (2, 8):
+            budget = times * max(map(row_length, samples))
+            plan = plan_one(samples, **shared, micro_batch_size=None, token_budget=budget)
+            assert plan.waste <= 0.05 < plan_one(samples, **shared).waste
+
+
+def test_more_packs_than_needed_where_they_compute_less() -> None:
+    samples = [metadata(k, teacher=k, prompt_len=1, response_len=4) for k in range(3)]
+    alike = {"micro_batch_size": None, "token_budget": 11, "teacher_weights": [1.0] * 3}
+    plan = plan_one(samples, **alike)
+    assert (len(plan.micro_batches[0]), plan.seq_length, plan.waste) == (3, 4, 0.0), "two would be 8 tokens long"
+    plan = plan_one(samples, **alike, micro_batch_multiple=2)
+    assert (len(plan.micro_batches[0]), plan.seq_length, plan.waste) == (2, 8, 0.25)
+
+
+def test_a_rank_does_not_get_all_long_samples_of_a_teacher() -> None:
+    """Attention over the pairs of a sample's tokens, on the dearest rank over the mean."""
+    for num_teachers in (1, 3):
+        samples = realistic_samples(512, num_teachers, seed=0)
+        weights = [1.0] * num_teachers
+        plan = plan_one(samples, dp_size=8, micro_batch_size=None, token_budget=8192, teacher_weights=weights)
+        pairs = [
+            sum(row_length(samples[s.sample_id]) ** 2 for b in part for s in b.samples) for part in plan.micro_batches
+        ]
+        assert max(pairs) < 1.2 * sum(pairs) / 8, pairs
+
+
+def realistic_samples(count: int, num_teachers: int, seed: int) -> list[SampleMetadata]:
+    rng = random.Random(seed)
+    return [
         metadata(k, k % num_teachers, rng.randint(20, 200), min(int(rng.lognormvariate(6.0, 1.0)) + 1, 3800))
-        for k in range(64 * dp_size)
+        for k in range(count)
     ]
-    plan = plan_one(
-        samples,
-        dp_size=dp_size,
-        micro_batch_size=None,
-        token_budget=8192,
-        seq_length_multiple=16,
-        teacher_weights=[1.0] * num_teachers,
-    )
-    padded = plan_one(samples, dp_size=dp_size, micro_batch_size=8, teacher_weights=[1.0] * num_teachers)
-    print(f"dp {dp_size}, {num_teachers} teachers: waste {plan.waste:.3f}, padded {padded.waste:.3f}")
-    assert plan.waste <= 0.05 < padded.waste
 
 
 def test_an_empty_micro_batch_makes_up_a_group() -> None:
