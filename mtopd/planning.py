@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -155,29 +155,38 @@ def price_stages(
     student: Architecture, layers: Sequence[int], *, teacher_hidden_size: int, loss_share: float
 ) -> StageSplit:
     """Price the stages of a train step, in flops of a token: layers forward and backward (x 3), and on the last stage,
-    for the ``loss_share`` of tokens that are trained, the student's head x 3 and the teacher's x 1."""
+    for the ``loss_share`` of tokens that are trained, the student's head x 3 and the teacher's x 1.  Interleaved, a
+    stage is all chunks of a pipeline rank: in the steady state ranks wait for the one with most work."""
     prices = [3.0 * count * student.layer_flops for count in layers]
     prices[-1] += loss_share * (3.0 * student.head_flops + 2.0 * teacher_hidden_size * student.vocab_size)
     return StageSplit(tuple(layers), max(prices) * len(prices) / sum(prices))
 
 
 def propose_split(
-    student: Architecture, pp_size: int, *, teacher_hidden_size: int, loss_share: float
+    student: Architecture, pp_size: int, *, vpp_size: int = 1, teacher_hidden_size: int, loss_share: float
 ) -> tuple[StageSplit, StageSplit | None]:
-    """(even split, better one or None).  A split is proposed when the even one's imbalance exceeds 1.1 and another,
-    as Megatron can express it (fewer layers on the last stage, the others equal), is better."""
+    """(even split, best one or None).  The best is proposed when the even one's imbalance exceeds 1.1 and it is better.
+
+    Of equally good splits the one with the most even layers: beside a dear last stage others may be had in many ways.
+    """
+    assert student.num_layers % (pp_size * vpp_size) == 0, (student.num_layers, pp_size, vpp_size)
     price = partial(price_stages, student, teacher_hidden_size=teacher_hidden_size, loss_share=loss_share)
     even = price([student.num_layers // pp_size] * pp_size)
     if pp_size == 1 or even.imbalance <= MAX_STAGE_IMBALANCE:
         return even, None
-    others = pp_size - 1
-    splits = [
-        price([(student.num_layers - last) // others] * others + [last])
-        for last in range(1, student.num_layers)
-        if (student.num_layers - last) % others == 0
-    ]
-    best = min(splits, key=lambda split: split.imbalance, default=even)
+    splits = map(price, expressible_splits(student.num_layers, pp_size, vpp_size))
+    best = min(splits, key=lambda split: (split.imbalance, sum(count**2 for count in split.layers)))
     return even, best if best.imbalance < even.imbalance else None
+
+
+def expressible_splits(num_layers: int, pp_size: int, vpp_size: int = 1) -> Iterator[tuple[int, ...]]:
+    """All splits over two stages or more that Megatron can be told: any first and last stage, equal ones between, all
+    of at least one layer in each model chunk.  ``num_layers`` is a multiple of ``vpp_size``."""
+    between = pp_size - 2
+    for each in range(vpp_size, num_layers, vpp_size) if between else [0]:
+        ends = num_layers - between * each
+        for last in range(vpp_size, ends, vpp_size):
+            yield (ends - last, *[each] * between, last)
 
 
 def plan_batches(num_items: int, batch_size: int, num_ranks: int) -> list[list[range]]:

@@ -10,7 +10,7 @@ from typing import Any
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
 from mtopd.megatron.parallel import check_layout
 from mtopd.pipelines import prompts
-from mtopd.planning import propose_split
+from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.run_dir import RunDir, is_sealed, remove_tree, sweep
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
@@ -66,21 +66,34 @@ def consolidate(config: ConsolidateConfig, run: RunDir, say: Say, *, accept_chan
 
 
 def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
-    """Propose fewer layers on the last pipeline stage where the output layers make it wait for."""
+    """Where the output layers make the other pipeline stages wait: by how much, and which split is better."""
     from mtopd.convert.bridge import architecture, load_hf_config
 
     parallel = config.student.parallel
-    if parallel.vpp > 1 or UNEVEN_SPLIT & config.student.megatron.keys():
+    if UNEVEN_SPLIT & config.student.megatron.keys():
         return
     even, better = propose_split(
         architecture(load_hf_config(config.student.model)),
         parallel.pp,
+        vpp_size=parallel.vpp,
         teacher_hidden_size=teacher_hidden_size,
         loss_share=config.data.max_response / config.data.context_length,
     )
+    if even.imbalance <= MAX_STAGE_IMBALANCE:
+        return
+    said = f"the last pipeline stage costs {even.imbalance:.2f}x the mean"
     if better is not None:
-        option = f"student.megatron.num_layers_in_last_pipeline_stage={better.layers[-1]}"
-        say(f"a pipeline stage costs {even.imbalance:.2f}x the mean; {option} makes that {better.imbalance:.2f}x")
+        first, *between, last = better.layers
+        options = [f"num_layers_in_first_pipeline_stage={first}", f"num_layers_in_last_pipeline_stage={last}"]
+        if len({first, *between}) == 1:  # one option alone says it
+            del options[0]
+        elif len({*between, last}) == 1:
+            del options[1]
+        said += f"; {' '.join(f'student.megatron.{o}' for o in options)} would make that {better.imbalance:.2f}x"
+    if (better or even).imbalance > MAX_STAGE_IMBALANCE:
+        knobs = "pp or vpp" if parallel.vpp > 1 else "pp"
+        said += f"; no split is more even, a smaller student.parallel.{knobs} is"
+    say(said)
 
 
 def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:

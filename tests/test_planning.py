@@ -2,13 +2,12 @@
 
 import math
 import random
-import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from mtopd.planning import (
     Architecture,
     SampleCost,
+    expressible_splits,
     plan_batches,
     plan_train_steps,
     price_stages,
@@ -286,14 +286,57 @@ def test_stages_are_priced_by_hand() -> None:
     assert ARCHITECTURE.sample_cost(10) == pytest.approx(8 * (10 * layer + 100 * 2 * 512))
 
 
-def test_a_heavy_last_stage_gets_fewer_layers() -> None:
-    even, better = propose_split(ARCHITECTURE, 2, teacher_hidden_size=1024, loss_share=0.5)
-    assert even.layers == (4, 4) and even.imbalance > 1.1
-    assert (better is not None and better.layers == (7, 1)) or better.layers == (6, 2)
-    assert better.imbalance < even.imbalance and sum(better.layers) == 8
+@pytest.mark.parametrize(
+    ("num_layers", "pp_size", "vpp_size", "even", "layers", "best"),
+    [
+        (8, 2, 1, 1.352, (6, 2), 1.028),
+        (8, 4, 1, 2.055, (3, 2, 2, 1), 1.731),  # (1, 3, 3, 1) and (5, 1, 1, 1) have as dear a last stage
+        (16, 4, 1, 1.640, (5, 5, 5, 1), 1.050),
+        (16, 4, 2, 1.640, (6, 4, 4, 2), 1.247),
+        (28, 7, 1, 1.805, (2, 5, 5, 5, 5, 5, 1), 1.156),
+    ],
+)
+def test_a_heavy_last_stage_gets_fewer_layers(
+    num_layers: int, pp_size: int, vpp_size: int, even: float, layers: tuple[int, ...], best: float
+) -> None:
+    student = replace(ARCHITECTURE, num_layers=num_layers)
+    found, better = propose_split(student, pp_size, vpp_size=vpp_size, teacher_hidden_size=1024, loss_share=0.5)
+    assert found.imbalance == pytest.approx(even, abs=1e-3) and len(set(found.layers)) == 1
+    assert better is not None and better.layers == layers
+    assert better.imbalance == pytest.approx(best, abs=1e-3)
+
+
+def test_no_split_is_proposed_where_none_is_needed_or_better() -> None:
     small = replace(ARCHITECTURE, vocab_size=100)
-    assert propose_split(small, 2, teacher_hidden_size=512, loss_share=0.5)[1] is None, "even enough"
+    even, better = propose_split(small, 2, teacher_hidden_size=512, loss_share=0.5)
+    assert even.imbalance <= 1.1 and better is None
     assert propose_split(ARCHITECTURE, 1, teacher_hidden_size=512, loss_share=1.0)[1] is None
+    even, better = propose_split(ARCHITECTURE, 8, teacher_hidden_size=512, loss_share=1.0)
+    assert even.imbalance > 3 and better is None, "a layer on each stage already"
+
+
+@given(st.integers(1, 6), st.integers(2, 5), st.integers(1, 3), st.integers(0, 100_000))
+@settings(max_examples=60, deadline=None)
+def test_no_split_that_megatron_can_be_told_is_better(each: int, pp_size: int, vpp_size: int, vocab_size: int) -> None:
+    num_layers = each * pp_size * vpp_size
+    splits = []
+    for first, last in product([None, *range(1, num_layers)], repeat=2):  # Megatron's two options and its rule
+        left = num_layers - (first or 0) - (last or 0)
+        stages = pp_size - (first is not None) - (last is not None)
+        if left >= stages and (left % stages == 0 if stages else left == 0):
+            layers = [left // stages] * stages if stages else []
+            layers = [*([first] if first else []), *layers, *([last] if last else [])]
+            if all(count % vpp_size == 0 for count in layers):
+                splits.append(tuple(layers))
+    assert set(expressible_splits(num_layers, pp_size, vpp_size)) == set(splits)
+
+    student = replace(ARCHITECTURE, num_layers=num_layers, vocab_size=vocab_size)
+    costs = {"teacher_hidden_size": 1024, "loss_share": 0.5}
+    even, better = propose_split(student, pp_size, vpp_size=vpp_size, **costs)
+    best = better or even
+    assert sum(best.layers) == num_layers and len(best.layers) == pp_size and min(best.layers) >= 1
+    if even.imbalance > 1.1:
+        assert best.imbalance == min(price_stages(student, layers, **costs).imbalance for layers in splits)
 
 
 def test_seed_changes_the_split_into_steps() -> None:
@@ -402,8 +445,15 @@ def test_the_start_proposes_an_uneven_split_where_it_helps(tmp_path: Path) -> No
         say_split(config, 64, lines.append)
         return lines
 
-    (line,) = said()
-    before, after = map(float, re.findall(r"([0-9.]+)x", line))
-    assert before > 1.1 > after >= 1 and "student.megatron.num_layers_in_last_pipeline_stage=" in line
+    first = "student.megatron.num_layers_in_first_pipeline_stage"
+    last = "student.megatron.num_layers_in_last_pipeline_stage"
+    assert said() == [f"the last pipeline stage costs 1.22x the mean; {last}=3 would make that 1.03x"]
+    (line,) = said(parallel={"pp": 2, "vpp": 2})
+    assert f"1.22x the mean; {last}=2 would make that 1.16x; no split is more even, a smaller" in line
+    assert line.endswith("student.parallel.pp or vpp is")
+    (line,) = said(parallel={"pp": 4})
+    assert f"1.67x the mean; {first}=3 {last}=1 would make that 1.29x; no split is more even" in line
+    (line,) = said(parallel={"pp": 8})
+    assert "2.57x the mean; no split is more even, a smaller student.parallel.pp is" in line
     assert said(megatron={"num_layers_in_last_pipeline_stage": 5}) == [], "the user has chosen"
     assert said(parallel={"pp": 1}) == []
