@@ -112,7 +112,7 @@ def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) ->
 
 def named(drawn: list[tuple[int, int]], names: Sequence[str]) -> str:
     """The rows of each source, ascending."""
-    rows = {name: sorted({row for source, row in drawn if names[source] == name}) for name in names}
+    rows = {name: sorted({row for source, row in drawn if source == number}) for number, name in enumerate(names)}
     return "; ".join(f"{name} {', '.join(map(str, of))}" for name, of in rows.items() if of)
 
 
