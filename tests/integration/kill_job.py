@@ -27,7 +27,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from mtopd.run_dir import RunDir, is_sealed
+from mtopd.run_dir import SEAL, RunDir, is_sealed
 from tests.integration.test_kill_and_resume import (
     NUM_ITERATIONS,
     assert_nothing_left,
@@ -39,6 +39,8 @@ from tests.integration.test_kill_and_resume import (
 
 # In the order of the loop; a line is written when a phase ends.
 PHASES = ("rollout", "teacher_pass", "train", "update_weights", "checkpoint", "evaluation")
+# What kills aim at, in this order, then any instant; one that comes late hits the phase after.
+TARGETS = ("rollout", "teacher_pass", "train", "checkpoint", "export", "update_weights", "evaluation")
 DOWN_S = 60.0
 OVERRIDES = ("checkpoint.every=1", "rollout.prompts_per_iteration=96", "evaluation.every=1")
 
@@ -79,19 +81,50 @@ def wait_for(process: subprocess.Popen[str], run: RunDir, generation: int, phase
     return False
 
 
+def listening() -> dict[int, int]:
+    """Every TCP port somebody listens on, by the inode of its socket, which no later socket shares while it lives."""
+    found = {}
+    for table in Path("/proc/net").glob("tcp*"):
+        for line in table.read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A":
+                found[int(inode)] = int(local.rpartition(":")[2], 16)
+    return found
+
+
+def family_of(launcher: int) -> list[psutil.Process]:
+    """The launcher and all its descendants, as far as they live."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def ports_of(processes: list[psutil.Process]) -> dict[int, int]:
+    """The part of ``listening`` that these processes hold open."""
+    held = set()
+    for process in processes:
+        with contextlib.suppress(OSError):  # it may end, and close files, meanwhile
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    held.add(os.readlink(descriptor))
+    return {inode: port for inode, port in listening().items() if f"socket:[{inode}]" in held}
+
+
 def kill_once(root: Path, run: RunDir, phase: str | None, duration: float, draw: random.Random) -> str | None:
     """Start, kill, wait; the phase that was hit, or None when the job was through before."""
     generation = run.current_generation() if run.path.exists() else 0
     process = start(root, run.path, *OVERRIDES)
     if phase is None or wait_for(process, run, generation, phase):
         time.sleep(draw.random() * duration)
-    family = rank_processes(process.pid)
+    everything, family = family_of(process.pid), rank_processes(process.pid)
+    ports = ports_of(everything)
+    hit = phase_now(run.path, run.current_generation()) if len(family) == 4 else "start-up"
     if process.poll() is not None or is_sealed(run.export(NUM_ITERATIONS)):
         code, output = finish(process)
         assert code == 0, output
         return None
-    hit = phase_now(run.path, run.current_generation()) if len(family) == 4 else "start-up"
-    everything = psutil.Process(process.pid).children(recursive=True)
+    assert ports or hit == "start-up", "a job of four ranks listens for them"
     launcher = not family or draw.random() < 0.15
     doomed = process.pid if launcher else draw.choice(family).pid
     killed = time.monotonic()
@@ -104,10 +137,8 @@ def kill_once(root: Path, run: RunDir, phase: str | None, duration: float, draw:
         assert code == 2 and re.search(r"rank \d was killed by SIGKILL", output), output
         assert output.count("error:") == 1, output
     assert_nothing_left(run.path, everything)
-    listening = [
-        c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in {p.pid for p in everything}
-    ]
-    assert not listening, listening
+    left = ports.keys() & listening().keys()  # whoever holds them now
+    assert not left, f"still listened on: {sorted(ports[inode] for inode in left)}"
     return hit
 
 
@@ -122,18 +153,22 @@ def run(kills: int, folder: Path, seed: int) -> str:
     wall = time.monotonic() - began
     wanted = load_file(whole.export(NUM_ITERATIONS) / "model.safetensors")
     seconds = {phase: [x["wall_s"] for x in lines(whole.path) if x["phase"] == phase] for phase in PHASES}
-    durations = {phase: sum(values) / len(values) for phase, values in seconds.items()} | {"export": 1.0}
+    # The shortest of each, so that a kill seldom comes too late.
+    durations: dict[str | None, float] = {phase: min(values) for phase, values in seconds.items()}
+    evaluated, exported = whole.evaluation(NUM_ITERATIONS), whole.export(NUM_ITERATIONS) / SEAL
+    durations["export"] = exported.stat().st_mtime - evaluated.stat().st_mtime
+    durations[None] = wall
 
     hits: Counter[str] = Counter()
     compared = 0
     victim = RunDir(folder / "victim")
-    targets = [*durations, None]  # every phase in turn, then any instant
-    while sum(hits.values()) < kills:
-        phase = targets[sum(hits.values()) % len(targets)]
-        hit = kill_once(folder, victim, phase, wall if phase is None else durations[phase], draw)
+    targets = [*TARGETS, None]
+    while hits.total() < kills:
+        phase = targets[hits.total() % len(targets)]
+        hit = kill_once(folder, victim, phase, durations[phase], draw)
         if hit is not None:
             hits[hit] += 1
-            print(f"kill {sum(hits.values())}: {hit}", flush=True)
+            print(f"kill {hits.total()}: {hit}", flush=True)
             continue
         compared += same_weights(victim, wanted)
         shutil.rmtree(victim.path)
@@ -141,7 +176,10 @@ def run(kills: int, folder: Path, seed: int) -> str:
     assert code == 0, output
     compared += same_weights(victim, wanted)
     told = ", ".join(f"{count} in {phase}" for phase, count in hits.most_common())
-    return f"whole job: {kills} SIGKILLs ({told}); {compared} runs finished, all with the weights of an undisturbed one"
+    return (
+        f"whole job: {hits.total()} SIGKILLs ({told}); {compared} runs finished, all with the weights of an "
+        "undisturbed one"
+    )
 
 
 def same_weights(run: RunDir, wanted: dict[str, torch.Tensor]) -> int:

@@ -41,9 +41,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_workplace(root: Path) -> None:
     """A student, two teachers, prompts and the config of a job of four ranks."""
-    save_model(root / "student", seed=1, layers=2)
+    save_ending_model(root / "student", seed=1)
     for i in range(2):
-        save_model(root / f"t{i}", seed=2 + i, layers=2)
+        save_ending_model(root / f"t{i}", seed=2 + i)
         add_teacher(f"t{i}", root / f"t{i}", root / "stores" / f"t{i}", slices=2)
     write_prompts(root / "prompts.jsonl", count=400)
     config = {
@@ -60,6 +60,7 @@ def make_workplace(root: Path) -> None:
             "max_response": 24,
         },
         "rollout": {"prompts_per_iteration": 256, "batch_size": 16},
+        "teacher_offload": {"batch_tokens": 128},  # many batches of a pass, of many widths
         "train": {
             "num_iterations": NUM_ITERATIONS,
             "train_steps_per_iteration": 4,
@@ -69,6 +70,16 @@ def make_workplace(root: Path) -> None:
         "checkpoint": {"every": 2, "keep": 2},
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def save_ending_model(folder: Path, seed: int) -> None:
+    """A random model that answers at every length: its embeddings have a direction in common, EOS more of it."""
+    model = save_model(folder, seed=seed, layers=2)
+    with torch.no_grad():
+        embedding_VD = model.get_input_embeddings().weight
+        embedding_VD[:, 0] = 2.0
+        embedding_VD[model.config.eos_token_id, 0] = 4.0
+    model.save_pretrained(folder)
 
 
 def start(root: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:

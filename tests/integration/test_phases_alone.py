@@ -13,13 +13,20 @@ import pytest
 import torch
 import zarr
 from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
 
 from mtopd.hidden_cache import HiddenCacheReader
+from mtopd.megatron import checkpoint
 from mtopd.run_dir import RunDir, is_sealed
 from tests.conftest import REPOSITORY
 from tests.integration.test_kill_and_resume import finish, start, workplace  # noqa: F401 - a fixture
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint is read by one process
+]
 LAST = 3  # the iteration whose files a finished run keeps
 
 
@@ -37,6 +44,8 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     states = rows_of(run)
     shards = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
     final = checkpoint_tensors(run, LAST + 1)
+    assert checkpoint.sealed(run) == [2, 3, 4], "the last `keep` of checkpoints 1 to 4, older ones go"
+    assert [path.name for path in (run.path / "iterations").iterdir()] == [f"{LAST:06d}"]
 
     assert is_sealed(run.hidden_cache(LAST))
     shutil.rmtree(run.iteration(LAST))
@@ -51,8 +60,16 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     damage_one_entry(run)  # found when the cache is checked, computed again, never read as zeros
     mtopd("teacher-pass", str(run.path), "--iteration", str(LAST))
     mtopd("train", str(run.path), "--iteration", str(LAST))
-    for name, tensor in checkpoint_tensors(run, LAST + 1).items():
-        assert torch.equal(tensor, final[name]), name
+    found, before = checkpoint_tensors(run, LAST + 1), checkpoint_tensors(run, LAST)
+    assert found.keys() == final.keys()
+    for name, tensor in final.items():
+        assert torch.equal(found[name], tensor), name
+    exported = load_file(run.export(LAST + 1) / "model.safetensors")
+    weights = [name for name in final if not name.startswith(("optimizer.", "rng_"))]
+    assert sum(final[name].numel() for name in weights) >= sum(tensor.numel() for tensor in exported.values())
+    for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
+        same = [name for name in weights if torch.equal(final[prefix + name], before[prefix + name])]
+        assert not same, f"a train step moves every weight and its moments, but not {prefix}{same[0]}"
 
 
 def rows_of(run: RunDir) -> list[np.ndarray]:
@@ -67,9 +84,15 @@ def rows_of(run: RunDir) -> list[np.ndarray]:
 
 
 def checkpoint_tensors(run: RunDir, iteration: int) -> dict[str, torch.Tensor]:
-    return {
-        f"{p.name}:{n}": t for p in run.checkpoint(iteration).glob("*.safetensors") for n, t in load_file(p).items()
-    }
+    """Weights and optimizer state, whole as Megatron's names have them, and each rank's random state."""
+    folder = run.checkpoint(iteration)
+    reader = FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.full(e.size, torch.nan, dtype=e.properties.dtype) for name, e in entries.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    of_ranks = {f"{p.stem}.{n}": t for p in sorted(folder.glob("rng_*.safetensors")) for n, t in load_file(p).items()}
+    assert len(of_ranks) >= 4
+    return {**tensors, **of_ranks}
 
 
 def damage_one_entry(run: RunDir) -> None:

@@ -61,6 +61,21 @@ def _pack_rows(change: Callable[[list[float]], list[float]]) -> None:
     train.pack_rows = lambda samples, weights, **rest: original(samples, change(list(weights)), **rest)
 
 
+def _divided() -> None:
+    """Megatron divides the gradients by the tokens that the loss counts; the loss itself stays right."""
+    import torch
+
+    from mtopd.megatron import train_step
+
+    original = train_step._loss
+
+    def counted(hidden: Any, **rest: Any) -> Any:
+        loss, _, metrics = original(hidden, **rest)
+        return loss, torch.tensor(len(rest["micro_batch"].position_T), dtype=torch.int), metrics
+
+    train_step._loss = counted
+
+
 def _averaged(which: Callable[[Any], bool]) -> None:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
@@ -194,7 +209,7 @@ def _recompute() -> None:
 _INSTALL: dict[str, Callable[[], None]] = {
     "tp reduction dropped": _tp_reduction,
     "sp gather without its reduction": _sp_gather,
-    "1/N twice": lambda: _pack_rows(lambda weights: [w / 10 for w in weights]),
+    "1/N twice": _divided,
     "gradients averaged over dp": lambda: _averaged(lambda parameter: True),
     "shift off by one": _shift,
     "weights of other samples": lambda: _pack_rows(lambda weights: weights[::-1]),
