@@ -310,6 +310,9 @@ class Trainer:
                 for group in inner["param_groups"]:
                     group["step"] = steps_done
         self.optimizer.load_state_dict(state)
+        self.resume_schedule(steps_done)
+
+    def resume_schedule(self, steps_done: int) -> None:
         self.scheduler.num_steps = 0
         self.scheduler.step(steps_done + 1)
 
