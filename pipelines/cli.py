@@ -108,7 +108,7 @@ def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], tar
 def consolidate(
     config: ConfigFile, overrides: Overrides = None, accept_changed: AcceptChanged = False, log_json: LogJson = False
 ) -> None:
-    """Distil all teachers of a config into one student; start again to resume, at any layout."""
+    """Distil all teachers of a config into one student; start again to resume, at another layout too."""
     import functools
 
     from mtopd.config import ConsolidateConfig, load_config

@@ -13,7 +13,7 @@ MUTANTS = {
     "1/N twice": "dp2",
     "gradients averaged over dp": "dp2",
     "shift off by one": "micro-batches of 2",
-    "weights of other samples": "micro-batches of 2",
+    "weights of other samples": "one micro-batch",
     "cp ranges not zigzag": "cp2",
     "cp keys not gathered": "tp2cp2 +sp",
     "packed samples see one another": "packed",
@@ -22,7 +22,7 @@ MUTANTS = {
     "interleaved sends batched": "pp2 vpp2",
     "overlapped gather not waited for": "dp2, both overlaps",
     "shards reduced by no one": "dp2, distributed optimizer",
-    "expert gradients not summed": "experts tp2 +sp etp2",
+    "router gradients not summed": "experts tp2 +sp etp2",
     "expert gradients averaged": "experts ep2",
     "norms not summed under sp": "experts tp2ep2 +sp",
     "down-projections not summed": "latent tp2 +sp",
@@ -59,6 +59,12 @@ def _pack_rows(change: Callable[[list[float]], list[float]]) -> None:
 
     original = train.pack_rows
     train.pack_rows = lambda samples, weights, **rest: original(samples, change(list(weights)), **rest)
+
+
+def _exchanged(weights: list[float]) -> list[float]:
+    """The trained samples' in reverse; a sample without trained tokens keeps its zero."""
+    trained = [weight for weight in weights if weight]
+    return [trained.pop() if weight else weight for weight in weights]
 
 
 def _divided() -> None:
@@ -168,12 +174,6 @@ def _unreduced() -> None:
     _ParamAndGradBucketGroup.finish_grad_sync = lambda *args, **kwargs: None
 
 
-def _etp() -> None:
-    from mtopd.config import ParallelConfig
-
-    ParallelConfig.expert_tp = property(lambda layout: 1)
-
-
 def _unmark(which: Callable[[str], bool]) -> None:
     """Weights that each tp rank has whole: under sequence parallelism their gradients are parts."""
     from mtopd.pipelines import job
@@ -212,7 +212,7 @@ _INSTALL: dict[str, Callable[[], None]] = {
     "1/N twice": _divided,
     "gradients averaged over dp": lambda: _averaged(lambda parameter: True),
     "shift off by one": _shift,
-    "weights of other samples": lambda: _pack_rows(lambda weights: weights[::-1]),
+    "weights of other samples": lambda: _pack_rows(_exchanged),
     "cp ranges not zigzag": _contiguous,
     "cp keys not gathered": _cp_keys,
     "packed samples see one another": lambda: _cuts(lambda cuts: [cuts[0], cuts[-1]]),
@@ -221,7 +221,7 @@ _INSTALL: dict[str, Callable[[], None]] = {
     "interleaved sends batched": _batched,
     "overlapped gather not waited for": _late,
     "shards reduced by no one": _unreduced,
-    "expert gradients not summed": _etp,
+    "router gradients not summed": lambda: _unmark(lambda name: ".router." in name),
     "expert gradients averaged": lambda: _averaged(lambda parameter: not getattr(parameter, "allreduce", True)),
     "norms not summed under sp": lambda: _unmark(lambda name: "layernorm" in name),
     "down-projections not summed": lambda: _unmark(lambda name: "_down_proj." in name),

@@ -299,7 +299,6 @@ if __name__ == "__main__":
     ranks.quiet_libraries()
     if sys.argv[2]:
         mutants.install(sys.argv[2])
-        Path(sys.argv[1]).with_name("installed").touch()
     live, live_layers = LiveHeads(), LiveLayers()
     for job_row in json.loads(Path(sys.argv[1]).read_text()):
         try:
