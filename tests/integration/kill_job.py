@@ -70,15 +70,14 @@ def phase_now(run: Path, generation: int) -> str:
     return PHASES[PHASES.index(last["phase"]) + 1]
 
 
-def wait_for(process: subprocess.Popen[str], run: RunDir, generation: int, phase: str) -> bool:
-    """Until the next start after ``generation`` is in the phase; False when it ends first."""
+def wait_for(process: subprocess.Popen[str], run: RunDir, generation: int, phase: str) -> None:
+    """Until the next start after ``generation`` is in the phase, or ends."""
     deadline = time.monotonic() + 180
     while process.poll() is None:
         assert time.monotonic() < deadline, f"phase {phase} was never seen"
         if run.current_generation() > generation and phase_now(run.path, run.current_generation()) == phase:
-            return True
+            return
         time.sleep(0.005)
-    return False
 
 
 def listening() -> dict[int, int]:
@@ -115,10 +114,16 @@ def kill_once(root: Path, run: RunDir, phase: str | None, duration: float, draw:
     """Start, kill, wait; the phase that was hit, or None when the job was through before."""
     generation = run.current_generation() if run.path.exists() else 0
     process = start(root, run.path, *OVERRIDES)
-    if phase is None or wait_for(process, run, generation, phase):
-        time.sleep(draw.random() * duration)
+    wait = draw.random() * duration
+    if phase is None:
+        time.sleep(wait)
+        wait = 0.0
+    else:
+        wait_for(process, run, generation, phase)
+    # Before the rest of the waiting: some phases are as short as looking these up.
     everything, family = family_of(process.pid), rank_processes(process.pid)
     ports = ports_of(everything)
+    time.sleep(wait)
     hit = phase_now(run.path, run.current_generation()) if len(family) == 4 else "start-up"
     if process.poll() is not None or is_sealed(run.export(NUM_ITERATIONS)):
         code, output = finish(process)
