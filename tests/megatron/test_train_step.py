@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,7 @@ def test_fresh_moments_have_the_names_that_this_adam_knows(kind: Any) -> None:
 def test_the_seal_counts_the_steps_of_every_optimizer(kind: Any) -> None:
     """Rank 0 may have written no count for the experts, or none of this kind of Adam."""
     trainer: Any = SimpleNamespace(_adams=[adam_of(kind), adam_of(kind)], optimizer=Mock(), scheduler=Mock())
+    trainer.resume_schedule = partial(Trainer.resume_schedule, trainer)
     of_dense, of_experts = ({"state": {}, "param_groups": [{}]} for _ in range(2))
     Trainer.load_optimizer(trainer, {0: {"optimizer": of_dense, "param_state": {}}, 1: of_experts}, 7)
     for values in (of_dense, of_experts):
