@@ -216,7 +216,7 @@ class Job:
 
     def _noise_floor_path(self, index: int) -> Path:
         store = self.stores[index]
-        return self.run.path / "probes" / f"{store.fingerprint}.{self.cache_dtype(store)}.floor.json"
+        return self.run.path / "noise_floors" / f"{store.fingerprint}.{self.cache_dtype(store)}.json"
 
     def _known_noise_floors(self) -> dict[int, float]:
         """What earlier starts measured: one that finds its cache sealed probes no teacher."""
