@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd.convert.bridge import architecture
+from mtopd.megatron import cpu
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
 from mtopd.pipelines.cached_states import CachedStates, open_cache, runs_of_step
@@ -93,6 +94,8 @@ def train_step(
     totals = job.trainer.forward_backward(micro_batches, objective)
     if heads:
         heads.drop()
+        with cpu.own_code():
+            totals |= objective.statistics()
     own = _own_numbers(job, in_order, states.stall_s - stalled, objective.statistics_s)
     sums = job.trainer.reduce_metrics(totals, objective.metric_names(len(job.stores)), *own)
     used = _head_metrics(job, sums)  # of a bad step, too

@@ -1,6 +1,12 @@
 """Exact divergences over vocabularies too large for logits.  Imports nothing from mtopd; third party: torch, numpy."""
 
 from mtopd.kernels.fused_linear import Divergence, fused_linear_divergence
-from mtopd.kernels.statistics import DistributionStatistics, distribution_statistics
+from mtopd.kernels.statistics import DistributionStatistics, distribution_statistics, output_logits
 
-__all__ = ["DistributionStatistics", "Divergence", "distribution_statistics", "fused_linear_divergence"]
+__all__ = [
+    "DistributionStatistics",
+    "Divergence",
+    "distribution_statistics",
+    "fused_linear_divergence",
+    "output_logits",
+]

@@ -10,7 +10,6 @@ and between that and `gradient`, a collective is under way, so a second chunk's 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +98,6 @@ class Call:
     shard_rows: int  # v with padding
     round_to_bf16: bool
     workspace_bytes: int
-    most_rows: int = sys.maxsize  # that a chunk needs: where few tokens are measured, filling it up would cost more
 
     @classmethod
     def of(
@@ -214,7 +212,7 @@ class Call:
         reserved = self.upcast_bytes + self.problem.scratch_bytes
         affordable = max(1, (self.workspace_bytes - reserved) // row_bytes)
         wanted = max(_CHUNK_ROWS.get(device, 128), min(_SMALL_CHUNK_ELEMENTS // self.shard_rows, _SMALL_CHUNK_ROWS))
-        rows = min(affordable, wanted, -(-self.most_rows // 64) * 64)
+        rows = min(affordable, wanted)
         return rows - rows % 64 if rows > 64 else rows  # whole tiles of the products
 
     @property

@@ -1,31 +1,33 @@
-"""Metrics that need both distributions, on a few tokens: entropies, forward KL, overlap of the likeliest tokens.
+"""Metrics that need both distributions, of a few tokens: entropies, forward KL, overlap of the likeliest tokens.
 
-Legend: T tokens, D student hidden size, E teacher hidden size, v this rank's vocabulary rows, N tokens measured,
-C tokens of a chunk, K likeliest tokens compared, R tensor-parallel ranks, A = R x K candidates,
-M = 2 C: rows of student against teacher, then of teacher against student.
+Legend: N tokens measured, X hidden size, v this rank's vocabulary rows, K likeliest tokens compared, R tensor-parallel
+ranks, A = R x K candidates, M = 2 N: rows of student against teacher, then of teacher against student;
+2 as a letter: student, teacher.
 
-The tokens are drawn by a seed, alike on every tp rank, and their number is bounded by the caller: two products and a
-look at the logits for each, in the workspace of `fused_linear_divergence`, nothing kept for a gradient.
+Tokens of different teachers are measured together, from finished logits: at small sizes a call costs what its many
+short operations and its one exchange cost, whatever the number of tokens.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtopd.kernels.chunks import Call, Chunk
-from mtopd.kernels.rows import LogitTransform, Row
+from mtopd.kernels.checks import check_matmul_precision, check_numbers
+from mtopd.kernels.chunks import TensorParallel
+from mtopd.kernels.products import hidden_times_weight_
+from mtopd.kernels.rows import Row, RowProblem, no_columns, select_row_kernels
+
+_UPCAST_BYTES = 64 << 20  # of an output layer, where the product needs its operands upcast
 
 
 class DistributionStatistics(NamedTuple):
-    """One value for each token measured, [N]; bit-identical on every tp rank.  Entropies and KL in nats."""
+    """One value for each token, [N]; bit-identical on every tp rank.  Entropies and KL in nats."""
 
-    rows: Tensor  # which tokens, int64, ascending
     student_entropy: Tensor
     teacher_entropy: Tensor
     forward_kl: Tensor  # KL(teacher || student)
@@ -35,125 +37,106 @@ class DistributionStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def distribution_statistics(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+def output_logits(
+    hidden: Tensor,
+    weight: Tensor,
     *,
-    token_weight: Tensor,
-    num_tokens: int,
-    seed: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The logits of `fused_linear_divergence` before the temperature, [N, v], of a few tokens [N, X]; no gradient.
+
+    In float32, or in float64 if an input is.  Raises ValueError where torch would round the products' operands.
+    """
+    check_matmul_precision(hidden, weight)
+    has_float64 = torch.float64 in (hidden.dtype, weight.dtype)
+    logits_Nv = hidden.new_empty(len(hidden), len(weight), dtype=torch.float64 if has_float64 else torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        tile_rows = max(1, _UPCAST_BYTES // (weight.shape[1] * logits_Nv.itemsize))
+        hidden_times_weight_(logits_Nv, hidden, weight, tile_rows)
+        if logit_scale != 1:
+            logits_Nv.mul_(logit_scale)
+        if bias is not None:
+            logits_Nv.add_(bias)
+        if softcap is not None:
+            logits_Nv.div_(softcap).tanh_().mul_(softcap)
+    return logits_Nv
+
+
+@torch.no_grad()
+def distribution_statistics(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
     k: int = 16,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
-    student_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    teacher_bias: Tensor | None = None,
     backend: str = "auto",
-    workspace_bytes: int | None = None,
 ) -> DistributionStatistics:
-    """Statistics of at most `num_tokens` tokens with a weight, drawn by `seed`; `k` is cut to the vocabulary.
+    """Statistics of tokens whose logits are [N, v]: this rank's columns, padding included, of `output_logits`.
 
-    The other arguments are those of `fused_linear_divergence`; overlap as in arXiv:2604.13016 (k = 16 there).
+    `k` is cut to the vocabulary.  Overlap as in arXiv:2604.13016 (k = 16 there).  One all-gather of 4 (9 + 2 k) x 2
+    bytes a token.  The other arguments are those of `fused_linear_divergence`.
     Raises ValueError for inputs that do not fit together.
     """
-    if num_tokens < 1 or k < 1:
-        raise ValueError(f"num_tokens is {num_tokens} and k is {k}; at least 1 of each is needed")
-    call = Call.of(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        token_weight=token_weight,
-        temperature=temperature,
+    student_Nv, teacher_Nv = student_logits, teacher_logits
+    if student_Nv.shape != teacher_Nv.shape or student_Nv.dim() != 2 or student_Nv.dtype != teacher_Nv.dtype:
+        found = (f"{list(logits.shape)} {logits.dtype}" for logits in (student_Nv, teacher_Nv))
+        raise ValueError(f"student_logits and teacher_logits are {' and '.join(found)}; both must be [N, v] of a dtype")
+    if k < 1:
+        raise ValueError(f"k is {k}; at least 1 is needed")
+    tp, shard_rows = TensorParallel.of(tp_group), student_Nv.shape[1]
+    check_numbers(
+        positive={"temperature": temperature},
+        finite={},
         vocab_size=vocab_size,
-        tp_group=tp_group,
-        student_logit_scale=student_logit_scale,
-        student_softcap=student_softcap,
-        teacher_logit_scale=teacher_logit_scale,
-        teacher_softcap=teacher_softcap,
-        teacher_bias=teacher_bias,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
+        num_columns=tp.size * shard_rows,
+        workspace_bytes=None,
     )
-    transforms = (call.problem.student, call.problem.teacher)
-    # Applied here, before the row kernels: the likeliest tokens are looked up in the finished logits.
-    problem = replace(call.problem, student=LogitTransform(), teacher=LogitTransform())
-    drawn_T = _drawn(call.token_weight_T, num_tokens, seed)
-    call = replace(call, problem=problem, token_weight_T=drawn_T, most_rows=num_tokens)
-    k = min(k, call.tp.size * call.shard_rows if vocab_size is None else vocab_size)
-    with torch.autocast(student_hidden.device.type, enabled=False), call.chunks() as chunks:
-        measured = [_measure(call, chunk, k, transforms) for chunk in chunks]
-    empty = [call.token_weight_T.new_empty(6, 0, dtype=call.dtype)]
-    return DistributionStatistics(call.rows_A, *torch.cat(measured or empty, 1))
-
-
-def _drawn(token_weight_T: Tensor, num_tokens: int, seed: int) -> Tensor:
-    """Weight 1 for the drawn tokens, 0 for the others.  Drawn on the CPU: alike on every kind of device."""
-    rows_A = token_weight_T.nonzero().squeeze(1)
-    order = torch.randperm(len(rows_A), generator=torch.Generator().manual_seed(seed))[:num_tokens]
-    return torch.zeros_like(token_weight_T).index_fill_(0, rows_A[order.to(rows_A.device)], 1)
-
-
-def _measure(call: Call, chunk: Chunk, k: int, transforms: tuple[LogitTransform, LogitTransform]) -> Tensor:
-    """Rows of `DistributionStatistics` but the first, [6, C]."""
-    chunk.multiply_teacher()
-    chunk.multiply_student()
-    student_Cv, teacher_Cv = chunk.student_Cv, chunk.teacher_Cv
-    for logits_Cv, transform in zip((student_Cv, teacher_Cv), transforms, strict=True):
-        _transform_(logits_Cv, transform)
+    vocab_size = tp.size * shard_rows if vocab_size is None else vocab_size
+    k, first = min(k, vocab_size), tp.rank * shard_rows
+    both = [logits_Nv[:, : max(vocab_size - first, 0)] for logits_Nv in (student_Nv, teacher_Nv)]
+    problem = RowProblem(temperature=temperature)
+    kernels = select_row_kernels(backend, student_Nv.device.type, student_Nv.dtype)
     # The reverse KL with the roles exchanged is the forward KL; both directions travel in one exchange.
-    statistics_9M = torch.cat(
-        [call.row_statistics(student_Cv, teacher_Cv), call.row_statistics(teacher_Cv, student_Cv)], 1
+    directions = [
+        kernels.statistics(problem, *pair) if pair[0].shape[1] else no_columns(len(student_Nv), student_Nv)
+        for pair in (both, both[::-1])
+    ]
+    statistics_9M, top_22NK = torch.cat(directions, 1), _likeliest(both, k, first)
+    sizes = [statistics_9M.numel(), top_22NK.numel()]
+    all_R = tp.all_gather(torch.cat([statistics_9M.flatten(), top_22NK.flatten()])).wait()
+    statistics_R9M, top_R22NK = all_R.split(sizes, 1)
+    rows_9M = kernels.merge(
+        problem, statistics_R9M.unflatten(1, statistics_9M.shape), student_Nv.new_ones(statistics_9M.shape[1])
     )
-    statistics = call.tp.all_gather(statistics_9M)
-    (student_top_CK, student_ids_CK), (teacher_top_CK, teacher_ids_CK) = _likeliest(call, (student_Cv, teacher_Cv), k)
-    rows_9M = call.kernels.merge(call.problem, statistics.wait(), student_Cv.new_ones(statistics_9M.shape[1]))
-    student_9C, teacher_9C = (rows_9C.contiguous() for rows_9C in rows_9M.chunk(2, 1))
-    value_C = call.row_gradient(teacher_Cv, student_Cv, teacher_9C, None)[0]
-    forward_kl_C = call.tp.all_gather(value_C).wait().double().sum(0).to(call.dtype)
-    is_shared_CKK = student_ids_CK[:, :, None] == teacher_ids_CK[:, None, :]
-
-    def mass(top_CK: Tensor, rows_9C: Tensor, is_shared_CK: Tensor) -> Tensor:
-        """Probability of the shared tokens, of the model whose roles in `rows_9C` are the student's."""
-        exponents_CK = (top_CK - rows_9C[Row.STUDENT_MAX][:, None]) / call.problem.temperature
-        return (exponents_CK.exp() * rows_9C[Row.STUDENT_INVERSE_SUM][:, None] * is_shared_CK).sum(1)
-
-    return torch.stack(
-        [
-            student_9C[Row.ENTROPY],
-            teacher_9C[Row.ENTROPY],
-            forward_kl_C,
-            is_shared_CKK.sum((1, 2)) / k,
-            mass(student_top_CK, student_9C, is_shared_CKK.any(2)),
-            mass(teacher_top_CK, teacher_9C, is_shared_CKK.any(1)),
-        ]
+    rows_92N = rows_9M.unflatten(1, (2, -1))
+    values_2NA, ids_2NA = top_R22NK.unflatten(1, top_22NK.shape).permute(1, 2, 3, 0, 4).flatten(3)
+    values_2NK, order_2NK = values_2NA.topk(k, sorted=False)
+    ids_2NK = ids_2NA.gather(2, order_2NK)
+    exponents_2NK = (values_2NK - rows_92N[Row.STUDENT_MAX][..., None]) / temperature
+    probs_2NK = exponents_2NK.exp() * rows_92N[Row.STUDENT_INVERSE_SUM][..., None]
+    is_shared_NKK = ids_2NK[0][:, :, None] == ids_2NK[1][:, None, :]
+    is_shared_2NK = torch.stack([is_shared_NKK.any(2), is_shared_NKK.any(1)])
+    forward_kl_N = rows_92N[Row.CENTRE, 1] + rows_92N[Row.LOG_RATIO, 1]
+    return DistributionStatistics(
+        *rows_92N[Row.ENTROPY],
+        # The row kernels give a finite value to what the other model excludes.
+        forward_kl_N.clamp(min=0).masked_fill(rows_92N[Row.EXCLUDED_MASS, 1] > 0, math.inf),
+        is_shared_2NK[0].sum(1) / k,
+        *(probs_2NK * is_shared_2NK).sum(2),
     )
 
 
-def _likeliest(call: Call, models: tuple[Tensor, Tensor], k: int) -> list[tuple[Tensor, Tensor]]:
-    """The k largest logits of the whole vocabulary and their token ids, [C, K], of both models."""
-    top_22CK = models[0].new_full((2, 2, len(models[0]), k), -math.inf)
-    num_local = min(k, call.num_columns)
-    for top_2CK, logits_Cv in zip(top_22CK, models, strict=True) if num_local > 0 else ():
-        top = logits_Cv.topk(num_local, dim=1)
-        top_2CK[0, :, :num_local] = top.values
-        top_2CK[1, :, :num_local] = top.indices + call.tp.rank * call.shard_rows  # below 2**24: exact in float32
-    found = []
-    for all_R2CK in call.tp.all_gather(top_22CK).wait().unbind(1):
-        values_CA, ids_CA = all_R2CK.permute(1, 2, 0, 3).flatten(2)
-        values_CK, order_CK = values_CA.topk(k, dim=1)
-        found.append((values_CK, ids_CA.gather(1, order_CK).long()))
-    return found
-
-
-def _transform_(raw_Cv: Tensor, transform: LogitTransform) -> None:
-    raw_Cv.mul_(transform.scale)
-    if transform.bias_v is not None:
-        raw_Cv.add_(transform.bias_v)
-    if transform.softcap is not None:
-        raw_Cv.div_(transform.softcap).tanh_().mul_(transform.softcap)
+def _likeliest(both: list[Tensor], k: int, first: int) -> Tensor:
+    """[values, ids][student, teacher] of this rank's k largest logits, whose columns begin with token ``first``."""
+    num_rows, num_columns = both[0].shape
+    top_22NK = both[0].new_full((2, 2, num_rows, k), -math.inf)
+    top_22NK[1] = -1
+    for model, logits_Nv in enumerate(both) if num_columns else ():
+        top = logits_Nv.topk(min(k, num_columns), sorted=False)  # sorting would be the dearest part of it
+        top_22NK[0, model, :, :num_columns] = top.values
+        top_22NK[1, model, :, :num_columns] = top.indices + first  # below 2**24: exact in float32
+    return top_22NK

@@ -21,7 +21,7 @@ from divergence_cases import Answer, Case, assert_as_good_as_dense, dense, make_
 from row_cases import SIX
 from torch import Tensor
 
-from mtopd.kernels import chunks, distribution_statistics
+from mtopd.kernels import chunks, distribution_statistics, output_logits
 
 ROWS = 13  # of the vocabulary on each rank
 CHUNKED = 8_000  # workspace_bytes that makes several chunks of every case here
@@ -193,12 +193,12 @@ def check_statistics(group: dist.ProcessGroup) -> None:
     """Over ranks as on one; also where the likeliest tokens are more than a rank has columns."""
     for vocab_size in (None, ROWS * group.size() - ROWS - 3):
         case = make_case(19, vocab_rows=ROWS * group.size(), vocab_size=vocab_size)
-        options = {"token_weight": case.token_weight_T, "num_tokens": 9, "seed": 1, "vocab_size": vocab_size, "k": 8}
-        hidden = (case.student_hidden_TD, case.teacher_hidden_TE)
-        whole = distribution_statistics(hidden[0], case.student_weight_VD, hidden[1], case.teacher_weight_VE, **options)
-        rows = slice(group.rank() * ROWS, (group.rank() + 1) * ROWS)
-        weights = (case.student_weight_VD[rows], case.teacher_weight_VE[rows])
-        actual = distribution_statistics(hidden[0], weights[0], hidden[1], weights[1], tp_group=group, **options)
+        student = output_logits(case.student_hidden_TD, case.student_weight_VD)
+        teacher = output_logits(case.teacher_hidden_TE, case.teacher_weight_VE)
+        whole = distribution_statistics(student, teacher, vocab_size=vocab_size, k=8)
+        columns = slice(group.rank() * ROWS, (group.rank() + 1) * ROWS)
+        shards = (student[:, columns], teacher[:, columns])
+        actual = distribution_statistics(*shards, vocab_size=vocab_size, k=8, tp_group=group)
         for value, wanted in zip(actual, whole, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-7)
             copies = gather(value, group)

@@ -1,20 +1,111 @@
-"""Which tokens the metrics of both distributions are measured on: every token of a teacher is equally likely."""
+"""The metrics of both distributions: which tokens they are measured on, and the sums made of them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from mtopd.objectives.teacher_kl import TeacherRun, _draw_runs
+from mtopd.objectives import teacher_kl
+from mtopd.objectives.teacher_kl import STATISTICS, STATISTICS_TOKENS, TeacherKL, TeacherRun, _draw
 
 
 def test_a_run_of_each_teacher_is_drawn_by_its_rows() -> None:
     runs = [TeacherRun(0, 0, 10, []), TeacherRun(2, 10, 40, []), TeacherRun(0, 0, 30, []), TeacherRun(2, 30, 40, [])]
-    drawn: Counter[TeacherRun] = Counter()
+    times: Counter[TeacherRun] = Counter()
     for seed in range(4000):
-        rows_of = _draw_runs(runs, seed)
-        assert sorted((run.teacher_index, rows) for run, rows in rows_of.items()) == [(0, 40), (2, 40)]
-        drawn.update(rows_of.keys())
-    assert [drawn[run] / 4000 for run in runs] == pytest.approx([0.25, 0.75, 0.75, 0.25], abs=0.03)
-    assert _draw_runs(runs, 7) == _draw_runs(runs, 7) and _draw_runs([], 0) == {}
+        drawn = _draw(runs, seed)
+        assert sorted((run.teacher_index, of.num_rows) for run, of in drawn.items()) == [(0, 40), (2, 40)]
+        assert all(of.rows == list(range(run.stop - run.start)) for run, of in drawn.items())
+        times.update(drawn.keys())
+    assert [times[run] / 4000 for run in runs] == pytest.approx([0.25, 0.75, 0.75, 0.25], abs=0.03)
+    assert _draw(runs, 7) == _draw(runs, 7) and _draw([], 0) == {}
+
+
+def test_tokens_of_a_long_run_are_drawn_by_the_seed_alike() -> None:
+    run = TeacherRun(0, 0, 100, [])
+    times: Counter[int] = Counter()
+    for seed in range(2000):
+        rows = _draw([run], seed)[run].rows
+        assert rows == sorted(set(rows)) and len(rows) == STATISTICS_TOKENS
+        times.update(rows)
+    assert all(abs(times[row] / 2000 - 0.64) < 0.06 for row in range(100))
+    assert _draw([run], 1) == _draw([run], 1) != _draw([run], 2)
+
+
+class Step:
+    """A train step without a model: two micro-batches, teachers 0 and 2 of different hidden sizes."""
+
+    def __init__(self, rows: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.weight_VD = torch.nn.Parameter(randn(40, 8))
+        self.weight_VD.main_grad = torch.zeros(40, 8)  # type: ignore[attr-defined]
+        self.heads = {
+            0: SimpleNamespace(weight_vE=randn(40, 8), scale=1.0, softcap=None),
+            2: SimpleNamespace(weight_vE=randn(40, 6), scale=0.5, softcap=3.0),
+        }
+        self.runs = [[TeacherRun(0, 0, rows, []), TeacherRun(2, rows, 2 * rows, [])] for _ in range(2)]
+        self.student_TD = [randn(2 * rows, 8) for _ in range(2)]
+        self.teacher_TE = {run: randn(rows, 8 if run.teacher_index == 0 else 6) for of in self.runs for run in of}
+
+    def head(self, index: int) -> AbstractContextManager[Any]:
+        return nullcontext(self.heads[index])
+
+    def statistics(self, seed: int = 0) -> dict[str, float]:
+        runs = [run for of_batch in self.runs for run in of_batch]
+        objective = TeacherKL(
+            num_teachers=3,
+            head=self.head,
+            hidden_states=self.teacher_TE.__getitem__,
+            vocab_size=37,
+            tp_group=None,
+            runs=runs,
+            seed=seed,
+        )
+        sums: set[str] = set()
+        for student_TD, of_batch in zip(self.student_TD, self.runs, strict=True):
+            batch = SimpleNamespace(payload=of_batch, token_weight_T=torch.ones(len(student_TD)))
+            sums |= objective(student_TD.requires_grad_(), self.weight_VD, batch)[1].keys()
+        found = objective.statistics()
+        assert {*TeacherKL.metric_names(3)} == sums | found.keys() and not sums & found.keys()
+        assert objective.statistics_s > 0
+        return {name: float(value) for name, value in found.items()}
+
+    def means(self, batch: int, index: int) -> list[torch.Tensor]:
+        """Entropies and forward KL of all tokens of a run, from dense logits."""
+        (run,) = (run for run in self.runs[batch] if run.teacher_index == index)
+        head = self.heads[index]
+        student = self.student_TD[batch][run.start : run.stop].double() @ self.weight_VD.double().T
+        teacher = head.scale * (self.teacher_TE[run].double() @ head.weight_vE.double().T)
+        teacher = teacher if head.softcap is None else head.softcap * (teacher / head.softcap).tanh()
+        log_p, log_q = (logits[:, :37].log_softmax(1) for logits in (student, teacher))
+        per_token = [-log_p.exp() * log_p, -log_q.exp() * log_q, log_q.exp() * (log_q - log_p)]
+        return [value.sum(1).mean().detach() for value in per_token]
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 256])  # every run is compared by itself; all together
+def test_sums_are_those_of_the_drawn_runs(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_kl, "_STATISTICS_BATCH", batch_tokens)
+    step = Step(rows=30)
+    found = step.statistics()
+    drawn = _draw([run for of_batch in step.runs for run in of_batch], seed=0)
+    for run, of_run in drawn.items():
+        (batch,) = (number for number, of_batch in enumerate(step.runs) if run in of_batch)
+        wanted = [float(mean) * of_run.num_rows for mean in step.means(batch, run.teacher_index)]
+        assert of_run.num_rows == 60
+        assert [found[f"{name}/{run.teacher_index}"] for name in STATISTICS[:3]] == pytest.approx(wanted, rel=1e-5)
+        assert found[f"measured/{run.teacher_index}"] == 30
+    assert len(drawn) == 2 and not any(found[f"{name}/1"] for name in ("measured", *STATISTICS))
+
+
+def test_at_most_the_tokens_allowed_are_measured() -> None:
+    found = Step(rows=100).statistics()
+    assert [found[f"measured/{index}"] for index in range(3)] == [STATISTICS_TOKENS, 0, STATISTICS_TOKENS]
