@@ -125,7 +125,8 @@ def wrap_parts(clock: Clock) -> None:
     for method in ("_load", "expect"):
         clock.wrap(HeadSlot, method, "head_swap")
     clock.wrap(teacher_kl, "fused_linear_divergence", "divergence")
-    clock.wrap(teacher_kl.TeacherKL, "_statistics", "metrics")
+    for method in ("_keep_logits", "statistics"):
+        clock.wrap(teacher_kl.TeacherKL, method, "metrics")
     clock.wrap(Trainer, "reduce_metrics", "metrics", before=wait)
     for function in ("_own_numbers", "_head_metrics"):
         clock.wrap(train, function, "metrics")
@@ -161,7 +162,7 @@ class Iteration:
             job.heads.take_counters()
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
             for plan in self.plans:
-                runs = train.runs_of_step(job, plan, self.tokens, self.by_id)
+                runs = train.runs_of_step(job, plan, 0, self.by_id)
                 mine = zip(plan.micro_batches[job.ranks.dp_rank], runs, strict=True)
                 packed = [train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine]
                 steps.append((packed, {run: states(run).clone() for of_batch in runs for run in of_batch}))

@@ -302,16 +302,17 @@ class TokenStore:
             self._paths += [_tokens_path(folder, name)] * len(table)
             for batch in map(_Batch, table.to_batches()):
                 self._places += [(batch, row) for row in range(len(batch))]
-        self._verified: set[int] = set()
+        self._verified: dict[int, TokenFields] = {}
 
     def tokens(self, sample_id: int) -> TokenFields:
         """The token fields of a sample; the first call for a sample compares them with its token hash."""
-        row = self._row(sample_id)
-        batch, place = self._places[row]
-        fields = batch.fields(place)
-        if sample_id not in self._verified:
+        fields = self._verified.get(sample_id)
+        if fields is None:
+            row = self._row(sample_id)
+            batch, place = self._places[row]
+            fields = batch.fields(place)
             self._verify(sample_id, row, fields)
-            self._verified.add(sample_id)
+            self._verified[sample_id] = fields
         return fields
 
     def get(self, sample_id: int) -> Trajectory:

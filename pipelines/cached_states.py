@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
 from mtopd.objectives.teacher_kl import TeacherRun
-from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.job import Job
 from mtopd.pipelines.packing import loss_positions, rows_here
-from mtopd.trajectories import TokenStore
 from mtopd.types import MicroBatch, SampleMetadata, TrainStepPlan
 
 
@@ -34,25 +33,25 @@ class SampleRows:
 
 
 def runs_of_step(
-    job: Job, plan: TrainStepPlan, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+    job: Job, plan: TrainStepPlan, iteration: int, by_id: dict[int, SampleMetadata]
 ) -> list[list[TeacherRun]]:
     """The runs of this rank's micro-batches; none on ranks that are not on the last stage, which look up no keys."""
     mine = plan.micro_batches[job.ranks.dp_rank]
-    return [_runs(job, plan, micro_batch, tokens, by_id) if job.heads else [] for micro_batch in mine]
+    return [_runs(job, plan, micro_batch, iteration, by_id) if job.heads else [] for micro_batch in mine]
 
 
 def _runs(
-    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, tokens: TokenStore, by_id: dict[int, SampleMetadata]
+    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, iteration: int, by_id: dict[int, SampleMetadata]
 ) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
     runs: list[TeacherRun] = []
+    tokens = job.tokens(iteration)
     for teacher_index, planned in itertools.groupby(micro_batch.samples, key=lambda sample: sample.teacher_index):
         entries = []
-        for sample_id in (sample.sample_id for sample in planned):
-            fields = tokens.tokens(sample_id)
-            here = rows_here(loss_positions(fields), plan.seq_length, job.ranks)
-            key = teacher_pass.key_of(job, job.stores[teacher_index], fields)
-            entries += [SampleRows(by_id[sample_id], key, rows.first, rows.stop) for rows in here]
+        for sample in (by_id[planned_sample.sample_id] for planned_sample in planned):
+            key = job.cache_key(iteration, sample)
+            here = rows_here(loss_positions(tokens.tokens(sample.sample_id)), plan.seq_length, job.ranks)
+            entries += [SampleRows(sample, key, rows.first, rows.stop) for rows in here]
         start = runs[-1].stop if runs else 0
         stop = start + sum(entry.stop - entry.first for entry in entries)
         if entries:
@@ -66,59 +65,88 @@ def open_cache(job: Job, iteration: int) -> AbstractContextManager[HiddenCacheRe
 
 
 class CachedStates:
-    """Fetches the hidden states of a run: each tp rank reads its share of the rows, an all-gather joins them.
+    """Fetches the hidden states of runs: each tp rank reads its share of the rows, an all-gather joins them.
 
-    ``prefetch`` lets a background thread read the shares of a train step ahead, into pinned memory on CUDA.  A share
-    is forgotten when it is used, so at most the mini-batches that were announced and not yet used are held.
+    ``prefetch`` lets a background thread read the shares of a micro-batch's runs ahead, into pinned memory on CUDA;
+    all runs announced together are joined by one all-gather, when the first of them is asked for.  What was given is
+    forgotten, so at most the mini-batches that were announced and not yet used are held, and one micro-batch's states
+    on the device.
     """
 
     def __init__(self, job: Job, reader: HiddenCacheReader | None, iteration: int) -> None:
         self._job, self._reader, self._iteration = job, reader, iteration
         self._thread = ThreadPoolExecutor(1, "hidden-states")
-        self._shares: dict[tuple[tuple[int, int, int], ...], Future[torch.Tensor]] = {}  # by the run's sample ids
+        self._announced: dict[TeacherRun, tuple[Sequence[TeacherRun], Future[torch.Tensor]]] = {}
+        self._joined: dict[TeacherRun, torch.Tensor] = {}  # [tp ranks, bytes of a share]
         self.stall_s = 0.0
 
-    def prefetch(self, runs: Sequence[TeacherRun]) -> None:
-        """Start to read the runs, in this order.  What fails is raised when the run is asked for."""
-        for run in runs:
-            self._shares[_name(run)] = self._thread.submit(self._read_share, run)
+    def prefetch(self, micro_batches: Iterable[Sequence[TeacherRun]]) -> None:
+        """Start to read the runs of micro-batches, in order.  What fails is raised when one of its runs is asked for."""
+        for runs in filter(None, micro_batches):
+            self._announced |= dict.fromkeys(runs, (runs, self._thread.submit(self._read_shares, runs)))
 
     def __call__(self, run: TeacherRun) -> torch.Tensor:
-        """[T, E] rows of the run in order, in the cache's dtype."""
+        """[T, E] rows of the run in order, in the cache's dtype.  Collective over tp for the first run of a micro-batch."""
         started = time.perf_counter()
-        if _name(run) not in self._shares:
-            self.prefetch([run])
-        ranks, rows = self._job.ranks, run.stop - run.start
-        mine_TE = self._shares.pop(_name(run)).result().to(ranks.device, non_blocking=True)
-        if ranks.tp_size == 1:
-            joined_TE = mine_TE
-        else:
-            joined_TE = mine_TE.new_empty(len(mine_TE) * ranks.tp_size, mine_TE.shape[1])
-            dist.all_gather_single(joined_TE, mine_TE, group=ranks.tp_group)
+        if run not in self._joined:
+            if run not in self._announced:
+                self.prefetch([[run]])
+            runs, shares = self._announced[run]
+            for announced in runs:
+                del self._announced[announced]
+            self._join(runs, shares)
+        share = self._share_of(run)
+        joined_TE = self._joined.pop(run).reshape(-1).view(share.dtype).view(-1, share.hidden_size)
         self.stall_s += time.perf_counter() - started
-        return joined_TE[:rows]
+        return joined_TE[: run.stop - run.start]
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self._shares.clear()
+        self._announced.clear()
+        self._joined.clear()
 
-    def _read_share(self, run: TeacherRun) -> torch.Tensor:
-        """[ceil(T / tp), E] of the run, which may begin and end inside a sample; the last rank's end is padding."""
+    def _join(self, runs: Sequence[TeacherRun], shares: Future[torch.Tensor]) -> None:
+        ranks = self._job.ranks
+        mine = joined = shares.result().to(ranks.device, non_blocking=True)
+        if ranks.tp_size > 1:
+            joined = mine.new_empty(len(mine) * ranks.tp_size)
+            dist.all_gather_single(joined, mine, group=ranks.tp_group)
+        joined, start = joined.view(ranks.tp_size, -1), 0
+        for run in runs:
+            share = self._share_of(run)
+            self._joined[run] = joined[:, start : start + share.num_bytes]
+            start += share.aligned_bytes
+
+    def _share_of(self, run: TeacherRun) -> _Share:
+        store = self._job.stores[run.teacher_index]
+        rows = -(-(run.stop - run.start) // self._job.ranks.tp_size)
+        return _Share(rows, store.hidden_size, getattr(torch, self._job.cache_dtype(store)))
+
+    def _read_shares(self, runs: Sequence[TeacherRun]) -> torch.Tensor:
+        """Bytes of this rank's shares, one behind the other."""
         assert self._reader is not None, "hidden states are the last stage's"
-        store, ranks = self._job.stores[run.teacher_index], self._job.ranks
-        share = -(-(run.stop - run.start) // ranks.tp_size)
-        share_TE = torch.empty(
-            share,
-            store.hidden_size,
-            dtype=getattr(torch, self._job.cache_dtype(store)),
-            pin_memory=ranks.device.type == "cuda",  # torch keeps and reuses pinned memory
+        shares = [self._share_of(run) for run in runs]
+        buffer = torch.empty(
+            sum(share.aligned_bytes for share in shares),
+            dtype=torch.uint8,
+            pin_memory=self._job.ranks.device.type == "cuda",  # torch keeps and reuses pinned memory
         )
-        out_TE = as_rows(share_TE)
-        first = ranks.tp_rank * share
-        reads, at = [], -first  # row of the sample's first token in this share
+        reads, start = [], 0
+        for run, share in zip(runs, shares, strict=True):
+            share_TE = buffer[start : start + share.num_bytes].view(share.dtype).view(share.rows, share.hidden_size)
+            reads += self._reads(run, as_rows(share_TE))
+            start += share.aligned_bytes
+        self._reader.read_many(reads)
+        return buffer
+
+    def _reads(self, run: TeacherRun, out_TE: np.ndarray) -> list[Read]:
+        """Fill ``out_TE`` with this rank's share of the run, which may begin and end inside a sample; the last rank's
+        end is padding."""
+        share, tp_rank = len(out_TE), self._job.ranks.tp_rank
+        reads, at = [], -tp_rank * share  # row of the sample's first token in this share
         for sample in run.entries:
             count = sample.stop - sample.first
             start, stop = max(-at, 0), min(share - at, count)
@@ -131,10 +159,22 @@ class CachedStates:
                     )
                 reads.append(Read(entry, sample.first + start, sample.first + stop, out_TE[at + start : at + stop]))
             at += count
-        self._reader.read_many(reads)
         out_TE[max(at, 0) :] = 0
-        return share_TE
+        return reads
 
 
-def _name(run: TeacherRun) -> tuple[tuple[int, int, int], ...]:
-    return tuple((sample.metadata.sample_id, sample.first, sample.stop) for sample in run.entries)
+class _Share(NamedTuple):
+    """A tp rank's rows of a run, [ceil(T / tp), E]."""
+
+    rows: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.hidden_size * self.dtype.itemsize
+
+    @property
+    def aligned_bytes(self) -> int:
+        """Products of unaligned rows may give other bits."""
+        return -(-self.num_bytes // 64) * 64

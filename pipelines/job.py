@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load_config
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
 from mtopd.convert.teacher import HFTensors
+from mtopd.hidden_cache import sample_key
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import build_chunks, config_overrides, megatron_refuses, padded_vocab_size, sort_fields
@@ -31,6 +32,7 @@ from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.trajectories import TokenStore
+from mtopd.types import SampleMetadata
 
 
 class Student:
@@ -173,6 +175,7 @@ class Job:
         self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}
         self._tokens: tuple[int, TokenStore] | None = None
+        self._cache_keys: dict[int, bytes] = {}
 
     # -- teachers -----------------------------------------------------------------------------------------------------
     def _build_teacher_meshes(self) -> list[parallel.TeacherMesh]:
@@ -234,7 +237,17 @@ class Job:
         """The iteration's trajectories, opened and compared with their hashes once for all phases that read them."""
         if self._tokens is None or self._tokens[0] != iteration:
             self._tokens = iteration, TokenStore(self.run.trajectories(iteration))
+            self._cache_keys = {}
         return self._tokens[1]
+
+    def cache_key(self, iteration: int, sample: SampleMetadata) -> bytes:
+        """What names the sample's rows in the iteration's hidden cache, hashed once for all phases that ask."""
+        fields = self.tokens(iteration).tokens(sample.sample_id)
+        if sample.sample_id not in self._cache_keys:
+            store = self.stores[sample.teacher_index]
+            tokens = fields.prompt_ids, fields.response_ids, fields.loss_mask
+            self._cache_keys[sample.sample_id] = sample_key(store.fingerprint, *tokens, self.cache_dtype(store))
+        return self._cache_keys[sample.sample_id]
 
     # -- the loop's services ----------------------------------------------------------------------------------------
     def iteration_seed(self, iteration: int) -> int:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover, sample_key
+from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover
 from mtopd.pipelines.job import Job
 from mtopd.pipelines.probe import Probe
 from mtopd.run_dir import is_sealed
 from mtopd.safetensors_file import ITEM_SIZE
-from mtopd.teacher_offload.store import TeacherStore
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, Wave, plan_pass, run_teacher_pass
-from mtopd.trajectories import TokenFields, TokenStore, sample_metadata
+from mtopd.trajectories import TokenStore, sample_metadata
 from mtopd.types import SampleMetadata
 
 logger = logging.getLogger(__name__)
@@ -70,16 +69,6 @@ def run(job: Job, iteration: int) -> None:
     dist.barrier()
 
 
-def cache_key(job: Job, store: TeacherStore, tokens: TokenStore, sample: SampleMetadata) -> bytes:
-    return key_of(job, store, tokens.tokens(sample.sample_id))
-
-
-def key_of(job: Job, store: TeacherStore, fields: TokenFields) -> bytes:
-    return sample_key(
-        store.fingerprint, fields.prompt_ids, fields.response_ids, fields.loss_mask, job.cache_dtype(store)
-    )
-
-
 def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> set[int]:
     """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.  Collective."""
     with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader:
@@ -99,10 +88,7 @@ def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
     Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are those of a pass that
     nothing disturbed.
     """
-    samples = [
-        CachedSample(s, cache_key(job, job.stores[s.teacher_index], tokens, s))
-        for s in sample_metadata(tokens.metadata)
-    ]
+    samples = [CachedSample(s, job.cache_key(iteration, s)) for s in sample_metadata(tokens.metadata)]
     all_lacking = missing(job, iteration, samples)
     offload, visits = job.config.teacher_offload, []
     for index, store in enumerate(job.stores):

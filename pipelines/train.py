@@ -36,13 +36,14 @@ def run(job: Job, iteration: int) -> None:
     samples = sample_metadata(tokens.metadata)
     plans = plan(job, samples, seed=job.iteration_seed(iteration))
     by_id = {s.sample_id: s for s in samples}
-    runs = [runs_of_step(job, of_step, tokens, by_id) for of_step in plans]
-    in_order = [list(itertools.chain(*of_step)) for of_step in runs]
+    runs = [runs_of_step(job, of_step, iteration, by_id) for of_step in plans]
     if job.heads:
-        job.heads.expect([i for step in in_order for i in dict.fromkeys(run.teacher_index for run in step)])
+        by_step = (dict.fromkeys(run.teacher_index for run in itertools.chain(*of_step)) for of_step in runs)
+        job.heads.expect(itertools.chain(*by_step))
     with open_cache(job, iteration) as reader, CachedStates(job, reader, iteration) as states:
+        states.prefetch(runs[0])
         for number, of_step in enumerate(plans):
-            for ahead in in_order[number : number + 2] if number == 0 else in_order[number + 1 : number + 2]:
+            for ahead in runs[number + 1 : number + 2]:
                 states.prefetch(ahead)
             step = iteration * len(plans) + number
             values = train_step(job, of_step, runs[number], tokens, states, step)

@@ -86,9 +86,10 @@ def load_index(path: Path, layout: SegmentLayout) -> list[IndexRow]:
         raise damaged(f"not a sound Arrow file ({error})") from error
     if table.schema.metadata != _metadata(rows, layout.teacher_fingerprint):
         raise damaged(f"format, teacher fingerprint (needed {layout.teacher_fingerprint}) or sha256 of the rows differ")
+    row_bytes, sound_names = layout.row_bytes, {s for s in {row.segment for row in rows} if _SEGMENT_NAME.fullmatch(s)}
     for row in rows:
-        fits = min(row.row, row.n_tokens) >= 0 and (row.row + row.n_tokens) * layout.row_bytes <= row.segment_bytes
-        if not (_SEGMENT_NAME.fullmatch(row.segment) and fits):
+        fits = row.row >= 0 <= row.n_tokens and (row.row + row.n_tokens) * row_bytes <= row.segment_bytes
+        if not (fits and row.segment in sound_names):
             raise damaged(f"sample {row.sample_id} points outside: segment {row.segment!r}, row {row.row}")
     return rows
 

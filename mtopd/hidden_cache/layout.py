@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1024
 _ABSENT = (1 << 64) - 1  # offset and length that the shard index gives to a chunk that was never written
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SegmentLayout:
     """What the rows of a segment are; fixes every byte of its files once the number of rows is known."""
 
@@ -32,29 +33,29 @@ class SegmentLayout:
     hidden_size: int
     hidden_dtype: str  # a key of NUMPY_DTYPES
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         return NUMPY_DTYPES[self.hidden_dtype]
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.hidden_size * self.dtype.itemsize
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         return self.chunk_rows * self.row_bytes
 
-    @property
+    @cached_property
     def chunk_rows(self) -> int:
         """The power of two nearest to 1 MiB of rows, within [64, 1024]."""
         rows = _TARGET_CHUNK_BYTES / self.row_bytes
         return 1 << round(math.log2(min(max(rows, _MIN_CHUNK_ROWS), _MAX_CHUNK_ROWS)))
 
-    @property
+    @cached_property
     def shard_rows(self) -> int:
         return self.chunk_rows * CHUNKS_PER_SHARD
 
-    @property
+    @cached_property
     def stored_chunk_bytes(self) -> int:
         """Bytes of one chunk on disk, its crc32c included."""
         return self.chunk_bytes + CRC_BYTES

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _THREADS = 4  # they hide the latency of a disk, and share the checksums
 _OPEN_SHARDS = 64
+_KEPT_CHUNKS = 16  # of samples smaller than a chunk: the next mini-batch wants other samples of the same ones
 _LISTINGS = 100  # a writer may commit, and a merge run, while the index folder is read
 
 
@@ -78,8 +79,8 @@ class HiddenCacheReader:
         self._segments: dict[Path, SegmentReader] = {}
         self._open_shard = lru_cache(_OPEN_SHARDS)(OpenShard)
         self._pool: ThreadPoolExecutor | None = None
-        self._counting = threading.Lock()
-        self._kept = threading.local()
+        self._lock = threading.Lock()
+        self._chunks: dict[object, np.ndarray] = {}  # by ``_shared_chunk``, the last used one last
         if cache_folder.is_marked(root):
             for teacher in cache_folder.teacher_folders(root):
                 self._load(teacher)
@@ -120,7 +121,9 @@ class HiddenCacheReader:
         """
         in_order = sorted(reads, key=lambda read: _place(read.entry))
         groups = [list(group) for _, group in itertools.groupby(in_order, key=_shared_chunk)]
-        for _ in self._map(self._read_group, groups):
+        # No thread is worth its start for what is in memory.
+        waiting = [group for group in groups if not self._copy_kept(group)]
+        for _ in self._map(self._read_group, waiting):
             pass
 
     def entries(self) -> list[Entry]:
@@ -183,7 +186,7 @@ class HiddenCacheReader:
             self._pool.shutdown()
             self._pool = None
         self._open_shard.cache_clear()
-        tables: list[dict[Any, Any]] = [self._copies, self._segments, self._by_key, self._by_sample_id]
+        tables: list[dict[Any, Any]] = [self._copies, self._segments, self._chunks, self._by_key, self._by_sample_id]
         for table in tables:
             table.clear()
 
@@ -207,9 +210,11 @@ class HiddenCacheReader:
                 logger.warning("%s", found)
                 continue
             layout, samples = found
+            # One object for a segment: paths are dear to make and to compare.
+            segments = {name: teacher / "seg" / name for name in {sample.segment for sample in samples}}
             for sample in samples:
                 request = Request(sample.sample_key, sample.sample_id, sample.student_version)
-                entry = Entry(request, layout, teacher / "seg" / sample.segment, sample)
+                entry = Entry(request, layout, segments[sample.segment], sample)
                 copies = self._copies.setdefault(request, [])
                 if entry not in copies:  # a merge that was cut short names it twice
                     copies.append(entry)
@@ -220,39 +225,49 @@ class HiddenCacheReader:
             return  # nothing is stored for a sample without loss tokens, so nothing can be damaged
         crc = sample.crc32c if stop - start == sample.n_tokens else None
         bytes_read = self._segment(copy).read(sample.row + start, sample.row + stop, out_NE, crc)
-        with self._counting:
+        with self._lock:
             self.bytes_read += bytes_read
 
     def _read_group(self, group: list[Read]) -> None:
         if len(group) > 1:
             try:
-                return self._read_together(group)
+                self._keep_chunk(group[0])
             except SegmentDamaged:
                 pass  # each by itself: it may have another copy
+            else:
+                if self._copy_kept(group):
+                    return
         for read in group:
             self.read_rows(*read)
 
-    def _read_together(self, group: list[Read]) -> None:
-        """Reads of one chunk: the whole chunk into this thread's buffer, from there to each its own rows."""
-        segment, layout = self._segment(group[0].entry), group[0].entry.layout
-        first = (group[0].entry.sample.row + group[0].start) // layout.chunk_rows * layout.chunk_rows
-        rows_NE = self._chunk_buffer(layout)[: segment.rows - first]
+    def _keep_chunk(self, read: Read) -> None:
+        """Read and check the whole chunk in which the rows of a read are."""
+        segment, layout = self._segment(read.entry), read.entry.layout
+        first = _first_row(read)
+        rows_NE = np.empty((min(layout.chunk_rows, segment.rows - first), layout.hidden_size), layout.dtype)
         bytes_read = segment.read(first, first + len(rows_NE), rows_NE)
+        with self._lock:
+            self.bytes_read += bytes_read
+            self._chunks[_shared_chunk(read)] = rows_NE
+            while len(self._chunks) > _KEPT_CHUNKS:
+                del self._chunks[next(iter(self._chunks))]
+
+    def _copy_kept(self, group: list[Read]) -> bool:
+        """Whether the chunk of all these reads was at hand, and gave each its rows."""
+        chunk = _shared_chunk(group[0])
+        with self._lock:
+            rows_NE = self._chunks.pop(chunk, None)
+            if rows_NE is None:
+                return False
+            self._chunks[chunk] = rows_NE
+        first = _first_row(group[0])
         for read in group:
             sample = read.entry.sample
             found_NE = rows_NE[sample.row + read.start - first : sample.row + read.stop - first]
             if len(found_NE) == sample.n_tokens and crc32c(found_NE) != sample.crc32c:
-                raise segment_damaged(read.entry.segment, f"the index has another crc32c for sample {sample.sample_id}")
+                return False  # to be read by itself: that names the damage, or finds another copy
             read.out_NE[:] = found_NE
-        with self._counting:
-            self.bytes_read += bytes_read
-
-    def _chunk_buffer(self, layout: SegmentLayout) -> np.ndarray:
-        """[chunk_rows, E], kept by the thread: new pages would cost more than what is read into them."""
-        kept = getattr(self._kept, "buffer", None)
-        if kept is None or kept.nbytes < layout.chunk_bytes:
-            kept = self._kept.buffer = np.empty(layout.chunk_bytes, np.uint8)
-        return kept[: layout.chunk_bytes].view(layout.dtype).reshape(-1, layout.hidden_size)
+        return True
 
     def _segment(self, copy: Entry) -> SegmentReader:
         segment = self._segments.get(copy.segment)
@@ -286,8 +301,8 @@ def _buffer(entry: Entry) -> np.ndarray:
     return np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
 
 
-def _place(entry: Entry) -> tuple[Path, int]:
-    return entry.segment, entry.sample.row
+def _place(entry: Entry) -> tuple[str, int]:
+    return str(entry.segment), entry.sample.row  # as text: paths are slow to compare
 
 
 def _shared_chunk(read: Read) -> object:
@@ -295,6 +310,12 @@ def _shared_chunk(read: Read) -> object:
     row, chunk_rows = read.entry.sample.row, read.entry.layout.chunk_rows
     first, last = (row + read.start) // chunk_rows, (row + read.stop - 1) // chunk_rows
     return (read.entry.segment, first) if first == last and read.start < read.stop else id(read)
+
+
+def _first_row(read: Read) -> int:
+    """Of the chunk in which a read begins."""
+    chunk_rows = read.entry.layout.chunk_rows
+    return (read.entry.sample.row + read.start) // chunk_rows * chunk_rows
 
 
 def load_teacher_index(teacher: Path) -> dict[Path, tuple[SegmentLayout, list[IndexRow]] | MtopdError]:

@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
-from mtopd.teacher_offload.store import TeacherStore, read_blocks
+from mtopd.teacher_offload.store import Block, TeacherStore, read_blocks
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class _Staged:
     read: Future[int]
 
 
+class _Place(NamedTuple):
+    """Where this rank's rows of a head are in its file."""
+
+    blocks: Sequence[Block]
+    num_bytes: int  # of the blocks
+    rows: slice  # the bytes of them that hold the rows
+
+
 class HeadSlot:
     """Rows [first_row, first_row + num_rows) of the teachers' heads, one at a time; missing rows are zero."""
 
@@ -62,6 +71,7 @@ class HeadSlot:
         self._live = 0  # storages of heads that somebody still references
         self._expected: deque[int] = deque()
         self._staged: _Staged | None = None
+        self._places: dict[int, _Place] = {}  # by teacher index
         self._host = torch.empty(0, dtype=torch.uint8)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="head-read")
         self.counters = HeadCounters()
@@ -133,6 +143,17 @@ class HeadSlot:
         if self._staged is not None:
             self._staged.read.exception()
         self._staged = None
+        place = self._places.get(teacher_index)
+        if place is None:
+            place = self._places[teacher_index] = self._find(teacher_index)
+        if self._host.nbytes < place.num_bytes:
+            self._host = torch.empty(place.num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        store, buffer = self._stores[teacher_index], self._host[: place.num_bytes]
+        rows_vE = buffer[place.rows].view(TORCH_DTYPE[store.dtype]).view(-1, store.hidden_size)
+        read = self._reader.submit(read_blocks, store.head, place.blocks, buffer.numpy())
+        self._staged = _Staged(teacher_index, rows_vE, read)
+
+    def _find(self, teacher_index: int) -> _Place:
         store = self._stores[teacher_index]
         row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
         entries = store.head.slices(0, store.slices)
@@ -140,13 +161,9 @@ class HeadSlot:
         first, last = (min(r, stored_rows) for r in (self._first_row, self._first_row + self._num_rows))
         start = entries[0].start + first * row_bytes
         blocks = store.head.blocks_of(start, start + (last - first) * row_bytes) if first < last else ()
-        needed = blocks[-1].stop - blocks[0].start if blocks else 0
-        if self._host.nbytes < needed:
-            self._host = torch.empty(needed, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         skip = start - blocks[0].start if blocks else 0
-        rows_vE = self._host[skip : skip + (last - first) * row_bytes].view(TORCH_DTYPE[store.dtype])
-        read = self._reader.submit(read_blocks, store.head, blocks, self._host[:needed].numpy())
-        self._staged = _Staged(teacher_index, rows_vE.view(-1, store.hidden_size), read)
+        num_bytes = blocks[-1].stop - blocks[0].start if blocks else 0
+        return _Place(blocks, num_bytes, slice(skip, skip + (last - first) * row_bytes))
 
     def _released(self) -> None:
         self._live -= 1

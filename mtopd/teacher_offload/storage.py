@@ -63,13 +63,16 @@ class FolderStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._files: dict[str, Path] = {}  # that were looked at: resolving a path costs more than a small read
         self.location = str(folder)
 
     def _inside(self, path: str) -> Path:
-        file = self._folder / path
-        if not file.resolve().is_relative_to(self._folder.resolve()):
-            raise MtopdError(f"{file} is a link out of the store; a file of a store lies inside its folder")
-        return file
+        if path not in self._files:
+            file = self._folder / path
+            if not file.resolve().is_relative_to(self._folder.resolve()):
+                raise MtopdError(f"{file} is a link out of the store; a file of a store lies inside its folder")
+            self._files[path] = file
+        return self._files[path]
 
     def size(self, path: str) -> int | None:
         file = self._inside(path)

@@ -13,18 +13,18 @@ import torch.distributed as dist
 from mtopd.hidden_cache import HiddenCacheWriter
 from mtopd.pipelines import ranks, teacher_pass, train
 from mtopd.pipelines.job import Job
-from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
+from mtopd.trajectories import read_metadata, sample_metadata
 from mtopd.types import MtopdError
 
 
-def poison_cache(job: Job, tokens: TokenStore, victim: int) -> None:
+def poison_cache(job: Job, victim: int) -> None:
     """A sound entry of one sample whose second row is NaN; the pass then leaves it as it is."""
     samples = {s.sample_id: s for s in sample_metadata(read_metadata(job.run.trajectories(0)))}
     store = job.stores[samples[victim].teacher_index]
     if job.ranks.rank == 0:
         rows = np.zeros((samples[victim].num_loss_tokens, store.hidden_size), np.float32)
         rows[1] = np.nan
-        key = teacher_pass.cache_key(job, store, tokens, samples[victim])
+        key = job.cache_key(0, samples[victim])
         with HiddenCacheWriter(
             job.run.hidden_cache(0), writer="poison", generation=1, hidden_dtype="float32"
         ) as writer:
@@ -36,10 +36,10 @@ def main() -> None:
     ranks.quiet_libraries()
     spec = json.loads(sys.argv[1])
     job = Job(Path(spec["run"]), 1)
-    tokens = TokenStore(job.run.trajectories(0))
+    tokens = job.tokens(0)
     samples = sample_metadata(read_metadata(job.run.trajectories(0)))
     victim = next(s for s in samples if s.num_loss_tokens > 3 and s.teacher_index == 1)
-    poison_cache(job, tokens, victim.sample_id)
+    poison_cache(job, victim.sample_id)
     teacher_pass.run(job, 0)
     (plan,) = train.plan(job, samples, seed=0)
 
@@ -50,7 +50,7 @@ def main() -> None:
     def step(number: int) -> dict:
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
             by_id = {s.sample_id: s for s in samples}
-            runs = train.runs_of_step(job, plan, tokens, by_id)
+            runs = train.runs_of_step(job, plan, 0, by_id)
             return train.train_step(job, plan, runs, tokens, states, number)
 
     def refusal(number: int) -> str:
@@ -78,7 +78,7 @@ def main() -> None:
     say("one step left out")
 
     # Sound states again; then a token whose embedding is NaN poisons every sample that reads it.
-    teacher_pass.key_of, original = (lambda *args: original(*args)[::-1]), teacher_pass.key_of
+    job.cache_key, original = (lambda *args: original(*args)[::-1]), job.cache_key
     for seal in ("SEALED",) if job.ranks.rank == 0 else ():
         (job.run.hidden_cache(0) / seal).unlink()
     dist.barrier()

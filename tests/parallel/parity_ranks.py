@@ -22,7 +22,7 @@ from mtopd.pipelines.job import Job
 from mtopd.planning import row_length
 from mtopd.rollout.embedded import Request
 from mtopd.teacher_offload import head_slot, layer_stream, shares
-from mtopd.trajectories import TokenStore, read_metadata, sample_metadata
+from mtopd.trajectories import read_metadata, sample_metadata
 from mtopd.types import MicroBatch, PlannedSample, SampleMetadata, TrainStepPlan
 from tests.parallel import mutants
 
@@ -63,12 +63,12 @@ def gradients(job: Job) -> dict[str, torch.Tensor]:
 def check_states(job: Job, reference: dict[str, torch.Tensor]) -> float:
     """Streamed states in the cache against transformers' own, row by row; returns the worst relative error."""
     worst = 0.0
-    tokens, metadata = TokenStore(job.run.trajectories(0)), read_metadata(job.run.trajectories(0))
+    metadata = read_metadata(job.run.trajectories(0))
     names = dict(zip(metadata["sample_id"].to_pylist(), metadata["prompt_id"].to_pylist(), strict=True))
     with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
         for sample in sample_metadata(metadata):
             store = job.stores[sample.teacher_index]
-            entry = reader.lookup(teacher_pass.cache_key(job, store, tokens, sample), sample.sample_id, 0)
+            entry = reader.lookup(job.cache_key(0, sample), sample.sample_id, 0)
             assert entry is not None and entry.n_tokens == sample.num_loss_tokens
             rows = torch.empty(entry.n_tokens, store.hidden_size)
             reader.read(entry, rows.numpy())
@@ -166,7 +166,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
             store, mesh = next((s, m) for s, m in zip(job.stores, job.teacher_meshes, strict=True) if s.name == name)
             assert values["relayouts"] == (0 if mesh.tp_size == 2 else store.num_layers), values
     samples = sample_metadata(read_metadata(job.run.trajectories(0)))
-    tokens = TokenStore(job.run.trajectories(0))
+    tokens = job.tokens(0)
     (of_step,) = train.plan(job, samples, seed=0)
     if row["unsorted"]:
         of_step = unsorted(of_step, samples, job.config.train.micro_batch_size)
@@ -185,7 +185,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
         before = heads.made
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
             assert (reader is not None) == job.ranks.is_last_stage, "other stages never open the cache"
-            runs = train.runs_of_step(job, of_step, tokens, {s.sample_id: s for s in samples})
+            runs = train.runs_of_step(job, of_step, 0, {s.sample_id: s for s in samples})
             results.append(train.train_step(job, of_step, runs, tokens, states, step))
         in_order = [run.teacher_index for of_batch in runs for run in of_batch]
         swaps, distinct = len(list(itertools.groupby(in_order))), len(set(in_order))
