@@ -117,7 +117,7 @@ def wrap_parts(clock: Clock) -> None:
         with clock("waiting"):
             dist.barrier()
 
-    for function in ("plan", "pack", "runs_of_step", "sample_metadata"):
+    for function in ("plan", "pack", "runs_of_step"):
         clock.wrap(train, function, "planning")
     clock.wrap(train, "open_cache", "cache_read")
     for method in ("__call__", "prefetch"):
@@ -140,12 +140,10 @@ class Iteration:
 
     def __init__(self, job: Any) -> None:
         from mtopd.pipelines import train
-        from mtopd.trajectories import sample_metadata
 
         self.job, self.tokens = job, job.tokens(0)
-        samples = sample_metadata(self.tokens.metadata)
-        self.by_id = {s.sample_id: s for s in samples}
-        self.plans = train.plan(job, samples, seed=job.iteration_seed(0))
+        self.by_id = {s.sample_id: s for s in self.tokens.samples}
+        self.plans = train.plan(job, self.tokens.samples, seed=job.iteration_seed(0))
 
     def bare(self) -> Callable[[], None]:
         """With the same objective, everything at hand and nothing measured."""

@@ -38,6 +38,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,11 @@ class TokenStore:
             for batch in map(_Batch, table.to_batches()):
                 self._places += [(batch, row) for row in range(len(batch))]
         self._verified: dict[int, TokenFields] = {}
+
+    @cached_property
+    def samples(self) -> list[SampleMetadata]:
+        """What ``planning`` needs, in the order of the shards."""
+        return sample_metadata(self.metadata)
 
     def tokens(self, sample_id: int) -> TokenFields:
         """The token fields of a sample; the first call for a sample compares them with its token hash."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from mtopd.megatron import cpu
 from mtopd.megatron.parallel import Ranks, zigzag_chunks
 from mtopd.megatron.train_step import PackedMicroBatch
 
@@ -24,30 +25,34 @@ class TrainedTokens(Protocol):
 
 
 class RowRange(NamedTuple):
-    """Loss rows [first, stop) of a sample, all on this cp rank; ``offset`` + position in the whole row = place here."""
+    """Loss rows [first, stop) of a sample, all on this cp rank."""
 
     first: int
     stop: int
-    offset: int
 
 
-def loss_positions(sample: TrainedTokens) -> Any:
-    """Where a sample's trained tokens are predicted, ascending: response token k at position prompt_len - 1 + k."""
-    return len(sample.prompt_ids) - 1 + np.flatnonzero(sample.loss_mask)
+def loss_positions(samples: Sequence[TrainedTokens]) -> tuple[Any, Any]:
+    """Where in its sample each trained token is predicted, and whose it is, in order of samples, then positions.
+
+    Response token k is predicted at position prompt_len - 1 + k.
+    """
+    trained = np.concatenate([np.zeros(0, np.uint8), *(sample.loss_mask for sample in samples)]).nonzero()[0]
+    lengths = [len(sample.response_ids) for sample in samples]
+    owners = np.repeat(np.arange(len(samples)), lengths)[trained]
+    before = np.array([len(sample.prompt_ids) - 1 for sample in samples], np.int64) - _starts(lengths)[:-1]
+    return trained + before[owners], owners
 
 
 def rows_here(positions: Any, seq_length: int, ranks: Ranks) -> list[RowRange]:
     """The loss rows whose positions this cp rank has: all of them, or those in its two ranges of the zigzag."""
     if ranks.cp_size == 1:
-        return [RowRange(0, len(positions), 0)] if len(positions) else []
-    here, start = [], 0
-    for chunk in zigzag_chunks(seq_length, ranks.cp_rank, ranks.cp_size):
-        first, stop = np.searchsorted(positions, [chunk.start, chunk.stop]).tolist()
-        here.append(RowRange(first, stop, start - chunk.start))
-        start += chunk.stop - chunk.start
+        return [RowRange(0, len(positions))] if len(positions) else []
+    bounds = [(chunk.start, chunk.stop) for chunk in zigzag_chunks(seq_length, ranks.cp_rank, ranks.cp_size)]
+    here = [RowRange(*np.searchsorted(positions, chunk).tolist()) for chunk in bounds]
     return [rows for rows in here if rows.first < rows.stop]
 
 
+@cpu.own_code()
 def pack_rows(
     samples: Sequence[TrainedTokens],
     token_weights: Sequence[float],
@@ -62,37 +67,36 @@ def pack_rows(
     Loss rows stand in order of samples, then positions.  Under context parallelism the result has this rank's part.
     """
     assert len(samples) == len(token_weights)
+    lengths = [len(sample.prompt_ids) + len(sample.response_ids) - 1 for sample in samples]
+    starts = _starts(lengths)  # of the samples, one behind the other
+    places = starts[:-1] if packed else np.arange(len(samples)) * shape[1]  # where they are to begin
+    place_of_token = np.arange(starts[-1]) + np.repeat(places - starts[:-1], lengths)
+    tokens = [part for sample in samples for part in (sample.prompt_ids, sample.response_ids[:-1])]
     input_ids_BS, position_ids_BS = np.zeros(shape, np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
-    positions, owners = [np.zeros(0, np.int64)], [0]  # of consecutive loss rows: where they stand, whose they are
-    starts = [0]  # of the samples in a packed row
-    for number, sample in enumerate(samples):
-        row, begin = (0, starts[-1]) if packed else (number, 0)
-        middle, end = begin + len(sample.prompt_ids), begin + len(sample.prompt_ids) + len(sample.response_ids) - 1
-        input_ids_BS[row, begin:middle], input_ids_BS[row, middle:end] = sample.prompt_ids, sample.response_ids[:-1]
-        if packed:
-            position_ids_BS[0, begin:end] = np.arange(end - begin)
-        starts.append(end)
-        found = loss_positions(sample)
-        for here in rows_here(found, shape[1], ranks):
-            positions.append(found[here.first : here.stop] + (begin + here.offset))
-            owners.append(number)
-    owner_T = np.repeat(owners, [len(part) for part in positions])
-    if packed:  # the padding is a sample of its own
-        padding = shape[1] - starts[-1]
-        position_ids_BS[0, starts[-1] :] = np.arange(padding)
-        starts += [shape[1]] if padding else []
+    input_ids_BS.reshape(-1)[place_of_token] = np.concatenate([np.zeros(0, np.int64), *tokens])
+    positions, owners = loss_positions(samples)
+    if packed:
+        positions += starts[owners]
+        starts = np.append(starts, shape[1]) if starts[-1] < shape[1] else starts  # the padding is a sample of its own
+        position_ids_BS[0] -= np.repeat(starts[:-1], np.diff(starts))
     if ranks.cp_size > 1:
-        chunks = zigzag_chunks(shape[1], ranks.cp_rank, ranks.cp_size)
-        input_ids_BS, position_ids_BS = (
-            np.concatenate([array[:, chunk] for chunk in chunks], axis=1) for array in (input_ids_BS, position_ids_BS)
-        )
+        whole = np.arange(shape[1])
+        here = np.concatenate([whole[chunk] for chunk in zigzag_chunks(shape[1], ranks.cp_rank, ranks.cp_size)])
+        input_ids_BS, position_ids_BS = input_ids_BS.take(here, 1), position_ids_BS.take(here, 1)
+        is_here = np.isin(positions, here)
+        positions, owners = np.searchsorted(here, positions[is_here]), owners[is_here]
     return PackedMicroBatch(
         input_ids_BS=torch.from_numpy(input_ids_BS).to(ranks.device),
         position_ids_BS=torch.from_numpy(position_ids_BS).to(ranks.device),
-        position_T=torch.from_numpy(np.concatenate(positions)).to(ranks.device),
-        row_T=torch.from_numpy(np.zeros_like(owner_T) if packed else owner_T).to(ranks.device),
-        token_weight_T=torch.from_numpy(np.array(token_weights, np.float32)[owner_T]).to(ranks.device),
+        position_T=torch.from_numpy(positions).to(ranks.device),
+        row_T=torch.from_numpy(np.zeros_like(owners) if packed else owners).to(ranks.device),
+        token_weight_T=torch.from_numpy(np.array(token_weights, np.float32)[owners]).to(ranks.device),
         payload=payload,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=ranks.device) if packed else None,
-        max_seqlen=int(max(np.diff(starts))) if packed else 0,
+        max_seqlen=int(np.diff(starts).max()) if packed else 0,
     )
+
+
+def _starts(lengths: Sequence[int]) -> Any:
+    """Where each of some things stands that lie one behind the other, and where the last one ends."""
+    return np.cumsum([0, *lengths])

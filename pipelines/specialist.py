@@ -134,7 +134,7 @@ def pack(
         whole = [_WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part]
         labels: list[int] = []
         for example in whole:
-            for here in rows_here(loss_positions(example), seq_length, ranks):
+            for here in rows_here(loss_positions([example])[0], seq_length, ranks):
                 labels += example.response_ids[here.first : here.stop]
         micro_batches.append(
             pack_rows(

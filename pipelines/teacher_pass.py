@@ -17,7 +17,7 @@ from mtopd.pipelines.probe import Probe
 from mtopd.run_dir import is_sealed
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, Wave, plan_pass, run_teacher_pass
-from mtopd.trajectories import TokenStore, sample_metadata
+from mtopd.trajectories import TokenStore
 from mtopd.types import SampleMetadata
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
     Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are those of a pass that
     nothing disturbed.
     """
-    samples = [CachedSample(s, job.cache_key(iteration, s)) for s in sample_metadata(tokens.metadata)]
+    samples = [CachedSample(s, job.cache_key(iteration, s)) for s in tokens.samples]
     all_lacking = missing(job, iteration, samples)
     offload, visits = job.config.teacher_offload, []
     for index, store in enumerate(job.stores):

@@ -23,7 +23,7 @@ from mtopd.pipelines.packing import pack_rows
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.teacher_offload.head_slot import HeadCounters, TeacherHead
-from mtopd.trajectories import TokenStore, sample_metadata
+from mtopd.trajectories import TokenStore
 from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
 
 
@@ -33,9 +33,8 @@ def run(job: Job, iteration: int) -> None:
         if not is_sealed(folder):
             raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
     tokens = job.tokens(iteration)
-    samples = sample_metadata(tokens.metadata)
-    plans = plan(job, samples, seed=job.iteration_seed(iteration))
-    by_id = {s.sample_id: s for s in samples}
+    plans = plan(job, tokens.samples, seed=job.iteration_seed(iteration))
+    by_id = {s.sample_id: s for s in tokens.samples}
     runs = [runs_of_step(job, of_step, iteration, by_id) for of_step in plans]
     if job.heads:
         by_step = (dict.fromkeys(run.teacher_index for run in itertools.chain(*of_step)) for of_step in runs)

@@ -15,7 +15,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -41,8 +40,7 @@ class CacheMiss(MtopdError):
     """No sound copy of an entry is left; the sample has to be computed again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One committed copy of a sample's rows."""
 
     request: Request

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,9 +94,12 @@ def install() -> None:
     _installed.append(mode)
 
 
-def own_code() -> contextlib.AbstractContextManager[None]:
-    """Around code that names its devices itself: there the mode would only cost time, 2 us for each torch call."""
-    return torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext()
+@contextlib.contextmanager
+def own_code() -> Iterator[None]:
+    """Around code, or a function, that names its devices itself: there the mode would only cost time, 2 us for each
+    torch call."""
+    with torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext():
+        yield
 
 
 def _install_dispatcher() -> None:

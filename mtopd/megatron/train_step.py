@@ -321,6 +321,7 @@ class Trainer:
         """The torch optimizers inside Megatron's wrappers: one, or one more for experts."""
         return [wrapper.optimizer for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
 
+    @cpu.own_code()
     def reduce_metrics(
         self,
         totals: Mapping[str, torch.Tensor],

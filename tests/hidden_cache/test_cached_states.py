@@ -49,11 +49,12 @@ def test_the_shares_of_all_ranks_are_the_rows_of_the_runs(
     root: Path, tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs in one exchange, of which this plays the ranks one after the other."""
+    monkeypatch.setattr(cached_states, "_SMALLEST_SHARE", 1)
     runs, shares = [run_of(0, 1, 3), run_of(2)], []
     with HiddenCacheReader(root) as reader:
         for tp_rank in range(tp_size):
             with CachedStates(job_of(tp_rank, tp_size), reader, VERSION) as states:
-                shares.append(states._read_shares(runs))
+                shares.append(states._read_shares(runs, tp_size))
         exchange = SimpleNamespace(all_gather_single=lambda out, mine, group: out.copy_(torch.cat(shares)))
         monkeypatch.setattr(cached_states, "dist", exchange)
         with CachedStates(job_of(0, tp_size), reader, VERSION) as states:
@@ -64,6 +65,16 @@ def test_the_shares_of_all_ranks_are_the_rows_of_the_runs(
                 assert np.array_equal(rows_TE.view(torch.uint16).numpy(), expected), ids
                 assert rows_TE.is_contiguous() and rows_TE.data_ptr() % 64 == 0
     assert len({len(share) for share in shares}) == 1
+
+
+def test_what_is_smaller_than_a_chunk_every_rank_reads_itself(root: Path) -> None:
+    for tp_rank in range(2):
+        with HiddenCacheReader(root) as reader, CachedStates(job_of(tp_rank, 2), reader, VERSION) as states:
+            assert np.array_equal(states(run_of(3)).view(torch.uint16).numpy(), rows_of(3, n=7))
+    large = TeacherRun(0, 0, (2 << 20) // 8, [])  # 1 MiB for either rank
+    with HiddenCacheReader(root) as reader, CachedStates(job_of(0, 2), reader, VERSION) as states:
+        states.prefetch([[large]])
+        assert [batch.num_shares for batch in states._announced.values()] == [2]
 
 
 def test_what_was_read_ahead_is_given_once_and_then_forgotten(root: Path) -> None:

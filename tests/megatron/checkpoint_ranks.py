@@ -74,7 +74,7 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
         labels = [
             int(token)
             for sample in part
-            for here in rows_here(loss_positions(sample), 16, own)
+            for here in rows_here(loss_positions([sample])[0], 16, own)
             for token in sample.response_ids[here.first : here.stop]
         ]
         weights = [1 / (12 * BATCH)] * len(part)

@@ -100,7 +100,12 @@ def _shift() -> None:
     from mtopd.pipelines import packing
 
     original = packing.loss_positions
-    packing.loss_positions = lambda sample: original(sample) - 1
+
+    def one_early(samples: Any) -> tuple[Any, Any]:
+        positions, owners = original(samples)
+        return positions - 1, owners
+
+    packing.loss_positions = one_early
 
 
 def _contiguous() -> None:
