@@ -250,7 +250,7 @@ void statistics_row(const float* student_raw, const float* teacher_raw, int64_t 
 }
 
 enum Row { kRowStudentMax, kRowTeacherMax, kRowStudentInverseSum, kRowTeacherInverseSum, kRowLogRatio, kRowCentre,
-           kRowAlpha };
+           kRowAlpha, kRowEntropy, kRowExcludedMass, kNumRows };
 enum Kind { kReverseKl, kForwardKl, kTvd, kMixture };
 struct Mixture { float student_part, teacher_part, student_term, teacher_term, phi_log, phi_excess, phi_share; };
 
@@ -367,6 +367,48 @@ void gradient_row(const float* student_raw, const float* teacher_raw, float* out
   *mean_out = (float)mean;
 }
 
+// One row of `rows.merge`, the ranks in order.  A rank without mass has a maximum of -inf and sums of 0.
+void merge_row(const float* statistics, int64_t ranks, int64_t rows, double temperature, double alpha, bool has_centre,
+               float* out) {
+  const auto of = [&](int64_t rank, int name) { return statistics[(rank * kNumStatistics + name) * rows]; };
+  float student_max = -kInfinity, teacher_max = -kInfinity;
+  for (int64_t r = 0; r < ranks; ++r) {  // a NaN stays
+    const float p = of(r, kStudentMax), q = of(r, kTeacherMax);
+    if (p > student_max || p != p) student_max = p;
+    if (q > teacher_max || q != q) teacher_max = q;
+  }
+  double mass = 0, teacher_mass = 0, difference = 0, delta = 0, log_e = 0, excluded = 0, excluded_log_e = 0;
+  for (int64_t r = 0; r < ranks; ++r) {
+    const bool has_p = of(r, kStudentMax) != -kInfinity, has_q = of(r, kTeacherMax) != -kInfinity;
+    const double shift_p = has_p ? ((double)of(r, kStudentMax) - student_max) / temperature : 0;
+    const double shift_q = has_q ? ((double)of(r, kTeacherMax) - teacher_max) / temperature : 0;
+    const double factor_p = has_p ? std::exp(shift_p) : 0, factor_q = has_q ? std::exp(shift_q) : 0;
+    const double frame = has_p && has_q ? shift_p - shift_q : 0;
+    const double p = of(r, kStudentSum), own_excluded = of(r, kExcludedMass);
+    mass += p * factor_p;
+    teacher_mass += of(r, kTeacherSum) * factor_q;
+    difference += of(r, kSumDifference) * factor_q + p * (factor_q - factor_p);
+    delta += factor_p * (p * of(r, kMeanDelta) + (p - own_excluded) * frame);
+    log_e += factor_p * p * (of(r, kMeanStudent) + shift_p);
+    excluded += factor_p * own_excluded;
+    excluded_log_e += factor_p * (p * of(r, kExcludedMean) + own_excluded * shift_p);
+  }
+  const double relative = difference / mass, log_mass = std::log(mass);
+  const double log_ratio = std::abs(relative) < 0.5 ? std::log1p(relative) : std::log(teacher_mass) - log_mass;
+  excluded /= mass;
+  double centre = delta / mass;
+  if (excluded > 0) centre += excluded_log_e / mass - excluded * (log_mass + kLogProbFloor + log_ratio);
+  out[kRowStudentMax * rows] = student_max;
+  out[kRowTeacherMax * rows] = teacher_max;
+  out[kRowStudentInverseSum * rows] = (float)(1 / mass);
+  out[kRowTeacherInverseSum * rows] = (float)(1 / teacher_mass);
+  out[kRowLogRatio * rows] = (float)log_ratio;
+  out[kRowCentre * rows] = has_centre ? (float)centre : 0.f;
+  out[kRowAlpha * rows] = (float)alpha;
+  out[kRowEntropy * rows] = (float)(log_mass - log_e / mass);
+  out[kRowExcludedMass * rows] = (float)excluded;
+}
+
 // On torch's own OpenMP threads: others would compete with those, which spin for a while after each product.
 template <typename Body> void for_rows(const Shape& shape, int num_threads, const Body& body) {
   const int64_t worth = shape.rows * shape.columns / kMinThreadElements + 1;
@@ -386,6 +428,13 @@ void mtopd_statistics(const float* student, const float* teacher, Shape shape, M
     statistics_row(student + r * shape.student_stride, teacher + r * shape.teacher_stride, shape.columns,
                    student_model, teacher_model, inverse_temperature, out + r, shape.rows);
   });
+}
+
+// statistics: [ranks, kNumStatistics, rows]; weight: [rows]; out: [kNumRows, rows].
+void mtopd_merge(const float* statistics, const float* weight, int64_t ranks, int64_t rows, double temperature,
+                 double alpha_scale, int has_centre, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    merge_row(statistics + r, ranks, rows, temperature, weight[r] * alpha_scale, has_centre, out + r);
 }
 
 // rows: [7, rows], see rows.py.  gradient nullptr: none is written, and mean is the mean of the derivatives.

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtopd.kernels.rows import LogitTransform, Mixture, RowProblem, Statistic, merge
+from mtopd.kernels.rows import Kind, LogitTransform, Mixture, Row, RowProblem, Statistic
 
 _SOURCE = Path(__file__).with_name("rows_cpu.cpp")
 # Named instruction sets, not "native": the cache folder may be shared by machines that differ.
@@ -42,16 +42,20 @@ class _Mixture(ctypes.Structure):
 class CpuRows:
     NAME = "cpu"
     DEVICES = ("cpu",)
-    merge = staticmethod(merge)
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, model = ctypes.c_void_p, _Model
-        self._statistics, self._gradient = library.mtopd_statistics, library.mtopd_gradient
+        self._statistics, self._merge, self._gradient = (
+            library[f"mtopd_{name}"] for name in ("statistics", "merge", "gradient")
+        )
         common = [_Shape, model, model, ctypes.c_float]
         self._statistics.argtypes = [pointer, pointer, *common, pointer, ctypes.c_int]
         gradient_arguments = [ctypes.c_int, _Mixture, pointer, pointer, pointer, ctypes.c_int]
         self._gradient.argtypes = [pointer, pointer, pointer, *common, *gradient_arguments]
-        self._statistics.restype = self._gradient.restype = None
+        number, size = ctypes.c_double, ctypes.c_int64
+        self._merge.argtypes = [pointer, pointer, size, size, number, number, ctypes.c_int, pointer]
+        for function in (self._statistics, self._merge, self._gradient):
+            function.restype = None
 
     def statistics(self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
         statistics_9C = torch.empty(len(Statistic), student_Cv.shape[0])
@@ -66,6 +70,21 @@ class CpuRows:
             torch.get_num_threads(),
         )
         return statistics_9C
+
+    def merge(self, problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -> Tensor:
+        statistics_R9C, token_weight_C = statistics_R9C.contiguous(), token_weight_C.float().contiguous()
+        rows_9C = torch.empty(len(Row), statistics_R9C.shape[2])
+        self._merge(
+            statistics_R9C.data_ptr(),
+            token_weight_C.data_ptr(),
+            len(statistics_R9C),
+            statistics_R9C.shape[2],
+            problem.temperature,
+            problem.student.scale / problem.temperature,
+            problem.kind == Kind.REVERSE_KL,
+            rows_9C.data_ptr(),
+        )
+        return rows_9C
 
     def gradient(
         self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
