@@ -31,6 +31,7 @@ from mtopd.types import MtopdError
 logger = logging.getLogger(__name__)
 
 _THREADS = 4  # they hide the latency of a disk, and share the checksums
+_WORTH_THREADS = 1 << 20  # bytes of rows
 _OPEN_SHARDS = 64
 _KEPT_CHUNKS = 16  # of samples smaller than a chunk: the next mini-batch wants other samples of the same ones
 _LISTINGS = 100  # a writer may commit, and a merge run, while the index folder is read
@@ -119,9 +120,10 @@ class HiddenCacheReader:
         """
         in_order = sorted(reads, key=lambda read: _place(read.entry))
         groups = [list(group) for _, group in itertools.groupby(in_order, key=_shared_chunk)]
-        # No thread is worth its start for what is in memory.
         waiting = [group for group in groups if not self._copy_kept(group)]
-        for _ in self._map(self._read_group, waiting):
+        # Threads hide the latency of a disk, but of a few pages that are cached they cost more than the reading.
+        is_little = sum(read.out_NE.nbytes for group in waiting for read in group) < _WORTH_THREADS
+        for _ in (map if is_little else self._map)(self._read_group, waiting):
             pass
 
     def entries(self) -> list[Entry]:

@@ -10,6 +10,7 @@ exactly that.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -342,17 +343,15 @@ class Trainer:
             of_stage = torch.stack([totals[name].double() for name in names])
         buffers = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
         is_bad = ~torch.stack([gradient.sum() for gradient in buffers]).isfinite().all()
-        of_ranks_RN = torch.zeros(ranks.world_size, len(largest), **options)  # a sum in which each rank has a row
-        of_ranks_RN[ranks.rank] = torch.tensor([*largest.values()], **options)
-        sums = torch.cat(
-            [of_stage, torch.tensor([*added.values()], **options), is_bad.double()[None], of_ranks_RN.flatten()]
-        )
+        own = [0.0] * (len(largest) * ranks.world_size)  # a sum in which each rank has its places
+        own[ranks.rank :: ranks.world_size] = largest.values()
+        sums = torch.cat([of_stage, is_bad.double()[None], torch.tensor([*added.values(), *own], **options)])
         dist.all_reduce(sums)
-        num_sums = len(names) + len(added)
-        self._bad_ranks = int(sums[num_sums])
-        maxima = sums[num_sums + 1 :].view_as(of_ranks_RN).amax(0)
-        values = [*sums[:num_sums].tolist(), *maxima.tolist()]
-        return dict(zip([*names, *added, *largest], values, strict=True))
+        values = iter(sums.tolist())
+        reduced = {name: next(values) for name in names}
+        self._bad_ranks = int(next(values))
+        reduced |= {name: next(values) for name in added}
+        return reduced | {name: max(itertools.islice(values, ranks.world_size)) for name in largest}
 
 
 def _in_bfloat16(chunk: HiddenStateModel) -> torch.nn.Module:

@@ -132,6 +132,7 @@ class TeacherKL:
         zero = torch.zeros((), dtype=torch.float64)
         return dict.fromkeys(_names(self._num_teachers, ("measured", *STATISTICS)), zero) | self._statistics
 
+    @torch.no_grad()
     def _keep_logits(
         self, run: TeacherRun, student_hidden_RD: torch.Tensor, output_weight_vD: Any, hidden_RE: torch.Tensor, head: Head
     ) -> None:
@@ -176,9 +177,14 @@ def _draw(runs: Sequence[TeacherRun], seed: int) -> dict[TeacherRun, _Drawn]:
     for _, candidates in sorted(of_teacher.items()):
         num_rows = [run.stop - run.start for run in candidates]
         (run,) = draw.choices(candidates, num_rows)
-        rows = range(run.stop - run.start)
-        drawn[run] = _Drawn(sorted(draw.sample(rows, min(STATISTICS_TOKENS, len(rows)))), sum(num_rows))
+        drawn[run] = _Drawn(_spread(run.stop - run.start, draw), sum(num_rows))
     return drawn
+
+
+def _spread(num_rows: int, draw: random.Random) -> list[int]:
+    """Rows at equal distances, from a random one on: each as likely as any other, of as many samples as can be."""
+    count, offset = min(STATISTICS_TOKENS, num_rows), draw.randrange(num_rows)
+    return [(number * num_rows + offset) // count for number in range(count)]
 
 
 def _now(device: torch.device) -> float:
