@@ -21,7 +21,6 @@ from mtopd.pipelines.job import Job
 from mtopd.pipelines.packing import loss_positions, rows_here
 from mtopd.types import MicroBatch, SampleMetadata, TrainStepPlan
 
-
 _SMALLEST_SHARE = 1 << 20  # bytes
 
 
@@ -85,7 +84,7 @@ class CachedStates:
         self.stall_s = 0.0
 
     def prefetch(self, micro_batches: Iterable[Sequence[TeacherRun]]) -> None:
-        """Start to read the runs of micro-batches, in order.  What fails is raised when one of its runs is asked for."""
+        """Start to read the runs of micro-batches, in order.  What fails is raised when a run of it is asked for."""
         for runs in filter(None, micro_batches):
             num_shares, whole = self._job.ranks.tp_size, sum(self._share_of(run, 1).num_bytes for run in runs)
             num_shares = num_shares if whole >= num_shares * _SMALLEST_SHARE else 1

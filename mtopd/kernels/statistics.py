@@ -121,12 +121,15 @@ def distribution_statistics(
     is_shared_NKK = ids_2NK[0][:, :, None] == ids_2NK[1][:, None, :]
     is_shared_2NK = torch.stack([is_shared_NKK.any(2), is_shared_NKK.any(1)])
     forward_kl_N = rows_92N[Row.CENTRE, 1] + rows_92N[Row.LOG_RATIO, 1]
+    mass_2N = (probs_2NK * is_shared_2NK).sum(2)
     return DistributionStatistics(
-        *rows_92N[Row.ENTROPY],
+        student_entropy=rows_92N[Row.ENTROPY, 0],
+        teacher_entropy=rows_92N[Row.ENTROPY, 1],
         # The row kernels give a finite value to what the other model excludes.
-        forward_kl_N.clamp(min=0).masked_fill(rows_92N[Row.EXCLUDED_MASS, 1] > 0, math.inf),
-        is_shared_2NK[0].sum(1) / k,
-        *(probs_2NK * is_shared_2NK).sum(2),
+        forward_kl=forward_kl_N.clamp(min=0).masked_fill(rows_92N[Row.EXCLUDED_MASS, 1] > 0, math.inf),
+        overlap_ratio=is_shared_2NK[0].sum(1) / k,
+        student_overlap_mass=mass_2N[0],
+        teacher_overlap_mass=mass_2N[1],
     )
 
 

@@ -126,7 +126,7 @@ class TeacherKL:
         return [(run, rows) for run, rows in found if rows]
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Sums over the teachers' tokens as the measured ones give them, and how many those are.  Collective over tp."""
+        """Sums over the teachers' tokens as the measured ones give them, and how many those are; collective over tp."""
         if self._to_compare:
             self._compare()
         zero = torch.zeros((), dtype=torch.float64)
@@ -134,11 +134,18 @@ class TeacherKL:
 
     @torch.no_grad()
     def _keep_logits(
-        self, run: TeacherRun, student_hidden_RD: torch.Tensor, output_weight_vD: Any, hidden_RE: torch.Tensor, head: Head
+        self,
+        run: TeacherRun,
+        student_hidden_RD: torch.Tensor,
+        output_weight_vD: Any,
+        teacher_hidden_RE: torch.Tensor,
+        head: Head,
     ) -> None:
-        rows_N = torch.tensor(self._drawn[run].rows, device=hidden_RE.device)
+        rows_N = torch.tensor(self._drawn[run].rows, device=teacher_hidden_RE.device)
         student_Nv = output_logits(student_hidden_RD[rows_N], output_weight_vD)
-        teacher_Nv = output_logits(hidden_RE[rows_N], head.weight_vE, logit_scale=head.scale, softcap=head.softcap)
+        teacher_Nv = output_logits(
+            teacher_hidden_RE[rows_N], head.weight_vE, logit_scale=head.scale, softcap=head.softcap
+        )
         self._to_compare.append((run, student_Nv, teacher_Nv))
         if sum(len(logits_Nv) for _, logits_Nv, _ in self._to_compare) > _STATISTICS_BATCH - STATISTICS_TOKENS:
             self._compare()
