@@ -21,7 +21,7 @@ from mtopd.pipelines.job import Job
 from mtopd.pipelines.packing import loss_positions, rows_here
 from mtopd.types import MicroBatch, SampleMetadata, TrainStepPlan
 
-_SMALLEST_SHARE = 1 << 20  # bytes
+_SMALLEST_SHARE = 1 << 20  # bytes, about a chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _THREADS = 4  # they hide the latency of a disk, and share the checksums
 _WORTH_THREADS = 1 << 20  # bytes of rows
 _OPEN_SHARDS = 64
-_KEPT_CHUNKS = 16  # of samples smaller than a chunk: the next mini-batch wants other samples of the same ones
+_KEPT_CHUNKS = 16  # about 1 MiB each; the next mini-batch wants other samples of the same chunks
 _LISTINGS = 100  # a writer may commit, and a merge run, while the index folder is read
 
 
@@ -68,7 +68,7 @@ class HiddenCacheReader:
 
     A sample may have several copies (a damaged one was computed again): the first in index order wins, the next
     serves where it is damaged.  May be shared by threads; keeps at most 64 shard files open, their shard indices
-    checked once.
+    checked once, and the last 16 chunks that ``read_many`` found several samples in.
     """
 
     def __init__(self, root: Path) -> None:

@@ -340,7 +340,7 @@ class Trainer:
         options: dict[str, Any] = {"dtype": torch.float64, "device": ranks.device}
         of_stage = torch.zeros(len(names), **options)
         if totals and ranks.is_last_stage and ranks.tp_rank == 0:  # alike on all tp ranks
-            of_stage = torch.stack([totals[name].double() for name in names])
+            of_stage = torch.stack([totals[name].to(**options) for name in names])
         buffers = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
         is_bad = ~torch.stack([gradient.sum() for gradient in buffers]).isfinite().all()
         own = [0.0] * (len(largest) * ranks.world_size)  # a sum in which each rank has its places

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +22,7 @@ from mtopd.hidden_cache import HiddenCacheReader
 from mtopd.megatron import checkpoint
 from mtopd.run_dir import RunDir, is_sealed
 from tests.conftest import REPOSITORY
-from tests.integration.test_kill_and_resume import finish, start, workplace  # noqa: F401 - a fixture
+from tests.integration.test_kill_and_resume import start, workplace  # noqa: F401 - a fixture
 
 pytestmark = [
     pytest.mark.integration,
@@ -39,8 +41,12 @@ def mtopd(*arguments: str) -> str:
 
 def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     run = RunDir(workplace / "alone")
-    code, output = finish(start(workplace, run.path, "checkpoint.every=1", "checkpoint.keep=3"))
-    assert code == 0, output
+    process = start(workplace, run.path, "--log-json", "checkpoint.every=1", "checkpoint.keep=3")
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    steps = train_steps(output)
+    assert len(steps) == len({line["step"] for line in steps}) > LAST
+    assert "worst recovery" in errors, "the table of the report is not among the lines"
     states = rows_of(run)
     shards = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
     final = checkpoint_tensors(run, LAST + 1)
@@ -51,15 +57,20 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     shutil.rmtree(run.iteration(LAST))
     shutil.rmtree(run.checkpoint(LAST + 1))
     mtopd("rollout", str(run.path), "--iteration", str(LAST))
-    again = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
-    assert again.keys() == shards.keys() and all(again[n].equals(t) for n, t in shards.items())
+    replayed = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
+    assert replayed.keys() == shards.keys() and all(replayed[n].equals(t) for n, t in shards.items())
 
     mtopd("teacher-pass", str(run.path), "--iteration", str(LAST))
     assert all(np.array_equal(a, b) for a, b in zip(states, rows_of(run), strict=True))
 
     damage_one_entry(run)  # found when the cache is checked, computed again, never read as zeros
     mtopd("teacher-pass", str(run.path), "--iteration", str(LAST))
-    mtopd("train", str(run.path), "--iteration", str(LAST))
+    again = train_steps(mtopd("train", str(run.path), "--iteration", str(LAST), "--log-json"))
+    last = [line for line in steps if line["iteration"] == LAST]
+    for line in (*again, *last):
+        for seconds in ("wall_s", "tokens_per_s", "stall_s", "statistics_s"):
+            del line[seconds]
+    assert again == last and all(line["kl_noise_floor"] for line in again), "the floors are those of the first start"
     found, before = checkpoint_tensors(run, LAST + 1), checkpoint_tensors(run, LAST)
     assert found.keys() == final.keys()
     for name, tensor in final.items():
@@ -70,6 +81,11 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
         same = [name for name in weights if torch.equal(final[prefix + name], before[prefix + name])]
         assert not same, f"a train step moves every weight and its moments, but not {prefix}{same[0]}"
+
+
+def train_steps(output: str) -> list[dict[str, Any]]:
+    """With --log-json there is nothing but lines of JSON on standard output."""
+    return [line for line in map(json.loads, output.splitlines()) if line["kind"] == "train_step"]
 
 
 def rows_of(run: RunDir) -> list[np.ndarray]:

@@ -27,6 +27,9 @@ MUTANTS = {
     "norms not summed under sp": "experts tp2ep2 +sp",
     "down-projections not summed": "latent tp2 +sp",
     "recompute of other inputs": "recompute, full",
+    "cached shares exchanged": "tied tp2pp2 +sp",
+    "duplicates counted in the norm": "tied tp2",
+    "norm of a shard": "dp2, distributed optimizer",
 }
 
 
@@ -211,6 +214,37 @@ def _recompute() -> None:
     random.detach_variable = noisy
 
 
+def _shares() -> None:
+    from mtopd.pipelines.cached_states import CachedStates
+
+    original: Any = CachedStates._reads
+
+    def reads(self: Any, reader: Any, run: Any, number: int, rows: Any) -> Any:
+        return original(self, reader, run, self._job.ranks.tp_size - 1 - number, rows)
+
+    CachedStates._reads = reads  # type: ignore[method-assign]
+
+
+def _duplicates() -> None:
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.param_is_not_tensor_parallel_duplicate = lambda *args, **kwargs: True
+
+
+def _shard_norm() -> None:
+    import torch.distributed as dist
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    alone: list[Any] = []
+
+    def group(self: Any) -> Any:
+        if not alone:
+            alone.append(dist.new_subgroups(1)[0])
+        return alone[0]
+
+    DistributedOptimizer.get_grad_stats_parallel_group = group
+
+
 _INSTALL: dict[str, Callable[[], None]] = {
     "tp reduction dropped": _tp_reduction,
     "sp gather without its reduction": _sp_gather,
@@ -231,5 +265,8 @@ _INSTALL: dict[str, Callable[[], None]] = {
     "norms not summed under sp": lambda: _unmark(lambda name: "layernorm" in name),
     "down-projections not summed": lambda: _unmark(lambda name: "_down_proj." in name),
     "recompute of other inputs": _recompute,
+    "cached shares exchanged": _shares,
+    "duplicates counted in the norm": _duplicates,
+    "norm of a shard": _shard_norm,
 }
 assert _INSTALL.keys() == MUTANTS.keys()

@@ -127,7 +127,7 @@ def rows() -> list[Row]:
         Row("one micro-batch", "tied", train={"micro_batch_size": 18}),
         Row("samples in reverse", "tied", train={"micro_batch_size": 3}, reordered=True),
         Row("not sorted by teacher", "tied", unsorted=True),
-        Row("packed, not sorted", "untied", "untied", train=PACKED, unsorted=True),
+        Row("packed, not sorted", "packed", "untied", train=PACKED, unsorted=True),
     ]
     half = [
         Row("bf16", None, "shallow", dtype="bfloat16"),
