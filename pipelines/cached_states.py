@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
 from mtopd.objectives.teacher_kl import TeacherRun
 from mtopd.pipelines.job import Job
-from mtopd.pipelines.packing import loss_positions, rows_here
+from mtopd.pipelines.packing import rows_here
 from mtopd.types import MicroBatch, SampleMetadata, TrainStepPlan
 
 _SMALLEST_SHARE = 1 << 20  # bytes, about a chunk
@@ -47,12 +47,10 @@ def _runs(
 ) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
     samples, tokens = [by_id[planned.sample_id] for planned in micro_batch.samples], job.tokens(iteration)
-    positions, owners = loss_positions([tokens.tokens(sample.sample_id) for sample in samples])
-    bounds = np.searchsorted(owners, np.arange(len(samples) + 1)).tolist()
     found = [
         SampleRows(sample, job.cache_key(iteration, sample), *rows)
-        for sample, (first, stop) in zip(samples, itertools.pairwise(bounds), strict=True)
-        for rows in rows_here(positions[first:stop], plan.seq_length, job.ranks)
+        for sample in samples
+        for rows in rows_here(tokens.tokens(sample.sample_id), plan.seq_length, job.ranks)
     ]
     runs: list[TeacherRun] = []
     for teacher_index, rows in itertools.groupby(found, key=lambda rows: rows.metadata.teacher_index):

@@ -43,12 +43,14 @@ def loss_positions(samples: Sequence[TrainedTokens]) -> tuple[Any, Any]:
     return trained + before[owners], owners
 
 
-def rows_here(positions: Any, seq_length: int, ranks: Ranks) -> list[RowRange]:
+def rows_here(sample: TrainedTokens, seq_length: int, ranks: Ranks) -> list[RowRange]:
     """The loss rows whose positions this cp rank has: all of them, or those in its two ranges of the zigzag."""
     if ranks.cp_size == 1:
-        return [RowRange(0, len(positions))] if len(positions) else []
-    bounds = [(chunk.start, chunk.stop) for chunk in zigzag_chunks(seq_length, ranks.cp_rank, ranks.cp_size)]
-    here = [RowRange(*np.searchsorted(positions, chunk).tolist()) for chunk in bounds]
+        here = [RowRange(0, int(np.count_nonzero(sample.loss_mask)))]
+    else:
+        positions, _ = loss_positions([sample])
+        bounds = [(chunk.start, chunk.stop) for chunk in zigzag_chunks(seq_length, ranks.cp_rank, ranks.cp_size)]
+        here = [RowRange(*np.searchsorted(positions, chunk).tolist()) for chunk in bounds]
     return [rows for rows in here if rows.first < rows.stop]
 
 

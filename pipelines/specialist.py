@@ -22,7 +22,7 @@ from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.evaluate import accuracy
 from mtopd.pipelines.job import Student, write_evaluation
-from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
+from mtopd.pipelines.packing import pack_rows, rows_here
 from mtopd.pipelines.progress import Progress
 from mtopd.pipelines.prompts import Prompts
 from mtopd.run_dir import RunDir
@@ -134,7 +134,7 @@ def pack(
         whole = [_WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part]
         labels: list[int] = []
         for example in whole:
-            for here in rows_here(loss_positions([example])[0], seq_length, ranks):
+            for here in rows_here(example, seq_length, ranks):
                 labels += example.response_ids[here.first : here.stop]
         micro_batches.append(
             pack_rows(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mtopd.data import SupervisedExample
 from mtopd.megatron.parallel import zigzag_chunks
 from mtopd.pipelines import specialist
-from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
+from mtopd.pipelines.packing import pack_rows, rows_here
 
 
 def ranks(cp_rank: int = 0, cp_size: int = 1) -> Any:
@@ -61,7 +61,7 @@ def test_every_trained_token_is_predicted_once_from_the_token_before_it(
         cached = [
             (owner, row)
             for owner, s in enumerate(samples)
-            for here in rows_here(loss_positions([s])[0], shape[1], ranks(cp_rank, cp_size))
+            for here in rows_here(s, shape[1], ranks(cp_rank, cp_size))
             for row in range(here.first, here.stop)
         ]
         assert len(before) == len(cached)

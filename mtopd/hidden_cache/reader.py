@@ -118,13 +118,22 @@ class HiddenCacheReader:
 
         Of samples smaller than a chunk several lie in one: it is read and checked once for all of them.
         """
-        in_order = sorted(reads, key=lambda read: _place(read.entry))
-        groups = [list(group) for _, group in itertools.groupby(in_order, key=_shared_chunk)]
+        pieces, cut = [], []
+        for read in reads:
+            of_read = _pieces(read)
+            pieces += of_read
+            if len(of_read) > 1:
+                cut.append(read)
+        pieces.sort(key=lambda read: _place(read.entry))
+        groups = [list(group) for _, group in itertools.groupby(pieces, key=_shared_chunk)]
         waiting = [group for group in groups if not self._copy_kept(group)]
         # Threads hide the latency of a disk, but of a few pages that are cached they cost more than the reading.
         is_little = sum(read.out_NE.nbytes for group in waiting for read in group) < _WORTH_THREADS
         for _ in (map if is_little else self._map)(self._read_group, waiting):
             pass
+        for read in cut:
+            if not _is_sample(read.entry, read.out_NE):
+                self.read_rows(*read)  # names the damage, or finds another copy
 
     def entries(self) -> list[Entry]:
         """The copy of every sample that wins, in the order of the disk."""
@@ -262,9 +271,9 @@ class HiddenCacheReader:
             self._chunks[chunk] = rows_NE
         first = _first_row(group[0])
         for read in group:
-            sample = read.entry.sample
-            found_NE = rows_NE[sample.row + read.start - first : sample.row + read.stop - first]
-            if len(found_NE) == sample.n_tokens and crc32c(found_NE) != sample.crc32c:
+            row = read.entry.sample.row - first
+            found_NE = rows_NE[row + read.start : row + read.stop]
+            if not _is_sample(read.entry, found_NE):
                 return False  # to be read by itself: that names the damage, or finds another copy
             read.out_NE[:] = found_NE
         return True
@@ -305,11 +314,25 @@ def _place(entry: Entry) -> tuple[str, int]:
     return str(entry.segment), entry.sample.row  # as text: paths are slow to compare
 
 
+def _is_sample(entry: Entry, rows_NE: np.ndarray) -> bool:
+    """False where these are all of a sample's rows, but not those that the index names."""
+    return len(rows_NE) != entry.n_tokens or crc32c(rows_NE) == entry.sample.crc32c
+
+
+def _pieces(read: Read) -> list[Read]:
+    """The read, nothing if it is empty; cut where it lies in two chunks and is smaller: others may want both, too."""
+    entry, start, stop, out_NE = read
+    left = entry.layout.chunk_rows - (entry.sample.row + start) % entry.layout.chunk_rows  # in the first of them
+    if not left < stop - start <= entry.layout.chunk_rows:
+        return [read] if start < stop else []
+    return [Read(entry, start, start + left, out_NE[:left]), Read(entry, start + left, stop, out_NE[left:])]
+
+
 def _shared_chunk(read: Read) -> object:
     """The chunk that holds all rows of a read, alike for all reads of it; the read itself where they are in several."""
     row, chunk_rows = read.entry.sample.row, read.entry.layout.chunk_rows
     first, last = (row + read.start) // chunk_rows, (row + read.stop - 1) // chunk_rows
-    return (read.entry.segment, first) if first == last and read.start < read.stop else id(read)
+    return (read.entry.segment, first) if first == last else id(read)
 
 
 def _first_row(read: Read) -> int:

@@ -28,7 +28,7 @@ from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
 from mtopd.pipelines import ranks
-from mtopd.pipelines.packing import loss_positions, pack_rows, rows_here
+from mtopd.pipelines.packing import pack_rows, rows_here
 from mtopd.run_dir import RunDir, write_json
 from mtopd.types import MtopdError
 
@@ -74,7 +74,7 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
         labels = [
             int(token)
             for sample in part
-            for here in rows_here(loss_positions([sample])[0], 16, own)
+            for here in rows_here(sample, 16, own)
             for token in sample.response_ids[here.first : here.stop]
         ]
         weights = [1 / (12 * BATCH)] * len(part)
