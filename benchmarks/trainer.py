@@ -297,7 +297,7 @@ def run_section(name: str, layout: dict[str, int], folder: Path, *, quick: bool)
     with run.lock():
         prepare.consolidate(config, run, lambda text: None)
     request, answer = folder / "spec.json", folder / f"{name}.json"
-    request.write_text(json.dumps({"run": str(run.path), "repeats": 2 if quick else 21, "answer": str(answer)}))
+    request.write_text(json.dumps({"run": str(run.path), "repeats": 2 if quick else 41, "answer": str(answer)}))
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=1"]
     command += [f"--nproc-per-node={config.student.parallel.world_size}", "--rdzv-backend=c10d"]

@@ -81,7 +81,7 @@ def load_index(path: Path, layout: SegmentLayout) -> list[IndexRow]:
             raise damaged(f"columns are {table.schema.names}, needed {_SCHEMA.names} with their types")
         if any(column.null_count for column in table.columns):
             raise damaged("it has empty fields")
-        rows = [IndexRow(*values) for values in zip(*table.to_pydict().values(), strict=True)]
+        rows = list(map(IndexRow._make, zip(*table.to_pydict().values(), strict=True)))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise damaged(f"not a sound Arrow file ({error})") from error
     if table.schema.metadata != _metadata(rows, layout.teacher_fingerprint):

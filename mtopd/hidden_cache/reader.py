@@ -89,8 +89,9 @@ class HiddenCacheReader:
     def lookup(self, key: bytes, sample_id: int, student_version: int) -> Entry | None:
         """The entry of a trajectory, or None; why a near match was refused is logged."""
         request = Request(key, sample_id, student_version)
-        if request in self._copies:
-            return self._copies[request][0]
+        copies = self._copies.get(request)
+        if copies is not None:
+            return copies[0]
         cause = self._why_refused(request)
         if cause:
             logger.warning("hidden cache: %s", cause)

@@ -2,7 +2,8 @@
 
 What is promised: at most one head is resident, measured from live storages and not from our own bookkeeping; asking
 for another teacher's head while one is leased, or while anybody still references it, is an error; ``drop`` ends a train
-step.  The next expected head waits in host memory (this rank's vocabulary rows only), so a swap is one copy.
+step.  The next expected head waits in host memory (this rank's vocabulary rows only), so a swap is one copy; rows of at
+most 1 MiB stay there, because to read them again would cost more than they are worth.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
-from mtopd.teacher_offload.store import Block, TeacherStore, read_blocks
+from mtopd.teacher_offload.store import TeacherStore, read_blocks
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,17 @@ class HeadCounters:
     peak_device_bytes: int = 0
 
 
+_KEPT_BYTES = 1 << 20
+
+
 @dataclass
 class _Staged:
     """The rows of one head in host memory, being read or there."""
 
     teacher: int
-    rows_vE: torch.Tensor  # in the reused host buffer; valid when ``read`` is done
+    rows_vE: torch.Tensor  # valid when ``read`` is done
     read: Future[int]
-
-
-class _Place(NamedTuple):
-    """Where this rank's rows of a head are in its file."""
-
-    blocks: Sequence[Block]
-    num_bytes: int  # of the blocks
-    rows: slice  # the bytes of them that hold the rows
+    is_counted: bool = False  # the bytes that were read
 
 
 class HeadSlot:
@@ -71,8 +67,8 @@ class HeadSlot:
         self._live = 0  # storages of heads that somebody still references
         self._expected: deque[int] = deque()
         self._staged: _Staged | None = None
-        self._places: dict[int, _Place] = {}  # by teacher index
-        self._host = torch.empty(0, dtype=torch.uint8)
+        self._kept: dict[int, _Staged] = {}  # small ones, by teacher index
+        self._host = self._new_buffer(0)  # for the others
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="head-read")
         self.counters = HeadCounters()
 
@@ -128,7 +124,9 @@ class HeadSlot:
         self._live += 1
         weakref.finalize(weight_vE.untyped_storage(), self._released)
         counters.loads[teacher_index] = counters.loads.get(teacher_index, 0) + 1
-        counters.bytes_read[teacher_index] = counters.bytes_read.get(teacher_index, 0) + count
+        if not staged.is_counted:
+            counters.bytes_read[teacher_index] = counters.bytes_read.get(teacher_index, 0) + count
+        staged.is_counted = True
         counters.peak_resident = max(counters.peak_resident, self._live)
         counters.peak_device_bytes = max(counters.peak_device_bytes, weight_vE.nbytes)
         head = store.manifest["head"]
@@ -139,21 +137,12 @@ class HeadSlot:
             self._stage(self._expected.popleft())
 
     def _stage(self, teacher_index: int) -> None:
-        """Begin to read a head's rows into the host buffer, after what is being read there now."""
+        """Begin to read a head's rows, after what is being read into the buffer that all large ones use."""
         if self._staged is not None:
             self._staged.read.exception()
-        self._staged = None
-        place = self._places.get(teacher_index)
-        if place is None:
-            place = self._places[teacher_index] = self._find(teacher_index)
-        if self._host.nbytes < place.num_bytes:
-            self._host = torch.empty(place.num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        store, buffer = self._stores[teacher_index], self._host[: place.num_bytes]
-        rows_vE = buffer[place.rows].view(TORCH_DTYPE[store.dtype]).view(-1, store.hidden_size)
-        read = self._reader.submit(read_blocks, store.head, place.blocks, buffer.numpy())
-        self._staged = _Staged(teacher_index, rows_vE, read)
+        self._staged = self._kept.get(teacher_index) or self._read(teacher_index)
 
-    def _find(self, teacher_index: int) -> _Place:
+    def _read(self, teacher_index: int) -> _Staged:
         store = self._stores[teacher_index]
         row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
         entries = store.head.slices(0, store.slices)
@@ -161,9 +150,23 @@ class HeadSlot:
         first, last = (min(r, stored_rows) for r in (self._first_row, self._first_row + self._num_rows))
         start = entries[0].start + first * row_bytes
         blocks = store.head.blocks_of(start, start + (last - first) * row_bytes) if first < last else ()
+        needed = blocks[-1].stop - blocks[0].start if blocks else 0
+        is_small = needed <= _KEPT_BYTES
+        if is_small or self._host.nbytes < needed:
+            buffer = self._new_buffer(needed)
+            self._host = self._host if is_small else buffer
+        else:
+            buffer = self._host[:needed]
         skip = start - blocks[0].start if blocks else 0
-        num_bytes = blocks[-1].stop - blocks[0].start if blocks else 0
-        return _Place(blocks, num_bytes, slice(skip, skip + (last - first) * row_bytes))
+        rows_vE = buffer[skip : skip + (last - first) * row_bytes].view(TORCH_DTYPE[store.dtype])
+        read = self._reader.submit(read_blocks, store.head, blocks, buffer.numpy())
+        staged = _Staged(teacher_index, rows_vE.view(-1, store.hidden_size), read)
+        if is_small:
+            self._kept[teacher_index] = staged
+        return staged
+
+    def _new_buffer(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def _released(self) -> None:
         self._live -= 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mtopd.convert.teacher import add_teacher
+from mtopd.teacher_offload import head_slot
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.store import TeacherStore
 from tests.small_models import save_model
@@ -43,18 +44,28 @@ def use(slot: HeadSlot, index: int) -> torch.Size:
         return head.weight_vE.shape
 
 
-def test_a_head_is_loaded_once_until_it_is_dropped(teachers: list[tuple[torch.nn.Module, TeacherStore]]) -> None:
+@pytest.mark.parametrize("kept_bytes", [1 << 20, 0])  # small rows stay in host memory, large ones are read again
+def test_a_head_is_loaded_once_until_it_is_dropped(
+    teachers: list[tuple[torch.nn.Module, TeacherStore]], kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_slot, "_KEPT_BYTES", kept_bytes)
     slot = open_slot(teachers)
     for index in (0, 0, 1, 1):
         use(slot, index)
-    assert slot.take_counters().loads == {0: 1, 1: 1}
+    counters = slot.take_counters()
+    assert counters.loads == {0: 1, 1: 1} and counters.bytes_read[1] >= 64 * 96 * 4
     slot.drop()
     use(slot, 1)
-    counters = slot.take_counters()
-    assert counters.loads == {1: 1} and counters.bytes_read[1] >= 64 * 96 * 4
+    again = slot.take_counters()
+    assert again.loads == {1: 1}
+    assert again.bytes_read == ({} if kept_bytes else {1: counters.bytes_read[1]})
 
 
-def test_the_next_expected_head_waits_in_host_memory(teachers: list[tuple[torch.nn.Module, TeacherStore]]) -> None:
+@pytest.mark.parametrize("kept_bytes", [1 << 20, 0])
+def test_the_next_expected_head_waits_in_host_memory(
+    teachers: list[tuple[torch.nn.Module, TeacherStore]], kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_slot, "_KEPT_BYTES", kept_bytes)
     slot = open_slot(teachers)
     slot.expect([0, 1, 0])
     for index, coming in ((0, 1), (1, 0), (0, None)):
