@@ -242,9 +242,9 @@ class Job:
 
     def cache_key(self, iteration: int, sample: SampleMetadata) -> bytes:
         """What names the sample's rows in the iteration's hidden cache, hashed once for all phases that ask."""
-        fields = self.tokens(iteration).tokens(sample.sample_id)
+        of_iteration = self.tokens(iteration)  # forgets the keys of another one
         if sample.sample_id not in self._cache_keys:
-            store = self.stores[sample.teacher_index]
+            store, fields = self.stores[sample.teacher_index], of_iteration.tokens(sample.sample_id)
             tokens = fields.prompt_ids, fields.response_ids, fields.loss_mask
             self._cache_keys[sample.sample_id] = sample_key(store.fingerprint, *tokens, self.cache_dtype(store))
         return self._cache_keys[sample.sample_id]
