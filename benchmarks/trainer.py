@@ -142,8 +142,7 @@ class Iteration:
         from mtopd.pipelines import train
 
         self.job, self.tokens = job, job.tokens(0)
-        self.by_id = {s.sample_id: s for s in self.tokens.samples}
-        self.plans = train.plan(job, self.tokens.samples, seed=job.iteration_seed(0))
+        self.plans = train.plan(job, [*self.tokens.samples.values()], seed=job.iteration_seed(0))
 
     def bare(self) -> Callable[[], None]:
         """With the same objective, everything at hand and nothing measured."""
@@ -160,7 +159,7 @@ class Iteration:
             job.heads.take_counters()
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
             for plan in self.plans:
-                runs = train.runs_of_step(job, plan, 0, self.by_id)
+                runs = train.runs_of_step(job, plan, 0)
                 mine = zip(plan.micro_batches[job.ranks.dp_rank], runs, strict=True)
                 packed = [train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine]
                 steps.append((packed, {run: states(run).clone() for of_batch in runs for run in of_batch}))

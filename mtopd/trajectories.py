@@ -306,9 +306,9 @@ class TokenStore:
         self._verified: dict[int, TokenFields] = {}
 
     @cached_property
-    def samples(self) -> list[SampleMetadata]:
-        """What ``planning`` needs, in the order of the shards."""
-        return sample_metadata(self.metadata)
+    def samples(self) -> dict[int, SampleMetadata]:
+        """What ``planning`` needs, by sample id, in the order of the shards."""
+        return {sample.sample_id: sample for sample in sample_metadata(self.metadata)}
 
     def tokens(self, sample_id: int) -> TokenFields:
         """The token fields of a sample; the first call for a sample compares them with its token hash."""

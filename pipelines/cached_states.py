@@ -34,22 +34,18 @@ class SampleRows:
     stop: int
 
 
-def runs_of_step(
-    job: Job, plan: TrainStepPlan, iteration: int, by_id: dict[int, SampleMetadata]
-) -> list[list[TeacherRun]]:
+def runs_of_step(job: Job, plan: TrainStepPlan, iteration: int) -> list[list[TeacherRun]]:
     """The runs of this rank's micro-batches; none on ranks that are not on the last stage, which look up no keys."""
     mine = plan.micro_batches[job.ranks.dp_rank]
-    return [_runs(job, plan, micro_batch, iteration, by_id) if job.heads else [] for micro_batch in mine]
+    return [_runs(job, plan, micro_batch, iteration) if job.heads else [] for micro_batch in mine]
 
 
-def _runs(
-    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, iteration: int, by_id: dict[int, SampleMetadata]
-) -> list[TeacherRun]:
+def _runs(job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, iteration: int) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
-    samples, tokens = [by_id[planned.sample_id] for planned in micro_batch.samples], job.tokens(iteration)
+    tokens = job.tokens(iteration)
     found = [
         SampleRows(sample, job.cache_key(iteration, sample), *rows)
-        for sample in samples
+        for sample in (tokens.samples[planned.sample_id] for planned in micro_batch.samples)
         for rows in rows_here(tokens.tokens(sample.sample_id), plan.seq_length, job.ranks)
     ]
     runs: list[TeacherRun] = []

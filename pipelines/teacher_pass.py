@@ -88,7 +88,7 @@ def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
     Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are those of a pass that
     nothing disturbed.
     """
-    samples = [CachedSample(s, job.cache_key(iteration, s)) for s in tokens.samples]
+    samples = [CachedSample(s, job.cache_key(iteration, s)) for s in tokens.samples.values()]
     all_lacking = missing(job, iteration, samples)
     offload, visits = job.config.teacher_offload, []
     for index, store in enumerate(job.stores):

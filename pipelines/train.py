@@ -33,9 +33,8 @@ def run(job: Job, iteration: int) -> None:
         if not is_sealed(folder):
             raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
     tokens = job.tokens(iteration)
-    plans = plan(job, tokens.samples, seed=job.iteration_seed(iteration))
-    by_id = {s.sample_id: s for s in tokens.samples}
-    runs = [runs_of_step(job, of_step, iteration, by_id) for of_step in plans]
+    plans = plan(job, [*tokens.samples.values()], seed=job.iteration_seed(iteration))
+    runs = [runs_of_step(job, of_step, iteration) for of_step in plans]
     if job.heads:
         by_step = (dict.fromkeys(run.teacher_index for run in itertools.chain(*of_step)) for of_step in runs)
         job.heads.expect(itertools.chain(*by_step))

@@ -49,8 +49,7 @@ def main() -> None:
 
     def step(number: int) -> dict:
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
-            by_id = {s.sample_id: s for s in samples}
-            runs = train.runs_of_step(job, plan, 0, by_id)
+            runs = train.runs_of_step(job, plan, 0)
             return train.train_step(job, plan, runs, tokens, states, number)
 
     def refusal(number: int) -> str:

@@ -187,7 +187,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
         before = heads.made
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
             assert (reader is not None) == job.ranks.is_last_stage, "other stages never open the cache"
-            runs = train.runs_of_step(job, of_step, 0, {s.sample_id: s for s in samples})
+            runs = train.runs_of_step(job, of_step, 0)
             results.append(train.train_step(job, of_step, runs, tokens, states, step))
         in_order = [run.teacher_index for of_batch in runs for run in of_batch]
         swaps, distinct = len(list(itertools.groupby(in_order))), len(set(in_order))
