@@ -1,28 +1,31 @@
-"""Time, peak memory and gradient error of `fused_linear_divergence` (reverse KL), next to what else one could call.
+"""Time, peak memory and gradient error of `fused_linear_divergence` (reverse KL), next to what else
+one could call.
 
     python benchmarks/divergence.py --device cpu --json benchmarks/results/divergence_cpu.json
     python benchmarks/divergence.py --quick
 
-A step is the value, the gradient of the student's hidden states and the gradient of its output layer.  Each repeat
-draws new inputs and runs every provider on them, in an order in which each provider follows each other one equally
-often.  Ratios are medians of the repeats' ratios, so that a slow moment of the machine hits both sides.
+A step is the value, the gradient of the student's hidden states and the gradient of its output
+layer.  Each repeat draws new inputs and runs every provider on them, in an order in which each
+provider follows each other one equally often.  Ratios are medians of the repeats' ratios, so that a
+slow moment of the machine hits both sides.
 
 Columns of the table:
     median, p20-p80   of one step; float32 inputs on CPU, bfloat16 on CUDA
     x floor           time over that of the four matrix products alone, at the chunk sizes that "ours" uses
     x naive           time over that of naive eager
     peak extra MiB    highest memory in use during a step, above what was in use before and the two gradients.  On CPU
-                      resident memory of a fresh process (without the buffers that the library of the products keeps:
-                      the JSON lists them), on CUDA that of PyTorch's allocator
+                      resident memory of a fresh process (without the buffers that the library of
+                      the products keeps: the JSON lists them), on CUDA that of PyTorch's allocator
     grad err          the larger relative L2 error of the two gradients, against float64 on the same (rounded) inputs,
                       where the mean KL between student and teacher is about 1, 4e-3 and 4e-5
 
-"ours, main_grad" adds the weight gradient to a float32 buffer that outlives the step, as a Megatron trainer does.  The
-teacher of a timing is independent of the student; that of an accuracy case is the student with noise on its logits.
-All tokens have the weight 1/T, because Liger knows only the mean.
+"ours, main_grad" adds the weight gradient to a float32 buffer that outlives the step, as a Megatron
+trainer does.  The teacher of a timing is independent of the student; that of an accuracy case is
+the student with noise on its logits. All tokens have the weight 1/T, because Liger knows only the
+mean.
 
-Legend: T tokens, D student hidden size, E teacher hidden size, V vocabulary, C tokens of a logit chunk, G tokens of a
-gradient chunk.
+Legend: T tokens, D student hidden size, E teacher hidden size, V vocabulary, C tokens of a logit
+chunk, G tokens of a gradient chunk.
 """
 
 from __future__ import annotations
@@ -59,8 +62,12 @@ SCHEMA_VERSION = 1
 MIB = 1 << 20
 TARGET_KLS = (1.0, 4e-3, 4e-5)
 ACCURACY_TOKENS = 64
-ACCURACY_VOCAB_ON_CPU = 32000  # float64 at 151936 columns takes minutes there and shows the same errors
-NOISE_SIZE = 64  # hidden columns, at least, in which only the teacher of an accuracy case has anything
+ACCURACY_VOCAB_ON_CPU = (
+    32000  # float64 at 151936 columns takes minutes there and shows the same errors
+)
+NOISE_SIZE = (
+    64  # hidden columns, at least, in which only the teacher of an accuracy case has anything
+)
 LOGIT_STD = 3.0  # of the student: the largest of 150000 logits is then near 13
 NOISE_STD = 1.6  # of a teacher's extra logits before they are scaled
 
@@ -130,7 +137,9 @@ class Inputs:
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
-        """New random content in the same memory, so that no provider pays for fresh pages of the inputs."""
+        """New random content in the same memory, so that no provider pays for fresh pages of the
+        inputs.
+        """
         generator = torch.Generator(self.token_weight_T.device).manual_seed(seed)
         for hidden, weight in (
             (self.student_hidden_TD, self.student_weight_VD),
@@ -152,7 +161,9 @@ class Inputs:
             tensor.grad = None
 
     def gradient_bytes(self) -> int:
-        """Without the placeholder of a gradient that went into a main_grad: that one is not an output."""
+        """Without the placeholder of a gradient that went into a main_grad: that one is not an
+        output.
+        """
         return sum(
             tensor.grad.nbytes
             for tensor in self.student
@@ -181,18 +192,25 @@ def differentiated(loss_of: Callable[[], Tensor]) -> Step:
 
 def build_ours(inputs: Inputs) -> Step:
     def loss() -> Tensor:
-        return fused_linear_divergence(*inputs.student, *inputs.teacher, token_weight=inputs.token_weight_T).loss
+        return fused_linear_divergence(
+            *inputs.student, *inputs.teacher, token_weight=inputs.token_weight_T
+        ).loss
 
     return differentiated(loss)
 
 
 def build_ours_main_grad(inputs: Inputs) -> Step:
-    main_grad_VD = torch.zeros_like(inputs.student_weight_VD, dtype=torch.float32, requires_grad=False)
+    main_grad_VD = torch.zeros_like(
+        inputs.student_weight_VD, dtype=torch.float32, requires_grad=False
+    )
     inputs.main_grad_VD = main_grad_VD
 
     def loss() -> Tensor:
         result = fused_linear_divergence(
-            *inputs.student, *inputs.teacher, token_weight=inputs.token_weight_T, weight_grad_accumulator=main_grad_VD
+            *inputs.student,
+            *inputs.teacher,
+            token_weight=inputs.token_weight_T,
+            weight_grad_accumulator=main_grad_VD,
         )
         return result.loss
 
@@ -213,7 +231,9 @@ def naive_loss(
 
 
 def build_naive(inputs: Inputs) -> Step:
-    return differentiated(lambda: naive_loss(*inputs.student, *inputs.teacher, inputs.token_weight_T))
+    return differentiated(
+        lambda: naive_loss(*inputs.student, *inputs.teacher, inputs.token_weight_T)
+    )
 
 
 def build_naive_compile(inputs: Inputs) -> Step:
@@ -223,7 +243,9 @@ def build_naive_compile(inputs: Inputs) -> Step:
 
 
 def liger_loss(name: str) -> Callable[..., Tensor]:
-    """Liger's module for the reverse KL, which it calls JSD with a beta of 1.  Fails where Liger is not installed."""
+    """Liger's module for the reverse KL, which it calls JSD with a beta of 1.  Fails where Liger is
+    not installed.
+    """
     if name == LIGER_CHUNKED:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -238,7 +260,9 @@ def liger_loss(name: str) -> Callable[..., Tensor]:
 
 def build_liger_chunked(inputs: Inputs) -> Step:
     module = liger_loss(LIGER_CHUNKED)
-    labels_T = torch.zeros_like(inputs.token_weight_T, dtype=torch.long)  # only says that no token is ignored
+    labels_T = torch.zeros_like(
+        inputs.token_weight_T, dtype=torch.long
+    )  # only says that no token is ignored
     return differentiated(lambda: module(*inputs.student, *inputs.teacher, labels_T))
 
 
@@ -253,7 +277,9 @@ PROVIDERS = {
     NAIVE: Provider("naive eager", build_naive),
     COMPILED: Provider("naive torch.compile", build_naive_compile, is_compiled=True),
     LIGER_CHUNKED: Provider("Liger chunked JSD", build_liger_chunked, is_compiled=True),
-    LIGER_TRITON: Provider("Liger FusedLinearJSD", build_liger_triton, is_compiled=True, needs_cuda=True),
+    LIGER_TRITON: Provider(
+        "Liger FusedLinearJSD", build_liger_triton, is_compiled=True, needs_cuda=True
+    ),
 }
 
 
@@ -270,7 +296,11 @@ class ProductSizes(TorchDispatchMode):
         self.seen: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         operator = func.overloadpacket
         if operator in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
@@ -280,7 +310,9 @@ class ProductSizes(TorchDispatchMode):
 
 
 def observed_chunk_sizes(inputs: Inputs, shape: Shape) -> ChunkSizes:
-    """The chunk sizes of "ours", from the products that it runs: no knowledge of its inside can go stale here."""
+    """The chunk sizes of "ours", from the products that it runs: no knowledge of its inside can go
+    stale here.
+    """
     step = build_ours(inputs)
     with ProductSizes() as products:
         step()
@@ -293,12 +325,15 @@ def observed_chunk_sizes(inputs: Inputs, shape: Shape) -> ChunkSizes:
 
 
 def build_floor(inputs: Inputs, shape: Shape, sizes: ChunkSizes) -> Step:
-    """The four products and nothing else, results in memory that is already there, in the dtype of the inputs."""
+    """The four products and nothing else, results in memory that is already there, in the dtype of
+    the inputs.
+    """
     hidden_TD, weight_VD = (tensor.detach() for tensor in inputs.student)
     teacher_hidden_TE, teacher_weight_VE = inputs.teacher
     logit_rows, gradient_rows = (min(rows, shape.num_tokens) for rows in sizes)
     teacher_CV = hidden_TD.new_empty(logit_rows, shape.vocab_size)
-    # The student's logits take the place of the derivatives: products do not care what the numbers are.
+    # The student's logits take the place of the derivatives: products do not care what the numbers
+    # are.
     student_GV = hidden_TD.new_empty(max(logit_rows, gradient_rows), shape.vocab_size)
     hidden_grad_TD, weight_grad_VD = torch.empty_like(hidden_TD), torch.empty_like(weight_VD)
     nothing = hidden_TD.new_zeros(())
@@ -308,8 +343,14 @@ def build_floor(inputs: Inputs, shape: Shape, sizes: ChunkSizes) -> Step:
             stop = min(start + gradient_rows, shape.num_tokens)
             for first in range(start, stop, logit_rows):
                 last = min(first + logit_rows, stop)
-                torch.mm(teacher_hidden_TE[first:last], teacher_weight_VE.T, out=teacher_CV[: last - first])
-                torch.mm(hidden_TD[first:last], weight_VD.T, out=student_GV[first - start : last - start])
+                torch.mm(
+                    teacher_hidden_TE[first:last],
+                    teacher_weight_VE.T,
+                    out=teacher_CV[: last - first],
+                )
+                torch.mm(
+                    hidden_TD[first:last], weight_VD.T, out=student_GV[first - start : last - start]
+                )
             gradient_GV, hidden_GD = student_GV[: stop - start], hidden_TD[start:stop]
             torch.mm(gradient_GV, weight_VD, out=hidden_grad_TD[start:stop])
             if start == 0:
@@ -345,7 +386,9 @@ def free_memory() -> None:
 def balanced_order(names: Sequence[str], repeat: int) -> list[str]:
     """A Williams design: within 2 * len(names) repeats, each follows each other one equally often."""
     count = len(names)
-    zigzag = [(index + 1) // 2 if index % 2 else (count - index // 2) % count for index in range(count)]
+    zigzag = [
+        (index + 1) // 2 if index % 2 else (count - index // 2) % count for index in range(count)
+    ]
     order = [names[(position + repeat) % count] for position in zigzag]
     return order[::-1] if repeat // max(count, 1) % 2 else order
 
@@ -365,13 +408,17 @@ def seconds_of(step: Step, device: str) -> float:
 
 
 class Timings:
-    """Steps on shared inputs, timed in turn; a step that fails is noted in `errors` and left out from then on."""
+    """Steps on shared inputs, timed in turn; a step that fails is noted in `errors` and left out
+    from then on.
+    """
 
     def __init__(self, inputs: Inputs, device: str) -> None:
         self._inputs, self._device = inputs, device
         self.steps: dict[str, Step] = {}
         self.errors: dict[str, str] = {}
-        self.samples: dict[str, list[float]] = {}  # NaN where a step failed, so that repeats stay aligned
+        self.samples: dict[
+            str, list[float]
+        ] = {}  # NaN where a step failed, so that repeats stay aligned
 
     def add(self, name: str, build: Callable[[], Step]) -> None:
         try:
@@ -430,7 +477,11 @@ def cuda_memory(inputs: Inputs, step: Step) -> dict[str, int]:
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
-    peak, after, outputs = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated(), inputs.gradient_bytes()
+    peak, after, outputs = (
+        torch.cuda.max_memory_allocated(),
+        torch.cuda.memory_allocated(),
+        inputs.gradient_bytes(),
+    )
     inputs.clear_gradients()
     return memory_record(before, peak, after, outputs)
 
@@ -451,8 +502,9 @@ def resident_bytes(field: str) -> int:
 
 
 def measure_own_memory(name: str, shape: Shape, chunk_rows: int | None) -> dict[str, int]:
-    """Of one step in this process, which has done nothing else that is large.  Products of `chunk_rows`, or all, tokens
-    run first: what their library then keeps for itself is the same for the floor, and is listed apart.
+    """Of one step in this process, which has done nothing else that is large.  Products of
+    `chunk_rows`, or all, tokens run first: what their library then keeps for itself is the same for
+    the floor, and is listed apart.
     """
     is_compiled = PROVIDERS[name].is_compiled
     if not is_compiled:  # a compiled one would take the second shape as a reason to compile anew
@@ -472,7 +524,9 @@ def measure_own_memory(name: str, shape: Shape, chunk_rows: int | None) -> dict[
     before = settled_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     step()
-    record = memory_record(before, resident_bytes("VmHWM"), resident_bytes("VmRSS"), inputs.gradient_bytes())
+    record = memory_record(
+        before, resident_bytes("VmHWM"), resident_bytes("VmRSS"), inputs.gradient_bytes()
+    )
     return record | {"product_library_bytes": products}
 
 
@@ -482,7 +536,9 @@ def settled_bytes() -> int:
 
 
 def cpu_memory(name: str, shape: Shape, chunk_rows: int) -> dict[str, Any]:
-    """`measure_own_memory` in a fresh process: in this one, steps could use memory again that others left behind."""
+    """`measure_own_memory` in a fresh process: in this one, steps could use memory again that
+    others left behind.
+    """
     command = [sys.executable, __file__, "--device", "cpu", "--shapes", ",".join(map(str, shape))]
     command += ["--memory-of", name, "--threads", str(torch.get_num_threads())]
     if name in (OURS, MAIN_GRAD):  # the others multiply all tokens at once, or Liger's 1024
@@ -510,17 +566,27 @@ def noise_scale(student_logits_TV: Tensor, noise_logits_TV: Tensor, target_kl: f
     """The factor on the noise that makes the mean KL `target_kl`."""
     scale = math.sqrt(target_kl)
     for _ in range(20):
-        kl = float(divergence("reverse_kl", student_logits_TV, student_logits_TV + scale * noise_logits_TV).mean())
+        kl = float(
+            divergence(
+                "reverse_kl", student_logits_TV, student_logits_TV + scale * noise_logits_TV
+            ).mean()
+        )
         if abs(kl / target_kl - 1) < 0.01:
             break
-        scale *= math.sqrt(target_kl / kl)  # the KL grows with the square of small noise, more slowly later
+        scale *= math.sqrt(
+            target_kl / kl
+        )  # the KL grows with the square of small noise, more slowly later
     return scale
 
 
-def make_accuracy_case(shape: Shape, device: str, dtype: torch.dtype, target_kl: float) -> AccuracyCase:
-    """A teacher that is the student plus scaled noise, which lives in hidden columns that only the teacher has.
+def make_accuracy_case(
+    shape: Shape, device: str, dtype: torch.dtype, target_kl: float
+) -> AccuracyCase:
+    """A teacher that is the student plus scaled noise, which lives in hidden columns that only the
+    teacher has.
 
-    So rounding the inputs to bfloat16 rounds both models' common part alike and leaves the KL as it is.
+    So rounding the inputs to bfloat16 rounds both models' common part alike and leaves the KL as it
+    is.
     """
     generator = torch.Generator(device).manual_seed(0)
     num_extra = shape.teacher_size - shape.student_size
@@ -529,10 +595,16 @@ def make_accuracy_case(shape: Shape, device: str, dtype: torch.dtype, target_kl:
         return torch.randn(sizes, generator=generator, device=device) * std
 
     hidden_TD = randn(shape.num_tokens, shape.student_size)
-    weight_VD = randn(shape.vocab_size, shape.student_size, std=LOGIT_STD / math.sqrt(shape.student_size))
+    weight_VD = randn(
+        shape.vocab_size, shape.student_size, std=LOGIT_STD / math.sqrt(shape.student_size)
+    )
     noise_TX = randn(shape.num_tokens, num_extra)
     weight_VX = randn(shape.vocab_size, num_extra, std=NOISE_STD / math.sqrt(num_extra))
-    scale = noise_scale(hidden_TD.double() @ weight_VD.double().T, noise_TX.double() @ weight_VX.double().T, target_kl)
+    scale = noise_scale(
+        hidden_TD.double() @ weight_VD.double().T,
+        noise_TX.double() @ weight_VX.double().T,
+        target_kl,
+    )
     inputs = Inputs(
         hidden_TD.to(dtype).requires_grad_(),
         weight_VD.to(dtype).requires_grad_(),
@@ -565,8 +637,12 @@ def errors_of(name: str, case: AccuracyCase) -> dict[str, Any]:
         return {"error": describe(error)}
 
 
-def measure_accuracy(names: Iterable[str], shape: Shape, device: str) -> tuple[Shape, dict[str, list[dict[str, Any]]]]:
-    vocab_size = shape.vocab_size if device == "cuda" else min(shape.vocab_size, ACCURACY_VOCAB_ON_CPU)
+def measure_accuracy(
+    names: Iterable[str], shape: Shape, device: str
+) -> tuple[Shape, dict[str, list[dict[str, Any]]]]:
+    vocab_size = (
+        shape.vocab_size if device == "cuda" else min(shape.vocab_size, ACCURACY_VOCAB_ON_CPU)
+    )
     used = Shape(
         min(shape.num_tokens, ACCURACY_TOKENS),
         shape.student_size,
@@ -578,7 +654,11 @@ def measure_accuracy(names: Iterable[str], shape: Shape, device: str) -> tuple[S
         torch.compiler.reset()  # what was compiled for other shapes would make these ones dynamic
         for target_kl in TARGET_KLS:
             case = make_accuracy_case(used, device, dtype, target_kl)
-            common = {"dtype": str(dtype).removeprefix("torch."), "target_kl": target_kl, "kl": float(case.loss)}
+            common = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "target_kl": target_kl,
+                "kl": float(case.loss),
+            }
             for name, cases in records.items():
                 report(f"  accuracy in {common['dtype']} at KL {target_kl:g}: {name}")
                 cases.append(common | errors_of(name, case))
@@ -600,7 +680,9 @@ class Settings:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
-def time_shape(shape: Shape, settings: Settings) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def time_shape(
+    shape: Shape, settings: Settings
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Results by provider (on CUDA with memory), and what is known of the floor."""
     torch.compiler.reset()
     inputs = Inputs.empty(shape, settings.device, settings.dtype)
@@ -641,7 +723,11 @@ def measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
             if "error" not in result:
                 report(f"  memory: {name}")
                 result["memory"] = cpu_memory(name, shape, floor_record["logit_rows"])
-    runnable = [name for name in settings.names if settings.device == "cuda" or not PROVIDERS[name].needs_cuda]
+    runnable = [
+        name
+        for name in settings.names
+        if settings.device == "cuda" or not PROVIDERS[name].needs_cuda
+    ]
     accuracy_shape, accuracy = measure_accuracy(runnable, shape, settings.device)
     for name, cases in accuracy.items():
         results[name]["accuracy"] = cases
@@ -664,7 +750,9 @@ def installed_version(package: str) -> str | None:
 def hardware(device: str) -> dict[str, Any]:
     cpu = platform.machine()
     if Path("/proc/cpuinfo").exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         cpu = found[1] if found else cpu
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {"device": device, "cpu": cpu, "gpu": gpu, "threads": torch.get_num_threads()}
@@ -677,7 +765,8 @@ def describe_run(settings: Settings) -> dict[str, Any]:
         "benchmark": "divergence",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(settings.device),
-        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in packages},
+        "versions": {"python": platform.python_version()}
+        | {name: installed_version(name) for name in packages},
         "protocol": {
             "step": "value, gradient of the student's hidden states, gradient of the student's output layer",
             "repeats": settings.repeats,
@@ -698,7 +787,9 @@ def gradient_errors(result: dict[str, Any], dtype: str) -> str:
     parts = []
     for case in result.get("accuracy", ()):
         if case["dtype"] == dtype:
-            worst = max(case.get("student_hidden_grad", math.nan), case.get("student_weight_grad", math.nan))
+            worst = max(
+                case.get("student_hidden_grad", math.nan), case.get("student_weight_grad", math.nan)
+            )
             parts.append("error" if math.isnan(worst) else f"{worst:.1e}")
     return " ".join(parts) or "-"
 
@@ -710,15 +801,25 @@ def table_row(label: str, result: dict[str, Any]) -> list[str]:
         seconds, ratios = result["seconds"], result["ratio_to"]
         spread = f"{printed_time(seconds['p20'])}-{printed_time(seconds['p80'])}"
         times = [printed_time(seconds["median"]), spread]
-        times += [f"{ratios[baseline]:.2f}" if baseline in ratios else "-" for baseline in (FLOOR, NAIVE)]
+        times += [
+            f"{ratios[baseline]:.2f}" if baseline in ratios else "-" for baseline in (FLOOR, NAIVE)
+        ]
     extra = result.get("memory", {}).get("peak_extra_bytes")
     memory = "-" if extra is None else f"{extra / MIB:.0f}"
-    return [label, *times, memory, gradient_errors(result, "float32"), gradient_errors(result, "bfloat16")]
+    return [
+        label,
+        *times,
+        memory,
+        gradient_errors(result, "float32"),
+        gradient_errors(result, "bfloat16"),
+    ]
 
 
 def print_shape(console: Console, record: dict[str, Any]) -> None:
     floor = record["floor"]
-    sizes = ", ".join(f"{letter}={size}" for letter, size in zip("TDEV", record["shape"].values(), strict=True))
+    sizes = ", ".join(
+        f"{letter}={size}" for letter, size in zip("TDEV", record["shape"].values(), strict=True)
+    )
     table = Table(title=f"{sizes}, {record['dtype']}")
     table.add_column("provider", no_wrap=True)
     kls = "/".join(f"{kl:g}" for kl in TARGET_KLS)
@@ -726,7 +827,9 @@ def print_shape(console: Console, record: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for dtype in ("fp32", "bf16"):
         table.add_column(f"grad err {dtype}, KL {kls}", no_wrap=True)
-    table.add_row(*table_row(f"four products, C={floor['logit_rows']} G={floor['gradient_rows']}", floor))
+    table.add_row(
+        *table_row(f"four products, C={floor['logit_rows']} G={floor['gradient_rows']}", floor)
+    )
     for name, result in record["providers"].items():
         table.add_row(*table_row(PROVIDERS[name].label, result))
     console.print(table)
@@ -734,10 +837,16 @@ def print_shape(console: Console, record: dict[str, Any]) -> None:
         if "error" in result:
             console.print(f"{name}: {result['error']}")
     if "gflops_per_second" in floor:
-        console.print(f"floor: {floor['gflops_per_second']:.4g} GF/s ({floor['flops'] / 1e9:.4g} GF)")
+        console.print(
+            f"floor: {floor['gflops_per_second']:.4g} GF/s ({floor['flops'] / 1e9:.4g} GF)"
+        )
     for name in (OURS, MAIN_GRAD):
         ratios = record["providers"].get(name, {}).get("ratio_to", {})
-        peers = [f"{ratio:.2f} x {PROVIDERS[peer].label}" for peer, ratio in ratios.items() if peer != FLOOR]
+        peers = [
+            f"{ratio:.2f} x {PROVIDERS[peer].label}"
+            for peer, ratio in ratios.items()
+            if peer != FLOOR
+        ]
         if peers:
             console.print(f"{PROVIDERS[name].label}: {', '.join(peers)}")
 
@@ -754,20 +863,40 @@ def parse_shape(text: str) -> Shape:
             raise ValueError
         return Shape(*sizes)
     except (ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"expected T,D,E,V as four positive whole numbers, found {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected T,D,E,V as four positive whole numbers, found {text!r}"
+        ) from None
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="T,D,E,V", help="instead of the device's own")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        metavar="T,D,E,V",
+        help="instead of the device's own",
+    )
     parser.add_argument("--repeats", type=int, help="default: 11, with --quick 2")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
-    parser.add_argument("--chunk-rows", type=int, help="both chunk sizes of the floor; default: those of ours")
+    parser.add_argument(
+        "--threads", type=int, help="of PyTorch on the CPU; default: its own choice"
+    )
+    parser.add_argument(
+        "--chunk-rows", type=int, help="both chunk sizes of the floor; default: those of ours"
+    )
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
-    parser.add_argument("--json", type=Path, metavar="PATH", help="default: to stdout, after the tables")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="default: to stdout, after the tables"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it still run?")
-    parser.add_argument("--memory-of", choices=list(PROVIDERS), help=argparse.SUPPRESS)  # for `cpu_memory`
+    parser.add_argument(
+        "--memory-of", choices=list(PROVIDERS), help=argparse.SUPPRESS
+    )  # for `cpu_memory`
     return parser.parse_args()
 
 
@@ -776,7 +905,11 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.memory_of is not None:
-        print(json.dumps(measure_own_memory(arguments.memory_of, arguments.shapes[0], arguments.chunk_rows)))
+        print(
+            json.dumps(
+                measure_own_memory(arguments.memory_of, arguments.shapes[0], arguments.chunk_rows)
+            )
+        )
         return
     settings = Settings(
         device=arguments.device,
@@ -786,10 +919,14 @@ def main() -> None:
         chunk_rows=arguments.chunk_rows,
     )
     console = Console()
-    console.width = max(console.width, 160)  # a pipe counts as 80 columns, into which the table does not fit
+    console.width = max(
+        console.width, 160
+    )  # a pipe counts as 80 columns, into which the table does not fit
     run = describe_run(settings)
     run["shapes"] = []
-    for shape in arguments.shapes or (QUICK_SHAPES if arguments.quick else SHAPES[arguments.device]):
+    for shape in arguments.shapes or (
+        QUICK_SHAPES if arguments.quick else SHAPES[arguments.device]
+    ):
         run["shapes"].append(measure_shape(shape, settings))
         print_shape(console, run["shapes"][-1])
     text = json.dumps(run, indent=2) + "\n"

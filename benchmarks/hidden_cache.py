@@ -7,17 +7,19 @@ Sections, for each shape (samples of 100 to 1300 tokens, random bits):
 
     write      until the samples are committed and durable, over one pwrite for each sample into one file and an fsync
     read       samples in random order into a mini-batch's buffer, over one pread for each sample from one flat file:
-               whole samples, warm and cold (posix_fadvise DONTNEED), and a random quarter of each sample's rows, warm;
-               the cache gets as many samples in one call as the buffer holds, the plain reader has one thread
+               whole samples, warm and cold (posix_fadvise DONTNEED), and a random quarter of each
+               sample's rows, warm; the cache gets as many samples in one call as the buffer holds,
+               the plain reader has one thread
     memory     growth of a fresh process's peak resident memory (VmHWM) while it writes, and while it reads all; without
-               one sample's rows (writer: its caller's), without the buffer that is read into, and after one tiny
-               sample, so that library code is loaded; freed arrays leave at once (MALLOC_MMAP_THRESHOLD_), because
-               what glibc keeps of them depends on everything else in a process
+               one sample's rows (writer: its caller's), without the buffer that is read into, and
+               after one tiny sample, so that library code is loaded; freed arrays leave at once
+               (MALLOC_MMAP_THRESHOLD_), because what glibc keeps of them depends on everything else
+               in a process
     processes  the same with 4 writer and 4 reader processes at once, all bytes over the time from the first start to
                the last end; then writers and readers together, every row compared
 
-A ratio is the speed of the cache over the plain one's: the median over pairs that were measured in turn.  Only counts
-are asserted, never times.
+A ratio is the speed of the cache over the plain one's: the median over pairs that were measured in
+turn.  Only counts are asserted, never times.
 """
 
 from __future__ import annotations
@@ -44,12 +46,20 @@ from typing import Any
 
 import numpy as np
 
-from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, Read, Request, remove, sample_key
+from mtopd.hidden_cache import (
+    HiddenCacheReader,
+    HiddenCacheWriter,
+    Read,
+    Request,
+    remove,
+    sample_key,
+)
 
 MIB = 1 << 20
 TEACHER = "a1" * 32
 PROCESSES = 4
-# Not fork: a child then starts clean, however many threads this process has; and it need not import torch again.
+# Not fork: a child then starts clean, however many threads this process has; and it need not import
+# torch again.
 _CHILDREN = multiprocessing.get_context("forkserver")
 _CHILDREN.set_forkserver_preload(["mtopd.hidden_cache", "numpy"])
 DTYPES = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
@@ -78,7 +88,9 @@ class Spec:
 
 
 class Samples:
-    """Samples of one process: contiguous views into a pool of random bits, each from a place of its own."""
+    """Samples of one process: contiguous views into a pool of random bits, each from a place of its
+    own.
+    """
 
     def __init__(self, spec: Spec, first: int = 0) -> None:
         draw = np.random.default_rng(first)
@@ -95,10 +107,14 @@ class Samples:
         self.pool_NE = pool_NE
 
     def request(self, index: int) -> Request:
-        return Request(sample_key(TEACHER, [1], [self.ids[index]], [1], self.spec.hidden_dtype), self.ids[index], 0)
+        return Request(
+            sample_key(TEACHER, [1], [self.ids[index]], [1], self.spec.hidden_dtype),
+            self.ids[index],
+            0,
+        )
 
 
-# -- what is compared -------------------------------------------------------------------------------------------------
+# -- what is compared ------------------------------------------------------------------------------
 
 
 def write_plain(samples: Samples, path: Path) -> None:
@@ -116,13 +132,17 @@ def write_plain(samples: Samples, path: Path) -> None:
 
 def write_cache(samples: Samples, root: Path, writer: str = "w") -> None:
     spec = samples.spec
-    with HiddenCacheWriter(root, writer=writer, generation=0, hidden_dtype=spec.hidden_dtype) as cache:
+    with HiddenCacheWriter(
+        root, writer=writer, generation=0, hidden_dtype=spec.hidden_dtype
+    ) as cache:
         for index, rows_NE in enumerate(samples.rows):
             cache.put(TEACHER, spec.hidden_size, *samples.request(index), rows_NE)
 
 
 class Reading:
-    """Samples in a random order into consecutive places of one buffer that is used again, as a mini-batch's is."""
+    """Samples in a random order into consecutive places of one buffer that is used again, as a
+    mini-batch's is.
+    """
 
     def __init__(self, samples: Samples, flat: Path, root: Path) -> None:
         spec = samples.spec
@@ -132,7 +152,9 @@ class Reading:
         self.order = np.random.default_rng(1).permutation(len(lengths)).tolist()
         # Of each sample one quarter, not always the first: [start, stop).
         quarters = np.random.default_rng(2).integers(0, 4, len(lengths)).tolist()
-        self.quarters = [(q * n // 4, (q + 1) * n // 4) for q, n in zip(quarters, lengths, strict=True)]
+        self.quarters = [
+            (q * n // 4, (q + 1) * n // 4) for q, n in zip(quarters, lengths, strict=True)
+        ]
         self.wholes = [(0, n) for n in lengths]
         rows = max(spec.buffer_mib * MIB // spec.row_bytes, 1300)
         self.buffer_NE = np.full((rows, spec.hidden_size), 1, DTYPES[spec.hidden_dtype])
@@ -141,7 +163,9 @@ class Reading:
         self.entries = [entry for entry in found if entry is not None]
         assert len(self.entries) == len(lengths) and not self.reader.refused
 
-    def places(self, parts: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, np.ndarray]]:
+    def places(
+        self, parts: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, int, np.ndarray]]:
         """Sample index, its rows [start, stop), where they go."""
         at = 0
         for index in self.order:
@@ -167,7 +191,9 @@ class Reading:
         """Rows read from the cache, verified; as many samples in one call as the buffer holds."""
         num_rows, reads = 0, list[Read]()
         for index, start, stop, out_NE in self.places(parts):
-            if reads and out_NE.ctypes.data == self.buffer_NE.ctypes.data:  # full: from its begin again
+            if (
+                reads and out_NE.ctypes.data == self.buffer_NE.ctypes.data
+            ):  # full: from its begin again
                 self.reader.read_many(reads)
                 reads = []
             reads.append(Read(self.entries[index], start, stop, out_NE))
@@ -183,7 +209,9 @@ class Reading:
             self.reader.read_rows(self.entries[index], start, stop, out_NE)
             wanted_NE = self.samples.rows[index][start:stop]
             # Bits, not numbers: random bits hold NaNs.
-            assert np.array_equal(out_NE.view(np.uint8), wanted_NE.view(np.uint8)), f"wrong rows of sample {index}"
+            assert np.array_equal(out_NE.view(np.uint8), wanted_NE.view(np.uint8)), (
+                f"wrong rows of sample {index}"
+            )
             num_rows += stop - start
         return num_rows
 
@@ -201,7 +229,11 @@ def drop_from_page_cache(*places: Path) -> None:
 
 
 def in_turn(
-    repeats: int, num_bytes: int, plain: Callable[[], Any], cache: Callable[[], Any], before: Callable[[], None]
+    repeats: int,
+    num_bytes: int,
+    plain: Callable[[], Any],
+    cache: Callable[[], Any],
+    before: Callable[[], None],
 ) -> dict[str, Any]:
     """Ratios of speed, cache over plain, of pairs measured in turn; a first pair is not counted."""
     times: dict[str, list[float]] = {"plain": [], "cache": []}
@@ -219,12 +251,19 @@ def in_turn(
 
 def compared(times: dict[str, list[float]], num_bytes: int) -> dict[str, Any]:
     ratios = [plain / cache for plain, cache in zip(times["plain"], times["cache"], strict=True)]
-    gb_per_s = {name: round(num_bytes / 1e9 / statistics.median(found), 3) for name, found in times.items()}
-    spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "repeats": len(ratios)}
+    gb_per_s = {
+        name: round(num_bytes / 1e9 / statistics.median(found), 3) for name, found in times.items()
+    }
+    spread = {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "repeats": len(ratios),
+    }
     return {"ratio": {k: round(v, 3) for k, v in spread.items()}, "gb_per_s": gb_per_s}
 
 
-# -- one process ------------------------------------------------------------------------------------------------------
+# -- one process -----------------------------------------------------------------------------------
 
 
 def measure_write(spec: Spec, folder: Path) -> dict[str, Any]:
@@ -232,13 +271,19 @@ def measure_write(spec: Spec, folder: Path) -> dict[str, Any]:
     flat, root = folder / "flat", folder / "cache"
 
     def clear() -> None:
-        """Not timed: removing the files of the pair before, which the file system's journal else does with ours."""
+        """Not timed: removing the files of the pair before, which the file system's journal else
+        does with ours.
+        """
         flat.unlink(missing_ok=True)
         remove(root)
         os.sync()
 
     result = in_turn(
-        spec.repeats, samples.num_bytes, lambda: write_plain(samples, flat), lambda: write_cache(samples, root), clear
+        spec.repeats,
+        samples.num_bytes,
+        lambda: write_plain(samples, flat),
+        lambda: write_cache(samples, root),
+        clear,
     )
     write_cache(samples, root)
     write_plain(samples, flat)
@@ -284,7 +329,9 @@ def measure_read(spec: Spec, folder: Path) -> dict[str, Any]:
             before,
         )
         per_pass = (reading.reader.bytes_read - reads_before) / (spec.repeats + 1)
-        results[f"read_{name}"]["bytes_read_over_rows"] = round(per_pass / (wanted * spec.row_bytes), 3)
+        results[f"read_{name}"]["bytes_read_over_rows"] = round(
+            per_pass / (wanted * spec.row_bytes), 3
+        )
         assert reading.compare(parts) == wanted
     reading.reader.close()
     flat.unlink()
@@ -292,12 +339,14 @@ def measure_read(spec: Spec, folder: Path) -> dict[str, Any]:
     return results
 
 
-# -- memory, in a process of its own ----------------------------------------------------------------------------------
+# -- memory, in a process of its own ---------------------------------------------------------------
 
 
 def status_bytes(field: str) -> int:
     """A line of /proc/self/status: VmRSS, VmHWM."""
-    (found,) = re.findall(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    (found,) = re.findall(
+        rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
     return int(found) * 1024
 
 
@@ -331,7 +380,8 @@ def measure_memory(what: str, spec: Spec, folder: Path) -> int:
     before = reset_peak()
     with HiddenCacheWriter(root, writer="m", generation=0, hidden_dtype=spec.hidden_dtype) as cache:
         for index, rows_NE in enumerate(samples.rows):
-            # An array of its own for each put, as a pass makes it: what waits in the writer counts as the writer's.
+            # An array of its own for each put, as a pass makes it: what waits in the writer counts
+            # as the writer's.
             cache.put(TEACHER, spec.hidden_size, *samples.request(index), rows_NE.copy())
     return status_bytes("VmHWM") - before - 1300 * spec.row_bytes
 
@@ -342,13 +392,15 @@ def memory_of_processes(spec: Spec, folder: Path) -> dict[str, Any]:
         request = json.dumps({"memory": what, "spec": asdict(spec), "folder": str(folder)})
         command = [sys.executable, "-W", "ignore", __file__, "--worker", request]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600, env=environment)
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=600, env=environment
+        )
         extra[what] = round(max(int(done.stdout), 0) / MIB, 1)
     remove(folder / "cache")
     return {"extra_mib": extra, "rows_mib": round(Samples(spec).num_bytes / MIB, 1)}
 
 
-# -- several processes at once ----------------------------------------------------------------------------------------
+# -- several processes at once ---------------------------------------------------------------------
 
 
 class Worker:
@@ -356,7 +408,9 @@ class Worker:
 
     def __init__(self, number: int, spec: Spec, folder: Path) -> None:
         self._pipe, theirs = _CHILDREN.Pipe()
-        self._process = _CHILDREN.Process(target=serve, args=(theirs, number, spec, folder), daemon=True)
+        self._process = _CHILDREN.Process(
+            target=serve, args=(theirs, number, spec, folder), daemon=True
+        )
         self._process.start()
         theirs.close()
         self.num_bytes, self.num_rows = self.ask("size")
@@ -420,14 +474,21 @@ def at_once(asked: Sequence[tuple[Worker, str]]) -> tuple[float, list[Any]]:
     start = time.monotonic() + 0.05
     with ThreadPoolExecutor(len(asked)) as pool:
         done = list(pool.map(lambda pair: pair[0].ask(pair[1], start), asked))
-    return max(end for _, end, _ in done) - min(begin for begin, _, _ in done), [count for _, _, count in done]
+    return max(end for _, end, _ in done) - min(begin for begin, _, _ in done), [
+        count for _, _, count in done
+    ]
 
 
 def measure_processes(spec: Spec, folder: Path) -> dict[str, Any]:
-    spec = replace(spec, num_samples=spec.num_samples // PROCESSES)  # together as many as one process alone
+    spec = replace(
+        spec, num_samples=spec.num_samples // PROCESSES
+    )  # together as many as one process alone
     root, results = folder / "cache", {}
     with workers(spec, folder) as first, workers(spec, folder) as second:
-        num_bytes, num_rows = sum(worker.num_bytes for worker in first), [worker.num_rows for worker in first]
+        num_bytes, num_rows = (
+            sum(worker.num_bytes for worker in first),
+            [worker.num_rows for worker in first],
+        )
 
         def clear() -> None:
             remove(root)
@@ -460,7 +521,7 @@ def measure_processes(spec: Spec, folder: Path) -> dict[str, Any]:
     return results
 
 
-# -- the whole run ----------------------------------------------------------------------------------------------------
+# -- the whole run ---------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
@@ -478,15 +539,21 @@ def missed(results: dict[str, Any]) -> list[str]:
                 found.append(f"{shape} {name}: {measured['ratio']['median']} < {TARGETS[name]}")
         for name, mib in sections["memory"]["extra_mib"].items():
             if mib > TARGETS["extra_memory_mib"]:
-                found.append(f"{shape} extra memory of {name}: {mib} > {TARGETS['extra_memory_mib']} MiB")
+                found.append(
+                    f"{shape} extra memory of {name}: {mib} > {TARGETS['extra_memory_mib']} MiB"
+                )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small samples, few repeats: a smoke test of the code")
+    parser.add_argument(
+        "--quick", action="store_true", help="small samples, few repeats: a smoke test of the code"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--folder", type=Path, help="where files are made (2 GiB); default: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where files are made (2 GiB); default: a temporary one"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -515,7 +582,13 @@ def main() -> None:
         print("target missed:", line)
     if arguments.json:
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        document = {"schema": 1, "when": when, "machine": machine(), "quick": arguments.quick, "targets": TARGETS}
+        document = {
+            "schema": 1,
+            "when": when,
+            "machine": machine(),
+            "quick": arguments.quick,
+            "targets": TARGETS,
+        }
         arguments.json.write_text(json.dumps({**document, **results}, indent=1) + "\n")
 
 

@@ -6,9 +6,10 @@
 Sections, each in ranks of its own; the teacher is a random Qwen3 in fp32, made here:
 
     memory    growth of a rank's peak resident memory over a whole teacher pass, above its value after imports and group
-              start-up, beside what is allowed: two layers + embedding + host_budget + 256 MiB, and the activations
-              (waiting ones by size, those inside a layer measured before).  Bytes read are counted by the stream and by
-              the kernel (/proc/self/io rchar), summed over ranks.
+              start-up, beside what is allowed: two layers + embedding + host_budget + 256 MiB, and
+              the activations (waiting ones by size, those inside a layer measured before).  Bytes
+              read are counted by the stream and by the kernel (/proc/self/io rchar), summed over
+              ranks.
     read      plain preads of the same ranges by as many threads, over reading ahead with block checksums; both cold
               (posix_fadvise DONTNEED), in turn.
     overlap   a pass against a store throttled to the speed of the compute, over the larger of compute alone (the same
@@ -47,11 +48,15 @@ THREADS = 4
 REQUEST = 8 * MIB
 
 
-# -- making a teacher -------------------------------------------------------------------------------------------------
+# -- making a teacher ------------------------------------------------------------------------------
 
 
-def make_teacher(folder: Path, *, layers: int, hidden: int, intermediate: int, vocab: int, slices: int) -> Path:
-    """A random fp32 Qwen3 as HF checkpoint (one file for each layer, so that memory stays small) and as store."""
+def make_teacher(
+    folder: Path, *, layers: int, hidden: int, intermediate: int, vocab: int, slices: int
+) -> Path:
+    """A random fp32 Qwen3 as HF checkpoint (one file for each layer, so that memory stays small)
+    and as store.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -85,7 +90,11 @@ def make_teacher(folder: Path, *, layers: int, hidden: int, intermediate: int, v
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=draw) * columns**-0.5
 
-    shapes = {"q_proj": (hidden, hidden), "k_proj": (4 * head_dim, hidden), "v_proj": (4 * head_dim, hidden)}
+    shapes = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (4 * head_dim, hidden),
+        "v_proj": (4 * head_dim, hidden),
+    }
     shapes["o_proj"] = (hidden, hidden)
     for i in range(layers):
         tensors = {f"model.layers.{i}.self_attn.{n}.weight": matrix(*s) for n, s in shapes.items()}
@@ -97,13 +106,16 @@ def make_teacher(folder: Path, *, layers: int, hidden: int, intermediate: int, v
         for name in ("q_norm", "k_norm"):
             tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(head_dim)
         save_file(tensors, source / f"model-{i:05d}.safetensors")
-    ends = {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden)}
+    ends = {
+        "model.embed_tokens.weight": matrix(vocab, hidden),
+        "lm_head.weight": matrix(vocab, hidden),
+    }
     save_file({**ends, "model.norm.weight": torch.ones(hidden)}, source / "model-ends.safetensors")
     add_teacher("big", source, target, slices=slices)
     return target
 
 
-# -- inside a rank ----------------------------------------------------------------------------------------------------
+# -- inside a rank ---------------------------------------------------------------------------------
 
 
 def status_bytes(field: str) -> int:
@@ -120,7 +132,9 @@ def reset_peak() -> int:
 
 
 def read_by_kernel() -> int:
-    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: read calls, page cache included
+    return int(
+        Path("/proc/self/io").read_text().split()[1]
+    )  # rchar: read calls, page cache included
 
 
 @dataclasses.dataclass
@@ -147,7 +161,11 @@ class Bench:
         from mtopd.teacher_offload.layer_stream import TeacherStream
 
         return TeacherStream(
-            [store or self.store], [self.mesh], self.ranks.device, host_budget=host_budget, reader_threads=THREADS
+            [store or self.store],
+            [self.mesh],
+            self.ranks.device,
+            host_budget=host_budget,
+            reader_threads=THREADS,
         )
 
     def plan(self, tokens: int, length: int, batch_tokens: int) -> tuple[dict[int, Any], list[Any]]:
@@ -172,7 +190,13 @@ class Bench:
         from mtopd.teacher_offload.teacher_pass import run_teacher_pass
 
         return run_teacher_pass(
-            stream, 0, self.layers, self.mesh.tp_group, samples, waves, keep=lambda sample, rows_TE: None
+            stream,
+            0,
+            self.layers,
+            self.mesh.tp_group,
+            samples,
+            waves,
+            keep=lambda sample, rows_TE: None,
         )
 
 
@@ -223,7 +247,9 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _activations_inside_a_layer(bench: Bench, stream: Any, tokens: int) -> int:
-    """Peak memory that one forward through a layer takes beyond its input and weights, for the largest batch."""
+    """Peak memory that one forward through a layer takes beyond its input and weights, for the
+    largest batch.
+    """
     import torch
 
     weights = _resident_layer(bench, stream, 0)
@@ -264,7 +290,11 @@ def drop_cache(paths: Sequence[Path]) -> None:
 def read(spec: dict[str, Any]) -> dict[str, Any]:
     bench = Bench(spec)
     stream = bench.stream(spec["host_budget"])
-    ranges = [(r.file, r.blocks[0].start, r.blocks[-1].stop) for part in stream.parts[0] for r in part.ranges]
+    ranges = [
+        (r.file, r.blocks[0].start, r.blocks[-1].stop)
+        for part in stream.parts[0]
+        for r in part.ranges
+    ]
     requests = [
         (Path(spec["store"]) / file.path, at, min(at + REQUEST, stop))
         for file, start, stop in ranges
@@ -309,7 +339,9 @@ def read(spec: dict[str, Any]) -> dict[str, Any]:
     ratios = [p / o for p, o in zip(times["plain"], times["ours"], strict=True)]
     return {
         "speed_over_plain_pread": spread(ratios),
-        "gb_per_s": {n: bench.store.pass_bytes() / 1e9 / statistics.median(t) for n, t in times.items()},
+        "gb_per_s": {
+            n: bench.store.pass_bytes() / 1e9 / statistics.median(t) for n, t in times.items()
+        },
         "stored_mib": bench.store.pass_bytes() / MIB,
     }
 
@@ -370,11 +402,18 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
         return time.perf_counter() - started
 
     def timed(
-        call: Callable[[Any], Any], layers: int, speed: float, latency: Callable[[], float], *, warm: bool = False
+        call: Callable[[Any], Any],
+        layers: int,
+        speed: float,
+        latency: Callable[[], float],
+        *,
+        warm: bool = False,
     ) -> tuple[float, Any]:
-        """Wall seconds and result of ``call`` on a new stream that may hold ``layers``, from ``speed`` bytes/s.
+        """Wall seconds and result of ``call`` on a new stream that may hold ``layers``, from
+        ``speed`` bytes/s.
 
-        ``warm``: what fits has been read before the clock starts, as in a job behind the teacher before.
+        ``warm``: what fits has been read before the clock starts, as in a job behind the teacher
+        before.
         """
         stream = bench.stream(layers * share, throttled(bench.store, speed, latency))
         started = time.perf_counter()
@@ -415,7 +454,9 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
         "wall_over_max_of_compute_and_reading": spread(ratios),
         "compute_alone_s": statistics.median(alone),
         "reading_alone_s": statistics.median(reading),
-        "stall_share_with_stragglers": {f"{n}_layers_of_prefetch": spread(found) for n, found in stalls.items()},
+        "stall_share_with_stragglers": {
+            f"{n}_layers_of_prefetch": spread(found) for n, found in stalls.items()
+        },
         "reads": sum(-(-r.own_bytes // REQUEST) for part in free.parts[0] for r in part.ranges),
         "stored_mib": bench.store.pass_bytes() / MIB,
     }
@@ -423,19 +464,33 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
-    return {"median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1], "repeats": len(ordered)}
+    return {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "max": ordered[-1],
+        "repeats": len(ordered),
+    }
 
 
-# -- the whole run ----------------------------------------------------------------------------------------------------
+# -- the whole run ---------------------------------------------------------------------------------
 
 
 def run_section(section: str, spec: dict[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
     """A section in ranks of its own; returns rank 0's result."""
     request, answer = folder / "spec.json", folder / "answer.json"
     request.write_text(json.dumps({**spec, "section": section, "answer": str(answer)}))
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=1"]
-    command += [f"--nproc-per-node={spec['world_size']}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    command += [
+        f"--nproc-per-node={spec['world_size']}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+    ]
     command += ["--local-addr=127.0.0.1", __file__, "--worker", str(request)]
     subprocess.run(command, env=environment, check=True, timeout=timeout)
     found = json.loads(answer.read_text())
@@ -459,12 +514,18 @@ def worker(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small teacher, few repeats: a smoke test of the code")
+    parser.add_argument(
+        "--quick", action="store_true", help="small teacher, few repeats: a smoke test of the code"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument(
-        "--folder", type=Path, help="where the teachers are made (4 to 8 GiB); default: a temporary one"
+        "--folder",
+        type=Path,
+        help="where the teachers are made (4 to 8 GiB); default: a temporary one",
     )
-    parser.add_argument("--only", action="append", help="run this section alone (memory_1_process, ...); repeatable")
+    parser.add_argument(
+        "--only", action="append", help="run this section alone (memory_1_process, ...); repeatable"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -482,12 +543,23 @@ def main() -> None:
         one = {"store": str(store), "world_size": 1, "tp": 1, "length": 256, "batch_tokens": 1024}
         budget = 24 * MIB if quick else 768 * MIB
         sections = {
-            "memory_1_process": ("memory", {**one, "tokens": 1024 if quick else 20480, "compute_threads": 2}),
-            "memory_4_processes": ("memory", {**one, "world_size": 4, "tp": 2, "tokens": 2048 if quick else 4096}),
+            "memory_1_process": (
+                "memory",
+                {**one, "tokens": 1024 if quick else 20480, "compute_threads": 2},
+            ),
+            "memory_4_processes": (
+                "memory",
+                {**one, "world_size": 4, "tp": 2, "tokens": 2048 if quick else 4096},
+            ),
             "read": ("read", {**one, "repeats": 2 if quick else 9}),
             "overlap": (
                 "overlap",
-                {**one, "store": str(small_store), "tokens": 512 if quick else 1280, "repeats": 2 if quick else 9},
+                {
+                    **one,
+                    "store": str(small_store),
+                    "tokens": 512 if quick else 1280,
+                    "repeats": 2 if quick else 9,
+                },
             ),
         }
         results = {
@@ -496,7 +568,9 @@ def main() -> None:
             if not arguments.only or name in arguments.only
         }
     if arguments.json:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         machine = {"cpus": os.cpu_count(), "processor": found[1] if found else platform.machine()}
         when = datetime.now(UTC).isoformat(timespec="seconds")
         document = {"schema": 1, "when": when, "machine": machine, "quick": quick, **results}

@@ -1,22 +1,26 @@
-"""Where the time of a train step goes, and what exact distillation costs beside next-token cross entropy.
+"""Where the time of a train step goes, and what exact distillation costs beside next-token cross
+entropy.
 
     python benchmarks/trainer.py --json benchmarks/results/trainer_2core_cpu.json
     python benchmarks/trainer.py --quick
 
-The demo's shapes with random weights: student, three teachers, sampled answers, a hidden cache, all through the phases
-of a run; then the iteration's train steps over and over.  One section at one rank, one at tp 2 x pp 2.
+The demo's shapes with random weights: student, three teachers, sampled answers, a hidden cache, all
+through the phases of a run; then the iteration's train steps over and over.  One section at one
+rank, one at tp 2 x pp 2.
 
     shares     of the wall time of ``train.run`` on the first rank of the last stage, each second counted once:
-               planning (plan, packing, reading the trajectories), cache_read and head_swap (what is waited for),
-               model (Megatron's forward and backward without the rest), divergence, collectives (blocking calls,
-               wherever made), metrics (statistics of both distributions, reductions, the line that is written),
-               optimizer, waiting (for slower ranks, at a barrier before the reduction of the metrics), other
+               planning (plan, packing, reading the trajectories), cache_read and head_swap (what is
+               waited for), model (Megatron's forward and backward without the rest), divergence,
+               collectives (blocking calls, wherever made), metrics (statistics of both
+               distributions, reductions, the line that is written), optimizer, waiting (for slower
+               ranks, at a barrier before the reduction of the metrics), other
     overhead   1 - bare step / train step; the bare one has its micro-batches packed, all hidden states and heads at
-               hand and measures nothing: model, divergence and optimizer alone.  What a rank does while it would wait
-               for another one costs nothing here
+               hand and measures nothing: model, divergence and optimizer alone.  What a rank does
+               while it would wait for another one costs nothing here
     price      a train step / a step of the same model, samples and optimizer with cross entropy
 
-Overhead and price are medians over rounds in which the kinds of step were measured in turn, without the clocks.
+Overhead and price are medians over rounds in which the kinds of step were measured in turn, without
+the clocks.
 
 Nothing is asserted of times.
 """
@@ -69,7 +73,9 @@ class Clock:
             self._lap()
             self._names.pop()
 
-    def wrap(self, owner: Any, attribute: str, name: str, *, before: Callable[[], None] | None = None) -> None:
+    def wrap(
+        self, owner: Any, attribute: str, name: str, *, before: Callable[[], None] | None = None
+    ) -> None:
         """Time every call of a function or method of ``owner``."""
         original = getattr(owner, attribute)
 
@@ -90,15 +96,27 @@ class Clock:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "repeats": len(values),
+    }
 
 
-# -- in the ranks -----------------------------------------------------------------------------------------------------
+# -- in the ranks ----------------------------------------------------------------------------------
 def wrap_collectives(clock: Clock) -> None:
     """Before Megatron is imported: it keeps some of these functions under names of its own."""
     import torch.distributed as dist
 
-    names = ("all_reduce", "all_gather", "broadcast", "reduce_scatter_tensor", "batch_isend_irecv", "all_gather_single")
+    names = (
+        "all_reduce",
+        "all_gather",
+        "broadcast",
+        "reduce_scatter_tensor",
+        "batch_isend_irecv",
+        "all_gather_single",
+    )
     for name in (*names, "all_gather_into_tensor", "all_to_all_single", "recv", "send"):
         if hasattr(dist, name):
             clock.wrap(dist, name, "collectives")
@@ -161,8 +179,12 @@ class Iteration:
             for plan in self.plans:
                 runs = train.runs_of_step(job, plan, 0)
                 mine = zip(plan.micro_batches[job.ranks.dp_rank], runs, strict=True)
-                packed = [train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine]
-                steps.append((packed, {run: states(run).clone() for of_batch in runs for run in of_batch}))
+                packed = [
+                    train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine
+                ]
+                steps.append(
+                    (packed, {run: states(run).clone() for of_batch in runs for run in of_batch})
+                )
 
         def run() -> None:
             for packed, hidden in steps:
@@ -193,7 +215,12 @@ class Iteration:
             steps.append([])
             for batch in plan.micro_batches[job.ranks.dp_rank]:
                 fields = [self.tokens.tokens(s.sample_id) for s in batch.samples]
-                labels = [int(t) for f in fields for t, m in zip(f.response_ids, f.loss_mask, strict=True) if m]
+                labels = [
+                    int(t)
+                    for f in fields
+                    for t, m in zip(f.response_ids, f.loss_mask, strict=True)
+                    if m
+                ]
                 packed = packing.pack_rows(
                     fields,
                     [s.token_weight for s in batch.samples],
@@ -206,7 +233,9 @@ class Iteration:
 
         def run() -> None:
             for micro_batches in steps:
-                job.trainer.reduce_metrics(job.trainer.forward_backward(micro_batches, objective), ["loss"])
+                job.trainer.reduce_metrics(
+                    job.trainer.forward_backward(micro_batches, objective), ["loss"]
+                )
                 job.trainer.optimizer_step()
 
         return run
@@ -240,7 +269,11 @@ def worker(path: Path) -> None:
         with clock("other"):
             train.run(job, 0)
 
-    kinds = {"train_step": distil, "bare_step": iteration.bare(), "cross_entropy_step": iteration.supervised()}
+    kinds = {
+        "train_step": distil,
+        "bare_step": iteration.bare(),
+        "cross_entropy_step": iteration.supervised(),
+    }
     for run in kinds.values():
         measured(run)  # memory and code are there afterwards
     rounds = [{kind: measured(run) for kind, run in kinds.items()} for _ in range(spec["repeats"])]
@@ -254,7 +287,9 @@ def worker(path: Path) -> None:
         shares.append({name: seconds / total for name, seconds in clock.seconds.items()})
     names = sorted({name for part in shares for name in part})
     result = {
-        "shares": {name: statistics.median(part.get(name, 0.0) for part in shares) for name in names},
+        "shares": {
+            name: statistics.median(part.get(name, 0.0) for part in shares) for name in names
+        },
         "overhead": spread([1 - times["bare_step"] / times["train_step"] for times in rounds]),
         "price": spread([times["train_step"] / times["cross_entropy_step"] for times in rounds]),
         **{f"{kind}_s": spread([times[kind] for times in rounds]) for kind in kinds},
@@ -264,13 +299,20 @@ def worker(path: Path) -> None:
     job.close()
 
 
-# -- the whole run ----------------------------------------------------------------------------------------------------
+# -- the whole run ---------------------------------------------------------------------------------
 def make_models(folder: Path) -> None:
     """The demo's model with random weights, four times."""
     from mtopd.convert.teacher import add_teacher
 
     for seed, name in enumerate(("student", *TEACHERS)):
-        command = [sys.executable, "-m", "launch.demo_init", folder / name, CONFIGS / "demo_base.yaml", str(seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.demo_init",
+            folder / name,
+            CONFIGS / "demo_base.yaml",
+            str(seed),
+        ]
         subprocess.run(command, check=True, cwd=CONFIGS.parent.parent, stdout=subprocess.DEVNULL)
         if name != "student":
             add_teacher(name, folder / name, folder / "stores" / name, slices=2)
@@ -286,8 +328,15 @@ def run_section(name: str, layout: dict[str, int], folder: Path, *, quick: bool)
         f"run_dir={folder / name}",
         f"student.model={folder / 'student'}",
         f"student.parallel={json.dumps(layout)}",
-        *(f"teachers.{i}.store={folder / 'stores' / teacher}" for i, teacher in enumerate(TEACHERS)),
-        *(f"data.sources.{i}.{key}" for i in range(3) for key in ("train_size=2000", "eval_size=8")),
+        *(
+            f"teachers.{i}.store={folder / 'stores' / teacher}"
+            for i, teacher in enumerate(TEACHERS)
+        ),
+        *(
+            f"data.sources.{i}.{key}"
+            for i in range(3)
+            for key in ("train_size=2000", "eval_size=8")
+        ),
         *(["rollout.prompts_per_iteration=96", "train.micro_batch_size=12"] if quick else []),
         *("evaluation.every=0", "evaluation.baselines={}", "evaluation.weight_average=[]"),
     ]
@@ -296,11 +345,24 @@ def run_section(name: str, layout: dict[str, int], folder: Path, *, quick: bool)
     with run.lock():
         prepare.consolidate(config, run, lambda text: None)
     request, answer = folder / "spec.json", folder / f"{name}.json"
-    request.write_text(json.dumps({"run": str(run.path), "repeats": 2 if quick else 41, "answer": str(answer)}))
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    request.write_text(
+        json.dumps({"run": str(run.path), "repeats": 2 if quick else 41, "answer": str(answer)})
+    )
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=1"]
     command += [f"--nproc-per-node={config.student.parallel.world_size}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", __file__, "--worker", str(request)]
+    command += [
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        __file__,
+        "--worker",
+        str(request),
+    ]
     subprocess.run(command, env=environment, check=True, timeout=1800)
     found = json.loads(answer.read_text())
     print(f"{name} {json.dumps(found, indent=1)}", flush=True)
@@ -309,9 +371,13 @@ def run_section(name: str, layout: dict[str, int], folder: Path, *, quick: bool)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small batches, few repeats: a smoke test of the code")
+    parser.add_argument(
+        "--quick", action="store_true", help="small batches, few repeats: a smoke test of the code"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--only", action="append", help="run this section alone (tp1pp1, tp2pp2); repeatable")
+    parser.add_argument(
+        "--only", action="append", help="run this section alone (tp1pp1, tp2pp2); repeatable"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -329,10 +395,18 @@ def main() -> None:
             if not arguments.only or section in arguments.only
         }
     if arguments.json:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         machine = {"cpus": os.cpu_count(), "processor": found[1] if found else platform.machine()}
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        document = {"schema": 1, "when": when, "machine": machine, "quick": arguments.quick, "targets": TARGETS}
+        document = {
+            "schema": 1,
+            "when": when,
+            "machine": machine,
+            "quick": arguments.quick,
+            "targets": TARGETS,
+        }
         arguments.json.write_text(json.dumps({**document, **results}, indent=1) + "\n")
 
 

@@ -1,9 +1,10 @@
-"""The demo: from nothing to one student with three abilities.  ``make demo`` and ``make smoke`` call it.
+"""The demo: from nothing to one student with three abilities.  ``make demo`` and ``make smoke``
+call it.
 
     python launch/demo.py demo|smoke [--seed N]
 
-Each stage is one command of ``mtopd`` and skips itself when its sealed output is there.  The smoke run has the same
-stages with fewer steps; its accuracies mean nothing.
+Each stage is one command of ``mtopd`` and skips itself when its sealed output is there.  The smoke
+run has the same stages with fewer steps; its accuracies mean nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from pathlib import Path
 CONFIGS = Path(__file__).resolve().parent / "configs"
 DOMAINS = ("rot", "rev", "spir")
 SMOKE = {
-    "base": ["train.num_steps=60", "train.stop=null", *(f"data.sources.{i}.train_size=2000" for i in range(3))],
+    "base": [
+        "train.num_steps=60",
+        "train.stop=null",
+        *(f"data.sources.{i}.train_size=2000" for i in range(3)),
+    ],
     "specialist": ["train.num_steps=30", "data.sources.0.train_size=2000"],
     "consolidate": [
         "train.num_iterations=8",
         "evaluation.every=0",
         "checkpoint.every=4",
-        *(f"data.sources.{i}.{key}" for i in range(3) for key in ("train_size=2000", "eval_size=64")),
+        *(
+            f"data.sources.{i}.{key}"
+            for i in range(3)
+            for key in ("train_size=2000", "eval_size=64")
+        ),
     ],
 }
 
@@ -35,7 +44,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     smoke = arguments.which == "smoke"
-    root = Path("runs") / (arguments.which if arguments.seed == 0 else f"{arguments.which}-seed{arguments.seed}")
+    root = Path("runs") / (
+        arguments.which if arguments.seed == 0 else f"{arguments.which}-seed{arguments.seed}"
+    )
     extra: dict[str, list[str]] = SMOKE if smoke else {name: [] for name in SMOKE}
     seconds: dict[str, float] = {}
 
@@ -53,7 +64,13 @@ def main() -> int:
         return ["mtopd.pipelines.cli", verb, str(CONFIGS / config), *overrides]
 
     seed = arguments.seed
-    base = ["specialist", "demo_base.yaml", f"run_dir={root}/base", f"student.model={root}/init", f"seed={seed}"]
+    base = [
+        "specialist",
+        "demo_base.yaml",
+        f"run_dir={root}/base",
+        f"student.model={root}/init",
+        f"seed={seed}",
+    ]
     if not (root / "init" / "model.safetensors").exists():
         stage(
             "tokenizer and random model",

@@ -53,11 +53,16 @@ def main(folder: Path, config_path: Path, seed: int) -> None:
     scale_weights(model)
     model.save_pretrained(partial)
     partial.rename(folder)
-    print(f"{folder}: {vocab_size(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(
+        f"{folder}: {vocab_size(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} "
+        "parameters"
+    )
 
 
 def scale_weights(model: torch.nn.Module) -> None:
-    """A matrix with fan-in n at std 1/sqrt(n); what writes to the residual stream halved, for two layers."""
+    """A matrix with fan-in n at std 1/sqrt(n); what writes to the residual stream halved, for two
+    layers.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:

@@ -1,4 +1,6 @@
-"""mtopd: consolidate many specialist teachers into one student by full-vocabulary on-policy distillation."""
+"""mtopd: consolidate many specialist teachers into one student by full-vocabulary on-policy
+distillation.
+"""
 
 from mtopd.types import MtopdError
 

@@ -1,8 +1,10 @@
-"""The YAML file of a run as pydantic models.  An unknown key is an error that names the nearest known one.
+"""The YAML file of a run as pydantic models.  An unknown key is an error that names the nearest
+known one.
 
-Two roots: ``ConsolidateConfig`` (many teachers into one student) and ``SpecialistConfig`` (supervised training of one
-model, which may end as a teacher store).  Paths are relative to the current folder.  After loading nothing changes a
-config.  Objectives, clips and weights of policy-gradient methods do not exist here: the loss is exact.
+Two roots: ``ConsolidateConfig`` (many teachers into one student) and ``SpecialistConfig``
+(supervised training of one model, which may end as a teacher store).  Paths are relative to the
+current folder.  After loading nothing changes a config.  Objectives, clips and weights of
+policy-gradient methods do not exist here: the loss is exact.
 """
 
 from __future__ import annotations
@@ -36,14 +38,18 @@ def _store_location(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str) and "://" in value and any(mark in value for mark in "@?#"):
-        raise ValueError("a store's URL is scheme://bucket/path alone; credentials come from the environment")
+        raise ValueError(
+            "a store's URL is scheme://bucket/path alone; credentials come from the environment"
+        )
     return value
 
 
 LocalPath = Annotated[Path, BeforeValidator(_local)]
 
 
-StoreLocation = Annotated[str, BeforeValidator(_store_location)]  # a folder, or a URL: s3://bucket/teachers/code
+StoreLocation = Annotated[
+    str, BeforeValidator(_store_location)
+]  # a folder, or a URL: s3://bucket/teachers/code
 
 
 class Model(BaseModel):
@@ -51,15 +57,21 @@ class Model(BaseModel):
 
 
 class ParallelConfig(Model):
-    """Ranks of the student.  The world size is tp x pp x cp x dp; sequence parallelism is ``megatron``'s own option."""
+    """Ranks of the student.  The world size is tp x pp x cp x dp; sequence parallelism is
+    ``megatron``'s own option.
+    """
 
     tp: Count = 1
     pp: Count = 1
-    vpp: Count = 1  # model chunks on a pipeline rank: more than one is Megatron's interleaved schedule
+    vpp: Count = (
+        1  # model chunks on a pipeline rank: more than one is Megatron's interleaved schedule
+    )
     cp: Count = 1
     dp: Count = 1
     ep: Count = 1  # experts of a layer are split over this many ranks of a stage
-    etp: Count | None = None  # tensor parallelism of an expert; default tp, and 1 where ep splits the experts
+    etp: Count | None = (
+        None  # tensor parallelism of an expert; default tp, and 1 where ep splits the experts
+    )
 
     @property
     def world_size(self) -> int:
@@ -74,15 +86,20 @@ class StudentConfig(Model):
     model: LocalPath  # HF folder: initial weights and tokenizer
     dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: ParallelConfig = ParallelConfig()
-    freeze_router: bool = False  # experts are chosen as before; their bias moves only at a moe_router_bias_update_rate
-    # Heads that predict further tokens: carried unchanged into every export, or left out.  They are not trained.
+    # experts are chosen as before; their bias moves only at a moe_router_bias_update_rate
+    freeze_router: bool = False
+    # Heads that predict further tokens: carried unchanged into every export, or left out.  They are
+    # not trained.
     mtp: Literal["freeze", "drop"] = "freeze"
-    # Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, verbatim
+    # Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig,
+    # verbatim
     megatron: dict[str, Any] = {}
 
 
 class SourceConfig(Model):
-    """Prompts of one origin: a JSONL or Parquet file, or a reasoning-gym dataset.  ``fields`` are added for routing."""
+    """Prompts of one origin: a JSONL or Parquet file, or a reasoning-gym dataset.  ``fields`` are
+    added for routing.
+    """
 
     name: Name
     path: LocalPath | None = None
@@ -111,7 +128,8 @@ class DataConfig(Model):
     def _room(self) -> DataConfig:
         if self.max_response >= self.context_length:
             raise ValueError(
-                f"max_response {self.max_response} leaves no room for a prompt in context_length {self.context_length}"
+                f"max_response {self.max_response} leaves no room for a prompt in context_length "
+                f"{self.context_length}"
             )
         names = [s.name for s in self.sources]
         if len(set(names)) != len(names):
@@ -143,10 +161,13 @@ class RolloutConfig(Model):
 
 class OffloadConfig(Model):
     host_budget: Count = 4 << 30  # bytes per process for shares read ahead and kept between passes
-    activation_budget: Count = 4 << 30  # bytes per process for activations between two layers; more waves beyond it
+    activation_budget: Count = (
+        4 << 30
+    )  # bytes per process for activations between two layers; more waves beyond it
     batch_tokens: Count = 16384  # of one forward through a layer
     reader_threads: Count = 4
-    # The student's gradients and optimizer state in host memory during a pass; auto: when the pass does not fit beside
+    # The student's gradients and optimizer state in host memory during a pass; auto: when the pass
+    # does not fit beside
     offload_student: Literal["auto", "always", "never"] = "auto"
 
 
@@ -172,20 +193,26 @@ class TrainConfig(Model):
     token_budget: Count | None = None  # or: tokens of a pack, samples one behind the other
     normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
     optimizer: OptimizerConfig
-    max_bad_steps: Annotated[int, Field(ge=0)] = 0  # train steps with NaN or inf that are left out before the run stops
+    max_bad_steps: Annotated[int, Field(ge=0)] = (
+        0  # train steps with NaN or inf that are left out before the run stops
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> TrainConfig:
         if (self.micro_batch_size is None) == (self.token_budget is None):
             raise ValueError(
-                "needs exactly one of micro_batch_size (samples, padded) and token_budget (tokens, packed)"
+                "needs exactly one of micro_batch_size (samples, padded) and token_budget (tokens, "
+                "packed)"
             )
         return self
 
 
 class EvaluationConfig(Model):
-    every: Annotated[int, Field(ge=0)] = 0  # iterations; 0: only before the first and after the last
-    # HF folders evaluated once beside the student, by name; "base" and the teachers' names give the recovery
+    every: Annotated[int, Field(ge=0)] = (
+        0  # iterations; 0: only before the first and after the last
+    )
+    # HF folders evaluated once beside the student, by name; "base" and the teachers' names give the
+    # recovery
     baselines: dict[str, LocalPath] = {}
     weight_average: list[str] = []  # names of baselines whose plain average is evaluated too
 
@@ -218,30 +245,43 @@ class ConsolidateConfig(Model):
         samples = self.rollout.prompts_per_iteration * self.rollout.samples_per_prompt
         steps = self.train.train_steps_per_iteration
         if samples < steps:
-            raise ValueError(f"an iteration has {samples} samples for {steps} train steps; every train step needs one")
+            raise ValueError(
+                f"an iteration has {samples} samples for {steps} train steps; every train step "
+                "needs one"
+            )
         per_source = self.rollout.prompts_per_iteration, len(self.data.sources)
         if per_source[0] % per_source[1]:
             raise ValueError(
-                f"rollout.prompts_per_iteration {per_source[0]} is not a multiple of the {per_source[1]} data sources"
+                f"rollout.prompts_per_iteration {per_source[0]} is not a multiple of the "
+                f"{per_source[1]} data sources"
             )
         if self.train.token_budget is not None and self.student.parallel.cp > 1:
             raise ValueError(
-                f"train.token_budget packs samples, which student.parallel.cp {self.student.parallel.cp} does not "
+                "train.token_budget packs samples, which student.parallel.cp "
+                f"{self.student.parallel.cp} does not "
                 "split yet; use train.micro_batch_size, or cp 1"
             )
-        if self.train.token_budget is not None and self.train.token_budget < self.data.context_length - 1:
+        if (
+            self.train.token_budget is not None
+            and self.train.token_budget < self.data.context_length - 1
+        ):
             raise ValueError(
-                f"train.token_budget {self.train.token_budget} does not hold a sample of data.context_length "
+                f"train.token_budget {self.train.token_budget} does not hold a sample of "
+                "data.context_length "
                 f"{self.data.context_length}; raise it"
             )
         world = self.student.parallel.world_size
         for i, teacher in enumerate(self.teachers):
             for axis, size in (("tp", self.teacher_tp(i)), ("ep", teacher.parallel.ep)):
                 if world % size:
-                    raise ValueError(f"teachers.{i}.parallel.{axis} {size} does not divide the world size {world}")
+                    raise ValueError(
+                        f"teachers.{i}.parallel.{axis} {size} does not divide the world size "
+                        f"{world}"
+                    )
         if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
             raise ValueError(
-                f"evaluation.weight_average names {sorted(unknown)}, baselines are {sorted(self.evaluation.baselines)}"
+                f"evaluation.weight_average names {sorted(unknown)}, baselines are "
+                f"{sorted(self.evaluation.baselines)}"
             )
         return self
 
@@ -250,14 +290,17 @@ class ConsolidateConfig(Model):
 
     @property
     def teacher_weights(self) -> list[float]:
-        return [t.weight if t.weight is not None else 1.0 / len(self.teachers) for t in self.teachers]
+        return [
+            t.weight if t.weight is not None else 1.0 / len(self.teachers) for t in self.teachers
+        ]
 
 
 class StopConfig(Model):
-    """Stop when greedy accuracy on the held-out prompts of *every* source lies within ``accuracy`` +- ``tolerance``.
+    """Stop when greedy accuracy on the held-out prompts of *every* source lies within ``accuracy``
+    +- ``tolerance``.
 
-    A source's share of the mini-batch follows how far it is below ``accuracy``; one that is above gets ``min_share`` of
-    it, so that sources which learn at different speeds arrive together.
+    A source's share of the mini-batch follows how far it is below ``accuracy``; one that is above
+    gets ``min_share`` of it, so that sources which learn at different speeds arrive together.
     """
 
     accuracy: Annotated[float, Field(gt=0, le=1)]
@@ -295,7 +338,9 @@ Root = TypeVar("Root", ConsolidateConfig, SpecialistConfig)
 
 
 def load_config(path: Path, overrides: Sequence[str], kind: type[Root]) -> Root:
-    """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML), validate.  Raises MtopdError."""
+    """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML), validate.  Raises
+    MtopdError.
+    """
     try:
         text = path.read_text()
     except OSError as error:
@@ -324,7 +369,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
 )
 
 
@@ -348,7 +395,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise MtopdError(f"override {override!r}: {text!r} is not a YAML value") from None
     if isinstance(table, list):
         if not leaf.isdigit() or int(leaf) >= len(table):
-            raise MtopdError(f"override {override!r}: the list has {len(table)} entries, {leaf!r} is none of them")
+            raise MtopdError(
+                f"override {override!r}: the list has {len(table)} entries, {leaf!r} is none of "
+                "them"
+            )
         table[int(leaf)] = value
     else:
         table[leaf] = value
@@ -359,7 +409,9 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _known_keys(kind, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+        )
         return f"unknown key {where!r}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":

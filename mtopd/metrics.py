@@ -1,8 +1,9 @@
 """metrics.jsonl and TensorBoard: rank 0 appends one line for each thing that happened.
 
-A line has a ``kind`` and the iteration; a train step also its number, and a ``part`` tells apart what may happen more
-than once in an iteration (the pass of each teacher, a phase of each start).  What ran again after a resume writes its
-line again: readers take the last line of each (kind, iteration, step, part).
+A line has a ``kind`` and the iteration; a train step also its number, and a ``part`` tells apart
+what may happen more than once in an iteration (the pass of each teacher, a phase of each start).
+What ran again after a resume writes its line again: readers take the last line of each (kind,
+iteration, step, part).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from mtopd.types import MtopdError
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl; scalars go to TensorBoard too, and with ``echo`` every line to standard output.
+    """Appends to metrics.jsonl; scalars go to TensorBoard too, and with ``echo`` every line to
+    standard output.
 
     Ranks other than 0 are not ``enabled``: they write nothing.
     """
@@ -33,7 +35,13 @@ class MetricsWriter:
             self._board = FileWriter(str(path.parent / "tensorboard"))
 
     def write(
-        self, kind: str, iteration: int, values: Mapping[str, Any], *, step: int | None = None, part: str | None = None
+        self,
+        kind: str,
+        iteration: int,
+        values: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        part: str | None = None,
     ) -> None:
         if self._file is None or self._board is None:
             return
@@ -47,7 +55,9 @@ class MetricsWriter:
             sys.stdout.write(text)
             sys.stdout.flush()
         # One event for the line: an event for each of its scalars would cost several milliseconds.
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in _scalars(values, kind)]
+        scalars = [
+            Summary.Value(tag=name, simple_value=value) for name, value in _scalars(values, kind)
+        ]
         self._board.add_summary(Summary(value=scalars), iteration if step is None else step)
 
     def close(self) -> None:
@@ -75,17 +85,21 @@ def _mend_last_line(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The last line of each (kind, iteration, step, part), in order of first appearance; half a last line is left out.
+    """The last line of each (kind, iteration, step, part), in order of first appearance; half a
+    last line is left out.
 
     Raises MtopdError that names file and line where another line is damaged.
     """
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
+    for number, text in enumerate(
+        path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1
+    ):
         try:
             line = json.loads(text)
             lines[line["kind"], line["iteration"], line.get("step"), line.get("part")] = line
         except (ValueError, TypeError, KeyError):
             raise MtopdError(
-                f"{path}, line {number}: not a line of metrics; the file was damaged: remove the line"
+                f"{path}, line {number}: not a line of metrics; the file was damaged: remove the "
+                "line"
             ) from None
     return list(lines.values())

@@ -1,8 +1,9 @@
-"""What a run did, as numbers: report.json and the rows of its tables.  Reads the run directory, writes nothing.
+"""What a run did, as numbers: report.json and the rows of its tables.  Reads the run directory,
+writes nothing.
 
-Numbers come from metrics.jsonl (the last line of each kind, iteration and step: a train step that ran again after a
-resume counts once), from evaluations/ and from the manifest.  An unfinished run is reported as far as it came; what
-was not measured is null.
+Numbers come from metrics.jsonl (the last line of each kind, iteration and step: a train step that
+ran again after a resume counts once), from evaluations/ and from the manifest.  An unfinished run
+is reported as far as it came; what was not measured is null.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _KL_STEPS = 10  # train steps at either end of the run that reverse_kl is taken 
 _MIN_GAIN = 0.05  # where the teacher is less than this above the base, recovery says nothing
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class RunRecord:
     """What a run directory holds of a consolidation."""
@@ -34,7 +35,9 @@ class RunRecord:
     config: ConsolidateConfig
     config_yaml: str
     teachers: Sequence[Mapping[str, Any]]  # the manifest's table
-    lines: Mapping[str, Sequence[Mapping[str, Any]]]  # metrics by kind, in order of iteration and step
+    lines: Mapping[
+        str, Sequence[Mapping[str, Any]]
+    ]  # metrics by kind, in order of iteration and step
     evaluations: Mapping[int, Accuracy]  # the student after so many iterations
     models: Mapping[str, Accuracy]  # baselines by name, teachers in their order
     weight_average: Accuracy | None
@@ -43,7 +46,9 @@ class RunRecord:
     @property
     def passes(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """(teacher name, values) of every teacher pass."""
-        return (item for line in self.lines.get("teacher_pass", ()) for item in line["teachers"].items())
+        return (
+            item for line in self.lines.get("teacher_pass", ()) for item in line["teachers"].items()
+        )
 
     def passes_of(self, teacher: str) -> list[Mapping[str, Any]]:
         return [values for name, values in self.passes if name == teacher]
@@ -59,10 +64,14 @@ class RunRecord:
 
 def read_run(path: Path, config: ConsolidateConfig) -> RunRecord:
     run, lines = RunDir(path), defaultdict(list)
-    for line in sorted(read_metrics(run.metrics), key=lambda line: (line["iteration"], line.get("step", 0))):
+    for line in sorted(
+        read_metrics(run.metrics), key=lambda line: (line["iteration"], line.get("step", 0))
+    ):
         lines[line["kind"]].append(line)
     files = sorted((path / "evaluations").glob("*.json"))
-    baselines: dict[str, Any] = next((read_json(file) for file in files if file.stem == "baselines"), {})
+    baselines: dict[str, Any] = next(
+        (read_json(file) for file in files if file.stem == "baselines"), {}
+    )
     teachers = read_json(run.manifest)["teachers"]
     order = {teacher["name"]: index for index, teacher in enumerate(teachers)}
     models = sorted(baselines.get("models", {}).items(), key=lambda item: order.get(item[0], -1))
@@ -78,18 +87,27 @@ def read_run(path: Path, config: ConsolidateConfig) -> RunRecord:
     )
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 def build_report(record: RunRecord) -> dict[str, Any]:
     """report.json, schema 1.  What the run did not measure is null."""
     steps, memory = record.lines.get("train_step", ()), record.lines.get("memory", ())
     passes = [values for _, values in record.passes]
-    phases = {kind.removeprefix("phase/"): lines for kind, lines in record.lines.items() if kind.startswith("phase/")}
+    phases = {
+        kind.removeprefix("phase/"): lines
+        for kind, lines in record.lines.items()
+        if kind.startswith("phase/")
+    }
     domains = {source.name: _domain(record, source) for source in record.config.data.sources}
     recovered = [d["recovery"] for d in domains.values() if d["recovery"] is not None]
     resident, heads = _peak(steps, "peak_resident_heads"), _peak(steps, "peak_head_bytes")
     average = record.weight_average or {}
-    bad_steps = {line["step"] for line in record.lines.get("bad_step", ())}  # with NaN or inf; one may be taken later
-    left_out, allowed = len(bad_steps - {line["step"] for line in steps}), record.config.train.max_bad_steps
+    bad_steps = {
+        line["step"] for line in record.lines.get("bad_step", ())
+    }  # with NaN or inf; one may be taken later
+    left_out, allowed = (
+        len(bad_steps - {line["step"] for line in steps}),
+        record.config.train.max_bad_steps,
+    )
     report = {
         "schema": SCHEMA,
         "finished": record.finished,
@@ -119,7 +137,8 @@ def build_report(record: RunRecord) -> dict[str, Any]:
         "checks": {
             "head_loads": _check(sum(_total(_tables(steps, "head_loads"), t["name"]) for t in record.teachers),
                                  _total(steps, "teachers_in_step")),
-            # In a wave every stored byte is read once over all ranks, or it was kept in host memory since it was read.
+            # In a wave every stored byte is read once over all ranks, or it was kept in host memory
+            # since it was read.
             "bytes_streamed": _check(_total(passes, "bytes_read") + _total(passes, "bytes_kept"),
                                      sum(p["waves"] * p["stored_bytes"] for p in passes)),
             "peak_resident_heads": {"found": resident, "at_most": 1, "ok": resident <= 1},
@@ -152,20 +171,34 @@ def _teacher(record: RunRecord, teacher: Mapping[str, Any]) -> dict[str, Any]:
 def _domain(record: RunRecord, source: SourceConfig) -> dict[str, float | None]:
     models = (record.models.get("base"), record.models.get(record.teacher_of(source) or ""))
     newest = record.evaluations[max(record.evaluations)] if record.evaluations else None
-    base, teacher, student = (_number(model.get(source.name)) if model else None for model in (*models, newest))
-    return {"base": base, "teacher": teacher, "student": student, "recovery": recovery(base, teacher, student)}
+    base, teacher, student = (
+        _number(model.get(source.name)) if model else None for model in (*models, newest)
+    )
+    return {
+        "base": base,
+        "teacher": teacher,
+        "student": student,
+        "recovery": recovery(base, teacher, student),
+    }
 
 
 def recovery(base: float | None, teacher: float | None, student: float | None) -> float | None:
-    """The share of the teacher's gain over the base that the student has; None where there is no gain to speak of."""
+    """The share of the teacher's gain over the base that the student has; None where there is no
+    gain to speak of.
+    """
     if base is None or teacher is None or student is None or teacher - base < _MIN_GAIN:
         return None
     return (student - base) / (teacher - base)
 
 
-def worst_recovery(domains: Mapping[str, Mapping[str, float | None]], accuracy: Accuracy) -> float | None:
+def worst_recovery(
+    domains: Mapping[str, Mapping[str, float | None]], accuracy: Accuracy
+) -> float | None:
     """The lowest recovery over the domains of a model with this accuracy."""
-    found = [recovery(d["base"], d["teacher"], _number(accuracy.get(name))) for name, d in domains.items()]
+    found = [
+        recovery(d["base"], d["teacher"], _number(accuracy.get(name)))
+        for name, d in domains.items()
+    ]
     return min((r for r in found if r is not None), default=None)
 
 
@@ -207,7 +240,7 @@ def _finite(value: Any) -> Any:
     return _number(value) if isinstance(value, float) else value
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Cells of the result table: label, accuracy of each domain, worst recovery."""
     domains, baselines = report["domains"], report["baselines"]
@@ -218,10 +251,21 @@ def result_rows(report: Mapping[str, Any]) -> list[list[str]]:
         "student": {name: d["student"] for name, d in domains.items()},
     }
     rows = [
-        [label, *(percent(accuracy.get(name)) for name in domains), number(worst_recovery(domains, accuracy))]
+        [
+            label,
+            *(percent(accuracy.get(name)) for name in domains),
+            number(worst_recovery(domains, accuracy)),
+        ]
         for label, accuracy in models.items()
     ]
-    return [*rows, ["recovery", *(number(d["recovery"]) for d in domains.values()), number(report["worst_recovery"])]]
+    return [
+        *rows,
+        [
+            "recovery",
+            *(number(d["recovery"]) for d in domains.values()),
+            number(report["worst_recovery"]),
+        ],
+    ]
 
 
 def check_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -229,7 +273,14 @@ def check_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name, check in report["checks"].items():
         wanted = f"{check['expected']:,}" if "expected" in check else f"at most {check['at_most']}"
-        rows.append([name.replace("_", " "), f"{check['found']:,}", wanted, "ok" if check["ok"] else "WRONG"])
+        rows.append(
+            [
+                name.replace("_", " "),
+                f"{check['found']:,}",
+                wanted,
+                "ok" if check["ok"] else "WRONG",
+            ]
+        )
     return rows
 
 
@@ -239,7 +290,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     ratio = f" ({kl['first'] / kl['last']:.0f}x)" if kl["first"] is not None and kl["last"] else ""
     return (
         f"{'consolidated' if report['finished'] else 'unfinished, ' + progress(report)}: "
-        f"worst recovery {number(report['worst_recovery'])}, mean {number(report['mean_recovery'])}, "
+        f"worst recovery {number(report['worst_recovery'])}, mean "
+        f"{number(report['mean_recovery'])}, "
         f"reverse KL {nats(kl['first'])} -> {nats(kl['last'])}{ratio}"
     )
 

@@ -1,10 +1,12 @@
 """A run directory: names, atomic writes, seals, the lock, the manifest.
 
 What is promised:
-* A file appears under its name whole or not at all (temporary name, fsync, rename, fsync of the folder).
-* A sealed folder was complete when it was sealed, by the newest start of this run: every start takes the next
-  generation number, and a process of an older generation can no longer seal.
-* Only one launcher works in a run directory (flock; the kernel drops it when the launcher dies, however it dies).
+* A file appears under its name whole or not at all (temporary name, fsync, rename, fsync of the
+  folder).
+* A sealed folder was complete when it was sealed, by the newest start of this run: every start
+  takes the next generation number, and a process of an older generation can no longer seal.
+* Only one launcher works in a run directory (flock; the kernel drops it when the launcher dies,
+  however it dies).
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, after a crash too."""
+    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, after a
+    crash too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -52,7 +56,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_atomic(
+        path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -66,13 +72,15 @@ def read_json(path: Path) -> Any:
 
 
 class RunDir:
-    """Paths and seals of one run.  ``generation`` is the number of the start this process belongs to."""
+    """Paths and seals of one run.  ``generation`` is the number of the start this process belongs
+    to.
+    """
 
     def __init__(self, path: Path, generation: int = 0) -> None:
         self.path = path
         self.generation = generation
 
-    # -- names ------------------------------------------------------------------------------------------------------
+    # -- names -------------------------------------------------------------------------------------
     def iteration(self, iteration: int) -> Path:
         return self.path / "iterations" / f"{iteration:06d}"
 
@@ -103,25 +111,32 @@ class RunDir:
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
-    # -- start ------------------------------------------------------------------------------------------------------
+    # -- start -------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold ``run/lock`` while the block runs.  Raises MtopdError when another launcher holds it."""
+        """Hold ``run/lock`` while the block runs.  Raises MtopdError when another launcher holds
+        it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise MtopdError(
-                f"cannot write to the run directory {self.path}: {error.strerror}; choose another run_dir or mend its "
+                f"cannot write to the run directory {self.path}: {error.strerror}; choose another "
+                "run_dir or mend its "
                 "permissions"
             ) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                holder = (
+                    os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                    or "another process"
+                )
                 raise MtopdError(
-                    f"run directory {self.path} is in use by {holder}; wait for it to end, or choose another run_dir"
+                    f"run directory {self.path} is in use by {holder}; wait for it to end, or "
+                    "choose another run_dir"
                 ) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"host {socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
@@ -138,18 +153,24 @@ class RunDir:
         accept_changed: bool = False,
         drop_unfinished: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """Write or check config and manifest, and take the next generation number.  The caller holds the lock.
+        """Write or check config and manifest, and take the next generation number.  The caller
+        holds the lock.
 
-        Layout and sizing (``FREE``) may differ from the former start's.  Teachers, routes and tokenizer
-        (``ACCEPTABLE``) only with ``accept_changed``: then ``drop_unfinished`` is called before the new ones are
-        written down, and the changes are returned.  Raises MtopdError for any other change: that is another run.
+        Layout and sizing (``FREE``) may differ from the former start's.  Teachers, routes and
+        tokenizer (``ACCEPTABLE``) only with ``accept_changed``: then ``drop_unfinished`` is called
+        before the new ones are written down, and the changes are returned.  Raises MtopdError for
+        any other change: that is another run.
         """
         known = {"schema": SCHEMA, "config": dict(config), **manifest}
         changes: list[str] = []
         if self.manifest.exists():
             previous = read_json(self.manifest)
             accepted = previous.pop("accepted_changes", [])
-            found = [(path, text) for path, text in differences(previous, known) if not _matches(path, FREE)]
+            found = [
+                (path, text)
+                for path, text in differences(previous, known)
+                if not _matches(path, FREE)
+            ]
             for path, text in found:
                 if not _matches(path, ACCEPTABLE):
                     raise MtopdError(
@@ -159,13 +180,17 @@ class RunDir:
             changes = [text for _, text in found]
             if changes and not accept_changed:
                 raise MtopdError(
-                    f"the teachers, routes or tokenizer of {self.path} have changed: {changes[0]}; start with "
-                    "--accept-changed to go on from the newest checkpoint with the new ones, or choose another run_dir"
+                    f"the teachers, routes or tokenizer of {self.path} have changed: {changes[0]}; "
+                    "start with "
+                    "--accept-changed to go on from the newest checkpoint with the new ones, or "
+                    "choose another run_dir"
                 )
             if changes:
                 drop_unfinished()
             here = self.current_generation() + 1
-            known["accepted_changes"] = accepted + [{"start": here, "change": text} for text in changes]
+            known["accepted_changes"] = accepted + [
+                {"start": here, "change": text} for text in changes
+            ]
         else:
             known["accepted_changes"] = []
         write_atomic(self.config, config_yaml.encode())
@@ -174,14 +199,21 @@ class RunDir:
         write_json(self.path / "generation.json", {"generation": self.generation})
         return changes
 
-    def check_accepted(self, folder: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        """Raise MtopdError when ``found``, noted in a sealed folder, is not ``here`` and no start since accepted it."""
-        accepted = max((change["start"] for change in read_json(self.manifest)["accepted_changes"]), default=0)
+    def check_accepted(
+        self, folder: Path, found: Mapping[str, Any], here: Mapping[str, Any]
+    ) -> None:
+        """Raise MtopdError when ``found``, noted in a sealed folder, is not ``here`` and no start
+        since accepted it.
+        """
+        accepted = max(
+            (change["start"] for change in read_json(self.manifest)["accepted_changes"]), default=0
+        )
         if accepted > read_seal(folder)["generation"]:
             return
         for _, text in differences(found, here):
             raise MtopdError(
-                f"{folder} was made with other teachers than {self.manifest} names: {text}, no start accepted that; "
+                f"{folder} was made with other teachers than {self.manifest} names: {text}, no "
+                "start accepted that; "
                 "put the manifest back, or remove the folder"
             )
 
@@ -189,16 +221,21 @@ class RunDir:
         path = self.path / "generation.json"
         return int(read_json(path)["generation"]) if path.exists() else 0
 
-    # -- seals ------------------------------------------------------------------------------------------------------
+    # -- seals -------------------------------------------------------------------------------------
     def seal(self, folder: Path, contents: Mapping[str, Any] | None = None) -> None:
-        """Mark ``folder`` complete.  Raises MtopdError when a newer start of the run has taken over."""
+        """Mark ``folder`` complete.  Raises MtopdError when a newer start of the run has taken
+        over.
+        """
         newest = self.current_generation()
         if newest != self.generation:
             raise MtopdError(
-                f"this process belongs to start {self.generation} of {self.path}, but start {newest} has taken over; "
+                f"this process belongs to start {self.generation} of {self.path}, but start "
+                f"{newest} has taken over; "
                 "it may not seal anything any more"
             )
-        write_json(folder / SEAL, {"schema": SCHEMA, "generation": self.generation, **(contents or {})})
+        write_json(
+            folder / SEAL, {"schema": SCHEMA, "generation": self.generation, **(contents or {})}
+        )
 
 
 def is_sealed(folder: Path) -> bool:
@@ -208,12 +245,16 @@ def is_sealed(folder: Path) -> bool:
 def read_seal(folder: Path) -> dict[str, Any]:
     seal = read_json(folder / SEAL)
     if not isinstance(seal, dict) or seal.get("schema") != SCHEMA:
-        raise MtopdError(f"{folder / SEAL} has schema {seal.get('schema')!r}, this version reads {SCHEMA}")
+        raise MtopdError(
+            f"{folder / SEAL} has schema {seal.get('schema')!r}, this version reads {SCHEMA}"
+        )
     return seal
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder of this run in one visible step: renamed first, so that a crash leaves no half of it."""
+    """Delete a folder of this run in one visible step: renamed first, so that a crash leaves no
+    half of it.
+    """
     if not folder.exists():
         return
     doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.removed")
@@ -252,8 +293,9 @@ def _make_durable(folder: Path) -> None:
 
 
 def sweep(run: RunDir) -> None:
-    """Mend what a killed start left in the run directory: a folder whose successor did not come takes its name again;
-    temporary files and half-removed folders go."""
+    """Mend what a killed start left in the run directory: a folder whose successor did not come
+    takes its name again; temporary files and half-removed folders go.
+    """
     for aside in list(run.path.rglob(f".*{_ASIDE}")):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
         if target.exists():
@@ -271,22 +313,58 @@ def sweep(run: RunDir) -> None:
 
 Keys = tuple[str | int, ...]
 
-# Megatron's options that say where and when something is computed, and nothing of what; * stands for any letters.
-# (Of use_distributed_optimizer a checkpoint itself demands that it stays.)
+# Megatron's options that say where and when something is computed, and nothing of what; * stands
+# for any letters. (Of use_distributed_optimizer a checkpoint itself demands that it stays.)
 FREE_MEGATRON = (
     # layout and split
-    *("sequence_parallel", "cp_comm_type", "hierarchical_context_parallel_sizes", "microbatch_group_size_per_vp_stage"),
-    *("pipeline_model_parallel_*", "num_layers_in_*_pipeline_stage", "account_for_*_in_pipeline_split"),
+    *(
+        "sequence_parallel",
+        "cp_comm_type",
+        "hierarchical_context_parallel_sizes",
+        "microbatch_group_size_per_vp_stage",
+    ),
+    *(
+        "pipeline_model_parallel_*",
+        "num_layers_in_*_pipeline_stage",
+        "account_for_*_in_pipeline_split",
+    ),
     # memory
-    *("recompute_*", "num_microbatches_with_partial_activation_checkpoints", "distribute_saved_activations"),
-    *("cpu_offloading*", "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
+    *(
+        "recompute_*",
+        "num_microbatches_with_partial_activation_checkpoints",
+        "distribute_saved_activations",
+    ),
+    *(
+        "cpu_offloading*",
+        "fine_grained_activation_offloading",
+        "offload_modules",
+        "min_offloaded_tensor_size",
+    ),
     *("moe_layer_recompute", "deallocate_pipeline_outputs", "clone_scatter_output_in_embedding"),
     *("use_distributed_optimizer", "use_cpu_initialization", "perform_initialization"),
     # communication
-    *("overlap_grad_reduce", "overlap_param_gather", "align_param_gather", "bucket_size", "pad_buckets_*", "nccl_ub"),
-    *("overlap_p2p_comm*", "batch_p2p_*", "use_ring_exchange_p2p", "tp_comm_*", "symmetric_ar_type"),
+    *(
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "align_param_gather",
+        "bucket_size",
+        "pad_buckets_*",
+        "nccl_ub",
+    ),
+    *(
+        "overlap_p2p_comm*",
+        "batch_p2p_*",
+        "use_ring_exchange_p2p",
+        "tp_comm_*",
+        "symmetric_ar_type",
+    ),
     *("delay_wgrad_compute", "defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
-    *("overlap_moe_expert_parallel_comm", "ep_overlap_*", "moe_shared_expert_overlap", "moe_token_dispatcher_type"),
+    *(
+        "overlap_moe_expert_parallel_comm",
+        "ep_overlap_*",
+        "moe_shared_expert_overlap",
+        "moe_token_dispatcher_type",
+    ),
     *("moe_enable_deepep", "moe_deepep_*", "moe_flex_dispatcher_backend", "moe_hybridep_*"),
     # checks and logs
     *("check_for_*", "barrier_with_L1_time", "config_logger_dir"),
@@ -306,7 +384,11 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "train", "token_budget"),
     ("config", "train", "max_bad_steps"),
 )
-ACCEPTABLE: tuple[Keys, ...] = (("config", "teachers"), ("teachers",), ("tokenizer_hash",))  # who teaches what
+ACCEPTABLE: tuple[Keys, ...] = (
+    ("config", "teachers"),
+    ("teachers",),
+    ("tokenizer_hash",),
+)  # who teaches what
 
 
 def _matches(path: Keys, patterns: Sequence[Keys]) -> bool:
@@ -319,12 +401,20 @@ def _matches(path: Keys, patterns: Sequence[Keys]) -> bool:
 
 def differences(found: Any, wanted: Any, path: Keys = ()) -> Iterator[tuple[Keys, str]]:
     """Every place where two JSON values differ, with "key: found X, wanted Y"."""
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    where = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path
+    ).removeprefix(".")
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             if key not in found or key not in wanted:
                 inner = f"{where}.{key}" if where else str(key)
-                yield (*path, key), f"{inner} is only in {'this config' if key not in found else 'the run directory'}"
+                yield (
+                    (*path, key),
+                    (
+                        f"{inner} is only in "
+                        f"{'this config' if key not in found else 'the run directory'}"
+                    ),
+                )
             else:
                 yield from differences(found[key], wanted[key], (*path, key))
     elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):

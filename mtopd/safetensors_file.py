@@ -1,7 +1,8 @@
 """The safetensors container, read with suspicion and written in a chosen order.
 
-The safetensors library picks the order of tensors itself; a teacher store needs a given one, so that a rank's part is
-one contiguous range.  Reading checks what a hostile or truncated file could get wrong before any offset is used.
+The safetensors library picks the order of tensors itself; a teacher store needs a given one, so
+that a rank's part is one contiguous range.  Reading checks what a hostile or truncated file could
+get wrong before any offset is used.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> list[TensorEntry]:
-    """Entries in file order.  Raises MtopdError when the file is truncated or its header does not fit its bytes."""
+    """Entries in file order.  Raises MtopdError when the file is truncated or its header does not
+    fit its bytes.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -55,7 +58,9 @@ def read_header(path: Path) -> list[TensorEntry]:
 
 
 def header_length(label: str, prefix: bytes, size: int) -> int:
-    """Bytes of the header, its 8 bytes of length included, from the first 8 bytes of a file of ``size``."""
+    """Bytes of the header, its 8 bytes of length included, from the first 8 bytes of a file of
+    ``size``.
+    """
     if len(prefix) < 8:
         raise _refusal(label, f"it has {size} bytes, the length of the header alone takes 8")
     (claimed,) = struct.unpack("<Q", prefix[:8])
@@ -83,7 +88,11 @@ def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            dtype, shape, (start, stop) = (
+                value["dtype"],
+                tuple(value["shape"]),
+                value["data_offsets"],
+            )
             well_formed = (
                 dtype in ITEM_SIZE
                 and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
@@ -98,7 +107,10 @@ def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
     expected = base
     for entry in entries:
         if entry.start != expected:
-            raise refuse(f"tensor {entry.name!r} starts at byte {entry.start}, the one before ends at {expected}")
+            raise refuse(
+                f"tensor {entry.name!r} starts at byte {entry.start}, the one before ends at "
+                f"{expected}"
+            )
         expected = entry.stop
     if expected != size:
         raise refuse(f"its tensors end at byte {expected}, the file at {size} (truncated?)")
@@ -110,7 +122,9 @@ def _refusal(label: str, what: str) -> MtopdError:
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
-    """The header for (name, dtype, shape) in the order in which their bytes will follow, padded to 64 bytes."""
+    """The header for (name, dtype, shape) in the order in which their bytes will follow, padded to
+    64 bytes.
+    """
     table, offset = {}, 0
     for name, dtype, shape in tensors:
         stop = offset + prod(shape) * ITEM_SIZE[dtype]

@@ -1,13 +1,14 @@
 """The demo's tokenizer, and what every other part asks of a Hugging Face tokenizer.
 
-``build_char_tokenizer`` makes an ordinary tokenizer folder (``AutoTokenizer.from_pretrained`` reads it, no code of ours
-needed): three special tokens, printable ASCII and newline, and a few template tokens mined from the prompts, so that
-an instruction repeated in every prompt of a domain costs one token.  Prompts are encoded longest template first, the
-rest and every response character by character; decoding gives the exact text back.  A character outside the vocabulary
-is refused, never dropped.
+``build_char_tokenizer`` makes an ordinary tokenizer folder (``AutoTokenizer.from_pretrained`` reads
+it, no code of ours needed): three special tokens, printable ASCII and newline, and a few template
+tokens mined from the prompts, so that an instruction repeated in every prompt of a domain costs one
+token.  Prompts are encoded longest template first, the rest and every response character by
+character; decoding gives the exact text back.  A character outside the vocabulary is refused, never
+dropped.
 
-The other functions work with any tokenizer that has a chat template.  Two tokenizers are the same when every id names
-the same token: equal sizes prove nothing.
+The other functions work with any tokenizer that has a chat template.  Two tokenizers are the same
+when every id names the same token: equal sizes prove nothing.
 """
 
 from __future__ import annotations
@@ -39,17 +40,26 @@ _CHAT_TEMPLATE = (
 _MINED_PROMPTS = 300  # of each domain
 _MIN_AFFIX_LENGTH = 4
 _MIN_WORD_SHARE = 0.2
-_WORD = re.compile(r" ?[^\W\d_]{4,}\W*")  # with a space before it, and the punctuation and space after it
+_WORD = re.compile(
+    r" ?[^\W\d_]{4,}\W*"
+)  # with a space before it, and the punctuation and space after it
 
 
-def build_char_tokenizer(prompts_by_domain: Mapping[str, Sequence[str]], folder: Path) -> PreTrainedTokenizerFast:
-    """Build the tokenizer, save it to ``folder`` and load it from there.  Equal prompts give equal vocabularies."""
+def build_char_tokenizer(
+    prompts_by_domain: Mapping[str, Sequence[str]], folder: Path
+) -> PreTrainedTokenizerFast:
+    """Build the tokenizer, save it to ``folder`` and load it from there.  Equal prompts give equal
+    vocabularies.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     templates = mine_template_tokens(prompts_by_domain)
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS, *templates))}
-    # WordLevel without an unknown token raises on a piece it does not know; BPE would drop it silently.
+    vocabulary = {
+        token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS, *templates))
+    }
+    # WordLevel without an unknown token raises on a piece it does not know; BPE would drop it
+    # silently.
     backend = Tokenizer(models.WordLevel(vocabulary))
     # The templates come longest first and the alternation takes the first that matches.
     pieces = "|".join([*map(re.escape, templates), r"[\s\S]"])
@@ -70,36 +80,51 @@ def build_char_tokenizer(prompts_by_domain: Mapping[str, Sequence[str]], folder:
 
 
 def mine_template_tokens(prompts_by_domain: Mapping[str, Sequence[str]]) -> list[str]:
-    """Text that prompts of a domain share: the common prefix and suffix, and words of many prompts.  Longest first."""
+    """Text that prompts of a domain share: the common prefix and suffix, and words of many prompts.
+    Longest first.
+    """
     templates: set[str] = set()
     for domain, prompts in prompts_by_domain.items():
         if not prompts:
-            raise MtopdError(f"domain '{domain}' has no prompts to mine template tokens from; give at least one")
+            raise MtopdError(
+                f"domain '{domain}' has no prompts to mine template tokens from; give at least one"
+            )
         sample = prompts[:_MINED_PROMPTS]
         prefix = _common_prefix(sample)
         suffix = _common_prefix([prompt[::-1] for prompt in sample])[::-1]
         templates |= {affix for affix in (prefix, suffix) if len(affix) >= _MIN_AFFIX_LENGTH}
         middles = [prompt[len(prefix) : len(prompt) - len(suffix)] for prompt in sample]
         prompts_with = Counter(word for middle in middles for word in set(_WORD.findall(middle)))
-        templates |= {word for word, count in prompts_with.items() if count >= _MIN_WORD_SHARE * len(sample)}
+        templates |= {
+            word for word, count in prompts_with.items() if count >= _MIN_WORD_SHARE * len(sample)
+        }
     return sorted(templates, key=lambda template: (-len(template), template))
 
 
 def _common_prefix(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)  # what these two share, all that sort between them share
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    length = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
     return first[:length]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]
+) -> list[list[int]]:
     """Token ids of each conversation through the chat template, up to where the response begins."""
     if tokenizer.chat_template is None:
-        raise MtopdError("the tokenizer has no chat template; add chat_template.jinja to its folder")
+        raise MtopdError(
+            "the tokenizer has no chat template; add chat_template.jinja to its folder"
+        )
     if not conversations:
         return []
     batch = [[dict(message) for message in conversation] for conversation in conversations]
     try:
-        encoded: Any = tokenizer.apply_chat_template(batch, add_generation_prompt=True, return_dict=True)
+        encoded: Any = tokenizer.apply_chat_template(
+            batch, add_generation_prompt=True, return_dict=True
+        )
     except Exception as error:  # tokenizers raises bare Exception
         for conversation in batch:
             _refuse_unknown_characters(tokenizer, conversation, error)
@@ -108,7 +133,9 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[S
     unknown = tokenizer.unk_token_id
     for conversation, row in zip(batch, ids, strict=True):
         if unknown is not None and unknown in row:
-            raise MtopdError(f"the tokenizer does not know a part of {conversation}; it would train on {unknown}")
+            raise MtopdError(
+                f"the tokenizer does not know a part of {conversation}; it would train on {unknown}"
+            )
     return ids
 
 
@@ -130,20 +157,36 @@ def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256, hex, over the (id, token) table and the special ids; two folders of one vocabulary have one hash."""
-    content = [sorted(_token_table(tokenizer).items()), tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]
+    """sha256, hex, over the (id, token) table and the special ids; two folders of one vocabulary
+    have one hash.
+    """
+    content = [
+        sorted(_token_table(tokenizer).items()),
+        tokenizer.eos_token_id,
+        sorted(tokenizer.all_special_ids),
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def first_difference(tokenizer_a: PreTrainedTokenizerBase, tokenizer_b: PreTrainedTokenizerBase) -> str | None:
-    """The first token id at which two tokenizers differ, with both tokens; None when their hashes are equal."""
+def first_difference(
+    tokenizer_a: PreTrainedTokenizerBase, tokenizer_b: PreTrainedTokenizerBase
+) -> str | None:
+    """The first token id at which two tokenizers differ, with both tokens; None when their hashes
+    are equal.
+    """
     table_a, table_b = _token_table(tokenizer_a), _token_table(tokenizer_b)
     for index in sorted(table_a.keys() | table_b.keys()):
         if (token_a := table_a.get(index)) != (token_b := table_b.get(index)):
-            return f"token id {index} is {_quoted(token_a)} in one and {_quoted(token_b)} in the other"
+            return (
+                f"token id {index} is {_quoted(token_a)} in one and {_quoted(token_b)} in the other"
+            )
     for name, a, b in [
         ("eos_token_id", tokenizer_a.eos_token_id, tokenizer_b.eos_token_id),
-        ("all_special_ids", sorted(tokenizer_a.all_special_ids), sorted(tokenizer_b.all_special_ids)),
+        (
+            "all_special_ids",
+            sorted(tokenizer_a.all_special_ids),
+            sorted(tokenizer_b.all_special_ids),
+        ),
     ]:
         if a != b:
             return f"{name} is {a} in one and {b} in the other"
@@ -173,17 +216,23 @@ def _refuse_unknown_characters(
 
 def _unknown_character(character: str, text: str) -> MtopdError:
     return MtopdError(
-        f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) of {text!r}; it knows printable ASCII "
+        f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) of {text!r}; it "
+        "knows printable ASCII "
         "and newline: replace the character, or use a tokenizer that has it"
     )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an HF folder; never runs code from it.  Raises MtopdError when there is none."""
+    """The tokenizer of an HF folder; never runs code from it.  Raises MtopdError when there is
+    none.
+    """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
-        raise MtopdError(f"{folder} has no tokenizer (no tokenizer_config.json); save the model's tokenizer there")
+        raise MtopdError(
+            f"{folder} has no tokenizer (no tokenizer_config.json); save the model's tokenizer "
+            "there"
+        )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
@@ -192,6 +241,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int]) -> str:
     """The text of a response, special tokens left out."""
-    text = tokenizer.decode(list(response_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(
+        list(response_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     assert isinstance(text, str)
     return text

@@ -1,8 +1,9 @@
 """Trajectories on disk: a public format, version 1, that another harness may write too.
 
-A folder holds any number of shards.  Shard ``<name>`` is three files; ``<name>.sealed.json`` is written last and makes
-the shard visible.  It holds ``schema_version``, ``generation`` (the start of the run that wrote it), ``num_samples``
-and ``files``: for both other files their ``size`` in bytes and ``sha256``.
+A folder holds any number of shards.  Shard ``<name>`` is three files; ``<name>.sealed.json`` is
+written last and makes the shard visible.  It holds ``schema_version``, ``generation`` (the start of
+the run that wrote it), ``num_samples`` and ``files``: for both other files their ``size`` in bytes
+and ``sha256``.
 
 ``<name>.meta.parquet``, one row per sample, all that planning ever reads:
 
@@ -18,7 +19,8 @@ and ``files``: for both other files their ``size`` in bytes and ``sha256``.
     reward           double, nullable     the verifier's score
     token_hash       string               ``token_hash`` of the sample's tokens, hex
 
-``<name>.tokens.arrow``, an uncompressed Arrow IPC file with the same samples in the same order, memory-mapped:
+``<name>.tokens.arrow``, an uncompressed Arrow IPC file with the same samples in the same order,
+memory-mapped:
 
     sample_id            int64
     prompt_ids           list<int32>
@@ -28,8 +30,9 @@ and ``files``: for both other files their ``size`` in bytes and ``sha256``.
     version_spans        list<struct<start: int32, version: int32>>  ``version`` sampled from token ``start`` on
     teacher_prompt_ids   list<int32>, nullable  the teacher's own longer context, aligned by response index
 
-Sealed shards are never changed.  A reader takes sealed shards only and refuses a damaged one by file name: the metadata
-by its sha256, each sample's tokens by ``token_hash`` when first read, log-probs and spans by ``verify_shard`` alone.
+Sealed shards are never changed.  A reader takes sealed shards only and refuses a damaged one by
+file name: the metadata by its sha256, each sample's tokens by ``token_hash`` when first read,
+log-probs and spans by ``verify_shard`` alone.
 """
 
 from __future__ import annotations
@@ -77,8 +80,12 @@ _TOKEN_TYPES = {
     "version_spans": pa.list_(pa.struct([("start", pa.int32()), ("version", pa.int32())])),
     "teacher_prompt_ids": pa.list_(pa.int32()),
 }
-METADATA_SCHEMA = pa.schema([pa.field(n, t, nullable=n == "reward") for n, t in _METADATA_TYPES.items()])
-TOKENS_SCHEMA = pa.schema([pa.field(n, t, nullable=n == "teacher_prompt_ids") for n, t in _TOKEN_TYPES.items()])
+METADATA_SCHEMA = pa.schema(
+    [pa.field(n, t, nullable=n == "reward") for n, t in _METADATA_TYPES.items()]
+)
+TOKENS_SCHEMA = pa.schema(
+    [pa.field(n, t, nullable=n == "teacher_prompt_ids") for n, t in _TOKEN_TYPES.items()]
+)
 _LENGTH_OF = {
     "prompt_ids": "prompt_len",
     "response_ids": "response_len",
@@ -87,19 +94,31 @@ _LENGTH_OF = {
 }
 
 
-def token_hash(prompt_ids: npt.ArrayLike, response_ids: npt.ArrayLike, loss_mask: npt.ArrayLike) -> str:
-    """sha256, hex, over three uint64 lengths, the ids as int32 and the mask as uint8, all little-endian."""
-    parts = [np.asarray(prompt_ids, "<i4"), np.asarray(response_ids, "<i4"), np.asarray(loss_mask, "u1")]
+def token_hash(
+    prompt_ids: npt.ArrayLike, response_ids: npt.ArrayLike, loss_mask: npt.ArrayLike
+) -> str:
+    """sha256, hex, over three uint64 lengths, the ids as int32 and the mask as uint8, all
+    little-endian.
+    """
+    parts = [
+        np.asarray(prompt_ids, "<i4"),
+        np.asarray(response_ids, "<i4"),
+        np.asarray(loss_mask, "u1"),
+    ]
     digest = hashlib.sha256(struct.pack("<3Q", *map(len, parts)))
     for part in parts:
         digest.update(part.tobytes())
     return digest.hexdigest()
 
 
-def write_shard(folder: Path, name: str, trajectories: Sequence[Trajectory], generation: int) -> None:
-    """Write and seal a shard.  A sealed shard is never overwritten; an unsealed or truncated one is written anew.
+def write_shard(
+    folder: Path, name: str, trajectories: Sequence[Trajectory], generation: int
+) -> None:
+    """Write and seal a shard.  A sealed shard is never overwritten; an unsealed or truncated one is
+    written anew.
 
-    Raises ValueError for a trajectory that breaks the format, MtopdError where the shard belongs to somebody else.
+    Raises ValueError for a trajectory that breaks the format, MtopdError where the shard belongs to
+    somebody else.
     """
     _check_trajectories(name, trajectories)
     _check_not_sealed(folder, name, generation)
@@ -116,7 +135,10 @@ def write_shard(folder: Path, name: str, trajectories: Sequence[Trajectory], gen
         "schema_version": SCHEMA_VERSION,
         "generation": generation,
         "num_samples": len(trajectories),
-        "files": {p.name: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for p, d in contents.items()},
+        "files": {
+            p.name: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()}
+            for p, d in contents.items()
+        },
     }
     write_json(_seal_path(folder, name), seal)
 
@@ -127,21 +149,26 @@ def _check_not_sealed(folder: Path, name: str, generation: int) -> None:
     sealed_by = _read_seal(folder, name)["generation"]
     if sealed_by > generation or is_sealed(folder, name):
         raise MtopdError(
-            f"shard {folder / name} was sealed by start {sealed_by} of the run, this is start {generation}; "
+            f"shard {folder / name} was sealed by start {sealed_by} of the run, this is start "
+            f"{generation}; "
             "sealed trajectories are never overwritten: ask is_sealed first"
         )
 
 
 def _check_trajectories(name: str, trajectories: Sequence[Trajectory]) -> None:
     if not name or "/" in name or name.startswith("."):
-        raise ValueError(f"'{name}' cannot name a shard; use a plain file name that does not start with a dot")
+        raise ValueError(
+            f"'{name}' cannot name a shard; use a plain file name that does not start with a dot"
+        )
     if not trajectories:
         raise ValueError(f"shard '{name}' has no trajectories; do not write it")
     if len({t.sample_id for t in trajectories}) < len(trajectories):
         raise ValueError(f"shard '{name}' has two trajectories with one sample_id")
     for trajectory in trajectories:
         if (reason := _broken_invariant(trajectory)) is not None:
-            raise ValueError(f"trajectory {trajectory.sample_id} ({trajectory.prompt_id}): {reason}")
+            raise ValueError(
+                f"trajectory {trajectory.sample_id} ({trajectory.prompt_id}): {reason}"
+            )
 
 
 def _broken_invariant(t: Trajectory) -> str | None:
@@ -149,7 +176,8 @@ def _broken_invariant(t: Trajectory) -> str | None:
         return f"prompt has {len(t.prompt_ids)} and response {len(t.response_ids)} tokens; both need at least 1"
     if not len(t.loss_mask) == len(t.rollout_log_probs) == len(t.response_ids):
         return (
-            f"loss_mask has {len(t.loss_mask)} and rollout_log_probs {len(t.rollout_log_probs)} entries "
+            f"loss_mask has {len(t.loss_mask)} and rollout_log_probs {len(t.rollout_log_probs)} "
+            "entries "
             f"for {len(t.response_ids)} response tokens"
         )
     if not set(t.loss_mask) <= {0, 1}:
@@ -207,12 +235,16 @@ def is_sealed(folder: Path, name: str) -> bool:
     """Whether the shard has a seal and both files have the sealed sizes.  Reads no data."""
     if not _seal_path(folder, name).exists():
         return False
-    sizes = {folder / file: entry["size"] for file, entry in _read_seal(folder, name)["files"].items()}
+    sizes = {
+        folder / file: entry["size"] for file, entry in _read_seal(folder, name)["files"].items()
+    }
     return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
 
 
 def verify_shard(folder: Path, name: str) -> None:
-    """Compare every byte of a sealed shard with its seal; raises MtopdError that names the damaged file."""
+    """Compare every byte of a sealed shard with its seal; raises MtopdError that names the damaged
+    file.
+    """
     for path in (_metadata_path(folder, name), _tokens_path(folder, name)):
         entry = _sealed_entry(folder, name, path)
         with open(path, "rb") as file:
@@ -224,14 +256,18 @@ def read_metadata(folder: Path) -> pa.Table:
     """The metadata of all sealed shards (``METADATA_SCHEMA``), shards by name, rows as written."""
     shards = {name: read_shard_metadata(folder, name) for name in sealed_shards(folder)}
     if not shards:
-        raise MtopdError(f"{folder} has no sealed shard of trajectories; run the rollout of this iteration first")
+        raise MtopdError(
+            f"{folder} has no sealed shard of trajectories; run the rollout of this iteration first"
+        )
     owner: dict[int, str] = {}
     for name, table in shards.items():
         for sample_id in table["sample_id"].to_pylist():
             if sample_id in owner:
                 raise MtopdError(
-                    f"sample_id {sample_id} is in {_metadata_path(folder, owner[sample_id])} and again in "
-                    f"{_metadata_path(folder, name)}; it must be unique: remove one of the shards, its seal first"
+                    f"sample_id {sample_id} is in {_metadata_path(folder, owner[sample_id])} and "
+                    "again in "
+                    f"{_metadata_path(folder, name)}; it must be unique: remove one of the shards, "
+                    "its seal first"
                 )
             owner[sample_id] = name
     return pa.concat_tables(shards.values())
@@ -256,7 +292,9 @@ class TokenFields:
 
 
 class _Batch:
-    """The columns of one mapped record batch as arrays: a sample is a few slices, not a few Arrow scalars."""
+    """The columns of one mapped record batch as arrays: a sample is a few slices, not a few Arrow
+    scalars.
+    """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._length = len(batch)
@@ -294,8 +332,12 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.metadata = read_metadata(folder)  # as ``read_metadata`` gives it
-        self._row_of = {sample_id: row for row, sample_id in enumerate(self.metadata["sample_id"].to_pylist())}
-        self._hash, self._num_loss = (self.metadata[name].to_pylist() for name in ("token_hash", "num_loss_tokens"))
+        self._row_of = {
+            sample_id: row for row, sample_id in enumerate(self.metadata["sample_id"].to_pylist())
+        }
+        self._hash, self._num_loss = (
+            self.metadata[name].to_pylist() for name in ("token_hash", "num_loss_tokens")
+        )
         self._places: list[tuple[_Batch, int]] = []  # of each row
         self._paths: list[Path] = []  # of the tokens file, for each row
         for name in sealed_shards(folder):
@@ -311,7 +353,9 @@ class TokenStore:
         return {sample.sample_id: sample for sample in sample_metadata(self.metadata)}
 
     def tokens(self, sample_id: int) -> TokenFields:
-        """The token fields of a sample; the first call for a sample compares them with its token hash."""
+        """The token fields of a sample; the first call for a sample compares them with its token
+        hash.
+        """
         fields = self._verified.get(sample_id)
         if fields is None:
             row = self._row(sample_id)
@@ -326,7 +370,8 @@ class TokenStore:
         fields = self.tokens(sample_id)
         if fields.teacher_prompt_ids is not None:
             raise MtopdError(
-                f"sample {sample_id} of {self._folder} has teacher_prompt_ids, which a Trajectory cannot hold; this "
+                f"sample {sample_id} of {self._folder} has teacher_prompt_ids, which a Trajectory "
+                "cannot hold; this "
                 "version scores the student's own context only: write the shard without them"
             )
         (row,) = self.metadata.slice(self._row(sample_id), 1).to_pylist()
@@ -346,12 +391,17 @@ class TokenStore:
 
     def _row(self, sample_id: int) -> int:
         if sample_id not in self._row_of:
-            raise MtopdError(f"sample {sample_id} is in no sealed shard of {self._folder}; plan from its own metadata")
+            raise MtopdError(
+                f"sample {sample_id} is in no sealed shard of {self._folder}; plan from its own "
+                "metadata"
+            )
         return self._row_of[sample_id]
 
     def _verify(self, sample_id: int, row: int, fields: TokenFields) -> None:
         if token_hash(fields.prompt_ids, fields.response_ids, fields.loss_mask) != self._hash[row]:
-            raise _damaged(self._paths[row], f"the tokens of sample {sample_id} do not match their hash")
+            raise _damaged(
+                self._paths[row], f"the tokens of sample {sample_id} do not match their hash"
+            )
         if fields.loss_mask.max() > 1 or fields.loss_mask.sum() != self._num_loss[row]:
             raise _damaged(
                 self._paths[row],
@@ -372,7 +422,9 @@ def _seal_path(folder: Path, name: str) -> Path:
 
 
 def _damaged(path: Path, what: str) -> MtopdError:
-    return MtopdError(f"{path} is damaged: {what}; remove the shard, its seal first, and roll it out again")
+    return MtopdError(
+        f"{path} is damaged: {what}; remove the shard, its seal first, and roll it out again"
+    )
 
 
 def _read_seal(folder: Path, name: str) -> dict[str, Any]:
@@ -380,10 +432,14 @@ def _read_seal(folder: Path, name: str) -> dict[str, Any]:
     seal = read_json(path)
     version = seal.get("schema_version") if isinstance(seal, dict) else None
     if version != SCHEMA_VERSION:
-        raise MtopdError(f"{path} has schema_version {version!r}; this version of mtopd reads {SCHEMA_VERSION}")
+        raise MtopdError(
+            f"{path} has schema_version {version!r}; this version of mtopd reads {SCHEMA_VERSION}"
+        )
     files = [_metadata_path(folder, name).name, _tokens_path(folder, name).name]
     if not {"generation", "num_samples", "files"} <= seal.keys() or sorted(seal["files"]) != files:
-        raise _damaged(path, f"it must hold generation, num_samples and files with {' and '.join(files)}")
+        raise _damaged(
+            path, f"it must hold generation, num_samples and files with {' and '.join(files)}"
+        )
     return seal
 
 
@@ -403,10 +459,15 @@ def read_shard_metadata(folder: Path, name: str) -> pa.Table:
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise _damaged(path, "its sha256 is not the sealed one")
     try:
-        # Another harness may mark its columns nullable or use wider integers: the cast admits both, but no null.
-        table = pq.read_table(pa.BufferReader(data), columns=METADATA_SCHEMA.names).cast(METADATA_SCHEMA)
+        # Another harness may mark its columns nullable or use wider integers: the cast admits both,
+        # but no null.
+        table = pq.read_table(pa.BufferReader(data), columns=METADATA_SCHEMA.names).cast(
+            METADATA_SCHEMA
+        )
     except (pa.ArrowException, ValueError) as error:
-        raise MtopdError(f"{path} is no version {SCHEMA_VERSION} metadata: {error}; see mtopd.trajectories") from error
+        raise MtopdError(
+            f"{path} is no version {SCHEMA_VERSION} metadata: {error}; see mtopd.trajectories"
+        ) from error
     if (found := len(table)) != (sealed := _read_seal(folder, name)["num_samples"]):
         raise _damaged(path, f"it has {found} samples, sealed were {sealed}")
     return table
@@ -421,9 +482,14 @@ def _map_tokens(folder: Path, name: str, metadata: pa.Table) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, f"it is no whole Arrow IPC file ({error})") from error
-    if (reason := _format_difference(table, metadata.slice(0, _read_seal(folder, name)["num_samples"]))) is not None:
+    if (
+        reason := _format_difference(
+            table, metadata.slice(0, _read_seal(folder, name)["num_samples"])
+        )
+    ) is not None:
         raise MtopdError(
-            f"{path} does not fit version {SCHEMA_VERSION} of the format: {reason}; see mtopd.trajectories"
+            f"{path} does not fit version {SCHEMA_VERSION} of the format: {reason}; see "
+            "mtopd.trajectories"
         )
     # One schema for all shards, whatever their writers said of nulls; copies nothing.
     return pa.Table.from_arrays([table[name] for name in TOKENS_SCHEMA.names], schema=TOKENS_SCHEMA)

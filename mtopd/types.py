@@ -1,8 +1,9 @@
 """Plain data that crosses module borders.  Imports nothing from mtopd and no torch.
 
-Terms: a *prompt* carries the fields that route it and the index of its teacher; a *trajectory* is a prompt
-with one response sampled by the student; a *train step* is one optimizer update over one mini-batch of
-trajectories; an *iteration* is rollout + teacher pass + train + update weights and may hold several train steps.
+Terms: a *prompt* carries the fields that route it and the index of its teacher; a *trajectory* is a
+prompt with one response sampled by the student; a *train step* is one optimizer update over one
+mini-batch of trajectories; an *iteration* is rollout + teacher pass + train + update weights and
+may hold several train steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 
 class MtopdError(ValueError):
-    """An error a user can cause and mend.  The message says what was found, what was needed, what to do."""
+    """An error a user can cause and mend.  The message says what was found, what was needed, what
+    to do.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,9 @@ class Prompt:
     """One prompt, tokenized.  ``prompt_ids`` ends where the response begins (template included)."""
 
     prompt_id: str  # "<source name>/<row>", unique in a run
-    route: Mapping[str, str]  # the metadata fields that ``route`` of a teacher may match, e.g. {"domain": "rot"}
+    route: Mapping[
+        str, str
+    ]  # the metadata fields that ``route`` of a teacher may match, e.g. {"domain": "rot"}
     prompt_ids: tuple[int, ...]
     teacher_index: int
     verify: Mapping[str, Any] = field(
@@ -33,8 +38,9 @@ class Prompt:
 class Trajectory:
     """A prompt and one sampled response.
 
-    Row k of the sample's hidden states is the state at position ``prompt_len - 1 + k``: the one that predicts
-    response token k.  ``response_ids`` holds the EOS token when ``finish_reason == "stop"``; EOS is trained.
+    Row k of the sample's hidden states is the state at position ``prompt_len - 1 + k``: the one
+    that predicts response token k.  ``response_ids`` holds the EOS token when ``finish_reason ==
+    "stop"``; EOS is trained.
     """
 
     sample_id: int  # unique in an iteration, dense from 0
@@ -44,7 +50,9 @@ class Trajectory:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]  # one 0/1 for each response token
-    rollout_log_probs: tuple[float, ...]  # log-prob of each response token under the sampling student
+    rollout_log_probs: tuple[
+        float, ...
+    ]  # log-prob of each response token under the sampling student
     student_version: int  # the iteration whose weights sampled it
     finish_reason: str  # "stop" (EOS) | "length"
     reward: float | None = None  # the verifier's score where the prompt has a verifier
@@ -63,7 +71,9 @@ class SampleMetadata:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSample:
-    """One sample inside a micro-batch.  ``token_weight`` already holds 1/N and the teacher's weight."""
+    """One sample inside a micro-batch.  ``token_weight`` already holds 1/N and the teacher's
+    weight.
+    """
 
     sample_id: int
     teacher_index: int
@@ -72,7 +82,9 @@ class PlannedSample:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Samples of one forward pass; teacher_index never decreases along ``samples``.  May be empty (a dummy)."""
+    """Samples of one forward pass; teacher_index never decreases along ``samples``.  May be empty
+    (a dummy).
+    """
 
     samples: tuple[PlannedSample, ...]
 
@@ -82,11 +94,16 @@ class TrainStepPlan:
     """One optimizer update.  Every dp rank has the same number of micro-batches."""
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]  # [dp rank][micro-batch]
-    seq_length: int  # tokens per row of every micro-batch: prompt + response without the last token, padded
-    packed: bool  # a micro-batch is one row, its samples one behind the other; else one row for each sample
+    seq_length: (
+        int  # tokens per row of every micro-batch: prompt + response without the last token, padded
+    )
+    # a micro-batch is one row, its samples one behind the other; else one row for each sample
+    packed: bool
     num_tokens: Mapping[int, int]  # loss tokens of each teacher in the whole mini-batch (N_i)
     waste: float  # share of all rows that is padding
 
     def teachers_of(self, dp_rank: int) -> list[int]:
-        """Distinct teacher indices in this dp rank's part, ascending: the head loads this train step needs there."""
+        """Distinct teacher indices in this dp rank's part, ascending: the head loads this train
+        step needs there.
+        """
         return sorted({s.teacher_index for mb in self.micro_batches[dp_rank] for s in mb.samples})

@@ -1,4 +1,6 @@
-"""What the objective asks for, from the cache: which rows of which samples, read ahead, joined over tp."""
+"""What the objective asks for, from the cache: which rows of which samples, read ahead, joined over
+tp.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,16 @@ class SampleRows:
 
 
 def runs_of_step(job: Job, plan: TrainStepPlan, iteration: int) -> list[list[TeacherRun]]:
-    """The runs of this rank's micro-batches; none on ranks that are not on the last stage, which look up no keys."""
+    """The runs of this rank's micro-batches; none on ranks that are not on the last stage, which
+    look up no keys.
+    """
     mine = plan.micro_batches[job.ranks.dp_rank]
     return [_runs(job, plan, micro_batch, iteration) if job.heads else [] for micro_batch in mine]
 
 
-def _runs(job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, iteration: int) -> list[TeacherRun]:
+def _runs(
+    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, iteration: int
+) -> list[TeacherRun]:
     """Contiguous teacher runs of the micro-batch's loss rows on this rank."""
     tokens = job.tokens(iteration)
     found = [
@@ -49,25 +55,37 @@ def _runs(job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, iteration: int
         for rows in rows_here(tokens.tokens(sample.sample_id), plan.seq_length, job.ranks)
     ]
     runs: list[TeacherRun] = []
-    for teacher_index, rows in itertools.groupby(found, key=lambda rows: rows.metadata.teacher_index):
+    for teacher_index, rows in itertools.groupby(
+        found, key=lambda rows: rows.metadata.teacher_index
+    ):
         entries = list(rows)
         start = runs[-1].stop if runs else 0
-        runs.append(TeacherRun(teacher_index, start, start + sum(e.stop - e.first for e in entries), entries))
+        runs.append(
+            TeacherRun(
+                teacher_index, start, start + sum(e.stop - e.first for e in entries), entries
+            )
+        )
     return runs
 
 
 def open_cache(job: Job, iteration: int) -> AbstractContextManager[HiddenCacheReader | None]:
     """The iteration's hidden states; ranks before the last stage never open them."""
-    return HiddenCacheReader(job.run.hidden_cache(iteration)) if job.heads else contextlib.nullcontext()
+    return (
+        HiddenCacheReader(job.run.hidden_cache(iteration))
+        if job.heads
+        else contextlib.nullcontext()
+    )
 
 
 class CachedStates:
-    """Fetches the hidden states of runs: each tp rank reads its share of the rows, an all-gather joins them.
+    """Fetches the hidden states of runs: each tp rank reads its share of the rows, an all-gather
+    joins them.
 
-    ``prefetch`` lets a background thread read the shares of a micro-batch's runs ahead, into pinned memory on CUDA;
-    they are joined by one all-gather when the first of them is asked for.  What was given is forgotten, so at most the
-    mini-batches that were announced and not yet used are held, and one micro-batch's states on the device.
-    Of a micro-batch with less than a chunk for each rank all ranks read all rows: a chunk is read whole anyway.
+    ``prefetch`` lets a background thread read the shares of a micro-batch's runs ahead, into pinned
+    memory on CUDA; they are joined by one all-gather when the first of them is asked for.  What was
+    given is forgotten, so at most the mini-batches that were announced and not yet used are held,
+    and one micro-batch's states on the device. Of a micro-batch with less than a chunk for each
+    rank all ranks read all rows: a chunk is read whole anyway.
     """
 
     def __init__(self, job: Job, reader: HiddenCacheReader | None, iteration: int) -> None:
@@ -78,9 +96,14 @@ class CachedStates:
         self.stall_s = 0.0
 
     def prefetch(self, micro_batches: Iterable[Sequence[TeacherRun]]) -> None:
-        """Start to read the runs of micro-batches, in order.  What fails is raised when a run of it is asked for."""
+        """Start to read the runs of micro-batches, in order.  What fails is raised when a run of it
+        is asked for.
+        """
         for runs in filter(None, micro_batches):
-            num_shares, whole = self._job.ranks.tp_size, sum(self._share_of(run, 1).num_bytes for run in runs)
+            num_shares, whole = (
+                self._job.ranks.tp_size,
+                sum(self._share_of(run, 1).num_bytes for run in runs),
+            )
             num_shares = num_shares if whole >= num_shares * _SMALLEST_SHARE else 1
             read = self._thread.submit(self._read_shares, runs, num_shares)
             self._announced |= dict.fromkeys(runs, _MicroBatch(runs, num_shares, read))
@@ -132,20 +155,28 @@ class CachedStates:
         buffer = torch.empty(
             sum(share.aligned_bytes for share in shares),
             dtype=torch.uint8,
-            pin_memory=self._job.ranks.device.type == "cuda",  # torch keeps and reuses pinned memory
+            pin_memory=self._job.ranks.device.type
+            == "cuda",  # torch keeps and reuses pinned memory
         )
         number, start = self._job.ranks.tp_rank if num_shares > 1 else 0, 0
         reads: list[Read] = []
         for run, share in zip(runs, shares, strict=True):
-            share_TE = buffer[start : start + share.num_bytes].view(share.dtype).view(share.rows, share.hidden_size)
+            share_TE = (
+                buffer[start : start + share.num_bytes]
+                .view(share.dtype)
+                .view(share.rows, share.hidden_size)
+            )
             reads += self._reads(self._reader, run, number, as_rows(share_TE))
             start += share.aligned_bytes
         self._reader.read_many(reads)
         return buffer
 
-    def _reads(self, reader: HiddenCacheReader, run: TeacherRun, number: int, out_TE: np.ndarray) -> list[Read]:
-        """What fills ``out_TE``, share ``number`` of the run, which may begin and end inside a sample; the last one's
-        end is padding."""
+    def _reads(
+        self, reader: HiddenCacheReader, run: TeacherRun, number: int, out_TE: np.ndarray
+    ) -> list[Read]:
+        """What fills ``out_TE``, share ``number`` of the run, which may begin and end inside a
+        sample; the last one's end is padding.
+        """
         share, reads = len(out_TE), []
         at = -number * share  # row of the sample's first token in this share
         for sample in run.entries:
@@ -155,10 +186,18 @@ class CachedStates:
                 entry = reader.lookup(sample.key, sample.metadata.sample_id, self._iteration)
                 if entry is None:
                     raise CacheMiss(
-                        f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not in the cache; run "
+                        f"sample {sample.metadata.sample_id} of iteration {self._iteration} is not "
+                        "in the cache; run "
                         "the teacher pass again"
                     )
-                reads.append(Read(entry, sample.first + start, sample.first + stop, out_TE[at + start : at + stop]))
+                reads.append(
+                    Read(
+                        entry,
+                        sample.first + start,
+                        sample.first + stop,
+                        out_TE[at + start : at + stop],
+                    )
+                )
             at += count
         out_TE[max(at, 0) :] = 0
         return reads

@@ -1,4 +1,6 @@
-"""The bodies of ``mtopd cache ls | verify | gc``: the hidden caches of a run, one for each iteration."""
+"""The bodies of ``mtopd cache ls | verify | gc``: the hidden caches of a run, one for each
+iteration.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -23,31 +32,54 @@ logging.getLogger("mtopd.hidden_cache").addHandler(logging.NullHandler())
 def table(run_dir: Path) -> Group:
     """One row for each iteration and teacher; under the table, why an index file is refused.
 
-    ``damaged``: index files, and segments whose files are not whole; their rows are read by ``verify`` alone.
+    ``damaged``: index files, and segments whose files are not whole; their rows are read by
+    ``verify`` alone.
     """
     run = _open(run_dir)
     numbers = ("samples", "rows", "bytes", "segments", "damaged")
-    columns = [Column("iteration"), Column("teacher"), *(Column(name, justify="right") for name in numbers)]
+    columns = [
+        Column("iteration"),
+        Column("teacher"),
+        *(Column(name, justify="right") for name in numbers),
+    ]
     rows, notes = Table(*columns, box=None, pad_edge=False), []
     names = _teacher_names(run)
     for iteration, cache in _caches(run):
         with HiddenCacheReader(cache) as reader:
             entries, damaged = reader.entries(), [*reader.broken_segments(), *reader.refused]
             notes += [Text(cause, style="red") for cause in reader.refused.values()]
-        for folder in sorted({path.parents[1] for path in (*damaged, *(entry.segment for entry in entries))}):
+        for folder in sorted(
+            {path.parents[1] for path in (*damaged, *(entry.segment for entry in entries))}
+        ):
             own = [entry for entry in entries if entry.segment.parents[1] == folder]
             segments = {entry.segment: entry.sample.segment_bytes for entry in own}
-            size, num_damaged = sum(segments.values()), sum(path.parents[1] == folder for path in damaged)
-            counts = (len(own), sum(entry.n_tokens for entry in own), size, len(segments), num_damaged)
+            size, num_damaged = (
+                sum(segments.values()),
+                sum(path.parents[1] == folder for path in damaged),
+            )
+            counts = (
+                len(own),
+                sum(entry.n_tokens for entry in own),
+                size,
+                len(segments),
+                num_damaged,
+            )
             name = escape(names.get(folder.name, folder.name))
             rows.add_row(str(iteration), name, *(f"{count:,}" for count in counts))
     return Group(rows, *notes)
 
 
 def verify(run_dir: Path, console: Console) -> None:
-    """Read every committed row.  Raises MtopdError that counts what is damaged, each named on a line before."""
+    """Read every committed row.  Raises MtopdError that counts what is damaged, each named on a
+    line before.
+    """
     run, num_samples, num_bytes, num_damaged = _open(run_dir), 0, 0, 0
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         for iteration, cache in _caches(run):
             with HiddenCacheReader(cache) as reader:
@@ -57,10 +89,17 @@ def verify(run_dir: Path, console: Console) -> None:
                 damaged = reader.verify(lambda count, task=task: progress.advance(task, count))  # type: ignore[misc]
                 causes = [*reader.refused.values(), *damaged.values()]
             for sample_id in _lost(run, iteration, {entry.request.sample_id for entry in entries}):
-                causes.append(f"sample {sample_id} is in no index file of {cache}; it has to be computed again")
+                causes.append(
+                    f"sample {sample_id} is in no index file of {cache}; it has to be computed "
+                    "again"
+                )
             for cause in causes:
                 console.print(
-                    f"iteration {iteration}: {cause}", style="red", markup=False, highlight=False, soft_wrap=True
+                    f"iteration {iteration}: {cause}",
+                    style="red",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
                 )
             num_samples, num_bytes, num_damaged = (
                 num_samples + len(entries),
@@ -69,7 +108,8 @@ def verify(run_dir: Path, console: Console) -> None:
             )
     if num_damaged:
         raise MtopdError(
-            f"{num_damaged} samples or index files of the caches of {run_dir} are damaged; compute an iteration's "
+            f"{num_damaged} samples or index files of the caches of {run_dir} are damaged; compute "
+            "an iteration's "
             f"again with `mtopd teacher-pass {run_dir} --iteration N`"
         )
     _say(f"{num_samples:,} samples are whole, {num_bytes:,} bytes")
@@ -78,7 +118,8 @@ def verify(run_dir: Path, console: Console) -> None:
 def gc(run_dir: Path, console: Console) -> None:
     """Recover the caches of the run and delete what no reader will ever need.
 
-    Raises MtopdError while the run is going: a segment being written looks the same as one left behind.
+    Raises MtopdError while the run is going: a segment being written looks the same as one left
+    behind.
     """
     run, freed = _open(run_dir), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -100,23 +141,35 @@ def _open(run_dir: Path) -> RunDir:
     run = RunDir(run_dir)
     for path in (run.config, run.manifest):
         if not path.is_file():
-            raise MtopdError(f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a consolidation")
+            raise MtopdError(
+                f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
+                "consolidation"
+            )
     return run
 
 
 def _caches(run: RunDir) -> list[tuple[int, Path]]:
     found = [int(path.name) for path in sorted(run.path.glob("iterations/" + 6 * "[0-9]"))]
     caches = [(iteration, run.hidden_cache(iteration)) for iteration in found]
-    return [(iteration, cache) for iteration, cache in caches if cache.is_dir() and not cache.is_symlink()]
+    return [
+        (iteration, cache)
+        for iteration, cache in caches
+        if cache.is_dir() and not cache.is_symlink()
+    ]
 
 
 def _teacher_names(run: RunDir) -> dict[str, str]:
     """Teachers by the name of their folder in a cache."""
-    return {teacher["fingerprint"][:16]: teacher["name"] for teacher in read_json(run.manifest).get("teachers", [])}
+    return {
+        teacher["fingerprint"][:16]: teacher["name"]
+        for teacher in read_json(run.manifest).get("teachers", [])
+    }
 
 
 def _lost(run: RunDir, iteration: int, found: set[int]) -> list[int]:
-    """Samples of the iteration's trajectories that a sealed cache has to hold and no sound index file names."""
+    """Samples of the iteration's trajectories that a sealed cache has to hold and no sound index
+    file names.
+    """
     trajectories = run.trajectories(iteration)
     if not (is_sealed(run.hidden_cache(iteration)) and is_sealed(trajectories)):
         return []

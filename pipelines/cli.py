@@ -24,29 +24,46 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-teachers_app = typer.Typer(help="Teacher stores: the format teachers are streamed from.", no_args_is_help=True)
+teachers_app = typer.Typer(
+    help="Teacher stores: the format teachers are streamed from.", no_args_is_help=True
+)
 app.add_typer(teachers_app, name="teachers")
-cache_app = typer.Typer(help="Hidden caches of a run: teachers' last hidden states on disk.", no_args_is_help=True)
+cache_app = typer.Typer(
+    help="Hidden caches of a run: teachers' last hidden states on disk.", no_args_is_help=True
+)
 app.add_typer(cache_app, name="cache")
 _console = Console(stderr=True)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file."),
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
 LogJson = Annotated[
-    bool, typer.Option("--log-json", help="Print every line of metrics.jsonl instead of a progress display.")
+    bool,
+    typer.Option(
+        "--log-json", help="Print every line of metrics.jsonl instead of a progress display."
+    ),
 ]
 AcceptChanged = Annotated[
-    bool, typer.Option("--accept-changed", help="Go on although teachers, routes or tokenizer have changed.")
+    bool,
+    typer.Option(
+        "--accept-changed", help="Go on although teachers, routes or tokenizer have changed."
+    ),
 ]
-Iteration = Annotated[int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")]
+Iteration = Annotated[
+    int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")
+]
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")  # models and tokenizers come from folders, never from a hub
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    os.environ.setdefault(
+        "TRANSFORMERS_OFFLINE", "1"
+    )  # models and tokenizers come from folders, never from a hub
 
 
 def _say(text: str) -> None:
@@ -58,7 +75,9 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _run(config: Any, prepare: Callable[..., None], target: str, final: Callable[[Any], Path]) -> bool:
+def _run(
+    config: Any, prepare: Callable[..., None], target: str, final: Callable[[Any], Path]
+) -> bool:
     """Lock the run directory, prepare it, run the ranks.  False when the run was finished before."""
     from mtopd.pipelines import ranks
     from mtopd.run_dir import RunDir, is_sealed
@@ -77,7 +96,9 @@ def _run(config: Any, prepare: Callable[..., None], target: str, final: Callable
 
 
 def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], target: str) -> bool:
-    """An outer torchrun started one process per rank: rank 0 locks and prepares, the others wait for its word."""
+    """An outer torchrun started one process per rank: rank 0 locks and prepares, the others wait
+    for its word.
+    """
     import contextlib
 
     import torch.distributed as dist
@@ -106,9 +127,14 @@ def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], tar
 
 @app.command()
 def consolidate(
-    config: ConfigFile, overrides: Overrides = None, accept_changed: AcceptChanged = False, log_json: LogJson = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    accept_changed: AcceptChanged = False,
+    log_json: LogJson = False,
 ) -> None:
-    """Distil all teachers of a config into one student; start again to resume, at another layout too."""
+    """Distil all teachers of a config into one student; start again to resume, at another layout
+    too.
+    """
     import functools
 
     from mtopd.config import ConsolidateConfig, load_config
@@ -123,7 +149,9 @@ def consolidate(
 
 @app.command()
 def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJson = False) -> None:
-    """Train one model on supervised examples; writes an HF checkpoint and, if asked, a teacher store."""
+    """Train one model on supervised examples; writes an HF checkpoint and, if asked, a teacher
+    store.
+    """
     from mtopd.config import SpecialistConfig, load_config
     from mtopd.pipelines import prepare, stores
 
@@ -131,7 +159,9 @@ def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJso
     final = loaded.run_dir / "export" / "final"
     _run(loaded, prepare.specialist, "specialist:main", lambda run: final)
     if _is_first() and loaded.store is not None:
-        stores.add(loaded.store.name, final, loaded.store.path, _console, slices=loaded.store.slices)
+        stores.add(
+            loaded.store.name, final, loaded.store.path, _console, slices=loaded.store.slices
+        )
 
 
 def _logging(log_json: bool) -> list[str]:
@@ -144,13 +174,23 @@ def _phase(run_dir: Path, phase: str, iteration: int | None, log_json: bool) -> 
     from mtopd.run_dir import RunDir
 
     if not (run_dir / "config.yaml").is_file():
-        raise MtopdError(f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a consolidation")
+        raise MtopdError(
+            f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a "
+            "consolidation"
+        )
     loaded = load_config(run_dir / "config.yaml", _logging(log_json), ConsolidateConfig)
     run = RunDir(run_dir)
     with run.lock():
         prepare.consolidate(loaded, run, _say)
         chosen = "newest" if iteration is None else str(iteration)
-        ranks.launch(loaded.student.parallel.world_size, "phase:main", run.path, run.generation, phase, chosen)
+        ranks.launch(
+            loaded.student.parallel.world_size,
+            "phase:main",
+            run.path,
+            run.generation,
+            phase,
+            chosen,
+        )
 
 
 @app.command()
@@ -160,14 +200,18 @@ def rollout(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJso
 
 
 @app.command("teacher-pass")
-def teacher_pass(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
+def teacher_pass(
+    run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False
+) -> None:
     """Phase 2 alone: fill the hidden cache from the iteration's sealed trajectories."""
     _phase(run_dir, "teacher_pass", iteration, log_json)
 
 
 @app.command()
 def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
-    """Phase 3 alone: the iteration's train steps from its sealed trajectories and cache; ends in a checkpoint."""
+    """Phase 3 alone: the iteration's train steps from its sealed trajectories and cache; ends in a
+    checkpoint.
+    """
     _phase(run_dir, "train", iteration, log_json)
 
 
@@ -179,7 +223,9 @@ def report(run_dir: RunDirectory) -> None:
     report_pipeline.write(run_dir, Console())
 
 
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of a teacher store.")]
+StorePath = Annotated[
+    str, typer.Argument(metavar="STORE", help="Folder or URL of a teacher store.")
+]
 
 
 @teachers_app.command("add")
@@ -187,20 +233,30 @@ def teachers_add(
     name: Annotated[str, typer.Argument(help="The teacher's name.")],
     source: Annotated[Path, typer.Option("--from", help="HF checkpoint folder.")],
     to: Annotated[str, typer.Option(help="Folder that holds the stores.")] = "teachers",
-    slices: Annotated[int, typer.Option(help="Largest tensor-parallel size that can load it without a copy.")] = 1,
-    logit_scale: Annotated[float, typer.Option(help="Factor the checkpoint's own code puts on its logits.")] = 1.0,
-    softcap: Annotated[float | None, typer.Option(help="Soft cap the checkpoint's own code puts on them.")] = None,
+    slices: Annotated[
+        int, typer.Option(help="Largest tensor-parallel size that can load it without a copy.")
+    ] = 1,
+    logit_scale: Annotated[
+        float, typer.Option(help="Factor the checkpoint's own code puts on its logits.")
+    ] = 1.0,
+    softcap: Annotated[
+        float | None, typer.Option(help="Soft cap the checkpoint's own code puts on them.")
+    ] = None,
 ) -> None:
     """Write the teacher store TO/NAME from an HF checkpoint; start again to resume."""
     from mtopd.pipelines import stores
 
     folder = stores.local_folder(to) / name
-    stores.add(name, source, folder, _console, slices=slices, logit_scale=logit_scale, softcap=softcap)
+    stores.add(
+        name, source, folder, _console, slices=slices, logit_scale=logit_scale, softcap=softcap
+    )
 
 
 @teachers_app.command("ls")
 def teachers_ls(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds the stores.")] = Path("teachers"),
+    folder: Annotated[Path, typer.Argument(help="Folder that holds the stores.")] = Path(
+        "teachers"
+    ),
 ) -> None:
     """List the teacher stores of a folder; what cannot be read is named with its cause."""
     from mtopd.pipelines import stores
@@ -217,7 +273,9 @@ def teachers_verify(store: StorePath) -> None:
 
 
 @teachers_app.command("rm")
-def teachers_rm(store: StorePath, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+def teachers_rm(
+    store: StorePath, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
+) -> None:
     """Remove a teacher store, and what an interrupted `teachers add` of it left."""
     from mtopd.pipelines import stores
 
@@ -245,7 +303,9 @@ def cache_verify(run_dir: RunDirectory) -> None:
 
 @cache_app.command("gc")
 def cache_gc(run_dir: RunDirectory) -> None:
-    """Delete what crashes left and segments that were computed again; refused while the run is in use."""
+    """Delete what crashes left and segments that were computed again; refused while the run is in
+    use.
+    """
     from mtopd.pipelines import caches
 
     caches.gc(run_dir, _console)
@@ -263,7 +323,9 @@ def main() -> None:
     """Entry point: user errors become one line and exit code 2."""
     import warnings
 
-    warnings.filterwarnings("ignore")  # of libraries, about backends this machine lacks; `mtopd doctor` says it once
+    warnings.filterwarnings(
+        "ignore"
+    )  # of libraries, about backends this machine lacks; `mtopd doctor` says it once
     try:
         app(standalone_mode=False)
     except MtopdError as error:
@@ -286,7 +348,9 @@ def main() -> None:
 def _error(text: str) -> None:
     if _is_first():
         line = " ".join(text.split())  # one line, whatever the message holds
-        _console.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False, soft_wrap=True)
+        _console.print(
+            f"[bold red]error:[/bold red] {escape(line)}", highlight=False, soft_wrap=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Consolidate many teachers into one student by on-policy distillation.
 
-One iteration has four phases; each leaves files that the next one reads, and can be run alone from them:
+One iteration has four phases; each leaves files that the next one reads, and can be run alone from
+them:
 
     rollout         trajectories/   the student answers prompts; every prompt names its teacher
     teacher pass    hidden_cache/   teachers are streamed one after the other, each reads its own trajectories only
     train           metrics.jsonl   exact reverse KL, samples sorted by teacher, one teacher head resident
     update weights  checkpoints/    the student's weights go to the rollout engine; a checkpoint where it is due
 
-A run that was killed and is started again continues from the newest checkpoint; what was sealed is not done again.
+A run that was killed and is started again continues from the newest checkpoint; what was sealed is
+not done again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def main(run_dir: Path, generation: int) -> None:
         with job.timed("teacher_pass", iteration):
             teacher_pass.run(job, iteration)
 
-        # 3. Mini-batches sorted by teacher: at most one head is on the device, each is loaded once per train step.
+        # 3. Mini-batches sorted by teacher: at most one head is on the device, each is loaded once
+        #    per train step.
         with job.timed("train", iteration):
             train.run(job, iteration)
 

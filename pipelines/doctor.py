@@ -37,10 +37,22 @@ def _software() -> Iterator[Row]:
     yield "Transformer Engine", _version("transformer-engine"), _layer_specs()
     yield "mbridge", _version("mbridge"), "weights between HF and Megatron"
     yield "transformers", _version("transformers"), "tokenizers, the embedded rollout engine"
-    yield "sglang", _version("sglang"), _with_extra("sglang", "sglang", "not used yet: rollout.engine is embedded")
-    yield "triton", _version("triton"), _with_extra("triton", "gpu", "the divergence's row kernels on CUDA")
+    yield (
+        "sglang",
+        _version("sglang"),
+        _with_extra("sglang", "sglang", "not used yet: rollout.engine is embedded"),
+    )
+    yield (
+        "triton",
+        _version("triton"),
+        _with_extra("triton", "gpu", "the divergence's row kernels on CUDA"),
+    )
     yield "zarr", _version("zarr"), "the hidden cache's format"
-    yield "obstore", _version("obstore"), _with_extra("obstore", "s3", "teacher stores behind URLs, e.g. s3://")
+    yield (
+        "obstore",
+        _version("obstore"),
+        _with_extra("obstore", "s3", "teacher stores behind URLs, e.g. s3://"),
+    )
 
 
 def _devices() -> Iterator[Row]:
@@ -68,12 +80,24 @@ def _machine() -> Iterator[Row]:
 
     compiler = next((path for path in map(shutil.which, _COMPILERS) if path), _MISSING)
     chosen = select_row_kernels("auto", "cpu", torch.float32).NAME
-    path = "compiled at first use" if chosen == "cpu" else "plain torch, which is slow, for want of a compiler or ninja"
+    path = (
+        "compiled at first use"
+        if chosen == "cpu"
+        else "plain torch, which is slow, for want of a compiler or ninja"
+    )
     yield "C++ compiler", compiler, f"the divergence's row kernels on CPU: {path}"
     yield "CPU cores", str(len(os.sched_getaffinity(0))), "one for each CPU rank"
     memory = psutil.virtual_memory()
-    yield "memory", f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB", _host_budget()
-    yield "disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free", f"run directories under {Path.cwd()}"
+    yield (
+        "memory",
+        f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f} GiB",
+        _host_budget(),
+    )
+    yield (
+        "disk",
+        f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free",
+        f"run directories under {Path.cwd()}",
+    )
 
 
 def _version(distribution: str) -> str:
@@ -94,7 +118,9 @@ def _layer_specs() -> str:
     from mtopd.megatron.model import have_transformer_engine
 
     return (
-        "Transformer Engine's layer specs" if have_transformer_engine() else f"{local}: it is there but does not import"
+        "Transformer Engine's layer specs"
+        if have_transformer_engine()
+        else f"{local}: it is there but does not import"
     )
 
 

@@ -30,11 +30,16 @@ def run(job: Job, iteration: int) -> None:
     if not due or job.run.evaluation(iteration).exists():
         return
     with job.timed("evaluation", iteration):
-        found = accuracy(job.engine, job.prompts, job.student.tokenizer, job.ranks, job.config.data.max_response)
+        found = accuracy(
+            job.engine, job.prompts, job.student.tokenizer, job.ranks, job.config.data.max_response
+        )
         if job.ranks.rank == 0:
             write_evaluation(job.run, f"{iteration:06d}", found)
     job.metrics.write("evaluation", iteration, {"accuracy": found})
-    job.progress.note(f"iteration {iteration}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    job.progress.note(
+        f"iteration {iteration}: "
+        + "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+    )
 
 
 def baselines(job: Job) -> None:
@@ -51,7 +56,10 @@ def baselines(job: Job) -> None:
         average = None
         if config.weight_average:
             chosen = [weights[name] for name in config.weight_average]
-            mean = {k: torch.stack([w[k].float() for w in chosen]).mean(0).to(chosen[0][k].dtype) for k in chosen[0]}
+            mean = {
+                k: torch.stack([w[k].float() for w in chosen]).mean(0).to(chosen[0][k].dtype)
+                for k in chosen[0]
+            }
             average = _evaluate(job, engine, mean)
         if job.ranks.rank == 0:
             write_evaluation(job.run, "baselines", {"models": results, "weight_average": average})
@@ -60,9 +68,13 @@ def baselines(job: Job) -> None:
             job.progress.note(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
 
-def _evaluate(job: Job, engine: EmbeddedEngine, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _evaluate(
+    job: Job, engine: EmbeddedEngine, weights: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
     engine.update_weights(weights)
-    return accuracy(engine, job.prompts, job.student.tokenizer, job.ranks, job.config.data.max_response)
+    return accuracy(
+        engine, job.prompts, job.student.tokenizer, job.ranks, job.config.data.max_response
+    )
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,19 +86,30 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def accuracy(
     engine: EmbeddedEngine, prompts: Prompts, tokenizer: Any, ranks: Ranks, max_response: int
 ) -> dict[str, float]:
-    """Share of each source's held-out prompts that are answered correctly, the same on every rank.  Collective."""
+    """Share of each source's held-out prompts that are answered correctly, the same on every rank.
+    Collective.
+    """
     if not prompts.evaluation:
-        raise MtopdError("no source has held-out prompts; give data.sources an eval_path or a reasoning_gym dataset")
+        raise MtopdError(
+            "no source has held-out prompts; give data.sources an eval_path or a reasoning_gym "
+            "dataset"
+        )
     items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source]
     correct = torch.zeros(len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
     for batch in plan_batches(len(items), _BATCH, ranks.world_size)[ranks.rank]:
         chosen = [items[i] for i in batch]
         responses = engine.generate(
-            [Request(p.prompt_id, p.prompt_ids) for _, p in chosen], max_response=max_response, greedy=True
+            [Request(p.prompt_id, p.prompt_ids) for _, p in chosen],
+            max_response=max_response,
+            greedy=True,
         )
         for (source, prompt), response in zip(chosen, responses, strict=True):
             text = decode_response(tokenizer, response.response_ids)
-            correct[source] += response.finish_reason == "stop" and prompts.score(prompt, text) >= _CORRECT
+            correct[source] += (
+                response.finish_reason == "stop" and prompts.score(prompt, text) >= _CORRECT
+            )
     dist.all_reduce(correct)
     counts = [len(source) for source in prompts.evaluation]
-    return {name: c / n for name, c, n in zip(prompts.names, correct.tolist(), counts, strict=True) if n}
+    return {
+        name: c / n for name, c, n in zip(prompts.names, correct.tolist(), counts, strict=True) if n
+    }

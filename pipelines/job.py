@@ -1,4 +1,6 @@
-"""What one rank holds while a run lasts, and the phases' shared services: resume, checkpoints, weights, timing."""
+"""What one rank holds while a run lasts, and the phases' shared services: resume, checkpoints,
+weights, timing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from mtopd.convert.teacher import HFTensors
 from mtopd.hidden_cache import sample_key
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.megatron.model import build_chunks, config_overrides, megatron_refuses, padded_vocab_size, sort_fields
+from mtopd.megatron.model import (
+    build_chunks,
+    config_overrides,
+    megatron_refuses,
+    padded_vocab_size,
+    sort_fields,
+)
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
 from mtopd.pipelines.progress import Progress
@@ -36,9 +44,13 @@ from mtopd.types import SampleMetadata
 
 
 class Student:
-    """The trained model on this rank, its trainer, and the way of its weights to the rollout engine and to HF."""
+    """The trained model on this rank, its trainer, and the way of its weights to the rollout engine
+    and to HF.
+    """
 
-    def __init__(self, config: StudentConfig, optimizer: OptimizerConfig, num_steps: int, seed: int) -> None:
+    def __init__(
+        self, config: StudentConfig, optimizer: OptimizerConfig, num_steps: int, seed: int
+    ) -> None:
         self.ranks = parallel.initialize(config.parallel, seed=seed)
         self.folder, self.mtp = config.model, config.mtp
         self.hf_config: Any = load_hf_config(config.model)
@@ -52,7 +64,9 @@ class Student:
                 self.hf_config,
                 dtype=self.dtype,
                 padded_vocab_size=padded,
-                overrides=config_overrides(self.ranks.device, fields.transformer, interleaved=self.ranks.vpp_size > 1),
+                overrides=config_overrides(
+                    self.ranks.device, fields.transformer, interleaved=self.ranks.vpp_size > 1
+                ),
             )
         chunks = build_chunks(
             self.bridge.transformer_config,
@@ -63,7 +77,9 @@ class Student:
             freeze_router=config.freeze_router,
         )
         self.bridge.load(chunks, config.model)
-        self.trainer = Trainer(chunks, self.ranks, optimizer_settings(optimizer, num_steps), self.dtype, fields)
+        self.trainer = Trainer(
+            chunks, self.ranks, optimizer_settings(optimizer, num_steps), self.dtype, fields
+        )
         self.engine = self.new_engine()
         self.update_weights()
 
@@ -93,7 +109,11 @@ class Student:
         tensors = self.weights()
         if self.ranks.rank == 0:
             stored = HFTensors(self.folder)
-            further = [name for name in stored if self.mtp == "freeze" and is_further_head(name, self.hf_config)]
+            further = [
+                name
+                for name in stored
+                if self.mtp == "freeze" and is_further_head(name, self.hf_config)
+            ]
             tensors |= {name: stored[name] for name in further}
             if not further and hasattr(self.hf_config, "num_nextn_predict_layers"):
                 self.hf_config.num_nextn_predict_layers = 0
@@ -103,7 +123,9 @@ class Student:
                 remove_tree(leftover)
             partial.mkdir(parents=True)
             save_file(
-                {n: t.cpu().contiguous() for n, t in tensors.items()}, partial / "model.safetensors", {"format": "pt"}
+                {n: t.cpu().contiguous() for n, t in tensors.items()},
+                partial / "model.safetensors",
+                {"format": "pt"},
             )
             self.hf_config.dtype = self.dtype
             self.hf_config.save_pretrained(partial)
@@ -114,7 +136,9 @@ class Student:
 
 
 def is_further_head(name: str, hf_config: Any) -> bool:
-    """Whether a tensor is of a head that predicts further tokens: checkpoints keep them as layers behind the last."""
+    """Whether a tensor is of a head that predicts further tokens: checkpoints keep them as layers
+    behind the last.
+    """
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return match is not None and int(match[1]) >= hf_config.num_hidden_layers
 
@@ -133,7 +157,9 @@ def optimizer_settings(config: OptimizerConfig, num_steps: int) -> OptimizerSett
     )
 
 
-def build_teacher_layers(store: TeacherStore, mesh: parallel.TeacherMesh, device: torch.device) -> TeacherLayers:
+def build_teacher_layers(
+    store: TeacherStore, mesh: parallel.TeacherMesh, device: torch.device
+) -> TeacherLayers:
     """The layer modules of a teacher on its mesh; they hold no weight until a stream binds some."""
     hf_config = hf_config_from_dict(store.manifest["architecture"])
     bridge = Bridge(
@@ -161,7 +187,11 @@ class Job:
             train.num_iterations * train.train_steps_per_iteration,
             self.config.seed,
         )
-        self.ranks, self.trainer, self.engine = self.student.ranks, self.student.trainer, self.student.engine
+        self.ranks, self.trainer, self.engine = (
+            self.student.ranks,
+            self.student.trainer,
+            self.student.engine,
+        )
         self.vocab_size = self.student.vocab_size
         self.prompts = Prompts.load(self.run, self.config.data)
         self.stores = [open_store(t.store) for t in self.config.teachers]
@@ -177,16 +207,20 @@ class Job:
         self._tokens: tuple[int, TokenStore] | None = None
         self._cache_keys: dict[int, bytes] = {}
 
-    # -- teachers -----------------------------------------------------------------------------------------------------
+    # -- teachers ----------------------------------------------------------------------------------
     def _build_teacher_meshes(self) -> list[parallel.TeacherMesh]:
         """Each teacher's mesh over all ranks; teachers of one shape share it.  Collective."""
-        shapes = [(self.config.teacher_tp(i), t.parallel.ep) for i, t in enumerate(self.config.teachers)]
+        shapes = [
+            (self.config.teacher_tp(i), t.parallel.ep) for i, t in enumerate(self.config.teachers)
+        ]
         built = {shape: parallel.build_teacher_mesh(*shape) for shape in dict.fromkeys(shapes)}
         return [built[shape] for shape in shapes]
 
     @cached_property
     def teacher_stream(self) -> TeacherStream:
-        """All teachers, as this rank reads and receives them; shares kept in host memory live as long as the run."""
+        """All teachers, as this rank reads and receives them; shares kept in host memory live as
+        long as the run.
+        """
         offload = self.config.teacher_offload
         return TeacherStream(
             self.stores,
@@ -202,7 +236,12 @@ class Job:
         if not self.ranks.is_last_stage:
             return None
         rows = self.trainer.output_weight().shape[0]
-        return HeadSlot(self.stores, first_row=self.ranks.tp_rank * rows, num_rows=rows, device=self.ranks.device)
+        return HeadSlot(
+            self.stores,
+            first_row=self.ranks.tp_rank * rows,
+            num_rows=rows,
+            device=self.ranks.device,
+        )
 
     def teacher_layers(self, index: int) -> TeacherLayers:
         """The (empty) layer modules of a teacher on the teachers' mesh."""
@@ -219,12 +258,16 @@ class Job:
 
     def _noise_floor_path(self, index: int) -> Path:
         store = self.stores[index]
-        return self.run.path / "noise_floors" / f"{store.fingerprint}.{self.cache_dtype(store)}.json"
+        return (
+            self.run.path / "noise_floors" / f"{store.fingerprint}.{self.cache_dtype(store)}.json"
+        )
 
     def _known_noise_floors(self) -> dict[int, float]:
         """What earlier starts measured: one that finds its cache sealed probes no teacher."""
         paths = {index: self._noise_floor_path(index) for index in range(len(self.stores))}
-        return {index: float(read_json(path)["nats"]) for index, path in paths.items() if path.exists()}
+        return {
+            index: float(read_json(path)["nats"]) for index, path in paths.items() if path.exists()
+        }
 
     def keep_noise_floor(self, index: int, nats: float) -> None:
         self.noise_floor[index] = nats
@@ -234,22 +277,28 @@ class Job:
             write_json(path, {"nats": nats})
 
     def tokens(self, iteration: int) -> TokenStore:
-        """The iteration's trajectories, opened and compared with their hashes once for all phases that read them."""
+        """The iteration's trajectories, opened and compared with their hashes once for all phases
+        that read them.
+        """
         if self._tokens is None or self._tokens[0] != iteration:
             self._tokens = iteration, TokenStore(self.run.trajectories(iteration))
             self._cache_keys = {}
         return self._tokens[1]
 
     def cache_key(self, iteration: int, sample: SampleMetadata) -> bytes:
-        """What names the sample's rows in the iteration's hidden cache, hashed once for all phases that ask."""
+        """What names the sample's rows in the iteration's hidden cache, hashed once for all phases
+        that ask.
+        """
         of_iteration = self.tokens(iteration)  # forgets the keys of another one
         if sample.sample_id not in self._cache_keys:
             store, fields = self.stores[sample.teacher_index], of_iteration.tokens(sample.sample_id)
             tokens = fields.prompt_ids, fields.response_ids, fields.loss_mask
-            self._cache_keys[sample.sample_id] = sample_key(store.fingerprint, *tokens, self.cache_dtype(store))
+            self._cache_keys[sample.sample_id] = sample_key(
+                store.fingerprint, *tokens, self.cache_dtype(store)
+            )
         return self._cache_keys[sample.sample_id]
 
-    # -- the loop's services ----------------------------------------------------------------------------------------
+    # -- the loop's services -----------------------------------------------------------------------
     def iteration_seed(self, iteration: int) -> int:
         return self.config.seed * 1_000_003 + iteration
 
@@ -287,22 +336,33 @@ class Job:
         """Who teaches what, in which tokens, as JSON has it."""
         config = self.config
         teachers = [
-            {"name": store.name, "fingerprint": store.fingerprint, "weight": weight, "route": dict(teacher.route)}
-            for store, weight, teacher in zip(self.stores, config.teacher_weights, config.teachers, strict=True)
+            {
+                "name": store.name,
+                "fingerprint": store.fingerprint,
+                "weight": weight,
+                "route": dict(teacher.route),
+            }
+            for store, weight, teacher in zip(
+                self.stores, config.teacher_weights, config.teachers, strict=True
+            )
         ]
         return {"teachers": teachers, "tokenizer_hash": tokenizer_hash(self.student.tokenizer)}
 
     def _retain(self, published: int) -> None:
-        """What a published checkpoint replaces goes: older ones, and iterations whose weights it holds."""
+        """What a published checkpoint replaces goes: older ones, and iterations whose weights it
+        holds.
+        """
         checkpoint.prune(self.run, keep=self.config.checkpoint.keep)
         for done in range(published - 1):  # the newest iteration stays to be looked at
             remove_tree(self.run.iteration(done))
 
     @contextlib.contextmanager
     def timed(self, phase: str, iteration: int) -> Iterator[None]:
-        """Write a ``phase`` line with the wall seconds of the block, and show the phase.  Collective.
+        """Write a ``phase`` line with the wall seconds of the block, and show the phase.
+        Collective.
 
-        A checkpoint that was written meanwhile is published first: a kill in this phase goes on from it.
+        A checkpoint that was written meanwhile is published first: a kill in this phase goes on
+        from it.
         """
         self.checkpoints.advance()
         self.progress.phase(phase, iteration, self.config.train.num_iterations)
@@ -310,7 +370,9 @@ class Job:
         yield
         seconds = time.perf_counter() - started
         # Time that a killed start spent was spent, too: every start has its own line.
-        self.metrics.write(f"phase/{phase}", iteration, {"wall_s": seconds}, part=f"start {self.run.generation}")
+        self.metrics.write(
+            f"phase/{phase}", iteration, {"wall_s": seconds}, part=f"start {self.run.generation}"
+        )
 
     def finish(self) -> None:
         """Export the student, note the peak memory, end the process group.  Collective."""
@@ -322,7 +384,9 @@ class Job:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        self.metrics.write("memory", self.config.train.num_iterations, {"peak_host_bytes": int(peaks[0])})
+        self.metrics.write(
+            "memory", self.config.train.num_iterations, {"peak_host_bytes": int(peaks[0])}
+        )
         self.checkpoints.close()
         for name in ("teacher_stream", "heads"):
             if (opened := self.__dict__.get(name)) is not None:

@@ -11,17 +11,24 @@ from mtopd.types import MtopdError
 
 
 def main(run_dir: Path, generation: int, phase: str, iteration: str) -> None:
-    """``phase`` of an iteration, on this rank.  rollout and train need that iteration's checkpoint (0: the start)."""
+    """``phase`` of an iteration, on this rank.  rollout and train need that iteration's checkpoint
+    (0: the start).
+    """
     job = Job(run_dir, generation)
     available = [0, *checkpoint.sealed(job.run)]
     chosen = available[-1] if iteration == "newest" else int(iteration)
     if phase != "teacher_pass":
         if chosen not in available:
-            raise MtopdError(f"{run_dir} has no checkpoint of iteration {chosen}; there are {available}")
+            raise MtopdError(
+                f"{run_dir} has no checkpoint of iteration {chosen}; there are {available}"
+            )
         if chosen:
             job.restore(chosen)
     if chosen >= job.config.train.num_iterations:
-        raise MtopdError(f"the run has iterations 0..{job.config.train.num_iterations - 1}, {chosen} was asked for")
+        raise MtopdError(
+            f"the run has iterations 0..{job.config.train.num_iterations - 1}, {chosen} was asked "
+            "for"
+        )
     with job.timed(phase, chosen):
         {"rollout": rollout, "teacher_pass": teacher_pass, "train": train}[phase].run(job, chosen)
     if phase == "train":

@@ -1,4 +1,6 @@
-"""Everything a launcher can check before a process group exists: one clear line for each mistake a user can make."""
+"""Everything a launcher can check before a process group exists: one clear line for each mistake a
+user can make.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 
-# Options that make a train step depend on how tokens meet in batches, not the same numbers on another layout; with what
-# each may be, the default first.  A kind of balancing that is a loss does nothing at moe_aux_loss_coeff 0.
+# Options that make a train step depend on how tokens meet in batches, not the same numbers on
+# another layout; with what each may be, the default first.  A kind of balancing that is a loss does
+# nothing at moe_aux_loss_coeff 0.
 _ROUTING: dict[str, tuple[Any, ...]] = {
     "moe_aux_loss_coeff": (0.0,),
     "moe_z_loss_coeff": (None,),
@@ -37,10 +40,13 @@ UNEVEN_SPLIT = {
 Say = Callable[[str], None]
 
 
-def consolidate(config: ConsolidateConfig, run: RunDir, say: Say, *, accept_changed: bool = False) -> None:
+def consolidate(
+    config: ConsolidateConfig, run: RunDir, say: Say, *, accept_changed: bool = False
+) -> None:
     """Check a consolidation and write its run directory's first files.  The caller holds the lock.
 
-    ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another tokenizer.
+    ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another
+    tokenizer.
     """
     tokenizer = check_student(config.student, deterministic=config.deterministic)
     check_world(config.student)
@@ -55,7 +61,9 @@ def consolidate(config: ConsolidateConfig, run: RunDir, say: Say, *, accept_chan
             raise MtopdError(f"evaluation.baselines.{name}: {error}") from None
     table = [
         {"index": i, "name": t.name, "fingerprint": s.fingerprint, "weight": w}
-        for i, (t, s, w) in enumerate(zip(config.teachers, stores, config.teacher_weights, strict=True))
+        for i, (t, s, w) in enumerate(
+            zip(config.teachers, stores, config.teacher_weights, strict=True)
+        )
     ]
     manifest = {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table}
     for change in _start(run, config, manifest, accept_changed=accept_changed):
@@ -66,7 +74,9 @@ def consolidate(config: ConsolidateConfig, run: RunDir, say: Say, *, accept_chan
 
 
 def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
-    """Where the output layers make the other pipeline stages wait: by how much, and which split is better."""
+    """Where the output layers make the other pipeline stages wait: by how much, and which split is
+    better.
+    """
     from mtopd.convert.bridge import architecture, load_hf_config
 
     parallel = config.student.parallel
@@ -84,7 +94,10 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
     said = f"the last pipeline stage costs {even.imbalance:.2f}x the mean"
     if better is not None:
         first, *between, last = better.layers
-        options = [f"num_layers_in_first_pipeline_stage={first}", f"num_layers_in_last_pipeline_stage={last}"]
+        options = [
+            f"num_layers_in_first_pipeline_stage={first}",
+            f"num_layers_in_last_pipeline_stage={last}",
+        ]
         if len({first, *between}) == 1:  # one option alone says it
             del options[0]
         elif len({*between, last}) == 1:
@@ -102,26 +115,39 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     tokenizer = check_student(config.student, deterministic=False)
     check_world(config.student)
     size, parallel = config.train.global_batch_size, config.student.parallel
-    unit, factors = parallel.dp * config.train.micro_batch_size, f"dp {parallel.dp} x micro_batch_size"
+    unit, factors = (
+        parallel.dp * config.train.micro_batch_size,
+        f"dp {parallel.dp} x micro_batch_size",
+    )
     if parallel.vpp > 1:  # an interleaved schedule works on groups of pp micro-batches
         unit, factors = unit * parallel.pp, f"pp {parallel.pp} x {factors}"
     if size % unit:
         raise MtopdError(
-            f"train.global_batch_size {size} is not a multiple of {factors} {config.train.micro_batch_size} = {unit}"
+            f"train.global_batch_size {size} is not a multiple of {factors} "
+            f"{config.train.micro_batch_size} = {unit}"
         )
     _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
     prompts.prepare(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 
 def _start(
-    run: RunDir, config: ConsolidateConfig | SpecialistConfig, manifest: dict[str, Any], *, accept_changed: bool = False
+    run: RunDir,
+    config: ConsolidateConfig | SpecialistConfig,
+    manifest: dict[str, Any],
+    *,
+    accept_changed: bool = False,
 ) -> list[str]:
     sweep(run)
 
     def drop_unfinished() -> None:
-        """What was made for the former teachers: routed prompts, iterations that no checkpoint holds, their results."""
+        """What was made for the former teachers: routed prompts, iterations that no checkpoint
+        holds, their results.
+        """
         (run.path / prompts.FILE).unlink(missing_ok=True)
-        finished = max((int(p.name) for p in (run.path / "checkpoints").glob("[0-9]*") if is_sealed(p)), default=0)
+        finished = max(
+            (int(p.name) for p in (run.path / "checkpoints").glob("[0-9]*") if is_sealed(p)),
+            default=0,
+        )
         for folder in (run.path / "iterations").glob("[0-9]*"):
             if int(folder.name) >= finished:
                 remove_tree(folder)
@@ -130,7 +156,11 @@ def _start(
                 path.unlink()
 
     return run.start(
-        resolved(config), manifest, to_yaml(config), accept_changed=accept_changed, drop_unfinished=drop_unfinished
+        resolved(config),
+        manifest,
+        to_yaml(config),
+        accept_changed=accept_changed,
+        drop_unfinished=drop_unfinished,
     )
 
 
@@ -142,7 +172,8 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
         raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
     if (ids := vocab_size(tokenizer)) > hf_config.vocab_size:
         raise MtopdError(
-            f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} rows for them"
+            f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} "
+            "rows for them"
         )
     if student.megatron:  # checked against Megatron's own fields, whose import takes seconds
         from mtopd.megatron.model import sort_fields
@@ -157,7 +188,9 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
         ("layers", hf_config.num_hidden_layers, chunks),
     ):
         if count % ways:
-            raise MtopdError(f"{student.model} has {count} {what}, which {ways}-way parallelism does not divide")
+            raise MtopdError(
+                f"{student.model} has {count} {what}, which {ways}-way parallelism does not divide"
+            )
     return tokenizer
 
 
@@ -170,29 +203,36 @@ def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -
     latent = getattr(hf_config, "kv_lora_rank", None) is not None
     if parallel.ep > 1 and (not experts or experts % parallel.ep):
         raise MtopdError(
-            f"{student.model} has {experts} experts, which student.parallel.ep {parallel.ep} does not divide"
+            f"{student.model} has {experts} experts, which student.parallel.ep {parallel.ep} does "
+            "not divide"
         )
     if (experts or latent) and parallel.tp > 1 and not megatron.get("sequence_parallel"):
         raise MtopdError(
-            f"student.parallel.tp {parallel.tp} with {'experts' if experts else 'latent attention'} needs sequence "
+            f"student.parallel.tp {parallel.tp} with "
+            f"{'experts' if experts else 'latent attention'} needs sequence "
             "parallelism: set student.megatron.sequence_parallel=true"
         )
     if latent and parallel.cp > 1:
-        raise MtopdError(f"student.parallel.cp {parallel.cp} does not go with latent attention; set it to 1")
+        raise MtopdError(
+            f"student.parallel.cp {parallel.cp} does not go with latent attention; set it to 1"
+        )
     if parallel.etp is not None and not experts:
         raise MtopdError(
-            f"student.parallel.etp {parallel.etp} splits experts, of which {student.model} has none; leave it out"
+            f"student.parallel.etp {parallel.etp} splits experts, of which {student.model} has "
+            "none; leave it out"
         )
     if experts and parallel.expert_tp != (parallel.tp if parallel.ep == 1 else 1):
         # Without ep Megatron does not sum experts' gradients over tp unless they are split over it.
         raise MtopdError(
-            f"student.parallel.etp {parallel.expert_tp} with tp {parallel.tp} and ep {parallel.ep} is not supported: "
+            f"student.parallel.etp {parallel.expert_tp} with tp {parallel.tp} and ep {parallel.ep} "
+            "is not supported: "
             "leave etp out (tp without ep, 1 with it)"
         )
     for name, allowed in _ROUTING.items() if deterministic and experts else ():
         if megatron.get(name, allowed[0]) not in allowed:
             raise MtopdError(
-                f"student.megatron.{name}={megatron[name]} makes a step depend on the layout; set deterministic=false, "
+                f"student.megatron.{name}={megatron[name]} makes a step depend on the layout; set "
+                "deterministic=false, "
                 f"or leave it at {' or '.join(map(str, allowed))}"
             )
 
@@ -213,22 +253,30 @@ def check_world(student: StudentConfig) -> None:
     found = os.environ.get("WORLD_SIZE")
     if found is not None and int(found) != parallel.world_size:
         need = parallel.tp * parallel.pp * parallel.cp
-        axes = f"tp {parallel.tp} x pp {parallel.pp}" + (f" x cp {parallel.cp}" if parallel.cp > 1 else "")
+        axes = f"tp {parallel.tp} x pp {parallel.pp}" + (
+            f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+        )
         if int(found) % need:
             raise MtopdError(f"world size {found} is not a multiple of {axes} = {need}")
         raise MtopdError(
-            f"world size is {found}, the config asks for {axes} x dp {parallel.dp} = {parallel.world_size}; "
+            f"world size is {found}, the config asks for {axes} x dp {parallel.dp} = "
+            f"{parallel.world_size}; "
             f"set student.parallel.dp={int(found) // need}"
         )
 
 
 def check_mesh(name: str, store: TeacherStore, tp: int, ep: int) -> None:
     """A store is cut into slices for tp, and by expert for ep."""
-    for axis, size, count, what in (("tp", tp, store.slices, "slices"), ("ep", ep, store.num_experts, "experts")):
+    for axis, size, count, what in (
+        ("tp", tp, store.slices, "slices"),
+        ("ep", ep, store.num_experts, "experts"),
+    ):
         if count % size:
             raise MtopdError(
-                f"teacher {name!r} has {count} {what}, which {axis} {size} does not divide; set its parallel.{axis} to "
-                "a divisor" + (", or add the teacher again with more slices" if axis == "tp" else "")
+                f"teacher {name!r} has {count} {what}, which {axis} {size} does not divide; set "
+                f"its parallel.{axis} to "
+                "a divisor"
+                + (", or add the teacher again with more slices" if axis == "tp" else "")
             )
 
 
@@ -238,10 +286,12 @@ def check_teacher(name: str, store: TeacherStore, tokenizer: Any, student: Path)
         with store.tokenizer_folder() as folder:
             difference = first_difference(load_tokenizer(folder), tokenizer)
         raise MtopdError(
-            f"teacher {name!r} has another tokenizer than the student {student}: {difference}; exact reverse KL needs "
+            f"teacher {name!r} has another tokenizer than the student {student}: {difference}; "
+            "exact reverse KL needs "
             "one tokenizer: use a teacher with the student's, or remove it"
         )
     if store.vocab_size != vocab_size(tokenizer):
         raise MtopdError(
-            f"teacher {name!r} has vocab_size {store.vocab_size}, the student {vocab_size(tokenizer)}; they must agree"
+            f"teacher {name!r} has vocab_size {store.vocab_size}, the student "
+            f"{vocab_size(tokenizer)}; they must agree"
         )

@@ -1,7 +1,9 @@
-"""Proof of the right teacher: once in every start, before any of its rows are kept, it must predict what it did before.
+"""Proof of the right teacher: once in every start, before any of its rows are kept, it must predict
+what it did before.
 
-The reference was made when the teacher was added, by transformers' own code.  A store without one is probed against
-itself: the first pass of a run notes what the teacher predicts, later starts compare; the report says ``self``.
+The reference was made when the teacher was added, by transformers' own code.  A store without one
+is probed against itself: the first pass of a run notes what the teacher predicts, later starts
+compare; the report says ``self``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
 from mtopd.teacher_offload.probe import check_probe
 from mtopd.teacher_offload.store import TeacherStore, read_range
 
-_OWN_TOKENS = 16  # of a probe that we draw ourselves; each position's targets are its neighbours in the vocabulary
+# of a probe that we draw ourselves; each position's targets are its neighbours in the vocabulary
+_OWN_TOKENS = 16
 _CHUNK_BYTES = 16 << 20  # of the head held at a time
 
 
@@ -38,8 +41,9 @@ class Probe:
             self.input_ids = self._reference["input_ids"]
 
     def check(self, rows_TE: torch.Tensor) -> None:
-        """``rows_TE``: last hidden states of ``input_ids`` on every rank.  Raises MtopdError when they are another
-        teacher's.  Collective over the job."""
+        """``rows_TE``: last hidden states of ``input_ids`` on every rank.  Raises MtopdError when
+        they are another teacher's.  Collective over the job.
+        """
         store, reference = self._store, self._reference
         found = log_probs(store, rows_TE, np.asarray(reference["targets"]))
         if reference["log_probs"] is None:
@@ -58,7 +62,11 @@ class Probe:
         floor = 0.0 if torch.equal(cached_TE, rows_TE) else noise_floor(store, rows_TE, cached_TE)
         self._job.keep_noise_floor(self._index, floor)
         self._job.probed.add(self._index)
-        self.report = {"probe": reference["by"], "probe_difference": difference, "kl_noise_floor": floor}
+        self.report = {
+            "probe": reference["by"],
+            "probe_difference": difference,
+            "kl_noise_floor": floor,
+        }
 
     def _find_reference(self) -> dict[str, Any]:
         stored = self._store.manifest.get("probe")
@@ -76,8 +84,9 @@ class Probe:
 
 @torch.no_grad()
 def log_probs(store: TeacherStore, rows_TE: torch.Tensor, targets_TK: np.ndarray) -> np.ndarray:
-    """Log-probabilities [T, K] of the teacher's head on hidden states.  Collective: each rank takes its share of the
-    vocabulary, streamed from storage in chunks, so no rank ever holds a head."""
+    """Log-probabilities [T, K] of the teacher's head on hidden states.  Collective: each rank takes
+    its share of the vocabulary, streamed from storage in chunks, so no rank ever holds a head.
+    """
     targets = torch.from_numpy(targets_TK).to(rows_TE.device)
     log_sum_T = torch.full(rows_TE.shape[:1], -torch.inf, device=rows_TE.device)
     picked_TK = torch.zeros(targets.shape, device=rows_TE.device)
@@ -85,7 +94,9 @@ def log_probs(store: TeacherStore, rows_TE: torch.Tensor, targets_TK: np.ndarray
         logits_Tv = logits(rows_TE)
         log_sum_T = torch.logaddexp(log_sum_T, logits_Tv.logsumexp(-1))
         held = (targets >= first) & (targets < last)
-        picked_TK += torch.where(held, logits_Tv.gather(1, (targets - first).clamp(0, last - first - 1)), 0.0)
+        picked_TK += torch.where(
+            held, logits_Tv.gather(1, (targets - first).clamp(0, last - first - 1)), 0.0
+        )
     sums = [torch.empty_like(log_sum_T) for _ in range(dist.get_world_size())]
     dist.all_gather(sums, log_sum_T)
     dist.all_reduce(picked_TK)
@@ -95,13 +106,21 @@ def log_probs(store: TeacherStore, rows_TE: torch.Tensor, targets_TK: np.ndarray
 
 @torch.no_grad()
 def noise_floor(store: TeacherStore, exact_TE: torch.Tensor, cached_TE: torch.Tensor) -> float:
-    """Mean KL(p_exact || p_cached) in nats: what rounding the cached states to their dtype does to the teacher's
-    distribution.  A reverse KL below ten times this measures the cache.  Collective, as ``log_probs``."""
-    rank_sums = torch.full((2, len(exact_TE)), -torch.inf, dtype=torch.float64, device=exact_TE.device)  # log sum exp
-    moved_T = torch.zeros(len(exact_TE), dtype=torch.float64, device=exact_TE.device)  # sum of p_exact x difference
+    """Mean KL(p_exact || p_cached) in nats: what rounding the cached states to their dtype does to
+    the teacher's distribution.  A reverse KL below ten times this measures the cache.  Collective,
+    as ``log_probs``.
+    """
+    rank_sums = torch.full(
+        (2, len(exact_TE)), -torch.inf, dtype=torch.float64, device=exact_TE.device
+    )  # log sum exp
+    moved_T = torch.zeros(
+        len(exact_TE), dtype=torch.float64, device=exact_TE.device
+    )  # sum of p_exact x difference
     for _, _, logits in _logits_by_chunk(store):
         exact_Tv, cached_Tv = logits(exact_TE).double(), logits(cached_TE).double()
-        sums = torch.logaddexp(rank_sums, torch.stack([exact_Tv.logsumexp(-1), cached_Tv.logsumexp(-1)]))
+        sums = torch.logaddexp(
+            rank_sums, torch.stack([exact_Tv.logsumexp(-1), cached_Tv.logsumexp(-1)])
+        )
         moved_T *= torch.exp(rank_sums[0] - sums[0])
         moved_T += (torch.exp(exact_Tv - sums[0][:, None]) * (exact_Tv - cached_Tv)).sum(-1)
         rank_sums = sums
@@ -113,8 +132,12 @@ def noise_floor(store: TeacherStore, exact_TE: torch.Tensor, cached_TE: torch.Te
     return float((moved_T - (whole[0] - whole[1])).clamp(min=0.0).mean())
 
 
-def _logits_by_chunk(store: TeacherStore) -> Iterator[tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]]:
-    """This rank's share of the vocabulary, a few rows of the head at a time: (first id, end, states -> logits)."""
+def _logits_by_chunk(
+    store: TeacherStore,
+) -> Iterator[tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]]:
+    """This rank's share of the vocabulary, a few rows of the head at a time: (first id, end, states
+    -> logits).
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     bounds = [store.vocab_size * r // world_size for r in (rank, rank + 1)]
     row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
@@ -124,10 +147,18 @@ def _logits_by_chunk(store: TeacherStore) -> Iterator[tuple[int, int, Callable[[
     for first in range(bounds[0], bounds[1], step):
         last = min(first + step, bounds[1])
         data, _ = read_range(store.head, start + first * row_bytes, start + last * row_bytes)
-        weight_vE = torch.from_numpy(data).view(TORCH_DTYPE[store.dtype]).view(-1, store.hidden_size)
+        weight_vE = (
+            torch.from_numpy(data).view(TORCH_DTYPE[store.dtype]).view(-1, store.hidden_size)
+        )
 
         def logits(rows_TE: torch.Tensor, weight_vE: torch.Tensor = weight_vE) -> torch.Tensor:
-            logits_Tv = float(head["scale"]) * (rows_TE.float() @ weight_vE.to(rows_TE.device).float().T)
-            return head["softcap"] * torch.tanh(logits_Tv / head["softcap"]) if head["softcap"] else logits_Tv
+            logits_Tv = float(head["scale"]) * (
+                rows_TE.float() @ weight_vE.to(rows_TE.device).float().T
+            )
+            return (
+                head["softcap"] * torch.tanh(logits_Tv / head["softcap"])
+                if head["softcap"]
+                else logits_Tv
+            )
 
         yield first, last, logits

@@ -1,4 +1,5 @@
-"""The progress display of rank 0: one bar over the iterations, the phase, tokens per second of training.
+"""The progress display of rank 0: one bar over the iterations, the phase, tokens per second of
+training.
 
 On a terminal it is a rich bar; elsewhere a line every few seconds, so that logs stay readable.
 """
@@ -22,7 +23,12 @@ class Progress:
         self._tokens = 0
         self._bar: RichProgress | None = None
         if enabled and sys.stdout.isatty():
-            columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description:<24}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bar = RichProgress(*columns, TextColumn("{task.fields[rate]}"), console=Console())
             self._task = self._bar.add_task("starting", total=None, rate="")
             self._bar.start()

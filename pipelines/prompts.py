@@ -1,6 +1,7 @@
 """The prompts of a run: drawn, routed and tokenized once by the launcher, mapped by every rank.
 
-``run/prompts.arrow`` holds one row per prompt in a fixed order: sources in config order, train rows then held-out rows.
+``run/prompts.arrow`` holds one row per prompt in a fixed order: sources in config order, train rows
+then held-out rows.
 """
 
 from __future__ import annotations
@@ -77,13 +78,25 @@ class Prompts:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
-            raise MtopdError(f"{path} is damaged ({error}); remove it and start the run again") from None
+            raise MtopdError(
+                f"{path} is damaged ({error}); remove it and start the run again"
+            ) from None
         if table.schema != _SCHEMA:
-            raise MtopdError(f"{path} was written by another version; remove it and start the run again")
+            raise MtopdError(
+                f"{path} was written by another version; remove it and start the run again"
+            )
         source, held_out = table["source"].to_numpy(), table["held_out"].to_numpy()
-        train = [PromptTable(table.filter(pa.array((source == i) & ~held_out))) for i in range(len(config.sources))]
-        tests = [PromptTable(table.filter(pa.array((source == i) & held_out))) for i in range(len(config.sources))]
-        return Prompts([s.name for s in config.sources], train, [[t[i] for i in range(len(t))] for t in tests])
+        train = [
+            PromptTable(table.filter(pa.array((source == i) & ~held_out)))
+            for i in range(len(config.sources))
+        ]
+        tests = [
+            PromptTable(table.filter(pa.array((source == i) & held_out)))
+            for i in range(len(config.sources))
+        ]
+        return Prompts(
+            [s.name for s in config.sources], train, [[t[i] for i in range(len(t))] for t in tests]
+        )
 
     @staticmethod
     def score(prompt: Prompt, response_text: str) -> float:
@@ -99,7 +112,9 @@ def prepare(
     supervised: bool,
     progress: Callable[[str], None],
 ) -> None:
-    """Draw, route and tokenize every prompt, and write the run's table.  Raises MtopdError for what cannot be used."""
+    """Draw, route and tokenize every prompt, and write the run's table.  Raises MtopdError for what
+    cannot be used.
+    """
     if _path(run).exists():
         return
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
@@ -110,11 +125,17 @@ def prepare(
             if rows is None:
                 continue
             prompts = data.tokenize_prompts(
-                rows, tokenizer, routes, context_length=config.context_length, max_response=config.max_response
+                rows,
+                tokenizer,
+                routes,
+                context_length=config.context_length,
+                max_response=config.max_response,
             )
             learn = supervised and not is_held_out
             examples = (
-                data.supervised_examples(rows, tokenizer, context_length=config.context_length) if learn else None
+                data.supervised_examples(rows, tokenizer, context_length=config.context_length)
+                if learn
+                else None
             )
             columns["source"] += [number] * len(prompts)
             columns["held_out"] += [is_held_out] * len(prompts)
@@ -122,8 +143,12 @@ def prepare(
             columns["route"] += [json.dumps(dict(p.route), sort_keys=True) for p in prompts]
             columns["teacher_index"] += [p.teacher_index for p in prompts]
             columns["prompt_ids"] += [p.prompt_ids for p in prompts]
-            columns["answer_ids"] += [e.response_ids for e in examples] if examples else [()] * len(prompts)
-            columns["verify"] += [json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts]
+            columns["answer_ids"] += (
+                [e.response_ids for e in examples] if examples else [()] * len(prompts)
+            )
+            columns["verify"] += [
+                json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts
+            ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
@@ -131,7 +156,9 @@ def prepare(
 
 
 def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSource | None]:
-    """(train rows, held-out rows or None) of one configured source, with its ``fields`` added for routing."""
+    """(train rows, held-out rows or None) of one configured source, with its ``fields`` added for
+    routing.
+    """
     domain = source.fields.get("domain", source.name)
     held_out: data.PromptSource | None
     if source.reasoning_gym is not None:
@@ -150,7 +177,9 @@ def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSou
         train, held_out = data.load_prompt_file(source.name, source.path, domain=domain), None
         if source.eval_path is not None:
             held_out = data.load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
-    return data.with_fields(train, source.fields), held_out and data.with_fields(held_out, source.fields)
+    return data.with_fields(train, source.fields), held_out and data.with_fields(
+        held_out, source.fields
+    )
 
 
 def _path(run: RunDir) -> Path:

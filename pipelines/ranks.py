@@ -1,7 +1,7 @@
 """Start the ranks of a run on this node with torchrun's library, or take part in an outer torchrun.
 
-A rank dies with its launcher: the kernel sends it SIGKILL (PR_SET_PDEATHSIG), so nothing is left behind however the
-launcher ends.  On one node rendezvous and gloo are bound to loopback.
+A rank dies with its launcher: the kernel sends it SIGKILL (PR_SET_PDEATHSIG), so nothing is left
+behind however the launcher ends.  On one node rendezvous and gloo are bound to loopback.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def under_torchrun() -> bool:
 def launch(world_size: int, target: str, run_dir: Path, generation: int, *arguments: str) -> None:
     """Run ``python -m mtopd.pipelines.ranks <target> ...`` on ``world_size`` processes and wait.
 
-    Raises MtopdError with the message of the rank that failed first; an unforeseen failure leaves its traceback in
-    ``run_dir/failure.txt``.
+    Raises MtopdError with the message of the rank that failed first; an unforeseen failure leaves
+    its traceback in ``run_dir/failure.txt``.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -57,7 +57,9 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
             "TORCHDYNAMO_DISABLE": "1",
         }
         os.environ.update(environment)
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our one line says it
+        logging.getLogger("torch.distributed.elastic").setLevel(
+            logging.CRITICAL
+        )  # our one line says it
         entry = [
             sys.executable,
             "-u",
@@ -71,15 +73,21 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
         try:
             elastic_launch(config, entry[0])(*entry[1:], *arguments)
         except SignalException as stop:
-            raise MtopdError(f"stopped by {stop.sigval.name}; start the same command again to go on") from None
+            raise MtopdError(
+                f"stopped by {stop.sigval.name}; start the same command again to go on"
+            ) from None
         except ChildFailedError as error:
             raise MtopdError(_why(error, error_path, run_dir)) from None
 
 
 def _why(error: Any, error_path: Path, run_dir: Path) -> str:
-    """One line for a failed run.  A killed rank is the cause; what the others said then only follows from it."""
+    """One line for a failed run.  A killed rank is the cause; what the others said then only
+    follows from it.
+    """
     killed = [
-        (rank, f.exitcode) for rank, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM
+        (rank, f.exitcode)
+        for rank, f in error.failures.items()
+        if f.exitcode < 0 and f.exitcode != -signal.SIGTERM
     ]
     if killed:
         rank, code = killed[0]
@@ -105,12 +113,16 @@ def die_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """One rank: ``target`` is a function of mtopd.pipelines ("module:function"); gets run_dir, generation, rest."""
+    """One rank: ``target`` is a function of mtopd.pipelines ("module:function"); gets run_dir,
+    generation, rest.
+    """
     die_with_parent()
     target, run_dir, generation, error_path, *rest = arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if os.environ.get("RANK", "0") == "0":
-        logging.getLogger("mtopd.kernels").setLevel(logging.INFO)  # which row kernels were chosen, and why
+        logging.getLogger("mtopd.kernels").setLevel(
+            logging.INFO
+        )  # which row kernels were chosen, and why
     quiet_libraries()
     try:
         resolve(target)(Path(run_dir), int(generation), *rest)

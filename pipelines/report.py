@@ -1,6 +1,7 @@
 """Write a run's report.json and report.html, and show the result on the console.
 
-The page is one file: plots are inlined, every string of the run is escaped, nothing is loaded and no script can run.
+The page is one file: plots are inlined, every string of the run is escaped, nothing is loaded and
+no script can run.
 """
 
 from __future__ import annotations
@@ -74,13 +75,18 @@ pre{overflow-x:auto;font-size:13px;line-height:1.4}summary{cursor:pointer;font-w
 
 
 def write(run_dir: Path, console: Console) -> dict[str, Any]:
-    """Write both files into the run directory, print the result table; the last line printed is the verdict."""
+    """Write both files into the run directory, print the result table; the last line printed is the
+    verdict.
+    """
     record = read_run(run_dir, _config(run_dir))
     report = build_report(record)
     write_json(run_dir / "report.json", report)
     write_atomic(run_dir / "report.html", render_page(record, report, str(run_dir)).encode())
     console.print(_console_table(report))
-    checks = [f"{name}: {found}, wanted {wanted}: {result}" for name, found, wanted, result in check_rows(report)]
+    checks = [
+        f"{name}: {found}, wanted {wanted}: {result}"
+        for name, found, wanted, result in check_rows(report)
+    ]
     for line in (*checks, f"{verdict(report)}, report {run_dir / 'report.html'}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return report
@@ -90,13 +96,18 @@ def _config(run_dir: Path) -> ConsolidateConfig:
     run = RunDir(run_dir)
     for path in (run.config, run.manifest):
         if not path.is_file():
-            raise MtopdError(f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a consolidation")
+            raise MtopdError(
+                f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
+                "consolidation"
+            )
     if "teachers" not in read_json(run.manifest):
-        raise MtopdError(f"{run_dir} is a run without teachers; a report needs the run_dir of a consolidation")
+        raise MtopdError(
+            f"{run_dir} is a run without teachers; a report needs the run_dir of a consolidation"
+        )
     return load_config(run.config, [], ConsolidateConfig)
 
 
-# -- console ----------------------------------------------------------------------------------------------------------
+# -- console ---------------------------------------------------------------------------------------
 def _console_table(report: Mapping[str, Any]) -> Table:
     table = Table()
     table.add_column("")
@@ -107,7 +118,7 @@ def _console_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-# -- page -------------------------------------------------------------------------------------------------------------
+# -- page ------------------------------------------------------------------------------------------
 def render_page(record: RunRecord, report: Mapping[str, Any], title: str) -> str:
     """report.html."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -120,20 +131,34 @@ def render_page(record: RunRecord, report: Mapping[str, Any], title: str) -> str
 
 def _sections(record: RunRecord, report: Mapping[str, Any]) -> Iterator[str]:
     colours = {t["name"]: _COLOURS[i % len(_COLOURS)] for i, t in enumerate(report["teachers"])}
-    note = "<p>Greedy accuracy on held-out prompts. Recovery: (student - base) / (teacher - base).</p>"
+    note = (
+        "<p>Greedy accuracy on held-out prompts. Recovery: (student - base) / (teacher - base).</p>"
+    )
     table = _table(["", *report["domains"], "worst recovery"], result_rows(report))
     yield "<div class=wide>" + _section("Result", note, table)
     note = (
         "<p>A head is loaded once for each teacher in a train step, and one at most is resident. "
         "A pass reads every stored byte once a wave.</p>"
     )
-    yield _section("Checks", note, _table(["", "found", "wanted", ""], check_rows(report))) + "</div>"
-    lines = {"student": ("#333333", "solid"), "its teacher": ("#333333", "dashed"), "base": (_GREY, "dotted")}
+    yield (
+        _section("Checks", note, _table(["", "found", "wanted", ""], check_rows(report))) + "</div>"
+    )
+    lines = {
+        "student": ("#333333", "solid"),
+        "its teacher": ("#333333", "dashed"),
+        "base": (_GREY, "dotted"),
+    }
     keys = _keys({**lines, "weight average": (_LIGHT, "solid")})
-    yield _section("Accuracy by domain", keys, f"<div class=panels>{_accuracy_plots(record, report, colours)}</div>")
+    yield _section(
+        "Accuracy by domain",
+        keys,
+        f"<div class=panels>{_accuracy_plots(record, report, colours)}</div>",
+    )
     keys = _keys({name: (colour, "solid") for name, colour in colours.items()})
     yield "<div class=wide>" + _section("Reverse KL by teacher", keys, _kl_plot(record, colours))
-    keys = _keys({"wall": (_COLOURS[0], "solid"), "of it stalled on transfers": (_COLOURS[1], "solid")})
+    keys = _keys(
+        {"wall": (_COLOURS[0], "solid"), "of it stalled on transfers": (_COLOURS[1], "solid")}
+    )
     yield _section("Time by phase", keys, _time_plot(report))
     note = "<p>Peak of any rank. Hollow: the whole teacher as stored.</p>"
     yield _section("Memory", note, _memory_plot(report, colours))
@@ -157,7 +182,10 @@ def _tiles(report: Mapping[str, Any]) -> str:
         "rollout tokens": f"{report['rollout_tokens']:,}",
         "wall time of all phases": f"{sum(report['wall_s'].values()):,.0f} s",
     }
-    cells = (f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles.items())
+    cells = (
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
+        for name, value in tiles.items()
+    )
     return f"<div class=tiles>{''.join(cells)}</div>"
 
 
@@ -184,7 +212,11 @@ def _teacher_table(report: Mapping[str, Any]) -> str:
     """One column for each teacher."""
     teachers = report["teachers"]
     counts = {"passes": "passes", "tokens in passes": "tokens", "head loads": "head_loads"}
-    sizes = {"size of a pass": "stored_bytes", "read in passes": "bytes_read", "kept in memory instead": "bytes_kept"}
+    sizes = {
+        "size of a pass": "stored_bytes",
+        "read in passes": "bytes_read",
+        "kept in memory instead": "bytes_kept",
+    }
     sizes["read for heads"] = "head_bytes_read"
     rows = [[label, *(f"{t[key]:,}" for t in teachers)] for label, key in counts.items()]
     rows += [[label, *(in_bytes(t[key]) for t in teachers)] for label, key in sizes.items()]
@@ -193,7 +225,7 @@ def _teacher_table(report: Mapping[str, Any]) -> str:
     return _table(["", *(t["name"] for t in teachers)], rows)
 
 
-# -- plots ------------------------------------------------------------------------------------------------------------
+# -- plots -----------------------------------------------------------------------------------------
 def _plot(alt: str, width: float, height: float, draw: Callable[[Axes], None]) -> str:
     """One plot as an <img> that holds its SVG: a script in an image does not run.  Sizes in inches."""
     import matplotlib
@@ -214,7 +246,9 @@ def _label(name: str) -> str:
     return short.replace("$", r"\$")  # a dollar, not the start of a formula
 
 
-def _accuracy_plots(record: RunRecord, report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+def _accuracy_plots(
+    record: RunRecord, report: Mapping[str, Any], colours: Mapping[str, str]
+) -> str:
     plots = []
     for i, source in enumerate(record.config.data.sources):
         colour = colours.get(record.teacher_of(source) or "", _COLOURS[i % len(_COLOURS)])
@@ -224,9 +258,18 @@ def _accuracy_plots(record: RunRecord, report: Mapping[str, Any], colours: Mappi
 
 def _accuracy_plot(record: RunRecord, report: Mapping[str, Any], source: str, colour: str) -> str:
     domain, average = report["domains"][source], report["baselines"]["weight_average"].get(source)
-    levels = ((domain["teacher"], colour, "--"), (domain["base"], _GREY, ":"), (average, _LIGHT, "-"))
-    found = {iteration: accuracy.get(source) for iteration, accuracy in sorted(record.evaluations.items())}
-    points = [(iteration, 100 * accuracy) for iteration, accuracy in found.items() if accuracy is not None]
+    levels = (
+        (domain["teacher"], colour, "--"),
+        (domain["base"], _GREY, ":"),
+        (average, _LIGHT, "-"),
+    )
+    found = {
+        iteration: accuracy.get(source)
+        for iteration, accuracy in sorted(record.evaluations.items())
+    }
+    points = [
+        (iteration, 100 * accuracy) for iteration, accuracy in found.items() if accuracy is not None
+    ]
 
     def draw(axes: Axes) -> None:
         for level, level_colour, style in levels:
@@ -245,7 +288,11 @@ def _kl_plot(record: RunRecord, colours: Mapping[str, str]) -> str:
     def draw(axes: Axes) -> None:
         for name, colour in colours.items():
             found = [(s["step"], s["reverse_kl_by_teacher"].get(name)) for s in steps]
-            axes.plot(*_means([(x, y) for x, y in found if y is not None], width), color=colour, linewidth=1.3)
+            axes.plot(
+                *_means([(x, y) for x, y in found if y is not None], width),
+                color=colour,
+                linewidth=1.3,
+            )
         label = "train step" if width <= 1 else f"train step (means of {width} steps)"
         axes.set(xlabel=label, ylabel="reverse KL, nats per token", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -256,7 +303,9 @@ def _kl_plot(record: RunRecord, colours: Mapping[str, str]) -> str:
 def _means(points: Sequence[tuple[float, float]], width: int) -> tuple[list[float], list[float]]:
     """Means of ``width`` neighbours."""
     bins = [points[i : i + width] for i in range(0, len(points), width or 1)]
-    return [sum(x for x, _ in b) / len(b) for b in bins], [sum(y for _, y in b) / len(b) for b in bins]
+    return [sum(x for x, _ in b) / len(b) for b in bins], [
+        sum(y for _, y in b) / len(b) for b in bins
+    ]
 
 
 def _time_plot(report: Mapping[str, Any]) -> str:
@@ -265,7 +314,12 @@ def _time_plot(report: Mapping[str, Any]) -> str:
 
     def draw(axes: Axes) -> None:
         bars = axes.barh(names, list(wall.values()), color=_COLOURS[0], height=0.6)
-        axes.barh(names, [report["stall_s"].get(phase, 0) for phase in wall], color=_COLOURS[1], height=0.6)
+        axes.barh(
+            names,
+            [report["stall_s"].get(phase, 0) for phase in wall],
+            color=_COLOURS[1],
+            height=0.6,
+        )
         axes.bar_label(bars, [f"{seconds:,.1f} s" for seconds in wall.values()], padding=4)
         axes.margins(x=0.2)
         axes.grid(axis="y", visible=False)
@@ -288,11 +342,18 @@ def _memory_plot(report: Mapping[str, Any], colours: Mapping[str, str]) -> str:
             if count:
                 axes.plot(count, name, "o", color=colour, markersize=7)
                 axes.annotate(
-                    in_bytes(count), (count, name), (0, 7), textcoords="offset points", ha="center", fontsize=9
+                    in_bytes(count),
+                    (count, name),
+                    (0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
                 )
         for name, count in whole:
             if count:
-                axes.plot(count, name, "o", markerfacecolor="none", markeredgecolor=_GREY, markersize=7)
+                axes.plot(
+                    count, name, "o", markerfacecolor="none", markeredgecolor=_GREY, markersize=7
+                )
         axes.set_xscale("log", base=4)
         axes.xaxis.set_major_formatter(lambda count, _: in_bytes(count))
         axes.minorticks_off()

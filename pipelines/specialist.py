@@ -1,4 +1,5 @@
-"""Supervised training of one model on the student's trainer: the base, and each specialist before it teaches.
+"""Supervised training of one model on the student's trainer: the base, and each specialist before
+it teaches.
 
 Ends as an HF checkpoint ``run/export/<steps>`` and, where the config names one, as a teacher store.
 """
@@ -52,20 +53,32 @@ def main(run_dir: Path, generation: int) -> None:
     for step in range(start, config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
         started = time.perf_counter()
-        drawn = draw(prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step)
+        drawn = draw(
+            prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step
+        )
         batch = [prompts.train[source].example(row) for source, row in drawn]
         micro_batches, num_tokens = pack(batch, config, student)
-        sums = student.trainer.reduce_metrics(student.trainer.forward_backward(micro_batches, objective), ["loss"])
+        sums = student.trainer.reduce_metrics(
+            student.trainer.forward_backward(micro_batches, objective), ["loss"]
+        )
         try:
             grad_norm, lr = student.trainer.optimizer_step()
         except NonFiniteGradients as error:
             raise MtopdError(
-                f"train step {step} was refused: {error}, the loss is {sums['loss']}; weights are as after the step "
-                f"before.  Lower train.optimizer.lr, or look at its examples: {named(drawn, prompts.names)}"
+                f"train step {step} was refused: {error}, the loss is {sums['loss']}; weights are "
+                "as after the step "
+                "before.  Lower train.optimizer.lr, or look at its examples: "
+                f"{named(drawn, prompts.names)}"
             ) from None
         progress.advance(tokens=num_tokens)
         seconds = time.perf_counter() - started
-        values = {"loss": sums["loss"], "grad_norm": grad_norm, "lr": lr, "tokens": num_tokens, "wall_s": seconds}
+        values = {
+            "loss": sums["loss"],
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": num_tokens,
+            "wall_s": seconds,
+        }
         metrics.write("train_step", step, values, step=step)
         if _reached_target(config, student, prompts, shares, step, metrics):
             progress.note(f"every source is at its target accuracy after {step + 1} steps")
@@ -76,7 +89,9 @@ def main(run_dir: Path, generation: int) -> None:
 
     checkpoints.close()
     student.update_weights()
-    found = accuracy(student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response)
+    found = accuracy(
+        student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response
+    )
     progress.note("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
     if student.ranks.rank == 0:
         write_evaluation(run, "final", found)
@@ -95,8 +110,12 @@ def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
     return newest[0]
 
 
-def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) -> list[tuple[int, int]]:
-    """One mini-batch as (source, row): dealt to the sources by their shares (largest remainder), rows at random."""
+def draw(
+    prompts: Prompts, shares: dict[str, float], size: int, *, seed: int
+) -> list[tuple[int, int]]:
+    """One mini-batch as (source, row): dealt to the sources by their shares (largest remainder),
+    rows at random.
+    """
     total = sum(shares.values())
     exact = [size * shares[name] / total for name in prompts.names]
     counts = [int(x) for x in exact]
@@ -112,14 +131,19 @@ def draw(prompts: Prompts, shares: dict[str, float], size: int, *, seed: int) ->
 
 def named(drawn: list[tuple[int, int]], names: Sequence[str]) -> str:
     """The rows of each source, ascending."""
-    rows = {name: sorted({row for source, row in drawn if source == number}) for number, name in enumerate(names)}
+    rows = {
+        name: sorted({row for source, row in drawn if source == number})
+        for number, name in enumerate(names)
+    }
     return "; ".join(f"{name} {', '.join(map(str, of))}" for name, of in rows.items() if of)
 
 
 def pack(
     batch: list[SupervisedExample], config: SpecialistConfig, student: Student
 ) -> tuple[list[PackedMicroBatch], int]:
-    """This dp rank's micro-batches, dealt by length: every rank has the same number; and the global token count."""
+    """This dp rank's micro-batches, dealt by length: every rank has the same number; and the global
+    token count.
+    """
     ranks, size = student.ranks, config.train.micro_batch_size
     num_tokens = sum(len(e.response_ids) for e in batch)
     multiple = student.trainer.seq_length_multiple
@@ -131,7 +155,9 @@ def pack(
     micro_batches = []
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        whole = [_WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part]
+        whole = [
+            _WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part
+        ]
         labels: list[int] = []
         for example in whole:
             for here in rows_here(example, seq_length, ranks):
@@ -165,14 +191,20 @@ def _reached_target(
     step: int,
     metrics: MetricsWriter,
 ) -> bool:
-    """Evaluate when due, shift the shares towards the sources that lag; True when every source reached its target."""
+    """Evaluate when due, shift the shares towards the sources that lag; True when every source
+    reached its target.
+    """
     stop = config.train.stop
     if stop is None or step + 1 < stop.first or (step + 1) % stop.every:
         return False
     student.update_weights()
-    found = accuracy(student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response)
+    found = accuracy(
+        student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response
+    )
     metrics.write("evaluation", step, {"accuracy": found, "shares": shares})
     below = {name: max(stop.accuracy - value, 0.0) for name, value in found.items()}
     floor = max(stop.min_share, 1e-9)  # all sources above: equal shares
-    shares.update({name: max(value / (sum(below.values()) or 1.0), floor) for name, value in below.items()})
+    shares.update(
+        {name: max(value / (sum(below.values()) or 1.0), floor) for name, value in below.items()}
+    )
     return all(abs(value - stop.accuracy) <= stop.tolerance for value in found.values())

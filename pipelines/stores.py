@@ -42,7 +42,8 @@ def add(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint {store.fingerprint[:16]}"
+        f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint "
+        f"{store.fingerprint[:16]}"
     )
 
 
@@ -50,21 +51,40 @@ def local_folder(location: str) -> Path:
     """Stores are written and removed in folders only.  Raises MtopdError for a URL."""
     if "://" in location:
         raise MtopdError(
-            "a store is written and removed in a local folder; copy it to an object store, or remove it there, with "
+            "a store is written and removed in a local folder; copy it to an object store, or "
+            "remove it there, with "
             "that store's own tool (e.g. `aws s3 sync`), teacher.json last"
         )
     return Path(location)
 
 
 def table(folder: Path) -> Group:
-    """One row for each store in ``folder``; under the table, what cannot be read and what a killed command left."""
+    """One row for each store in ``folder``; under the table, what cannot be read and what a killed
+    command left.
+    """
     if not folder.is_dir():
-        raise MtopdError(f"there is no folder {folder}; give the folder that holds the teacher stores")
-    columns = ("name", "architecture", "layers", "hidden", "slices", "dtype", "bytes", "fingerprint")
+        raise MtopdError(
+            f"there is no folder {folder}; give the folder that holds the teacher stores"
+        )
+    columns = (
+        "name",
+        "architecture",
+        "layers",
+        "hidden",
+        "slices",
+        "dtype",
+        "bytes",
+        "fingerprint",
+    )
     rows, notes = Table(*columns, box=None, pad_edge=False), []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") and bears_mark(path):
-            notes.append(Text(f"{path.name} is unfinished: `teachers add` again goes on, `teachers rm` removes it"))
+            notes.append(
+                Text(
+                    f"{path.name} is unfinished: `teachers add` again goes on, `teachers rm` "
+                    "removes it"
+                )
+            )
         if path.name.startswith(".") or not (path / "teacher.json").exists():
             continue
         try:
@@ -82,26 +102,42 @@ def _cells(path: Path, store: TeacherStore) -> tuple[str, ...]:
 
 
 def verify(location: str, console: Console) -> None:
-    """Read all bytes of a store.  Raises MtopdError that counts the damaged blocks, each named on a line before."""
+    """Read all bytes of a store.  Raises MtopdError that counts the damaged blocks, each named on a
+    line before.
+    """
     store = open_store(location)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     damaged: list[str] = []
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"teacher {store.name}", total=sum(f.blocks[-1].stop for f in store.files.values()))
+        task = progress.add_task(
+            f"teacher {store.name}", total=sum(f.blocks[-1].stop for f in store.files.values())
+        )
         for file in store.files.values():
             for message in damaged_blocks(file, lambda count: progress.advance(task, count)):
                 console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
                 damaged.append(message)
     if damaged:
-        raise MtopdError(f"{len(damaged)} damaged blocks in {location}; copy the store again or write it anew")
+        raise MtopdError(
+            f"{len(damaged)} damaged blocks in {location}; copy the store again or write it anew"
+        )
     Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"teacher {store.name}: {len(store.files)} files are whole, fingerprint {store.fingerprint[:16]}"
+        f"teacher {store.name}: {len(store.files)} files are whole, fingerprint "
+        f"{store.fingerprint[:16]}"
     )
 
 
 def removable(folder: Path) -> list[Path]:
-    """The store at ``folder`` and the unfinished one beside it.  Raises MtopdError when neither bears our mark."""
+    """The store at ``folder`` and the unfinished one beside it.  Raises MtopdError when neither
+    bears our mark.
+    """
     found = [path for path in (folder, adding_folder(folder)) if bears_mark(path)]
     if not found:
-        raise MtopdError(f"{folder} is no teacher store (no teacher.json of ours); nothing was removed")
+        raise MtopdError(
+            f"{folder} is no teacher store (no teacher.json of ours); nothing was removed"
+        )
     return found

@@ -16,7 +16,13 @@ from mtopd.pipelines.job import Job
 from mtopd.pipelines.probe import Probe
 from mtopd.run_dir import is_sealed
 from mtopd.safetensors_file import ITEM_SIZE
-from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, Wave, plan_pass, run_teacher_pass
+from mtopd.teacher_offload.teacher_pass import (
+    PassResult,
+    TeacherSample,
+    Wave,
+    plan_pass,
+    run_teacher_pass,
+)
 from mtopd.trajectories import TokenStore
 from mtopd.types import SampleMetadata
 
@@ -42,14 +48,19 @@ class _Visit:
 
 
 def run(job: Job, iteration: int) -> None:
-    """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and mend what is damaged.  Collective."""
+    """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and mend what is
+    damaged.  Collective.
+    """
     folder = job.run.hidden_cache(iteration)
     tokens = job.tokens(iteration)
     if job.ranks.rank == 0 and folder.exists():
         found = recover(folder)  # what a killed start left behind
         if found.segments:
             logger.warning(
-                "hidden cache: a killed start left %d segments; %d samples saved, %d to be computed again",
+                (
+                    "hidden cache: a killed start left %d segments; %d samples saved, %d to be "
+                    "computed again"
+                ),
                 len(found.segments),
                 len(found.salvaged),
                 len(found.dropped),
@@ -70,9 +81,14 @@ def run(job: Job, iteration: int) -> None:
 
 
 def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> set[int]:
-    """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.  Collective."""
+    """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.
+    Collective.
+    """
     with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader:
-        mine = {(s.key, s.metadata.sample_id, iteration): s for s in samples[job.ranks.rank :: job.ranks.world_size]}
+        mine = {
+            (s.key, s.metadata.sample_id, iteration): s
+            for s in samples[job.ranks.rank :: job.ranks.world_size]
+        }
         causes = reader.missing(mine)
     for request, cause in causes.items():
         if is_sealed(job.run.hidden_cache(iteration)):
@@ -85,8 +101,8 @@ def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> set[in
 def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
     """The teachers that have something to do, in index order; the same on every rank.  Collective.
 
-    Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are those of a pass that
-    nothing disturbed.
+    Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are
+    those of a pass that nothing disturbed.
     """
     samples = [CachedSample(s, job.cache_key(iteration, s)) for s in tokens.samples.values()]
     all_lacking = missing(job, iteration, samples)
@@ -114,7 +130,9 @@ def _one_teacher(job: Job, iteration: int, visit: _Visit, tokens: TokenStore) ->
     mine = [i for wave in waves for batch in wave.batches for i in batch]
     proof = Probe(job, visit.teacher)
     with (
-        job.trainer.off_device() if _moves_student(job, visit.teacher) else contextlib.nullcontext(),
+        job.trainer.off_device()
+        if _moves_student(job, visit.teacher)
+        else contextlib.nullcontext(),
         HiddenCacheWriter(
             job.run.hidden_cache(iteration),
             writer=f"replica{mesh.replica:04d}",
@@ -146,7 +164,9 @@ def _one_teacher(job: Job, iteration: int, visit: _Visit, tokens: TokenStore) ->
 
 
 def _moves_student(job: Job, index: int) -> bool:
-    """Whether the student's gradients and optimizer state must make room for this pass on the device."""
+    """Whether the student's gradients and optimizer state must make room for this pass on the
+    device.
+    """
     wanted = job.config.teacher_offload.offload_student
     if wanted != "auto" or job.ranks.device.type != "cuda":
         return wanted == "always"  # on CPU the device is the host: moving frees nothing
@@ -156,14 +176,18 @@ def _moves_student(job: Job, index: int) -> bool:
 
 
 def _counted(job: Job, visit: _Visit, result: PassResult) -> dict[str, object]:
-    """What the whole job did for one teacher: sums over ranks, and the slowest or largest rank's peaks.  Collective."""
+    """What the whole job did for one teacher: sums over ranks, and the slowest or largest rank's
+    peaks.  Collective.
+    """
     store, mesh, reads = (
         job.stores[visit.teacher],
         job.teacher_meshes[visit.teacher],
         job.teacher_stream.take_counters(),
     )
     tokens = result.tokens if mesh.tp_rank == 0 else 0  # those run beside what was lacking, too
-    sums = torch.tensor([reads.bytes_read, reads.bytes_kept, tokens], dtype=torch.float64, device=job.ranks.device)
+    sums = torch.tensor(
+        [reads.bytes_read, reads.bytes_kept, tokens], dtype=torch.float64, device=job.ranks.device
+    )
     peaks = torch.tensor(
         [
             sum(w.stall_s for w in result.waves),
@@ -194,4 +218,6 @@ def teacher_sample(tokens: TokenStore, sample: CachedSample) -> TeacherSample:
     """Tokens the teacher reads, and the positions that predict a trained token: prompt_len - 1 + k."""
     fields = tokens.tokens(sample.metadata.sample_id)
     input_ids = np.concatenate([fields.prompt_ids, fields.response_ids[:-1]])
-    return TeacherSample(sample, input_ids, len(fields.prompt_ids) - 1 + np.flatnonzero(fields.loss_mask))
+    return TeacherSample(
+        sample, input_ids, len(fields.prompt_ids) - 1 + np.flatnonzero(fields.loss_mask)
+    )

@@ -36,7 +36,10 @@ def run(job: Job, iteration: int) -> None:
     plans = plan(job, [*tokens.samples.values()], seed=job.iteration_seed(iteration))
     runs = [runs_of_step(job, of_step, iteration) for of_step in plans]
     if job.heads:
-        by_step = (dict.fromkeys(run.teacher_index for run in itertools.chain(*of_step)) for of_step in runs)
+        by_step = (
+            dict.fromkeys(run.teacher_index for run in itertools.chain(*of_step))
+            for of_step in runs
+        )
         job.heads.expect(itertools.chain(*by_step))
     with open_cache(job, iteration) as reader, CachedStates(job, reader, iteration) as states:
         states.prefetch(runs[0])
@@ -45,7 +48,9 @@ def run(job: Job, iteration: int) -> None:
                 states.prefetch(ahead)
             step = iteration * len(plans) + number
             values = train_step(job, of_step, runs[number], tokens, states, step)
-            job.metrics.write("bad_step" if "refused" in values else "train_step", iteration, values, step=step)
+            job.metrics.write(
+                "bad_step" if "refused" in values else "train_step", iteration, values, step=step
+            )
             job.progress.advance(tokens=sum(of_step.num_tokens.values()))
 
 
@@ -79,7 +84,9 @@ def train_step(
     started, heads = time.perf_counter(), job.heads
     stalled = states.stall_s
     mine = plan.micro_batches[job.ranks.dp_rank]
-    micro_batches = [pack(job, plan, batch, of_batch, tokens) for batch, of_batch in zip(mine, runs, strict=True)]
+    micro_batches = [
+        pack(job, plan, batch, of_batch, tokens) for batch, of_batch in zip(mine, runs, strict=True)
+    ]
     in_order = list(itertools.chain(*runs))
     objective = TeacherKL(
         num_teachers=len(job.stores),
@@ -107,7 +114,9 @@ def train_step(
     except NonFiniteGradients as error:
         return refused(job, step, f"{error}; {_culprits(job, objective, states)}") | used
     num_tokens = sum(plan.num_tokens.values())
-    num_samples = Counter(s.teacher_index for part in plan.micro_batches for batch in part for s in batch.samples)
+    num_samples = Counter(
+        s.teacher_index for part in plan.micro_batches for batch in part for s in batch.samples
+    )
     wall_s = time.perf_counter() - started
     return {
         "loss": loss,
@@ -125,7 +134,9 @@ def train_step(
             }
             for i, store in enumerate(job.stores)
         },
-        "kl_noise_floor": {job.stores[i].name: floor for i, floor in sorted(job.noise_floor.items())},
+        "kl_noise_floor": {
+            job.stores[i].name: floor for i, floor in sorted(job.noise_floor.items())
+        },
         "below_10x_noise_floor": [
             job.stores[i].name
             for i, floor in sorted(job.noise_floor.items())
@@ -138,21 +149,31 @@ def train_step(
         "lr": lr,
         "micro_batches": len(micro_batches),
         "waste": plan.waste,
-        "statistics": {store.name: _statistics(sums, i) for i, store in enumerate(job.stores) if sums[f"measured/{i}"]},
+        "statistics": {
+            store.name: _statistics(sums, i)
+            for i, store in enumerate(job.stores)
+            if sums[f"measured/{i}"]
+        },
         **used,
         "wall_s": wall_s,
     }
 
 
 def refused(job: Job, step: int, why: str) -> dict[str, object]:
-    """The step is left out: weights, optimizer and schedule are as before.  Raises MtopdError if it is one too many."""
+    """The step is left out: weights, optimizer and schedule are as before.  Raises MtopdError if it
+    is one too many.
+    """
     if job.bad_steps >= job.config.train.max_bad_steps:
         raise MtopdError(
-            f"train step {step} was refused: {why}; weights are as after the step before.  Look at those samples, or "
+            f"train step {step} was refused: {why}; weights are as after the step before.  Look at "
+            "those samples, or "
             f"allow more than {job.bad_steps} such steps with train.max_bad_steps"
         )
     job.bad_steps += 1
-    job.progress.note(f"train step {step} is left out ({job.bad_steps} of {job.config.train.max_bad_steps}): {why}")
+    job.progress.note(
+        f"train step {step} is left out ({job.bad_steps} of {job.config.train.max_bad_steps}): "
+        f"{why}"
+    )
     return {"refused": why, "bad_steps": job.bad_steps}
 
 
@@ -165,7 +186,11 @@ def _culprits(job: Job, objective: TeacherKL, states: CachedStates) -> str:
         for row in rows:
             entry = run.entries[int(np.searchsorted(bounds, row, "right")) - 1]
             name = job.stores[run.teacher_index].name
-            side = "the student's hidden states" if finite_T[row] else f"the cached hidden states of teacher {name!r}"
+            side = (
+                "the student's hidden states"
+                if finite_T[row]
+                else f"the cached hidden states of teacher {name!r}"
+            )
             mine.append((entry.metadata.sample_id, side))
     gathered: list[list[tuple[int, str]]] = [[] for _ in range(job.ranks.world_size)]
     dist.all_gather_object(gathered, sorted(set(mine)))
@@ -176,14 +201,20 @@ def _culprits(job: Job, objective: TeacherKL, states: CachedStates) -> str:
     for sample_id, side in found:
         by_side.setdefault(side, []).append(sample_id)
     return "; ".join(
-        f"{side} in sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}"
+        f"{side} in sample{'s' if len(ids) > 1 else ''} "
+        f"{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}"
         for side, ids in by_side.items()
     )
 
 
 def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, float]:
-    """Means over a teacher's tokens, estimated on those measured (`mtopd.kernels.DistributionStatistics`)."""
-    means = {name: sums[f"{name}/{teacher_index}"] / sums[f"tokens/{teacher_index}"] for name in STATISTICS}
+    """Means over a teacher's tokens, estimated on those measured
+    (`mtopd.kernels.DistributionStatistics`).
+    """
+    means = {
+        name: sums[f"{name}/{teacher_index}"] / sums[f"tokens/{teacher_index}"]
+        for name in STATISTICS
+    }
     return {
         "tokens": sums[f"measured/{teacher_index}"],
         **means,
@@ -192,16 +223,21 @@ def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, floa
 
 
 def _no_head(teacher_index: int) -> AbstractContextManager[TeacherHead]:
-    raise AssertionError(f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage")
+    raise AssertionError(
+        f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage"
+    )
 
 
 def _own_numbers(
     job: Job, runs: Sequence[TeacherRun], stall_s: float, statistics_s: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What this rank did in a train step: numbers to be added over all ranks (a head that a tp group loads counts once,
-    dp and cp ranks add), and those of which the largest is wanted."""
+    """What this rank did in a train step: numbers to be added over all ranks (a head that a tp
+    group loads counts once, dp and cp ranks add), and those of which the largest is wanted.
+    """
     counters = job.heads.take_counters() if job.heads else HeadCounters()
-    assert all(n == 1 for n in counters.loads.values()), f"a head was loaded twice in one train step: {counters.loads}"
+    assert all(n == 1 for n in counters.loads.values()), (
+        f"a head was loaded twice in one train step: {counters.loads}"
+    )
     needed, counts = {run.teacher_index for run in runs}, int(job.ranks.tp_rank == 0)
     added: dict[str, float] = {}
     for i in range(len(job.stores)):
@@ -231,7 +267,11 @@ def _head_metrics(job: Job, sums: Mapping[str, float]) -> dict[str, object]:
 
 
 def pack(
-    job: Job, plan: TrainStepPlan, micro_batch: MicroBatch, runs: Sequence[TeacherRun], tokens: TokenStore
+    job: Job,
+    plan: TrainStepPlan,
+    micro_batch: MicroBatch,
+    runs: Sequence[TeacherRun],
+    tokens: TokenStore,
 ) -> PackedMicroBatch:
     """Tensors of one micro-batch, with its runs."""
     return pack_rows(

@@ -15,12 +15,36 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
 def run_ranks(world_size: int, worker: Path, *arguments: str, timeout: float = 240.0) -> str:
-    """Run a worker script on ``world_size`` gloo ranks; returns its output.  A hung rank becomes a failed test."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(worker), *arguments]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(REPOSITORY)}
+    """Run a worker script on ``world_size`` gloo ranks; returns its output.  A hung rank becomes a
+    failed test.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc-per-node={world_size}",
+    ]
+    command += [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        str(worker),
+        *arguments,
+    ]
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -39,7 +63,13 @@ def on_small_disk(folder: Path, megabytes: int) -> list[str]:
     """
     said = ""
     for namespace in (["unshare", "--user", "--map-root-user", "--mount"], ["unshare", "--mount"]):
-        mount = [*namespace, "sh", "-c", f'mount -t tmpfs -o size={megabytes}m none "$0" && exec "$@"', str(folder)]
+        mount = [
+            *namespace,
+            "sh",
+            "-c",
+            f'mount -t tmpfs -o size={megabytes}m none "$0" && exec "$@"',
+            str(folder),
+        ]
         probe = subprocess.run([*mount, "true"], capture_output=True, text=True, timeout=60)
         if not probe.returncode:
             return mount

@@ -35,7 +35,13 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},  # biases on query, key and value
     "qwen3": {"head_dim": 16},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "moe_intermediate_size": 32, **_EXPERTS},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 8,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 32,
+        **_EXPERTS,
+    },
     "mixtral": {"num_local_experts": 4, "sliding_window": None, **_EXPERTS},
     "deepseek_v3": {
         "num_key_value_heads": 4,
@@ -69,7 +75,8 @@ def save_model(
     vocab: int | None = None,
     **fields: Any,
 ) -> Any:
-    """A random model whose logits are spread enough that two of them are more than 1 nat apart; returns the model.
+    """A random model whose logits are spread enough that two of them are more than 1 nat apart;
+    returns the model.
 
     ``fields`` go into the HF config over those of its entry in MODEL_TYPES.
     """

@@ -1,4 +1,6 @@
-"""Bad input through the command line: one clear line, exit code 2, nothing half-written that a later run trusts."""
+"""Bad input through the command line: one clear line, exit code 2, nothing half-written that a
+later run trusts.
+"""
 
 from __future__ import annotations
 
@@ -63,14 +65,20 @@ def edit_config(root: Path, change: Callable[[dict], None]) -> None:
     (root / "config.yaml").write_text(yaml.safe_dump(values))
 
 
-def refused(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """Run the command in this process; returns its one line of error.  Starting ranks is a failure of the test."""
+def refused(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> str:
+    """Run the command in this process; returns its one line of error.  Starting ranks is a failure
+    of the test.
+    """
 
     def launch(*_: object) -> None:
         raise AssertionError("the ranks were started in spite of bad input")
 
     monkeypatch.setattr(ranks, "launch", launch)
-    monkeypatch.setattr(sys, "argv", ["mtopd", *(arguments or ("consolidate", str(root / "config.yaml")))])
+    monkeypatch.setattr(
+        sys, "argv", ["mtopd", *(arguments or ("consolidate", str(root / "config.yaml")))]
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
@@ -138,7 +146,9 @@ def bad_megatron_field(root: Path) -> None:
 def escaping_manifest(root: Path) -> None:
     path = root / "stores" / "t0" / "teacher.json"
     manifest = json.loads(path.read_text())
-    manifest["files"]["../../student/model.safetensors"] = manifest["files"]["final_norm.safetensors"]
+    manifest["files"]["../../student/model.safetensors"] = manifest["files"][
+        "final_norm.safetensors"
+    ]
     path.write_text(json.dumps(manifest))
 
 
@@ -191,7 +201,9 @@ def test_a_run_directory_of_another_config_is_refused(
 def test_another_teacher_under_the_same_path_is_refused_on_resume(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sample is scored by the bytes it was routed to: the run remembers its teachers' fingerprints."""
+    """A sample is scored by the bytes it was routed to: the run remembers its teachers'
+    fingerprints.
+    """
     monkeypatch.setattr(ranks, "launch", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml")])
     with pytest.raises(SystemExit):
@@ -202,9 +214,15 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     shutil.rmtree(workplace / "stores" / "t0")
     add_teacher("t0", workplace / "other", workplace / "stores" / "t0", slices=2)
     run = workplace / "run"
-    sealed, finished = run / "checkpoints" / "000001" / "SEALED", run / "evaluations" / "000001.json"
+    sealed, finished = (
+        run / "checkpoints" / "000001" / "SEALED",
+        run / "evaluations" / "000001.json",
+    )
     kept = [sealed, finished, run / "iterations" / "000000" / "trajectories" / "SEALED"]
-    unfinished = [run / "iterations" / "000001" / "trajectories" / "SEALED", run / "evaluations" / "000002.json"]
+    unfinished = [
+        run / "iterations" / "000001" / "trajectories" / "SEALED",
+        run / "evaluations" / "000002.json",
+    ]
     for path in (*kept, *unfinished):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -214,7 +232,9 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     before = json.loads((run / "manifest.json").read_text())["teachers"][0]["fingerprint"]
 
     monkeypatch.setattr(ranks, "launch", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml"), "--accept-changed"])
+    monkeypatch.setattr(
+        sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml"), "--accept-changed"]
+    )
     with pytest.raises(SystemExit):
         cli.main()
         raise SystemExit
@@ -247,24 +267,37 @@ def test_no_write_permission_is_refused(
 
 
 def test_a_world_size_that_does_not_fit_is_refused_under_torchrun(workplace: Path) -> None:
-    """Under an outer torchrun with three ranks, tp 2 x pp 2 cannot be laid out: rank 0 says so once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m"]
+    """Under an outer torchrun with three ranks, tp 2 x pp 2 cannot be laid out: rank 0 says so
+    once.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=3",
+        "-m",
+    ]
     command += ["mtopd.pipelines.cli", "consolidate", str(workplace / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1 and "world size 3 is not a multiple of tp 2 x pp 2 = 4" in lines[0], done.stderr
+    assert len(lines) == 1 and "world size 3 is not a multiple of tp 2 x pp 2 = 4" in lines[0], (
+        done.stderr
+    )
     assert "exitcode  : 2" in done.stderr
 
 
-# -- mtopd cache ls | verify | gc -------------------------------------------------------------------------------------
+# -- mtopd cache ls | verify | gc ------------------------------------------------------------------
 
 
 @pytest.fixture
 def cached_run(tmp_path: Path) -> RunDir:
     """Two iterations of two teachers with 20 samples of 30 rows each."""
     run = RunDir(tmp_path / "run")
-    teachers = [{"index": i, "name": n, "fingerprint": f} for i, (n, f) in enumerate(FINGERPRINTS.items())]
+    teachers = [
+        {"index": i, "name": n, "fingerprint": f} for i, (n, f) in enumerate(FINGERPRINTS.items())
+    ]
     with run.lock():
         run.start({}, {"teachers": teachers}, "{}")
     for iteration in range(2):
@@ -275,17 +308,23 @@ def cached_run(tmp_path: Path) -> RunDir:
 
 
 def open_writer(run: RunDir, iteration: int) -> HiddenCacheWriter:
-    return HiddenCacheWriter(run.hidden_cache(iteration), writer="w", generation=1, hidden_dtype="float32")
+    return HiddenCacheWriter(
+        run.hidden_cache(iteration), writer="w", generation=1, hidden_dtype="float32"
+    )
 
 
 def put(writer: HiddenCacheWriter, iteration: int, fingerprint: str, sample_ids: range) -> None:
     for sample_id in sample_ids:
         key = sample_key(fingerprint, [1], [sample_id], [1], "float32")
         sample_id += 1000 * list(FINGERPRINTS.values()).index(fingerprint)
-        writer.put(fingerprint, 8, key, sample_id, iteration, np.full((30, 8), sample_id, np.float32))
+        writer.put(
+            fingerprint, 8, key, sample_id, iteration, np.full((30, 8), sample_id, np.float32)
+        )
 
 
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> str:
     """Run a command that succeeds; what it prints."""
     monkeypatch.setattr(sys, "argv", ["mtopd", *map(str, arguments)])
     cli.main()
@@ -332,30 +371,42 @@ def test_cache_verify_names_every_damaged_sample(
     for sample_id in range(1000, 1020):  # one zarr chunk holds them all
         (line,) = [line for line in named if f"sample {sample_id}:" in line]
         assert shard.parents[2].name in line and "crc32c" in line
-    assert sum(str(index_file(cached_run, 0, "math")) in line for line in named) == 1 and len(named) == 21
+    assert (
+        sum(str(index_file(cached_run, 0, "math")) in line for line in named) == 1
+        and len(named) == 21
+    )
 
 
 def test_cache_verify_names_samples_whose_index_file_is_gone(
     cached_run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache without an index file is sound in itself; what it has to hold is in the sealed trajectories."""
+    """A cache without an index file is sound in itself; what it has to hold is in the sealed
+    trajectories.
+    """
     folder = cached_run.trajectories(0)
     folder.mkdir(parents=True)
     ids = [start + i for start in (0, 1000) for i in range(20)]
     given = [
-        Trajectory(i, f"words/{i}", {}, i // 1000, (1,), (i % 1000,), (1,), (-1.0,), 0, "length", None) for i in ids
+        Trajectory(
+            i, f"words/{i}", {}, i // 1000, (1,), (i % 1000,), (1,), (-1.0,), 0, "length", None
+        )
+        for i in ids
     ]
     write_shard(folder, "given", given, cached_run.generation)
     for sealed in (folder, cached_run.hidden_cache(0)):
         cached_run.seal(sealed)
-    assert "80 samples are whole" in command(capsys, monkeypatch, "cache", "verify", cached_run.path)
+    assert "80 samples are whole" in command(
+        capsys, monkeypatch, "cache", "verify", cached_run.path
+    )
     index_file(cached_run, 0, "code").unlink()
     monkeypatch.setattr(sys, "argv", ["mtopd", "cache", "verify", str(cached_run.path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
     found = capsys.readouterr().err
-    assert all(f"iteration 0: sample {i} is in no index file" in found for i in range(1000, 1020)), found
+    assert all(
+        f"iteration 0: sample {i} is in no index file" in found for i in range(1000, 1020)
+    ), found
     assert found.count("in no index file") == 20
 
 
@@ -390,12 +441,18 @@ def test_cache_gc_is_refused_while_the_run_is_going(
         put(writer, 1, FINGERPRINTS["math"], range(100, 200))
         line = refused(cached_run.path, capsys, monkeypatch, "cache", "gc", str(cached_run.path))
         assert "in use" in line and str(os.getpid()) in line
-    assert "180 samples are whole" in command(capsys, monkeypatch, "cache", "verify", cached_run.path)
+    assert "180 samples are whole" in command(
+        capsys, monkeypatch, "cache", "verify", cached_run.path
+    )
 
 
 @pytest.mark.parametrize("verb", ["ls", "verify", "gc"])
 def test_a_folder_that_is_not_ours_is_refused_and_left_alone(
-    cached_run: RunDir, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cached_run: RunDir,
+    verb: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "home").mkdir()
     for folder in ("home", "nothing"):
@@ -405,5 +462,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(
     precious = cached_run.hidden_cache(2) / "precious"
     precious.parent.mkdir(parents=True)
     precious.write_text("data")
-    assert "no hidden cache" in refused(tmp_path, capsys, monkeypatch, "cache", verb, str(cached_run.path))
+    assert "no hidden cache" in refused(
+        tmp_path, capsys, monkeypatch, "cache", verb, str(cached_run.path)
+    )
     assert precious.read_text() == "data"

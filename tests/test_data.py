@@ -1,4 +1,6 @@
-"""Prompts, routing, verifiers and tokenizers, with the real reasoning_gym and real Hugging Face tokenizers."""
+"""Prompts, routing, verifiers and tokenizers, with the real reasoning_gym and real Hugging Face
+tokenizers.
+"""
 
 import builtins
 import json
@@ -55,7 +57,9 @@ def sources() -> dict[str, tuple[PromptSource, PromptSource]]:
 @pytest.fixture(scope="module")
 def tokenizer_folder(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    build_char_tokenizer({k: [row.question for row in train.rows] for k, (train, _) in sources.items()}, folder)
+    build_char_tokenizer(
+        {k: [row.question for row in train.rows] for k, (train, _) in sources.items()}, folder
+    )
     return folder
 
 
@@ -64,7 +68,7 @@ def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(str(tokenizer_folder))
 
 
-# -- reasoning-gym -------------------------------------------------------------------------------------------------
+# -- reasoning-gym ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("domain", "unique"), [("rot", 18_293), ("rev", 11_534), ("spir", 16_222)])
@@ -82,7 +86,9 @@ def test_pools_are_those_of_the_calibrated_demo(sources, domain: str, unique: in
 def test_verifier_accepts_right_and_refuses_wrong_answers(sources, tokenizer) -> None:
     for train, held_out in sources.values():
         for source in (train, held_out):
-            prompts = tokenize_prompts(source, tokenizer, ROUTES, context_length=64, max_response=20, rows=range(20))
+            prompts = tokenize_prompts(
+                source, tokenizer, ROUTES, context_length=64, max_response=20, rows=range(20)
+            )
             for prompt, row in zip(prompts, source.rows, strict=False):
                 assert verify(prompt, row.answer) >= CORRECT_SCORE
                 assert verify(prompt, row.answer[:-1] + "!") < CORRECT_SCORE
@@ -123,16 +129,28 @@ def test_a_response_is_never_run_as_code(sources, capsys) -> None:
         ("spiral_matrx", {}, {}, "no dataset 'spiral_matrx'; near: spiral_matrix"),
         ("spiral_matrix", {"bogus": 1}, {}, "refuses the options .*bogus"),
         ("spiral_matrix", {"min_n": 4, "max_n": 2}, {}, "min_n must be between"),
-        ("spell_backward", {"min_word_len": 3, "max_word_len": 3}, {"eval_size": 2000}, "only .* unique prompts"),
-        ("spiral_matrix", {"min_n": 2, "max_n": 2}, {"size": 4, "seed": 10_000_019}, "none of 4 prompts"),
+        (
+            "spell_backward",
+            {"min_word_len": 3, "max_word_len": 3},
+            {"eval_size": 2000},
+            "only .* unique prompts",
+        ),
+        (
+            "spiral_matrix",
+            {"min_n": 2, "max_n": 2},
+            {"size": 4, "seed": 10_000_019},
+            "none of 4 prompts",
+        ),
     ],
 )
-def test_impossible_datasets_are_refused(dataset: str, options: dict, sizes: dict, message: str) -> None:
+def test_impossible_datasets_are_refused(
+    dataset: str, options: dict, sizes: dict, message: str
+) -> None:
     with pytest.raises(MtopdError, match=message):
         load_reasoning_gym("x", dataset, options, **{"size": 8, "seed": 1, "eval_size": 8, **sizes})
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -143,15 +161,36 @@ def write_jsonl(path: Path, *records: object) -> Path:
 def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
     records = [
-        {"prompt": chat, "answer": " 4\n", "domain": "math", "effort": "high", "level": 3, "hard": True, "tags": ["x"]},
-        {"prompt": chat[1:], "answer": None, "domain": None, "effort": "low", "level": 1, "hard": False, "tags": []},
+        {
+            "prompt": chat,
+            "answer": " 4\n",
+            "domain": "math",
+            "effort": "high",
+            "level": 3,
+            "hard": True,
+            "tags": ["x"],
+        },
+        {
+            "prompt": chat[1:],
+            "answer": None,
+            "domain": None,
+            "effort": "low",
+            "level": 1,
+            "hard": False,
+            "tags": [],
+        },
     ]
     jsonl = load_prompt_file("mix", write_jsonl(tmp_path / "a.jsonl", records[0], "  ", records[1]))
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     parquet = load_prompt_file("mix", tmp_path / "a.parquet")
     assert jsonl == parquet
     assert [dict(m) for m in jsonl.rows[0].messages] == chat
-    assert dict(jsonl.rows[0].route) == {"domain": "math", "effort": "high", "level": "3", "hard": "true"}
+    assert dict(jsonl.rows[0].route) == {
+        "domain": "math",
+        "effort": "high",
+        "level": "3",
+        "hard": "true",
+    }
     assert jsonl.rows[1].route["domain"] == "mix", "the source's domain where the row has none"
     prompt = Prompt("mix/0", {}, (1,), 0, jsonl.rows[0].verify)
     assert [verify(prompt, text) for text in ("4", " 4 ", "4.0", "")] == [1.0, 1.0, 0.0, 0.0]
@@ -162,7 +201,10 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"prompt": "a"}, {"question": "b"}], r"a\.jsonl, line 2: column 'prompt' is missing, found \['question'\]"),
+        (
+            [{"prompt": "a"}, {"question": "b"}],
+            r"a\.jsonl, line 2: column 'prompt' is missing, found \['question'\]",
+        ),
         ([{"prompt": "a"}, "", "{'prompt'"], r"line 3: no valid JSON"),
         ([b"\xff\xfe{}".decode("latin-1")], r"line 1: no valid JSON"),
         (["[1]"], "line 1: found list"),
@@ -183,7 +225,9 @@ def test_bad_jsonl_is_refused_by_line(tmp_path: Path, records: list, message: st
 
 def test_bad_parquet_and_paths_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"question": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(MtopdError, match=r"a\.parquet, row 0: column 'prompt' is missing, found \['question'\]"):
+    with pytest.raises(
+        MtopdError, match=r"a\.parquet, row 0: column 'prompt' is missing, found \['question'\]"
+    ):
         load_prompt_file("x", tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(MtopdError, match=r"b\.parquet: no readable Parquet"):
@@ -197,11 +241,16 @@ def test_bad_parquet_and_paths_are_refused(tmp_path: Path) -> None:
         load_prompt_file("x", tmp_path / "d.csv")
 
 
-# -- routing -------------------------------------------------------------------------------------------------------
+# -- routing ---------------------------------------------------------------------------------------
 
 
 def test_route_takes_the_most_specific_match() -> None:
-    routes = [{}, {"domain": "math"}, {"domain": "math", "effort": "high"}, {"effort": "high", "lang": "de"}]
+    routes = [
+        {},
+        {"domain": "math"},
+        {"domain": "math", "effort": "high"},
+        {"effort": "high", "lang": "de"},
+    ]
     assert route({"domain": "code"}, routes) == 0
     assert route({"domain": "math", "effort": "low"}, routes) == 1
     assert route({"domain": "math", "effort": "high"}, routes) == 2
@@ -210,24 +259,36 @@ def test_route_takes_the_most_specific_match() -> None:
 
 def test_routing_errors_show_fields_and_routes() -> None:
     routes = [{"domain": "math"}, {"effort": "high"}]
-    with pytest.raises(MtopdError, match=r"no teacher's route .*'code'.* 0: .*'math'.*; 1: .*'high'"):
+    with pytest.raises(
+        MtopdError, match=r"no teacher's route .*'code'.* 0: .*'math'.*; 1: .*'high'"
+    ):
         route({"domain": "code"}, routes)
-    with pytest.raises(MtopdError, match=r"teachers \[0, 1\] match .*'effort': 'high'.*more specific"):
+    with pytest.raises(
+        MtopdError, match=r"teachers \[0, 1\] match .*'effort': 'high'.*more specific"
+    ):
         route({"domain": "math", "effort": "high"}, routes)
 
 
-# -- tokenizer -----------------------------------------------------------------------------------------------------
+# -- tokenizer -------------------------------------------------------------------------------------
 
 
 def test_demo_vocabulary_is_the_calibrated_one(tokenizer, sources) -> None:
     assert vocab_size(tokenizer) == 104
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id) == (PAD, EOS, SEP)
-    templates = mine_template_tokens({k: [r.question for r in s.rows] for k, (s, _) in sources.items()})
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id) == (
+        PAD,
+        EOS,
+        SEP,
+    )
+    templates = mine_template_tokens(
+        {k: [r.question for r in s.rows] for k, (s, _) in sources.items()}
+    )
     assert len(templates) == 5
     assert [tokenizer.convert_ids_to_tokens(99 + k) for k in range(5)] == templates
     for domain, longest in {"rot": 15, "rev": 7, "spir": 20}.items():
         train, _ = sources[domain]
-        prompts = tokenize_prompts(train, tokenizer, ROUTES, context_length=40, max_response=18, rows=range(2000))
+        prompts = tokenize_prompts(
+            train, tokenizer, ROUTES, context_length=40, max_response=18, rows=range(2000)
+        )
         assert max(len(prompt.prompt_ids) for prompt in prompts) == longest
 
 
@@ -238,7 +299,11 @@ def test_folder_is_an_ordinary_tokenizer(tokenizer_folder: Path) -> None:
 
 
 def test_decoding_gives_the_exact_text(tokenizer, sources) -> None:
-    texts = ["".join(CHARACTERS), "  two  spaces \n\n , . 's 'm n't ?  !", " degrees  degreesclockwise:\n\n"]
+    texts = [
+        "".join(CHARACTERS),
+        "  two  spaces \n\n , . 's 'm n't ?  !",
+        " degrees  degreesclockwise:\n\n",
+    ]
     texts += [row.question for train, _ in sources.values() for row in train.rows[:50]]
     for text in texts:
         for ids in (tokenizer(text)["input_ids"], encode_response(tokenizer, text)):
@@ -256,7 +321,12 @@ def test_responses_do_not_use_template_tokens(tokenizer) -> None:
 def test_longest_template_wins(tmp_path: Path) -> None:
     prompts = {"a": ["count to 1", "count to 2"], "b": ["count to the end 1", "count to the end 2"]}
     tokenizer = build_char_tokenizer(prompts, tmp_path)
-    assert tokenizer.tokenize("count to the end 7count to 7") == ["count to the end ", "7", "count to ", "7"]
+    assert tokenizer.tokenize("count to the end 7count to 7") == [
+        "count to the end ",
+        "7",
+        "count to ",
+        "7",
+    ]
 
 
 def test_prompts_go_through_the_chat_template(tokenizer) -> None:
@@ -274,14 +344,19 @@ def test_prompts_go_through_the_chat_template(tokenizer) -> None:
 
 def test_unknown_character_is_refused_by_name(tokenizer) -> None:
     with pytest.raises(MtopdError, match=r"U\+2192"):
-        encode_prompts(tokenizer, [[{"role": "user", "content": "fine"}], [{"role": "user", "content": "a \u2192 b"}]])
+        encode_prompts(
+            tokenizer,
+            [[{"role": "user", "content": "fine"}], [{"role": "user", "content": "a \u2192 b"}]],
+        )
     with pytest.raises(MtopdError, match=r"U\+00E9"):
         encode_response(tokenizer, "caf\u00e9")
     with pytest.raises(MtopdError, match="domain 'a' has no prompts"):
         mine_template_tokens({"a": []})
 
 
-def test_hash_and_difference_go_by_token_not_by_size(tokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_hash_and_difference_go_by_token_not_by_size(
+    tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     again = AutoTokenizer.from_pretrained(str(tokenizer_folder))
     assert tokenizer_hash(tokenizer) == tokenizer_hash(again)
     assert first_difference(tokenizer, again) is None
@@ -299,7 +374,10 @@ def test_hash_and_difference_go_by_token_not_by_size(tokenizer, tokenizer_folder
     assert first_difference(tokenizer, swapped) == "token id 36 is 'A' in one and 'B' in the other"
     again.add_tokens(["new"])
     assert vocab_size(again) == 105
-    assert first_difference(tokenizer, again) == "token id 104 is no token in one and 'new' in the other"
+    assert (
+        first_difference(tokenizer, again)
+        == "token id 104 is no token in one and 'new' in the other"
+    )
     other_eos = AutoTokenizer.from_pretrained(str(tokenizer_folder), eos_token="<sep>")
     assert tokenizer_hash(other_eos) != tokenizer_hash(tokenizer)
     assert first_difference(tokenizer, other_eos) == "eos_token_id is 1 in one and 2 in the other"
@@ -309,7 +387,9 @@ def test_hash_and_difference_go_by_token_not_by_size(tokenizer, tokenizer_folder
 def foreign_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with merges and a chat template, as released models have."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: k for k, token in enumerate([*alphabet, "an", "<|end|>", "<|user|>", "<|bot|>"])}
+    vocabulary = {
+        token: k for k, token in enumerate([*alphabet, "an", "<|end|>", "<|user|>", "<|bot|>"])
+    }
     backend = Tokenizer(models.BPE(vocabulary, [("a", "n")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -329,7 +409,12 @@ def test_any_chat_tokenizer_works_the_same_way(foreign_tokenizer, tmp_path: Path
     assert foreign_tokenizer.decode(prompt.prompt_ids) == "<|user|>an \u2192<|end|><|bot|>"
     (example,) = supervised_examples(source, foreign_tokenizer, context_length=32)
     assert example.prompt_ids == prompt.prompt_ids
-    assert foreign_tokenizer.convert_ids_to_tokens(list(example.response_ids)) == ["an", "n", "a", "<|end|>"]
+    assert foreign_tokenizer.convert_ids_to_tokens(list(example.response_ids)) == [
+        "an",
+        "n",
+        "a",
+        "<|end|>",
+    ]
 
 
 def test_tokenizer_without_chat_template_or_eos_is_refused(tokenizer_folder: Path, sources) -> None:
@@ -351,12 +436,14 @@ def test_a_part_the_tokenizer_maps_to_unknown_is_refused() -> None:
         encode_prompts(lossy, [[{"role": "user", "content": "known news"}]])
 
 
-# -- tokenized prompts and examples --------------------------------------------------------------------------------
+# -- tokenized prompts and examples ----------------------------------------------------------------
 
 
 def test_prompts_carry_id_route_teacher_and_verifier(tokenizer, sources) -> None:
     held_out = sources["rev"][1]
-    prompts = tokenize_prompts(held_out, tokenizer, ROUTES, context_length=64, max_response=20, rows=[200, 3])
+    prompts = tokenize_prompts(
+        held_out, tokenizer, ROUTES, context_length=64, max_response=20, rows=[200, 3]
+    )
     assert [prompt.prompt_id for prompt in prompts] == ["rev-eval/200", "rev-eval/3"]
     for prompt, row in zip(prompts, (held_out.rows[200], held_out.rows[3]), strict=True):
         assert prompt.teacher_index == 1
@@ -377,19 +464,29 @@ def test_supervised_examples_end_with_eos(tokenizer, sources) -> None:
         assert tokenizer.decode(example.response_ids[:-1]) == row.answer
 
 
-def test_too_long_prompts_and_answers_are_refused_with_both_numbers(tokenizer, tmp_path: Path) -> None:
-    source = load_prompt_file("long", write_jsonl(tmp_path / "a.jsonl", {"prompt": "12345", "answer": "123"}))
+def test_too_long_prompts_and_answers_are_refused_with_both_numbers(
+    tokenizer, tmp_path: Path
+) -> None:
+    source = load_prompt_file(
+        "long", write_jsonl(tmp_path / "a.jsonl", {"prompt": "12345", "answer": "123"})
+    )
     limits = {"context_length": 16, "max_response": 10}
     assert len(tokenize_prompts(source, tokenizer, [{}], **limits)[0].prompt_ids) == 6
-    with pytest.raises(MtopdError, match="prompt long/0 has 6 tokens; at least 1 and at most 5 fit"):
+    with pytest.raises(
+        MtopdError, match="prompt long/0 has 6 tokens; at least 1 and at most 5 fit"
+    ):
         tokenize_prompts(source, tokenizer, [{}], context_length=16, max_response=11)
     assert len(supervised_examples(source, tokenizer, context_length=10)) == 1
-    with pytest.raises(MtopdError, match="prompt long/0 has 6 tokens; at least 1 and at most 5 fit"):
+    with pytest.raises(
+        MtopdError, match="prompt long/0 has 6 tokens; at least 1 and at most 5 fit"
+    ):
         supervised_examples(source, tokenizer, context_length=9)
 
 
 def test_supervised_examples_need_answers(tokenizer, tmp_path: Path) -> None:
-    source = load_prompt_file("x", write_jsonl(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "c"}))
+    source = load_prompt_file(
+        "x", write_jsonl(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "c"})
+    )
     with pytest.raises(MtopdError, match="x/1 has no answer"):
         supervised_examples(source, tokenizer, context_length=9)
     assert len(supervised_examples(source, tokenizer, context_length=9, rows=[0])) == 1

@@ -1,4 +1,6 @@
-"""metrics.jsonl: what is written is read, a resumed step replaces its line, a half-written last line is no harm."""
+"""metrics.jsonl: what is written is read, a resumed step replaces its line, a half-written last
+line is no harm.
+"""
 
 import json
 from pathlib import Path
@@ -22,7 +24,9 @@ def append(path: Path, *lines: tuple[str, int, dict, int | None]) -> None:
 
 
 def test_lines_are_read_as_they_were_written(path: Path) -> None:
-    append(path, ("rollout", 0, {"tokens": 5}, None), ("train_step", 0, {"head_loads": {"rot": 1}}, 3))
+    append(
+        path, ("rollout", 0, {"tokens": 5}, None), ("train_step", 0, {"head_loads": {"rot": 1}}, 3)
+    )
     assert read_metrics(path) == [
         {"kind": "rollout", "iteration": 0, "tokens": 5},
         {"kind": "train_step", "iteration": 0, "step": 3, "head_loads": {"rot": 1}},
@@ -37,7 +41,9 @@ def test_the_last_line_of_a_step_stands_in_the_place_of_the_first(path: Path) ->
 
 def test_half_a_last_line_is_not_read_and_the_next_start_cuts_it_off(path: Path) -> None:
     append(path, ("train_step", 0, {"loss": 1.0}, 0), ("train_step", 0, {"loss": 2.0}, 1))
-    path.write_bytes(path.read_bytes()[:-1])  # even a line that lacks only its end may be half a number
+    path.write_bytes(
+        path.read_bytes()[:-1]
+    )  # even a line that lacks only its end may be half a number
     assert [line["loss"] for line in read_metrics(path)] == [1.0]
     append(path, ("train_step", 0, {"loss": 2.5}, 1))
     assert [json.loads(text)["loss"] for text in path.read_text().splitlines()] == [1.0, 2.5]

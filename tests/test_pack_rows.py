@@ -1,4 +1,6 @@
-"""Rows of a micro-batch: every trained token stands once, at the place that predicts it, on exactly one cp rank."""
+"""Rows of a micro-batch: every trained token stands once, at the place that predicts it, on exactly
+one cp rank.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def samples_of(lengths: list[tuple[int, int]], seed: int) -> list[Any]:
         ids = np.arange(at, at + prompt_len + response_len)
         at += len(ids)
         mask = (rng.random(response_len) < 0.7).astype(np.uint8)
-        samples.append(SimpleNamespace(prompt_ids=ids[:prompt_len], response_ids=ids[prompt_len:], loss_mask=mask))
+        samples.append(
+            SimpleNamespace(
+                prompt_ids=ids[:prompt_len], response_ids=ids[prompt_len:], loss_mask=mask
+            )
+        )
     return samples
 
 
@@ -56,7 +62,11 @@ def test_every_trained_token_is_predicted_once_from_the_token_before_it(
             ranks=ranks(cp_rank, cp_size),
             payload=None,
         )
-        assert batch.input_ids_BS.shape == batch.position_ids_BS.shape == (shape[0], shape[1] // cp_size)
+        assert (
+            batch.input_ids_BS.shape
+            == batch.position_ids_BS.shape
+            == (shape[0], shape[1] // cp_size)
+        )
         before = batch.input_ids_BS[batch.row_T, batch.position_T].tolist()
         cached = [
             (owner, row)
@@ -65,9 +75,13 @@ def test_every_trained_token_is_predicted_once_from_the_token_before_it(
             for row in range(here.first, here.stop)
         ]
         assert len(before) == len(cached)
-        for token, (owner, row), weight in zip(before, cached, batch.token_weight_T.tolist(), strict=True):
+        for token, (owner, row), weight in zip(
+            before, cached, batch.token_weight_T.tolist(), strict=True
+        ):
             s = samples[owner]
-            assert token + 1 == s.response_ids[s.loss_mask.astype(bool)][row], "the state that predicts the token"
+            assert token + 1 == s.response_ids[s.loss_mask.astype(bool)][row], (
+                "the state that predicts the token"
+            )
             assert weight == owner + 1
         seen += [(owner, row) for owner, row in cached]
         assert bool((batch.position_ids_BS[batch.row_T, batch.position_T] < max(sizes)).all())
@@ -75,17 +89,23 @@ def test_every_trained_token_is_predicted_once_from_the_token_before_it(
 
 
 @given(LENGTHS, st.integers(0, 5))
-def test_a_packed_row_is_cut_into_its_samples_and_the_padding(lengths: list[tuple[int, int]], padding: int) -> None:
+def test_a_packed_row_is_cut_into_its_samples_and_the_padding(
+    lengths: list[tuple[int, int]], padding: int
+) -> None:
     samples = samples_of(lengths, 0)
     sizes = [len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples]
     total = sum(sizes) + padding
-    batch = pack_rows(samples, [1.0] * len(samples), shape=(1, total), packed=True, ranks=ranks(), payload=None)
+    batch = pack_rows(
+        samples, [1.0] * len(samples), shape=(1, total), packed=True, ranks=ranks(), payload=None
+    )
     assert batch.cu_seqlens is not None
     cuts = batch.cu_seqlens.tolist()
     assert np.diff(cuts).tolist() == ([*sizes, padding] if padding else sizes)
     assert batch.max_seqlen == max(np.diff(cuts))
     for start, stop in pairwise(cuts):
-        assert batch.position_ids_BS[0, start:stop].tolist() == list(range(stop - start)), "positions begin anew"
+        assert batch.position_ids_BS[0, start:stop].tolist() == list(range(stop - start)), (
+            "positions begin anew"
+        )
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
@@ -97,7 +117,9 @@ def test_zigzag_ranges_tile_the_row_and_cost_every_rank_the_same(cp_size: int) -
 
 
 def test_labels_of_a_cp_rank_without_any_are_token_ids_all_the_same() -> None:
-    """Positions 5 to 8 of 16 are the other rank's; an empty tensor of no stated kind would be float32."""
+    """Positions 5 to 8 of 16 are the other rank's; an empty tensor of no stated kind would be
+    float32.
+    """
     example = SupervisedExample((1, 2, 3, 4, 5, 6), (7, 8, 9, 10))
     config: Any = SimpleNamespace(train=SimpleNamespace(micro_batch_size=1))
     labels = []
@@ -113,6 +135,8 @@ def test_labels_of_a_cp_rank_without_any_are_token_ids_all_the_same() -> None:
 def test_a_mini_batch_is_dealt_by_shares_and_named_by_source_and_row() -> None:
     prompts: Any = SimpleNamespace(names=["words", "sums"], train=[range(5), range(3)])
     drawn = specialist.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
-    assert [source for source, _ in drawn] == [0] * 6 + [1] * 2 and all(row < len(prompts.train[s]) for s, row in drawn)
+    assert [source for source, _ in drawn] == [0] * 6 + [1] * 2 and all(
+        row < len(prompts.train[s]) for s, row in drawn
+    )
     assert drawn == specialist.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
     assert specialist.named([(0, 4), (1, 2), (0, 1), (0, 4)], prompts.names) == "words 1, 4; sums 2"

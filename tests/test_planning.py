@@ -31,16 +31,32 @@ NORMALIZATIONS = ["teacher_balanced", "token_mean", "sequence_mean"]
 WEIGHTS = [0.5, 0.3, 0.0, 0.2]
 
 
-def metadata(sample_id: int, teacher: int = 0, prompt_len: int = 3, response_len: int = 4, loss: int | None = None):
-    return SampleMetadata(sample_id, teacher, prompt_len, response_len, response_len if loss is None else loss)
+def metadata(
+    sample_id: int,
+    teacher: int = 0,
+    prompt_len: int = 3,
+    response_len: int = 4,
+    loss: int | None = None,
+):
+    return SampleMetadata(
+        sample_id, teacher, prompt_len, response_len, response_len if loss is None else loss
+    )
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[SampleMetadata], dict]:
-    rows = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=40))
+    rows = draw(
+        st.lists(
+            st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 30)),
+            min_size=1,
+            max_size=40,
+        )
+    )
     first_id = draw(st.integers(0, 5))
     samples = [
-        metadata(first_id + 3 * k, teacher, prompt_len, response_len, draw(st.integers(0, response_len)))
+        metadata(
+            first_id + 3 * k, teacher, prompt_len, response_len, draw(st.integers(0, response_len))
+        )
         for k, (teacher, prompt_len, response_len) in enumerate(rows)
     ]
     packed = draw(st.booleans())
@@ -70,7 +86,11 @@ def stated_total(mini_batch: list[SampleMetadata], normalization: str) -> Fracti
         if s.num_loss_tokens:
             tokens[s.teacher_index] += s.num_loss_tokens
             sequences[s.teacher_index] += 1
-    share = {"teacher_balanced": dict.fromkeys(tokens, 1), "token_mean": tokens, "sequence_mean": sequences}
+    share = {
+        "teacher_balanced": dict.fromkeys(tokens, 1),
+        "token_mean": tokens,
+        "sequence_mean": sequences,
+    }
     counts = share[normalization]
     whole = 1 if normalization == "teacher_balanced" else sum(counts.values()) or 1
     return sum((Fraction(WEIGHTS[i]) * count / whole for i, count in counts.items()), Fraction(0))
@@ -108,7 +128,9 @@ def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: d
         assert count - least < options["micro_batch_multiple"]
     for part in plan.micro_batches:
         fill = [len(micro_batch.samples) for micro_batch in part]
-        assert sorted(map(bool, fill), reverse=True) == list(map(bool, fill)), "empty micro-batches stand at the end"
+        assert sorted(map(bool, fill), reverse=True) == list(map(bool, fill)), (
+            "empty micro-batches stand at the end"
+        )
         order = [s.teacher_index for micro_batch in part for s in micro_batch.samples]
         assert order == sorted(order), "the teacher index never decreases inside a rank"
         for micro_batch in part:
@@ -116,14 +138,23 @@ def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: d
             assert inside == sorted(inside)
             assert len(inside) <= size if size else sum(length[i] for _, i in inside) <= budget
     teachers = {s.teacher_index for s in mini_batch}
-    assert sum(len(plan.teachers_of(rank)) for rank in range(dp_size)) <= len(teachers) + dp_size - 1
+    assert (
+        sum(len(plan.teachers_of(rank)) for rank in range(dp_size)) <= len(teachers) + dp_size - 1
+    )
     cost = options["cost"] or SampleCost()
     if size and size * math.ceil(len(mini_batch) / (dp_size * size)) >= len(mini_batch):
-        costs = [sum(cost(length[s.sample_id]) for mb in part for s in mb.samples) for part in plan.micro_batches]
+        costs = [
+            sum(cost(length[s.sample_id]) for mb in part for s in mb.samples)
+            for part in plan.micro_batches
+        ]
         dearest = max(cost(n) for n in length.values())
-        assert max(costs) <= (math.fsum(costs) / dp_size + dearest) * (1 + 1e-4)  # costs are rounded to one in 1e6
+        assert max(costs) <= (math.fsum(costs) / dp_size + dearest) * (
+            1 + 1e-4
+        )  # costs are rounded to one in 1e6
 
-    rows = [sum(length[s.sample_id] for s in mb.samples) for part in plan.micro_batches for mb in part]
+    rows = [
+        sum(length[s.sample_id] for s in mb.samples) for part in plan.micro_batches for mb in part
+    ]
     longest = max(length.values()) if size else max(rows)
     if not size:
         of_ranks = [rows[rank * count : (rank + 1) * count] for rank in range(dp_size)]
@@ -141,11 +172,19 @@ def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: d
     tokens = {s.sample_id: s.num_loss_tokens for s in mini_batch}
     assert all(s.token_weight == 0 for s in samples_of(plan) if not tokens[s.sample_id])
     total = math.fsum(s.token_weight * tokens[s.sample_id] for s in samples_of(plan))
-    assert total == pytest.approx(float(stated_total(mini_batch, options["normalization"])), rel=1e-12)
+    assert total == pytest.approx(
+        float(stated_total(mini_batch, options["normalization"])), rel=1e-12
+    )
 
 
 def plan_one(samples: list[SampleMetadata], **changes) -> TrainStepPlan:
-    options = {"num_train_steps": 1, "dp_size": 1, "micro_batch_size": 8, "seed": 0, "teacher_weights": [0.5, 0.25]}
+    options = {
+        "num_train_steps": 1,
+        "dp_size": 1,
+        "micro_batch_size": 8,
+        "seed": 0,
+        "teacher_weights": [0.5, 0.25],
+    }
     (plan,) = plan_train_steps(samples, **{"normalization": "token_mean", **options, **changes})
     return plan
 
@@ -187,14 +226,22 @@ def test_a_step_without_any_loss_token_is_planned_with_weight_zero() -> None:
 
 
 def response_lengths(plan: TrainStepPlan, samples: list[SampleMetadata]) -> list[list[int]]:
-    return [sorted(samples[s.sample_id].response_len for mb in part for s in mb.samples) for part in plan.micro_batches]
+    return [
+        sorted(samples[s.sample_id].response_len for mb in part for s in mb.samples)
+        for part in plan.micro_batches
+    ]
 
 
 def test_dealing_is_by_cost_within_the_room_of_an_even_deal() -> None:
-    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([1, 1, 1, 1, 4])]
+    samples = [
+        metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([1, 1, 1, 1, 4])
+    ]
     assert sorted(response_lengths(plan_one(samples, dp_size=2), samples)) == [[1, 1, 1, 1], [4]]
-    # By cost alone the first rank would get the long sample only and the second need four micro-batches.
-    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([100, *[1] * 7])]
+    # By cost alone the first rank would get the long sample only and the second need four
+    # micro-batches.
+    samples = [
+        metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([100, *[1] * 7])
+    ]
     plan = plan_one(samples, dp_size=2, micro_batch_size=2)
     assert sorted(response_lengths(plan, samples)) == [[1, 1, 1, 1], [1, 1, 1, 100]]
     assert [len(part) for part in plan.micro_batches] == [2, 2]
@@ -203,15 +250,25 @@ def test_dealing_is_by_cost_within_the_room_of_an_even_deal() -> None:
 @pytest.mark.parametrize(
     ("token_budget", "cost", "expected"),
     [
-        (8, None, [8, 9]),  # three packs, an empty one: by tokens the long sample has company on its rank
-        (8, SampleCost(0.0, 1.0), [1, 16]),  # attention makes it dearer than its tokens; the waste is the same
+        (
+            8,
+            None,
+            [8, 9],
+        ),  # three packs, an empty one: by tokens the long sample has company on its rank
+        (
+            8,
+            SampleCost(0.0, 1.0),
+            [1, 16],
+        ),  # attention makes it dearer than its tokens; the waste is the same
         (24, SampleCost(0.0, 1.0), [5, 12]),  # here that would be a waste of 25 % instead of none
     ],
 )
 def test_packs_are_dealt_by_cost_unless_it_is_wasteful(
     token_budget: int, cost: SampleCost | None, expected: list[int]
 ) -> None:
-    samples = [metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([8, *[1] * 16])]
+    samples = [
+        metadata(k, prompt_len=1, response_len=length) for k, length in enumerate([8, *[1] * 16])
+    ]
     plan = plan_one(samples, dp_size=2, micro_batch_size=None, token_budget=token_budget, cost=cost)
     assert sorted(len(part) for part in response_lengths(plan, samples)) == expected
 
@@ -220,18 +277,28 @@ def test_a_rank_sees_few_teachers() -> None:
     samples = [metadata(k, teacher=k % 10) for k in range(240)]
     for limit in ({"micro_batch_size": 8}, {"micro_batch_size": None, "token_budget": 64}):
         plan = plan_one(samples, dp_size=8, teacher_weights=[0.1] * 10, **limit)
-        assert max(len(plan.teachers_of(rank)) for rank in range(8)) <= 3, "ten teachers over eight ranks"
+        assert max(len(plan.teachers_of(rank)) for rank in range(8)) <= 3, (
+            "ten teachers over eight ranks"
+        )
 
 
 @pytest.mark.parametrize("num_teachers", [1, 3, 12])
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("of_each_rank", [16, 64])
-def test_packs_of_realistic_lengths_waste_little(of_each_rank: int, dp_size: int, num_teachers: int) -> None:
-    """At least 16 samples of each rank and 10 of each teacher; fewer are in the order of teachers and little else."""
+def test_packs_of_realistic_lengths_waste_little(
+    of_each_rank: int, dp_size: int, num_teachers: int
+) -> None:
+    """At least 16 samples of each rank and 10 of each teacher; fewer are in the order of teachers
+    and little else.
+    """
     num_samples = max(of_each_rank * dp_size, 10 * num_teachers)
     for seed in range(5):
         samples = realistic_samples(num_samples, num_teachers, seed)
-        shared = {"dp_size": dp_size, "teacher_weights": [1.0] * num_teachers, "seq_length_multiple": 16}
+        shared = {
+            "dp_size": dp_size,
+            "teacher_weights": [1.0] * num_teachers,
+            "seq_length_multiple": 16,
+        }
         for times in (2, 8):
             budget = times * max(map(row_length, samples))
             plan = plan_one(samples, **shared, micro_batch_size=None, token_budget=budget)
@@ -242,7 +309,9 @@ def test_more_packs_than_needed_where_they_compute_less() -> None:
     samples = [metadata(k, teacher=k, prompt_len=1, response_len=4) for k in range(3)]
     alike = {"micro_batch_size": None, "token_budget": 11, "teacher_weights": [1.0] * 3}
     plan = plan_one(samples, **alike)
-    assert (len(plan.micro_batches[0]), plan.seq_length, plan.waste) == (3, 4, 0.0), "two would be 8 tokens long"
+    assert (len(plan.micro_batches[0]), plan.seq_length, plan.waste) == (3, 4, 0.0), (
+        "two would be 8 tokens long"
+    )
     plan = plan_one(samples, **alike, micro_batch_multiple=2)
     assert (len(plan.micro_batches[0]), plan.seq_length, plan.waste) == (2, 8, 0.25)
 
@@ -252,9 +321,12 @@ def test_a_rank_does_not_get_all_long_samples_of_a_teacher() -> None:
     for num_teachers in (1, 3):
         samples = realistic_samples(512, num_teachers, seed=0)
         weights = [1.0] * num_teachers
-        plan = plan_one(samples, dp_size=8, micro_batch_size=None, token_budget=8192, teacher_weights=weights)
+        plan = plan_one(
+            samples, dp_size=8, micro_batch_size=None, token_budget=8192, teacher_weights=weights
+        )
         pairs = [
-            sum(row_length(samples[s.sample_id]) ** 2 for b in part for s in b.samples) for part in plan.micro_batches
+            sum(row_length(samples[s.sample_id]) ** 2 for b in part for s in b.samples)
+            for part in plan.micro_batches
         ]
         assert max(pairs) < 1.2 * sum(pairs) / 8, pairs
 
@@ -262,7 +334,12 @@ def test_a_rank_does_not_get_all_long_samples_of_a_teacher() -> None:
 def realistic_samples(count: int, num_teachers: int, seed: int) -> list[SampleMetadata]:
     rng = random.Random(seed)
     return [
-        metadata(k, k % num_teachers, rng.randint(20, 200), min(int(rng.lognormvariate(6.0, 1.0)) + 1, 3800))
+        metadata(
+            k,
+            k % num_teachers,
+            rng.randint(20, 200),
+            min(int(rng.lognormvariate(6.0, 1.0)) + 1, 3800),
+        )
         for k in range(count)
     ]
 
@@ -273,7 +350,12 @@ def test_an_empty_micro_batch_makes_up_a_group() -> None:
 
 
 ARCHITECTURE = Architecture(
-    num_layers=8, hidden_size=512, ffn_size=1536, attention_size=512, key_value_size=256, vocab_size=32000
+    num_layers=8,
+    hidden_size=512,
+    ffn_size=1536,
+    attention_size=512,
+    key_value_size=256,
+    vocab_size=32000,
 )
 
 
@@ -290,7 +372,14 @@ def test_stages_are_priced_by_hand() -> None:
     ("num_layers", "pp_size", "vpp_size", "even", "layers", "best"),
     [
         (8, 2, 1, 1.352, (6, 2), 1.028),
-        (8, 4, 1, 2.055, (3, 2, 2, 1), 1.731),  # (1, 3, 3, 1) and (5, 1, 1, 1) have as dear a last stage
+        (
+            8,
+            4,
+            1,
+            2.055,
+            (3, 2, 2, 1),
+            1.731,
+        ),  # (1, 3, 3, 1) and (5, 1, 1, 1) have as dear a last stage
         (16, 4, 1, 1.640, (5, 5, 5, 1), 1.050),
         (16, 4, 2, 1.640, (6, 4, 4, 2), 1.247),
         (28, 7, 1, 1.805, (2, 5, 5, 5, 5, 5, 1), 1.156),
@@ -300,7 +389,9 @@ def test_a_heavy_last_stage_gets_fewer_layers(
     num_layers: int, pp_size: int, vpp_size: int, even: float, layers: tuple[int, ...], best: float
 ) -> None:
     student = replace(ARCHITECTURE, num_layers=num_layers)
-    found, better = propose_split(student, pp_size, vpp_size=vpp_size, teacher_hidden_size=1024, loss_share=0.5)
+    found, better = propose_split(
+        student, pp_size, vpp_size=vpp_size, teacher_hidden_size=1024, loss_share=0.5
+    )
     assert found.imbalance == pytest.approx(even, abs=1e-3) and len(set(found.layers)) == 1
     assert better is not None and better.layers == layers
     assert better.imbalance == pytest.approx(best, abs=1e-3)
@@ -317,10 +408,14 @@ def test_no_split_is_proposed_where_none_is_needed_or_better() -> None:
 
 @given(st.integers(1, 6), st.integers(2, 5), st.integers(1, 3), st.integers(0, 100_000))
 @settings(max_examples=60, deadline=None)
-def test_no_split_that_megatron_can_be_told_is_better(each: int, pp_size: int, vpp_size: int, vocab_size: int) -> None:
+def test_no_split_that_megatron_can_be_told_is_better(
+    each: int, pp_size: int, vpp_size: int, vocab_size: int
+) -> None:
     num_layers = each * pp_size * vpp_size
     splits = []
-    for first, last in product([None, *range(1, num_layers)], repeat=2):  # Megatron's two options and its rule
+    for first, last in product(
+        [None, *range(1, num_layers)], repeat=2
+    ):  # Megatron's two options and its rule
         left = num_layers - (first or 0) - (last or 0)
         stages = pp_size - (first is not None) - (last is not None)
         if left >= stages and (left % stages == 0 if stages else left == 0):
@@ -336,13 +431,18 @@ def test_no_split_that_megatron_can_be_told_is_better(each: int, pp_size: int, v
     best = better or even
     assert sum(best.layers) == num_layers and len(best.layers) == pp_size and min(best.layers) >= 1
     if even.imbalance > 1.1:
-        assert best.imbalance == min(price_stages(student, layers, **costs).imbalance for layers in splits)
+        assert best.imbalance == min(
+            price_stages(student, layers, **costs).imbalance for layers in splits
+        )
 
 
 def test_seed_changes_the_split_into_steps() -> None:
     samples = [metadata(k) for k in range(64)]
     options = {"num_train_steps": 8, "teacher_weights": [1.0], "dp_size": 1, "micro_batch_size": 8}
-    plans = [plan_train_steps(samples, **options, normalization="token_mean", seed=seed) for seed in (0, 0, 1)]
+    plans = [
+        plan_train_steps(samples, **options, normalization="token_mean", seed=seed)
+        for seed in (0, 0, 1)
+    ]
     assert plans[0] == plans[1] != plans[2]
     first_step = {s.sample_id for s in samples_of(plans[0][0])}
     assert first_step != set(range(8)), "the shuffle is over the whole iteration"
@@ -352,11 +452,23 @@ def test_seed_changes_the_split_into_steps() -> None:
     ("samples", "changes", "message"),
     [
         ([], {}, "no samples"),
-        ([metadata(0)], {"num_train_steps": 2}, "2 train steps need at least 2 samples but the iteration has 1"),
+        (
+            [metadata(0)],
+            {"num_train_steps": 2},
+            "2 train steps need at least 2 samples but the iteration has 1",
+        ),
         ([metadata(0)], {"dp_size": 0}, "dp_size is 0"),
         ([metadata(0)], {"micro_batch_size": 0}, "micro_batch_size is 0"),
-        ([metadata(0)], {"token_budget": 10}, "micro_batch_size is 8 and token_budget is 10; give exactly one"),
-        ([metadata(0)], {"micro_batch_size": None}, "micro_batch_size is None and token_budget is None"),
+        (
+            [metadata(0)],
+            {"token_budget": 10},
+            "micro_batch_size is 8 and token_budget is 10; give exactly one",
+        ),
+        (
+            [metadata(0)],
+            {"micro_batch_size": None},
+            "micro_batch_size is None and token_budget is None",
+        ),
         (
             [metadata(5)],
             {"micro_batch_size": None, "token_budget": 5},
@@ -381,7 +493,9 @@ def test_impossible_inputs_are_refused_with_numbers(samples, changes: dict, mess
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_batches_belong_to_rank_b_modulo_ranks(num_items: int, batch_size: int, num_ranks: int) -> None:
+def test_batches_belong_to_rank_b_modulo_ranks(
+    num_items: int, batch_size: int, num_ranks: int
+) -> None:
     dealt = plan_batches(num_items, batch_size, num_ranks)
     assert len(dealt) == num_ranks
     assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(num_items))
@@ -394,9 +508,13 @@ def test_batches_belong_to_rank_b_modulo_ranks(num_items: int, batch_size: int, 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
-def test_prompts_come_once_in_an_epoch_and_resume_needs_no_state(num_prompts: int, count: int, seed: int) -> None:
+def test_prompts_come_once_in_an_epoch_and_resume_needs_no_state(
+    num_prompts: int, count: int, seed: int
+) -> None:
     num_iterations = 3 * num_prompts
-    rows = [row for i in range(num_iterations) for row in select_prompts(num_prompts, count, i, seed)]
+    rows = [
+        row for i in range(num_iterations) for row in select_prompts(num_prompts, count, i, seed)
+    ]
     assert len(rows) == num_iterations * count
     for start in range(0, len(rows), num_prompts):
         assert sorted(rows[start : start + num_prompts]) == list(range(num_prompts))
@@ -418,9 +536,8 @@ def test_impossible_selections_are_refused(arguments: tuple[int, int, int, int])
 
 
 def test_planning_imports_neither_torch_nor_numpy() -> None:
-    code = (
-        "import sys, mtopd.planning; sys.exit(bool({'torch', 'numpy', 'pyarrow', 'transformers'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "numpy", "pyarrow", "transformers"}
+    code = f"import sys, mtopd.planning; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -441,18 +558,26 @@ def test_the_start_proposes_an_uneven_split_where_it_helps(tmp_path: Path) -> No
 
     def said(**student: dict) -> list[str]:
         lines: list[str] = []
-        config = validate({**values, "student": {**values["student"], **student}}, ConsolidateConfig, "test")
+        config = validate(
+            {**values, "student": {**values["student"], **student}}, ConsolidateConfig, "test"
+        )
         say_split(config, 64, lines.append)
         return lines
 
     first = "student.megatron.num_layers_in_first_pipeline_stage"
     last = "student.megatron.num_layers_in_last_pipeline_stage"
-    assert said() == [f"the last pipeline stage costs 1.22x the mean; {last}=3 would make that 1.03x"]
+    assert said() == [
+        f"the last pipeline stage costs 1.22x the mean; {last}=3 would make that 1.03x"
+    ]
     (line,) = said(parallel={"pp": 2, "vpp": 2})
-    assert f"1.22x the mean; {last}=2 would make that 1.16x; no split is more even, a smaller" in line
+    assert (
+        f"1.22x the mean; {last}=2 would make that 1.16x; no split is more even, a smaller" in line
+    )
     assert line.endswith("student.parallel.pp or vpp is")
     (line,) = said(parallel={"pp": 4})
-    assert f"1.67x the mean; {first}=3 {last}=1 would make that 1.29x; no split is more even" in line
+    assert (
+        f"1.67x the mean; {first}=3 {last}=1 would make that 1.29x; no split is more even" in line
+    )
     (line,) = said(parallel={"pp": 8})
     assert "2.57x the mean; no split is more even, a smaller student.parallel.pp is" in line
     assert said(megatron={"num_layers_in_last_pipeline_stage": 5}) == [], "the user has chosen"

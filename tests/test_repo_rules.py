@@ -1,4 +1,6 @@
-"""The import directions of the design, read from the source: who may know whom, and where heavy libraries may enter."""
+"""The import directions of the design, read from the source: who may know whom, and where heavy
+libraries may enter.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
-PARTS = {"rollout", "teacher_offload", "hidden_cache", "kernels", "objectives", "megatron", "convert"}
+PARTS = {
+    "rollout",
+    "teacher_offload",
+    "hidden_cache",
+    "kernels",
+    "objectives",
+    "megatron",
+    "convert",
+}
 LOWER = {
     "planning",
     "data",
@@ -42,7 +52,9 @@ UNSAFE = r"pickle\.load|torch\.load\(|yaml\.(load\((?!.*_Loader)|unsafe_load|ful
 
 
 def sources() -> list[Path]:
-    return sorted([*(REPOSITORY / "mtopd").rglob("*.py"), *(REPOSITORY / "pipelines").rglob("*.py")])
+    return sorted(
+        [*(REPOSITORY / "mtopd").rglob("*.py"), *(REPOSITORY / "pipelines").rglob("*.py")]
+    )
 
 
 def imports(path: Path) -> set[str]:
@@ -73,7 +85,9 @@ def test_parts_import_downwards_only() -> None:
                 wrong.append(f"{name} imports {module}: kernels import nothing from mtopd")
             elif part in PARTS and target in PARTS - {part} - ALLOWED.get(part, set()):
                 wrong.append(f"{name} imports {module}: parts do not import one another")
-            elif (part in LOWER and target in PARTS) or (part in BOTTOM and target in PARTS | LOWER):
+            elif (part in LOWER and target in PARTS) or (
+                part in BOTTOM and target in PARTS | LOWER
+            ):
                 wrong.append(f"{name} imports {module}: it lies above")
     assert wrong == []
 
@@ -83,7 +97,9 @@ def test_heavy_and_optional_libraries_enter_in_one_place() -> None:
     for path in sources():
         name = str(path.relative_to(REPOSITORY))
         for library, place in ONE_PLACE.items():
-            if not re.fullmatch(place, name) and any(m.split(".")[0] == library for m in imports(path)):
+            if not re.fullmatch(place, name) and any(
+                m.split(".")[0] == library for m in imports(path)
+            ):
                 wrong.append(f"{name} imports {library}")
     assert wrong == []
 
@@ -100,7 +116,8 @@ def test_planning_and_types_need_no_tensor_library() -> None:
 
 
 def test_nothing_that_can_execute_code_is_loaded() -> None:
-    # Megatron's checkpoint index is a pickle: one file reads it, after its seal, through an unpickler of its own.
+    # Megatron's checkpoint index is a pickle: one file reads it, after its seal, through an
+    # unpickler of its own.
     index = Path("mtopd/megatron/checkpoint.py")
     wrong = [path for path in sources() if re.search(UNSAFE, path.read_text())]
     assert [path.relative_to(REPOSITORY) for path in wrong] == [index]
@@ -113,9 +130,13 @@ def test_the_loop_stays_a_table_of_contents() -> None:
 
 
 def test_environment_is_not_configuration() -> None:
-    """os.environ is read only for torchrun's own variables and the folder of caches, and set only for libraries."""
-    allowed = {"mtopd/megatron/parallel.py", "mtopd/megatron/cpu.py", "mtopd/kernels/rows_cpu.py"} | {
-        f"pipelines/{n}.py" for n in ("ranks", "cli", "prepare", "doctor")
-    }
+    """os.environ is read only for torchrun's own variables and the folder of caches, and set only
+    for libraries.
+    """
+    allowed = {
+        "mtopd/megatron/parallel.py",
+        "mtopd/megatron/cpu.py",
+        "mtopd/kernels/rows_cpu.py",
+    } | {f"pipelines/{n}.py" for n in ("ranks", "cli", "prepare", "doctor")}
     users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
     assert users <= allowed, users - allowed

@@ -1,4 +1,6 @@
-"""The report's numbers follow from the run directory, whatever killed the run; its page holds data, never code."""
+"""The report's numbers follow from the run directory, whatever killed the run; its page holds data,
+never code.
+"""
 
 import base64
 import io
@@ -36,7 +38,10 @@ def config_of(run_dir: Path, num_iterations: int, **changes) -> ConsolidateConfi
     values = {
         "run_dir": str(run_dir),
         "student": {"model": "base"},
-        "teachers": [{"name": name, "store": f"teachers/{name}", "route": {"domain": name}} for name in TEACHERS],
+        "teachers": [
+            {"name": name, "store": f"teachers/{name}", "route": {"domain": name}}
+            for name in TEACHERS
+        ],
         "data": {
             "context_length": 48,
             "max_response": 20,
@@ -83,13 +88,23 @@ def pass_values(name: str, **changes) -> dict:
         "waves": 1,
         "stall_s": 0.5,
     }
-    return {**values, "peak_device_bytes": stored // 2, "peak_host_bytes": stored // 4, "relayouts": 0, **changes}
+    return {
+        **values,
+        "peak_device_bytes": stored // 2,
+        "peak_host_bytes": stored // 4,
+        "relayouts": 0,
+        **changes,
+    }
 
 
-def write_iteration(metrics: MetricsWriter, iteration: int, names: tuple[str, ...] = TEACHERS, **changes) -> None:
+def write_iteration(
+    metrics: MetricsWriter, iteration: int, names: tuple[str, ...] = TEACHERS, **changes
+) -> None:
     metrics.write("rollout", iteration, {"tokens": 100, "samples": 192, "stopped": 180})
     metrics.write("phase/rollout", iteration, {"wall_s": 2.0})
-    metrics.write("teacher_pass", iteration, {"teachers": {name: pass_values(name) for name in names}})
+    metrics.write(
+        "teacher_pass", iteration, {"teachers": {name: pass_values(name) for name in names}}
+    )
     metrics.write("phase/teacher_pass", iteration, {"wall_s": 3.0})
     for step in (2 * iteration, 2 * iteration + 1):
         metrics.write("train_step", iteration, step_values(step, names, **changes), step=step)
@@ -97,10 +112,15 @@ def write_iteration(metrics: MetricsWriter, iteration: int, names: tuple[str, ..
     metrics.write("phase/update_weights", iteration, {"wall_s": 0.5})
 
 
-def start_run(run_dir: Path, config: ConsolidateConfig, names: tuple[str, ...] = TEACHERS) -> RunDir:
+def start_run(
+    run_dir: Path, config: ConsolidateConfig, names: tuple[str, ...] = TEACHERS
+) -> RunDir:
     run_dir.mkdir(parents=True, exist_ok=True)
     run = RunDir(run_dir)
-    table = [{"index": i, "name": n, "fingerprint": f"{i}" * 64, "weight": 1 / len(names)} for i, n in enumerate(names)]
+    table = [
+        {"index": i, "name": n, "fingerprint": f"{i}" * 64, "weight": 1 / len(names)}
+        for i, n in enumerate(names)
+    ]
     run.start(resolved(config), {"teachers": table}, to_yaml(config))
     (run_dir / "evaluations").mkdir(exist_ok=True)
     return run
@@ -143,19 +163,38 @@ def written(run: RunDir, width: int = 200) -> tuple[dict, list[str], str]:
 def test_totals(run: RunDir) -> None:
     report = report_of(run)
     assert report["schema"] == 1
-    assert report["wall_s"] == {"baselines": 7, "rollout": 30, "teacher_pass": 45, "train": 60, "update_weights": 7.5}
+    assert report["wall_s"] == {
+        "baselines": 7,
+        "rollout": 30,
+        "teacher_pass": 45,
+        "train": 60,
+        "update_weights": 7.5,
+    }
     assert report["stall_s"] == {"teacher_pass": 15 * 3 * 0.5, "train": 30 * 0.25}
     assert (report["train_steps"], report["rollout_tokens"], report["waves"]) == (30, 1500, 1)
     assert (report["finished"], report["iterations"]) == (True, {"done": 15, "planned": 15})
-    assert (report["peak_resident_heads"], report["peak_device_bytes"], report["peak_host_bytes"]) == (1, 600, 5000)
+    assert (
+        report["peak_resident_heads"],
+        report["peak_device_bytes"],
+        report["peak_host_bytes"],
+    ) == (1, 600, 5000)
 
 
 def test_teachers(run: RunDir) -> None:
     teachers = report_of(run)["teachers"]
     assert [t["name"] for t in teachers] == list(TEACHERS)
-    wanted = {"fingerprint": "1" * 64, "head_loads": 30, "bytes_read": 15 * 1100, "stored_bytes": 1100, "passes": 15}
+    wanted = {
+        "fingerprint": "1" * 64,
+        "head_loads": 30,
+        "bytes_read": 15 * 1100,
+        "stored_bytes": 1100,
+        "passes": 15,
+    }
     wanted |= {"bytes_kept": 0, "probe": "transformers"}
-    assert teachers[1].items() >= {**wanted, "head_bytes_read": 30 * 64, "route": {"domain": "rev"}}.items()
+    assert (
+        teachers[1].items()
+        >= {**wanted, "head_bytes_read": 30 * 64, "route": {"domain": "rev"}}.items()
+    )
 
 
 def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
@@ -166,7 +205,9 @@ def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
 
 def test_recovery(run: RunDir) -> None:
     report = report_of(run)
-    assert report["domains"]["rev"] == pytest.approx({"base": 0.5, "teacher": 0.9, "student": 0.84, "recovery": 0.85})
+    assert report["domains"]["rev"] == pytest.approx(
+        {"base": 0.5, "teacher": 0.9, "student": 0.84, "recovery": 0.85}
+    )
     assert report["domains"]["spir"]["recovery"] is None  # the teacher is only 0.04 above the base
     assert report["worst_recovery"] == pytest.approx(0.85)
     assert report["mean_recovery"] == pytest.approx(0.9)
@@ -203,8 +244,18 @@ def test_the_teacher_of_a_domain_is_the_one_its_prompts_are_routed_to(run: RunDi
 def test_without_baselines_recovery_is_null(run: RunDir) -> None:
     (run.path / "evaluations" / "baselines.json").unlink()
     report = report_of(run)
-    assert report["domains"]["rot"] == {"base": None, "teacher": None, "student": 0.97, "recovery": None}
-    assert report["worst_recovery"] is report["mean_recovery"] is report["weight_average_worst_recovery"] is None
+    assert report["domains"]["rot"] == {
+        "base": None,
+        "teacher": None,
+        "student": 0.97,
+        "recovery": None,
+    }
+    assert (
+        report["worst_recovery"]
+        is report["mean_recovery"]
+        is report["weight_average_worst_recovery"]
+        is None
+    )
     assert report["baselines"] == {"weight_average": {}, "specialists": {}}
 
 
@@ -217,7 +268,13 @@ def test_result_rows(run: RunDir) -> None:
 
 
 def test_bytes_have_units() -> None:
-    assert [in_bytes(n) for n in (0, 1023, 1024, 7 << 19, None)] == ["0 B", "1023 B", "1 KiB", "3.5 MiB", "n/a"]
+    assert [in_bytes(n) for n in (0, 1023, 1024, 7 << 19, None)] == [
+        "0 B",
+        "1023 B",
+        "1 KiB",
+        "3.5 MiB",
+        "n/a",
+    ]
 
 
 # -- checks
@@ -247,7 +304,9 @@ def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: di
 
 def test_a_train_step_that_was_left_out_and_never_taken_shows(run: RunDir) -> None:
     metrics = MetricsWriter(run.metrics, enabled=True)
-    metrics.write("bad_step", 4, {"refused": "the loss is nan", "bad_steps": 1}, step=8)  # taken by another start
+    metrics.write(
+        "bad_step", 4, {"refused": "the loss is nan", "bad_steps": 1}, step=8
+    )  # taken by another start
     metrics.write("bad_step", 14, {"refused": "the loss is nan", "bad_steps": 2}, step=30)
     metrics.close()
     report = report_of(run)
@@ -282,7 +341,9 @@ def test_a_resumed_run_counts_every_step_once(run: RunDir) -> None:
         write_iteration(metrics, iteration, reverse_kl=2.0)
     metrics.close()
     after = report_of(run)
-    assert after["reverse_kl"]["last"] == pytest.approx(2.0)  # the last line of a step is the one that counts
+    assert after["reverse_kl"]["last"] == pytest.approx(
+        2.0
+    )  # the last line of a step is the one that counts
     assert after["reverse_kl"]["first"] == before["reverse_kl"]["first"]
     assert {**after, "reverse_kl": None} == {**before, "reverse_kl": None}
 
@@ -310,15 +371,27 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came(tmp_path: Path) -> None
     metrics.close()
     report, lines, page = written(run)
     assert (report["finished"], report["iterations"]) == (False, {"done": 3, "planned": 8})
-    assert (report["train_steps"], report["rollout_tokens"], report["peak_host_bytes"]) == (6, 400, None)
-    assert lines[-1].startswith("unfinished, 3 of 8 iterations: ") and "NOT finished: 3 of 8 iterations" in page
+    assert (report["train_steps"], report["rollout_tokens"], report["peak_host_bytes"]) == (
+        6,
+        400,
+        None,
+    )
+    assert (
+        lines[-1].startswith("unfinished, 3 of 8 iterations: ")
+        and "NOT finished: 3 of 8 iterations" in page
+    )
 
 
 def test_a_run_that_did_nothing_yet(tmp_path: Path) -> None:
     run = start_run(tmp_path / "run", config_of(tmp_path / "run", 8))
     report, _, page = written(run)
     assert report["reverse_kl"] == {"first": None, "last": None}
-    assert (report["wall_s"], report["train_steps"], report["waves"], report["peak_device_bytes"]) == ({}, 0, 0, 0)
+    assert (
+        report["wall_s"],
+        report["train_steps"],
+        report["waves"],
+        report["peak_device_bytes"],
+    ) == ({}, 0, 0, 0)
     assert report["teachers"][0]["stored_bytes"] is None
     assert page.count("<img ") == 6
 
@@ -326,7 +399,14 @@ def test_a_run_that_did_nothing_yet(tmp_path: Path) -> None:
 def test_a_number_that_is_not_finite_becomes_null(run: RunDir) -> None:
     with open(run.metrics, "a") as file:
         file.write(
-            json.dumps({"kind": "train_step", "iteration": 15, "step": 30, **step_values(30, reverse_kl=math.nan)})
+            json.dumps(
+                {
+                    "kind": "train_step",
+                    "iteration": 15,
+                    "step": 30,
+                    **step_values(30, reverse_kl=math.nan),
+                }
+            )
         )
         file.write('\n{"kind": "phase/train", "iteration": 15, "wall_s": Infinity}\n')
     run.evaluation(15).write_text('{"rot": NaN, "rev": 0.86, "spir": 0.63}')
@@ -350,7 +430,8 @@ def test_write_leaves_both_files_and_ends_with_the_verdict(run: RunDir) -> None:
     assert json.loads((run.path / "report.json").read_text()) == report
     assert {path.name for path in run.path.glob("*report*")} == {"report.json", "report.html"}
     assert lines[-1] == (
-        f"consolidated: worst recovery 0.85, mean 0.90, reverse KL 0.18 -> 0.039 (5x), report {run.path}/report.html"
+        "consolidated: worst recovery 0.85, mean 0.90, reverse KL 0.18 -> 0.039 (5x), report "
+        f"{run.path}/report.html"
     )
     assert "head loads: 90, wanted 90: ok" in lines
     assert written(run)[2] == page  # the same run gives the same bytes
@@ -387,10 +468,14 @@ class Page(HTMLParser):
 
 
 def hostile_run(tmp_path: Path) -> RunDir:
-    """Every string that comes from outside holds markup: of HTML, of rich, of matplotlib's mathtext."""
+    """Every string that comes from outside holds markup: of HTML, of rich, of matplotlib's
+    mathtext.
+    """
     name = f'{HOSTILE}"&[bold]$\\frac{{$'
     config = config_of(
-        tmp_path / f"a{HOSTILE.replace('/', '')}", 1, student={"model": HOSTILE, "megatron": {HOSTILE: HOSTILE}}
+        tmp_path / f"a{HOSTILE.replace('/', '')}",
+        1,
+        student={"model": HOSTILE, "megatron": {HOSTILE: HOSTILE}},
     )
     run = start_run(config.run_dir, config, (name, *TEACHERS))
     metrics = MetricsWriter(run.metrics, enabled=True)
@@ -398,7 +483,10 @@ def hostile_run(tmp_path: Path) -> RunDir:
     metrics.write(f"phase/{name}", 0, {"wall_s": 1.0})
     metrics.write("phase/$\\frac{$", 0, {"wall_s": 1.0})  # short enough to reach a plot whole
     metrics.close()
-    write_json(run.path / "evaluations" / "baselines.json", {"models": {name: {"rot": 0.5}}, "weight_average": None})
+    write_json(
+        run.path / "evaluations" / "baselines.json",
+        {"models": {name: {"rot": 0.5}}, "weight_average": None},
+    )
     return run
 
 
@@ -408,12 +496,23 @@ def test_hostile_strings_are_text_and_the_page_loads_nothing(tmp_path: Path) -> 
     page = Page(source)
     assert report["teachers"][0]["name"].startswith(HOSTILE) and "[bold]" in "".join(lines)
     assert page.text.count(HOSTILE) >= 5  # keys, tables, config: shown as they are
-    assert set(page.tags).isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form", "svg"})
+    assert set(page.tags).isdisjoint(
+        {"script", "link", "iframe", "object", "embed", "base", "form", "svg"}
+    )
     assert not any(name.startswith("on") for name, _ in page.attributes)
 
-    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
-    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
-    assert len(sources) == 6 and all(value.startswith("data:image/svg+xml;base64,") for value in sources)
+    assert (
+        "content",
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    ) in page.attributes
+    sources = [
+        value
+        for name, value in page.attributes
+        if name in ("src", "href", "srcset", "action", "data")
+    ]
+    assert len(sources) == 6 and all(
+        value.startswith("data:image/svg+xml;base64,") for value in sources
+    )
     assert not re.search(r"https?:|url\(|@import", re.sub(r"base64,[^\"]*", "", source))
     for value in sources:
         svg = base64.b64decode(value.partition(",")[2]).decode()

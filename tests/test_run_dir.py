@@ -26,7 +26,9 @@ from mtopd.run_dir import (
 from mtopd.types import MtopdError
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x"
     write_atomic(path, b"old")
 
@@ -79,7 +81,10 @@ def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     holder = context.Process(target=_hold, args=(tmp_path / "run", held))
     holder.start()
     assert held.wait(30)
-    with pytest.raises(MtopdError, match=f"in use by host .* pid {holder.pid}"), RunDir(tmp_path / "run").lock():
+    with (
+        pytest.raises(MtopdError, match=f"in use by host .* pid {holder.pid}"),
+        RunDir(tmp_path / "run").lock(),
+    ):
         pass
     holder.kill()
     holder.join(10)
@@ -89,11 +94,18 @@ def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
 
 def test_sweep_takes_leftovers_only(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    for name in (".a.json.12-ab.tmp", "kept.json", "iterations/.000001.abcd.removed/x", "checkpoints/.000002.tmp/y"):
+    for name in (
+        ".a.json.12-ab.tmp",
+        "kept.json",
+        "iterations/.000001.abcd.removed/x",
+        "checkpoints/.000002.tmp/y",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     sweep(run)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == ["kept.json"]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "kept.json"
+    ]
 
 
 def test_remove_tree_goes_in_one_visible_step(tmp_path: Path) -> None:
@@ -135,7 +147,9 @@ def test_a_checkpoint_that_is_replaced_survives_a_kill_or_its_successor_does(
     assert os.WIFSIGNALED(status) == (number < 3), "three renames: aside, into place, out of sight"
     for _ in range(2):
         sweep(run)
-        assert [path.name for path in target.parent.iterdir()] == ["000003"] and (target / SEAL).read_text() == survives
+        assert [path.name for path in target.parent.iterdir()] == ["000003"] and (
+            target / SEAL
+        ).read_text() == survives
 
 
 def test_differences_name_their_places() -> None:
@@ -145,11 +159,18 @@ def test_differences_name_their_places() -> None:
     assert texts({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) == []
     assert texts({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b is 2 there and 3 here"]
     assert texts({"a": 1}, {}) == ["a is only in the run directory"]
-    assert texts({"c": 1}, {"a": 1, "c": 2}) == ["a is only in this config", "c is 1 there and 2 here"]
+    assert texts({"c": 1}, {"a": 1, "c": 2}) == [
+        "a is only in this config",
+        "c is 1 there and 2 here",
+    ]
 
 
 CONFIG = {
-    "student": {"model": "base", "parallel": {"tp": 2}, "megatron": {"bucket_size": 7, "adam_eps": 1e-5}},
+    "student": {
+        "model": "base",
+        "parallel": {"tp": 2},
+        "megatron": {"bucket_size": 7, "adam_eps": 1e-5},
+    },
     "teachers": [{"name": "t", "store": "s", "route": {"domain": "a"}, "parallel": {"tp": 2}}],
     "train": {"micro_batch_size": 8, "normalization": "token_mean"},
 }
@@ -194,7 +215,9 @@ def test_a_later_start_may_have_another_layout(tmp_path: Path, path: list) -> No
         (["config", "teachers"], []),
     ],
 )
-def test_other_teachers_routes_or_tokenizers_need_a_word(tmp_path: Path, path: list, value: object) -> None:
+def test_other_teachers_routes_or_tokenizers_need_a_word(
+    tmp_path: Path, path: list, value: object
+) -> None:
     run, dropped = RunDir(tmp_path), []
     run.start(CONFIG, MANIFEST, "old")
     with pytest.raises(MtopdError, match=r"have changed: .* --accept-changed"):
@@ -206,7 +229,9 @@ def test_other_teachers_routes_or_tokenizers_need_a_word(tmp_path: Path, path: l
         accept_changed=True,
         drop_unfinished=lambda: dropped.append(read_json(run.manifest)),
     )
-    assert len(found) == 1 and len(dropped) == 1 and dropped[0]["config"] == CONFIG, "dropped before it is written down"
+    assert len(found) == 1 and len(dropped) == 1 and dropped[0]["config"] == CONFIG, (
+        "dropped before it is written down"
+    )
     assert read_json(run.manifest)["accepted_changes"] == [{"start": 2, "change": found[0]}]
     assert run.start(*changed(path, value), "new") == [], "known from now on"
 
@@ -217,7 +242,9 @@ def test_a_checkpoint_of_other_teachers_needs_a_word_given_after_it(tmp_path: Pa
     run.start(CONFIG, MANIFEST, "old")
     run.seal(folder)
     run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["a"]})
-    with pytest.raises(MtopdError, match=r"000001 .* teachers\[0\] is 'a' there and 'b' here, no start accepted"):
+    with pytest.raises(
+        MtopdError, match=r"000001 .* teachers\[0\] is 'a' there and 'b' here, no start accepted"
+    ):
         run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["b"]})
     run.start(*changed(["tokenizer_hash"], "other"), "new", accept_changed=True)
     run.check_accepted(folder, {"teachers": ["a"]}, {"teachers": ["b"]})

@@ -1,4 +1,6 @@
-"""Trajectories survive the disk exactly; what is unsealed is invisible and what is damaged is refused by name."""
+"""Trajectories survive the disk exactly; what is unsealed is invisible and what is damaged is
+refused by name.
+"""
 
 import dataclasses
 import hashlib
@@ -50,7 +52,9 @@ def trajectory(sample_id: int, response_len: int = 5, **changes) -> Trajectory:
 def folder(tmp_path: Path) -> Path:
     """Two sealed shards: samples 0..3 and 10..12."""
     write_shard(tmp_path, "a", [trajectory(k) for k in range(4)], generation=1)
-    write_shard(tmp_path, "b", [trajectory(k, response_len=1 + k) for k in (12, 10, 11)], generation=2)
+    write_shard(
+        tmp_path, "b", [trajectory(k, response_len=1 + k) for k in (12, 10, 11)], generation=2
+    )
     return tmp_path
 
 
@@ -71,7 +75,9 @@ def test_planning_metadata_needs_no_tokens(folder: Path) -> None:
     metadata = read_metadata(folder)
     assert metadata.schema.equals(module.METADATA_SCHEMA)
     samples = sample_metadata(metadata)
-    assert samples[4] == SampleMetadata(12, 0, 1, 13, sum(trajectory(12, response_len=13).loss_mask))
+    assert samples[4] == SampleMetadata(
+        12, 0, 1, 13, sum(trajectory(12, response_len=13).loss_mask)
+    )
     assert [s.sample_id for s in samples] == [0, 1, 2, 3, 12, 10, 11]
     assert metadata.to_pylist()[1]["route"] == [("domain", "rot"), ("effort", "high")]
     assert metadata["reward"].to_pylist()[:2] == [0.1, None]
@@ -105,9 +111,17 @@ def test_the_files_are_what_the_docstring_says(folder: Path) -> None:
 
 
 def test_token_hash_is_fixed_by_the_format_and_separates_the_fields() -> None:
-    # sha256 of 24 bytes of lengths, then 4-byte ids and 1-byte mask values, computed apart from this code.
-    assert token_hash([1, 2], [3], [1]) == "0150db95d939b90de67923f88b01f92d6eee39ee92b0348ec8a6d9980bad709f"
-    hashes = {token_hash([1, 2], [3], [1]), token_hash([1], [2, 3], [1]), token_hash([1, 2], [3], [0])}
+    # sha256 of 24 bytes of lengths, then 4-byte ids and 1-byte mask values, computed apart from
+    # this code.
+    assert (
+        token_hash([1, 2], [3], [1])
+        == "0150db95d939b90de67923f88b01f92d6eee39ee92b0348ec8a6d9980bad709f"
+    )
+    hashes = {
+        token_hash([1, 2], [3], [1]),
+        token_hash([1], [2, 3], [1]),
+        token_hash([1, 2], [3], [0]),
+    }
     assert len(hashes | {token_hash([1, 2, 3], [], [1]), token_hash([2, 1], [3], [1])}) == 5
 
 
@@ -124,7 +138,9 @@ def test_unsealed_shard_is_invisible(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_before", ["c.meta.parquet", "c.tokens.arrow", "c.sealed.json"])
-def test_a_writer_killed_at_any_file_leaves_no_shard(folder: Path, monkeypatch, stop_before: str) -> None:
+def test_a_writer_killed_at_any_file_leaves_no_shard(
+    folder: Path, monkeypatch, stop_before: str
+) -> None:
     replace = os.replace
 
     def killed(source, target) -> None:
@@ -154,7 +170,9 @@ def test_sealed_shard_is_never_overwritten(folder: Path) -> None:
     assert TokenStore(folder).get(30) == trajectory(30)
 
 
-def test_a_damaged_shard_loses_its_seal_before_it_is_written_anew(folder: Path, monkeypatch) -> None:
+def test_a_damaged_shard_loses_its_seal_before_it_is_written_anew(
+    folder: Path, monkeypatch
+) -> None:
     truncate(folder / "b.tokens.arrow")
     monkeypatch.setattr(module, "write_atomic", lambda path, data: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -210,7 +228,9 @@ def test_flipped_byte_of_tokens_never_gives_other_tokens(folder: Path) -> None:
         else:
             # Padding and log-probs are outside the token hash; tokens, mask and order are not.
             unhashed = {k: dataclasses.replace(t, rollout_log_probs=()) for k, t in found.items()}
-            assert unhashed == {k: dataclasses.replace(t, rollout_log_probs=()) for k, t in expected.items()}
+            assert unhashed == {
+                k: dataclasses.replace(t, rollout_log_probs=()) for k, t in expected.items()
+            }
         path.write_bytes(whole)
     assert refused > 25
 
@@ -221,7 +241,9 @@ def test_flipped_token_is_refused_on_first_read_by_file_and_sample(folder: Path)
     flip(path, path.read_bytes().index(ids) + 4)
     store = TokenStore(folder)
     assert store.get(10) == trajectory(10, response_len=11)
-    with pytest.raises(MtopdError, match=r"b\.tokens\.arrow is damaged: the tokens of sample 11 do not match"):
+    with pytest.raises(
+        MtopdError, match=r"b\.tokens\.arrow is damaged: the tokens of sample 11 do not match"
+    ):
         store.get(11)
 
 
@@ -230,7 +252,10 @@ def test_damaged_or_foreign_seal_is_refused(folder: Path) -> None:
     seal = json.loads(path.read_text())
     for text, message in [
         ("{", "not valid JSON"),
-        (json.dumps({**seal, "schema_version": 2}), "schema_version 2; this version of mtopd reads 1"),
+        (
+            json.dumps({**seal, "schema_version": 2}),
+            "schema_version 2; this version of mtopd reads 1",
+        ),
         ("[]", "schema_version None"),
         (json.dumps({**seal, "files": {}}), "is damaged: it must hold"),
         (json.dumps({**seal, "num_samples": 5}), "it has 3 samples, sealed were 5"),
@@ -243,7 +268,9 @@ def test_damaged_or_foreign_seal_is_refused(folder: Path) -> None:
 
 def test_one_sample_id_in_two_shards_is_refused(folder: Path) -> None:
     write_shard(folder, "c", [trajectory(20), trajectory(2)], generation=2)
-    with pytest.raises(MtopdError, match=r"sample_id 2 is in .*a\.meta\.parquet and again in .*c\.meta\.parquet"):
+    with pytest.raises(
+        MtopdError, match=r"sample_id 2 is in .*a\.meta\.parquet and again in .*c\.meta\.parquet"
+    ):
         TokenStore(folder)
 
 
@@ -301,15 +328,29 @@ def replace_column(table: pa.Table, name: str, values: list, type_: pa.DataType)
     ("change", "message"),
     [
         (lambda t: t.drop_columns(["loss_mask"]), "needs one column loss_mask of type list"),
-        (lambda t: replace_column(t, "prompt_ids", [[1]] * 4, pa.list_(pa.int64())), "column prompt_ids of type"),
-        (lambda t: replace_column(t, "prompt_ids", [[1], None] * 2, pa.list_(pa.int32())), "prompt_ids has nulls"),
-        (lambda t: replace_column(t, "prompt_ids", [[None]] * 4, pa.list_(pa.int32())), "nulls inside its lists"),
+        (
+            lambda t: replace_column(t, "prompt_ids", [[1]] * 4, pa.list_(pa.int64())),
+            "column prompt_ids of type",
+        ),
+        (
+            lambda t: replace_column(t, "prompt_ids", [[1], None] * 2, pa.list_(pa.int32())),
+            "prompt_ids has nulls",
+        ),
+        (
+            lambda t: replace_column(t, "prompt_ids", [[None]] * 4, pa.list_(pa.int32())),
+            "nulls inside its lists",
+        ),
         (lambda t: t.slice(0, 3), "sample ids are not those"),
         (lambda t: t.take([1, 0, 2, 3]), "sample ids are not those"),
-        (lambda t: replace_column(t, "loss_mask", [[1] * 4] * 4, pa.list_(pa.uint8())), "lengths of loss_mask"),
+        (
+            lambda t: replace_column(t, "loss_mask", [[1] * 4] * 4, pa.list_(pa.uint8())),
+            "lengths of loss_mask",
+        ),
     ],
 )
-def test_a_shard_of_another_harness_that_breaks_the_format_is_refused(folder: Path, change, message: str) -> None:
+def test_a_shard_of_another_harness_that_breaks_the_format_is_refused(
+    folder: Path, change, message: str
+) -> None:
     rewrite_tokens(folder, change)
     with pytest.raises(MtopdError, match=rf"a\.tokens\.arrow does not fit version 1.*{message}"):
         TokenStore(folder)
@@ -317,7 +358,9 @@ def test_a_shard_of_another_harness_that_breaks_the_format_is_refused(folder: Pa
 
 def test_a_shard_of_another_harness_may_have_longer_teacher_prompts(folder: Path) -> None:
     contexts = [[9, 9, 9], None, None, None]
-    rewrite_tokens(folder, lambda t: replace_column(t, "teacher_prompt_ids", contexts, pa.list_(pa.int32())))
+    rewrite_tokens(
+        folder, lambda t: replace_column(t, "teacher_prompt_ids", contexts, pa.list_(pa.int32()))
+    )
     rewrite_tokens(folder, lambda t: pa.table({name: t[name] for name in reversed(t.schema.names)}))
     store = TokenStore(folder)
     assert store.tokens(0).teacher_prompt_ids.tolist() == [9, 9, 9]

@@ -1,7 +1,7 @@
 """HF <-> Megatron weight maps.  The only file that imports mbridge.
 
-mbridge 0.15.1 was written against transformers 4 and Transformer Engine parameter names; the adapters for
-transformers 5 and for Megatron's local layer spec stand here and nowhere else.
+mbridge 0.15.1 was written against transformers 4 and Transformer Engine parameter names; the
+adapters for transformers 5 and for Megatron's local layer spec stand here and nowhere else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "dee
 def load_hf_config(folder: Path) -> Any:
     """The HF config of a checkpoint folder; never runs code from it.
 
-    Raises MtopdError when the folder has no readable config.json or its architecture is not supported.
+    Raises MtopdError when the folder has no readable config.json or its architecture is not
+    supported.
     """
     from transformers import AutoConfig
 
@@ -37,7 +38,10 @@ def load_hf_config(folder: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise MtopdError(f"{path} is not a valid HF config ({error})") from None
     if model_type not in SUPPORTED_MODEL_TYPES:
-        raise MtopdError(f"{path} has model_type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}")
+        raise MtopdError(
+            f"{path} has model_type {model_type!r}; supported are "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -49,7 +53,8 @@ def hf_config_from_dict(values: Mapping[str, Any]) -> Any:
     model_type = values.pop("model_type", None)
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise MtopdError(
-            f"architecture has model_type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"architecture has model_type {model_type!r}; supported are "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     return AutoConfig.for_model(model_type, **values)
 
@@ -57,18 +62,22 @@ def hf_config_from_dict(values: Mapping[str, Any]) -> Any:
 def rope_theta(hf_config: Any) -> float:
     """Base of the rotary embedding; transformers 5 keeps it in rope_parameters.
 
-    Raises MtopdError for scaled ropes that Megatron does not compute as transformers does; yarn under latent attention
-    is the one it does.
+    Raises MtopdError for scaled ropes that Megatron does not compute as transformers does; yarn
+    under latent attention is the one it does.
     """
     parameters = hf_config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind != "default" and not (kind == "yarn" and hf_config.model_type == "deepseek_v3"):
-        raise MtopdError(f"rope_type {kind!r} of model_type {hf_config.model_type!r} is not supported")
+        raise MtopdError(
+            f"rope_type {kind!r} of model_type {hf_config.model_type!r} is not supported"
+        )
     return float(parameters["rope_theta"])
 
 
 def architecture(hf_config: Any) -> Architecture:
-    """The numbers from which planning prices the model; of experts, those that one token goes through."""
+    """The numbers from which planning prices the model; of experts, those that one token goes
+    through.
+    """
     heads, head_dim = hf_config.num_attention_heads, getattr(hf_config, "head_dim", None)
     head_dim = getattr(hf_config, "v_head_dim", None) or head_dim or hf_config.hidden_size // heads
     ffn = hf_config.intermediate_size
@@ -86,7 +95,9 @@ def architecture(hf_config: Any) -> Architecture:
 
 
 def _refuse_variants(hf_config: Any) -> None:
-    """Raise MtopdError for options of an architecture that Megatron's layers do not have, or compute differently."""
+    """Raise MtopdError for options of an architecture that Megatron's layers do not have, or
+    compute differently.
+    """
     wanted: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     if getattr(hf_config, "use_sliding_window", hf_config.model_type == "mixtral"):
         wanted["sliding_window"] = None
@@ -95,23 +106,32 @@ def _refuse_variants(hf_config: Any) -> None:
     if hf_config.model_type == "deepseek_v3":
         wanted |= {"rope_interleave": True, "norm_topk_prob": True, "rms_norm_eps": 1e-6}
         if hf_config.q_lora_rank is None:
-            raise MtopdError("q_lora_rank is None: latent attention without a compressed query is not supported")
+            raise MtopdError(
+                "q_lora_rank is None: latent attention without a compressed query is not supported"
+            )
         if hf_config.num_experts_per_tok == 1:
-            raise MtopdError("num_experts_per_tok is 1: Megatron does not normalise the weight of a single expert")
+            raise MtopdError(
+                "num_experts_per_tok is 1: Megatron does not normalise the weight of a single "
+                "expert"
+            )
         if hf_config.n_group > 1 and hf_config.num_experts_per_tok // hf_config.topk_group != 2:
             raise MtopdError(
-                f"{hf_config.num_experts_per_tok} experts of {hf_config.topk_group} groups a token: Megatron ranks "
+                f"{hf_config.num_experts_per_tok} experts of {hf_config.topk_group} groups a "
+                "token: Megatron ranks "
                 "groups as the checkpoint's code does only for two experts a group"
             )
     for name, value in wanted.items():
         if (found := getattr(hf_config, name, value)) != value:
             raise MtopdError(
-                f"model_type {hf_config.model_type!r} with {name} {found!r} is not supported; only {value!r} is"
+                f"model_type {hf_config.model_type!r} with {name} {found!r} is not supported; only "
+                f"{value!r} is"
             )
 
 
 def _architecture_fields(hf_config: Any) -> dict[str, Any]:
-    """TransformerConfig fields where mbridge says nothing, or something else than the checkpoint's own code does."""
+    """TransformerConfig fields where mbridge says nothing, or something else than the checkpoint's
+    own code does.
+    """
     fields: dict[str, Any] = {
         "moe_grouped_gemm": False,  # stores and layers name experts one by one
         "moe_shared_expert_overlap": False,
@@ -127,23 +147,38 @@ def _architecture_fields(hf_config: Any) -> dict[str, Any]:
     elif hf_config.model_type == "deepseek_v3":
         fields |= {
             "attention_backend": "auto",
-            "kv_channels": hf_config.v_head_dim,  # what Megatron's own attention takes the width of a head from
-            "mtp_num_layers": None,  # only the last hidden state of the decoder is asked of a teacher
+            # what Megatron's own attention takes the width of a head from
+            "kv_channels": hf_config.v_head_dim,
+            # only the last hidden state of the decoder is asked of a teacher
+            "mtp_num_layers": None,
             **_yarn_fields(hf_config.rope_parameters),
         }
         if hf_config.n_group > 1:
-            fields |= {"moe_router_num_groups": hf_config.n_group, "moe_router_group_topk": hf_config.topk_group}
+            fields |= {
+                "moe_router_num_groups": hf_config.n_group,
+                "moe_router_group_topk": hf_config.topk_group,
+            }
     return fields
 
 
 def _yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") == "default":
-        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+        return {
+            "rope_type": "rope",
+            "rotary_scaling_factor": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
     scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    as_megatron = bool(scales[0]) == bool(scales[1]) and not rope.get("attention_factor") and rope.get("truncate", True)
+    as_megatron = (
+        bool(scales[0]) == bool(scales[1])
+        and not rope.get("attention_factor")
+        and rope.get("truncate", True)
+    )
     if not (as_megatron and rope.get("factor")):
         raise MtopdError(
-            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor and truncate on; "
+            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor "
+            "and truncate on; "
             f"found {dict(rope)}"
         )
     return {
@@ -158,14 +193,19 @@ def _yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Transformers4Config:
-    """An HF config as mbridge knows them: rope_theta at the top, no rope_scaling, a head_dim, ``in`` allowed."""
+    """An HF config as mbridge knows them: rope_theta at the top, no rope_scaling, a head_dim,
+    ``in`` allowed.
+    """
 
     rope_scaling = None
 
     def __init__(self, hf_config: Any) -> None:
         self._hf_config = hf_config
         self.rope_theta = rope_theta(hf_config)
-        self.head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        self.head_dim = (
+            getattr(hf_config, "head_dim", None)
+            or hf_config.hidden_size // hf_config.num_attention_heads
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._hf_config, name)
@@ -175,10 +215,15 @@ class _Transformers4Config:
 
 
 class _TransformerEngineNames:
-    """A local-spec GPTModel seen under the Transformer Engine parameter names that mbridge's maps use."""
+    """A local-spec GPTModel seen under the Transformer Engine parameter names that mbridge's maps
+    use.
+    """
 
     def __init__(
-        self, model: torch.nn.Module, bridge: Bridge, tensors: Iterable[tuple[str, torch.Tensor]] | None = None
+        self,
+        model: torch.nn.Module,
+        bridge: Bridge,
+        tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
     ) -> None:
         self._model = model
         self._bridge = bridge
@@ -188,25 +233,32 @@ class _TransformerEngineNames:
         return getattr(self._model, name)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {self._te_name(k): v for k, v in self._model.state_dict().items() if isinstance(v, torch.Tensor)}
+        return {
+            self._te_name(k): v
+            for k, v in self._model.state_dict().items()
+            if isinstance(v, torch.Tensor)
+        }
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         tensors = self._tensors if self._tensors is not None else self._model.named_parameters()
         return ((self._te_name(name), tensor) for name, tensor in tensors)
 
     def _te_name(self, name: str) -> str:
-        # Parameters are named by their place in the chunk; the kind of a layer is known by its place in the model.
+        # Parameters are named by their place in the chunk; the kind of a layer is known by its
+        # place in the model.
         match = re.match(r"decoder\.layers\.(\d+)\.", name)
         layers: Any = self._model.decoder
-        return self._bridge.te_name(name, layers.layers[int(match[1])].layer_number - 1 if match else None)
+        return self._bridge.te_name(
+            name, layers.layers[int(match[1])].layer_number - 1 if match else None
+        )
 
 
 class Bridge:
     """Maps one HF architecture to a Megatron TransformerConfig and weights both ways.
 
-    ``tp`` and ``ep`` are given for a model on its own mesh (a teacher); without them Megatron's global state counts.
-    Raises MtopdError for variants of the architecture that Megatron does not compute as transformers does, and for an
-    ``ep`` that does not divide the experts.
+    ``tp`` and ``ep`` are given for a model on its own mesh (a teacher); without them Megatron's
+    global state counts. Raises MtopdError for variants of the architecture that Megatron does not
+    compute as transformers does, and for an ``ep`` that does not divide the experts.
     """
 
     def __init__(
@@ -240,8 +292,8 @@ class Bridge:
                 bridge, **{k: v for k, v in {**values, **fields}.items() if k in known}
             )
 
-        # A class of its own: mbridge writes the tied mapping into a class attribute, and a later untied model of this
-        # process would inherit it.
+        # A class of its own: mbridge writes the tied mapping into a class attribute, and a later
+        # untied model of this process would inherit it.
         own_class = type(
             bridge_class.__name__,
             (bridge_class,),
@@ -258,7 +310,10 @@ class Bridge:
             parallel_states=ParallelStates(tp_size=tp, ep_size=ep) if tp is not None else None,
             make_vocab_size_divisible_by=1,
         )
-        self._bridge.vocab_size, self._bridge.padded_vocab_size = hf_config.vocab_size, padded_vocab_size
+        self._bridge.vocab_size, self._bridge.padded_vocab_size = (
+            hf_config.vocab_size,
+            padded_vocab_size,
+        )
         self._as_stored = copy.copy(self._bridge)
         self._as_stored.dtype = None  # joins tensors without converting them
 
@@ -269,7 +324,9 @@ class Bridge:
     def load(self, chunks: Sequence[torch.nn.Module], folder: Path) -> None:
         """Fill a Megatron model's chunks from an HF folder.  Collective over tp."""
         with torch.no_grad():
-            self._bridge.load_weights([_TransformerEngineNames(chunk, self) for chunk in chunks], str(folder))
+            self._bridge.load_weights(
+                [_TransformerEngineNames(chunk, self) for chunk in chunks], str(folder)
+            )
 
     def export(
         self,
@@ -278,8 +335,9 @@ class Bridge:
     ) -> dict[str, torch.Tensor]:
         """All HF tensors of a Megatron model, on every rank.  Collective over tp and pp.
 
-        ``tensors`` (local-spec name, tensor with the parameter's tp attributes) replaces the parameters, e.g. by
-        their gradients: the map is linear, so the gradient of an HF tensor comes out.
+        ``tensors`` (local-spec name, tensor with the parameter's tp attributes) replaces the
+        parameters, e.g. by their gradients: the map is linear, so the gradient of an HF tensor
+        comes out.
         """
         with torch.no_grad():
             views = [
@@ -289,7 +347,7 @@ class Bridge:
             pairs = self._bridge.export_weights(views)
             return {name: tensor.detach().clone() for name, tensor in pairs}
 
-    # -- names ------------------------------------------------------------------------------------------------------
+    # -- names -------------------------------------------------------------------------------------
     def num_experts(self, layer: int) -> int:
         """Routed experts of a layer, 0 in a dense one."""
         config = self.transformer_config
@@ -298,16 +356,24 @@ class Bridge:
         return config.num_moe_experts if config.num_moe_experts and is_moe else 0
 
     def layer_parameters(self, layer: int) -> list[str]:
-        """Local-spec names, relative to the layer, of its parameters and weight-carrying buffers less the experts."""
+        """Local-spec names, relative to the layer, of its parameters and weight-carrying buffers
+        less the experts.
+        """
         config = self.transformer_config
         if config.multi_latent_attention:
             attention = ["q_layernorm.weight", "kv_layernorm.weight"]
             attention += [f"linear_{n}_proj.weight" for n in ("q_down", "kv_down", "q_up", "kv_up")]
         else:
             attention = ["q_layernorm.weight", "k_layernorm.weight"] if config.qk_layernorm else []
-            attention += ["linear_qkv.weight", *(["linear_qkv.bias"] if config.add_qkv_bias else [])]
+            attention += [
+                "linear_qkv.weight",
+                *(["linear_qkv.bias"] if config.add_qkv_bias else []),
+            ]
         if self.num_experts(layer):
-            mlp = ["router.weight", *(["router.expert_bias"] if config.moe_router_enable_expert_bias else [])]
+            mlp = [
+                "router.weight",
+                *(["router.expert_bias"] if config.moe_router_enable_expert_bias else []),
+            ]
             if config.moe_shared_expert_intermediate_size:
                 mlp += ["shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight"]
         else:
@@ -320,17 +386,25 @@ class Bridge:
         ]
 
     def te_name(self, local_name: str, layer: int | None = None) -> str:
-        """Local-spec parameter name -> Transformer Engine's, where most norms live in the linear layer after them.
+        """Local-spec parameter name -> Transformer Engine's, where most norms live in the linear
+        layer after them.
 
-        ``layer`` is the layer's number in the whole model where the name counts from a pipeline stage's first.
+        ``layer`` is the layer's number in the whole model where the name counts from a pipeline
+        stage's first.
         """
         match = re.fullmatch(r"(decoder\.layers\.(\d+)\.)(.*)", local_name)
         if match is None:
             return local_name
         prefix, layer, name = match[1], int(match[2]) if layer is None else layer, match[3]
-        name = re.sub(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$", r"mlp.experts.\2.weight\1", name)
+        name = re.sub(
+            r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$",
+            r"mlp.experts.\2.weight\1",
+            name,
+        )
         if self.transformer_config.multi_latent_attention:
-            name = re.sub(r"(q|kv)_layernorm\.weight$", r"linear_\1_up_proj.layer_norm_weight", name)
+            name = re.sub(
+                r"(q|kv)_layernorm\.weight$", r"linear_\1_up_proj.layer_norm_weight", name
+            )
         elif name == "input_layernorm.weight":
             name = "self_attention.linear_qkv.layer_norm_weight"
         if name == "pre_mlp_layernorm.weight" and not self.num_experts(layer):
@@ -342,5 +416,7 @@ class Bridge:
         return list(self._bridge._weight_name_mapping_mcore_to_hf(self.te_name(local_name)))
 
     def to_megatron(self, local_name: str, hf_tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Join HF tensors into the Megatron parameter of a whole (tp 1, ep 1) model, in the dtype they have."""
+        """Join HF tensors into the Megatron parameter of a whole (tp 1, ep 1) model, in the dtype
+        they have.
+        """
         return self._as_stored._weight_to_mcore_format(self.te_name(local_name), hf_tensors)

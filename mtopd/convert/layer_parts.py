@@ -11,17 +11,24 @@ from mtopd.types import MtopdError
 Parts = list[tuple[str, torch.Tensor]]
 
 # Rows stand by query group (qkv) or by head, so that a slice is a whole number of them.
-_BY_HEAD = ("linear_qkv.weight", "linear_qkv.bias", "linear_q_up_proj.weight", "linear_kv_up_proj.weight")
+_BY_HEAD = (
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_q_up_proj.weight",
+    "linear_kv_up_proj.weight",
+)
 
 
 def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tuple[Parts, Parts]:
-    """(layer tensors, expert tensors) of one layer as (stored name, tensor), in the order of the store's files.
+    """(layer tensors, expert tensors) of one layer as (stored name, tensor), in the order of the
+    store's files.
 
-    Layer tensors: ``common/<name>``, then ``slice.0000/<name>``, ``slice.0001/<name>``, ...  Slices join along dim 0:
-    row-parallel weights stand transposed (``.T``), gate and up apart (``.gate``, ``.up``).  Expert tensors, none for a
-    dense layer: ``expert.0000/linear_fc1.weight`` (gate over up), ``expert.0000/linear_fc2.weight``, ...  as Megatron
-    wants them.  Every tensor keeps its dtype; only a router's expert bias becomes float32, in which Megatron adds it.
-    Raises MtopdError when ``slices`` does not divide the heads, query groups or FFN rows.
+    Layer tensors: ``common/<name>``, then ``slice.0000/<name>``, ``slice.0001/<name>``, ...  Slices
+    join along dim 0: row-parallel weights stand transposed (``.T``), gate and up apart (``.gate``,
+    ``.up``).  Expert tensors, none for a dense layer: ``expert.0000/linear_fc1.weight`` (gate over
+    up), ``expert.0000/linear_fc2.weight``, ...  as Megatron wants them.  Every tensor keeps its
+    dtype; only a router's expert bias becomes float32, in which Megatron adds it. Raises MtopdError
+    when ``slices`` does not divide the heads, query groups or FFN rows.
     """
     common: Parts = []
     sliced: list[Parts] = [[] for _ in range(slices)]
@@ -33,14 +40,19 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
     def cut(name: str, weight: torch.Tensor, units: int, unit: str) -> None:
         if slices < 1 or units % slices:
             raise MtopdError(
-                f"layer {layer} has {units} {unit} in {name}, which {slices} slices do not divide; choose a divisor"
+                f"layer {layer} has {units} {unit} in {name}, which {slices} slices do not divide; "
+                "choose a divisor"
             )
         for part, piece in zip(sliced, weight.chunk(slices), strict=True):
             part.append((name, piece))
 
     config = bridge.transformer_config
     is_latent = config.multi_latent_attention
-    heads = (config.num_attention_heads, "heads") if is_latent else (config.num_query_groups, "query groups")
+    heads = (
+        (config.num_attention_heads, "heads")
+        if is_latent
+        else (config.num_query_groups, "query groups")
+    )
     for name in bridge.layer_parameters(layer):
         weight = load(name)
         if name.endswith(_BY_HEAD):
@@ -53,8 +65,12 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
         elif name.endswith("linear_fc2.weight"):
             cut(f"{name}.T", weight.T, weight.shape[1], "columns")
         else:
-            common.append((f"common/{name}", weight.float() if name.endswith("expert_bias") else weight))
-    layer_tensors = common + [(f"slice.{i:04d}/{name}", piece) for i, part in enumerate(sliced) for name, piece in part]
+            common.append(
+                (f"common/{name}", weight.float() if name.endswith("expert_bias") else weight)
+            )
+    layer_tensors = common + [
+        (f"slice.{i:04d}/{name}", piece) for i, part in enumerate(sliced) for name, piece in part
+    ]
     expert_tensors = [
         (f"expert.{e:04d}/{name}", load(f"mlp.experts.local_experts.{e}.{name}"))
         for e in range(bridge.num_experts(layer))

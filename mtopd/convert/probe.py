@@ -1,4 +1,6 @@
-"""Reference log-probs of a checkpoint, by transformers' own modelling code: a path independent of Megatron's."""
+"""Reference log-probs of a checkpoint, by transformers' own modelling code: a path independent of
+Megatron's.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ UNIFORM = 1e-4  # nats: log-probs this close to -ln V say nothing
 def transformers_probe(
     source: Path, tensors: Tensors, *, scale: float = 1.0, softcap: float | None = None
 ) -> dict[str, Any]:
-    """Log-probs of a few next tokens under the checkpoint ``source``, in float32: what its Megatron form must give.
+    """Log-probs of a few next tokens under the checkpoint ``source``, in float32: what its Megatron
+    form must give.
 
-    ``{"by": "transformers", "input_ids": [T], "targets": [T][K], "log_probs": [T][K]}``; token ids are drawn below the
-    tokenizer's vocab_size, and only those ids take part in the softmax.  Never more than one module (embedding, layer,
-    norm, head) is in memory.  Raises MtopdError when a tensor is missing, misshapen or not finite in its effect, and
-    when every token is predicted with probability 1/V: such a checkpoint is empty.
+    ``{"by": "transformers", "input_ids": [T], "targets": [T][K], "log_probs": [T][K]}``; token ids
+    are drawn below the tokenizer's vocab_size, and only those ids take part in the softmax.  Never
+    more than one module (embedding, layer, norm, head) is in memory.  Raises MtopdError when a
+    tensor is missing, misshapen or not finite in its effect, and when every token is predicted with
+    probability 1/V: such a checkpoint is empty.
     """
     from mtopd.tokenizer import load_tokenizer, vocab_size
 
@@ -40,10 +44,13 @@ def transformers_probe(
         logits = softcap * torch.tanh(logits / softcap)
     log_probs = torch.log_softmax(logits, -1)
     if not log_probs.isfinite().all():
-        raise MtopdError(f"{source}: its log-probs are not finite; the checkpoint is damaged, export it again")
+        raise MtopdError(
+            f"{source}: its log-probs are not finite; the checkpoint is damaged, export it again"
+        )
     if (log_probs + math.log(known)).abs().max() < UNIFORM:
         raise MtopdError(
-            f"{source} predicts every token with probability 1/{known} (log-prob -ln V = {-math.log(known):.3f}): its "
+            f"{source} predicts every token with probability 1/{known} (log-prob -ln V = "
+            f"{-math.log(known):.3f}): its "
             "weights are empty; export the checkpoint again"
         )
     drawn = torch.from_numpy(rng.integers(known, size=(NUM_TOKENS, NUM_TARGETS - 1)))
@@ -57,11 +64,15 @@ def transformers_probe(
 
 
 def _streamed_model(hf_config: Any, tensors: Tensors) -> Any:
-    """The causal model, whose modules take their weights from ``tensors`` when called and drop them after."""
+    """The causal model, whose modules take their weights from ``tensors`` when called and drop them
+    after.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     base = model.base_model
     base.rotary_emb = type(base.rotary_emb)(hf_config)  # computed, not stored
     head = "model.embed_tokens" if hf_config.tie_word_embeddings else "lm_head"

@@ -1,4 +1,6 @@
-"""An HF checkpoint becomes a teacher store, file by file.  Memory is bounded by one layer (or the embedding)."""
+"""An HF checkpoint becomes a teacher store, file by file.  Memory is bounded by one layer (or the
+embedding).
+"""
 
 from __future__ import annotations
 
@@ -37,15 +39,20 @@ _STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 class HFTensors(Mapping[str, torch.Tensor]):
-    """Tensors of an HF folder by name, one at a time, each read anew.  Every file's header is checked at the start.
+    """Tensors of an HF folder by name, one at a time, each read anew.  Every file's header is
+    checked at the start.
 
-    They are read, not mapped: pages of a mapped file count as this process's memory for as long as it is open.
+    They are read, not mapped: pages of a mapped file count as this process's memory for as long as
+    it is open.
     """
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
-            raise MtopdError(f"{folder} has no safetensors files; other weight formats can run code and are not read")
+            raise MtopdError(
+                f"{folder} has no safetensors files; other weight formats can run code and are not "
+                "read"
+            )
         self._entries = {entry.name: (path, entry) for path in paths for entry in read_header(path)}
         self._folder = folder
 
@@ -57,7 +64,9 @@ class HFTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._entries:
-            raise MtopdError(f"{self._folder} has no tensor {name!r}, which its config.json calls for")
+            raise MtopdError(
+                f"{self._folder} has no tensor {name!r}, which its config.json calls for"
+            )
         path, entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=_TORCH_DTYPE[entry.dtype])
         try:
@@ -65,7 +74,9 @@ class HFTensors(Mapping[str, torch.Tensor]):
                 file.seek(entry.start)
                 _fill(file, tensor.reshape(-1).view(torch.uint8).numpy())
         except OSError as error:
-            raise MtopdError(f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again") from None
+            raise MtopdError(
+                f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again"
+            ) from None
         return tensor
 
     def identity(self) -> Any:
@@ -74,7 +85,12 @@ class HFTensors(Mapping[str, torch.Tensor]):
         for path, entry in self._entries.values():
             files.setdefault(path, []).append(entry)
         return [
-            [path.name, path.stat().st_size, path.stat().st_mtime_ns, [[e.name, e.dtype, e.shape, e.start] for e in es]]
+            [
+                path.name,
+                path.stat().st_size,
+                path.stat().st_mtime_ns,
+                [[e.name, e.dtype, e.shape, e.start] for e in es],
+            ]
             for path, es in sorted(files.items())
         ]
 
@@ -91,11 +107,12 @@ def add_teacher(
 ) -> TeacherStore:
     """Write the store of the HF checkpoint ``source`` to ``target``, whole or not at all.
 
-    ``slices`` is the largest tensor-parallel size that can load it without a copy; any divisor of it can load it.
-    ``logit_scale`` and ``softcap`` tell what the checkpoint's own code does to logits after the output layer.
-    The manifest's "probe" holds log-probs of a few tokens by transformers' own code.  Started again after a kill it
-    goes on where it was; where the store is there already, from the same source, it is opened.
-    Raises MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
+    ``slices`` is the largest tensor-parallel size that can load it without a copy; any divisor of
+    it can load it. ``logit_scale`` and ``softcap`` tell what the checkpoint's own code does to
+    logits after the output layer. The manifest's "probe" holds log-probs of a few tokens by
+    transformers' own code.  Started again after a kill it goes on where it was; where the store is
+    there already, from the same source, it is opened. Raises MtopdError when the checkpoint is
+    damaged, unsupported, or cannot be cut into ``slices``.
     """
     from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 
@@ -106,9 +123,14 @@ def add_teacher(
     tokenizer = load_tokenizer(source)
     if (known := vocab_size(tokenizer)) > hf_config.vocab_size:
         raise MtopdError(
-            f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows for them"
+            f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows "
+            "for them"
         )
-    dtype = getattr(torch, str(hf_config.dtype).removeprefix("torch.")) if hf_config.dtype else torch.float32
+    dtype = (
+        getattr(torch, str(hf_config.dtype).removeprefix("torch."))
+        if hf_config.dtype
+        else torch.float32
+    )
     if dtype not in _STORED:
         raise MtopdError(f"{source} is stored as {dtype}; float32 and bfloat16 can be stored")
     bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=hf_config.vocab_size, tp=1)
@@ -144,7 +166,10 @@ def _finished(target: Path, identity: str) -> TeacherStore:
         raise MtopdError(f"{target} exists and is no teacher store; {advice}")
     store = open_store(target)
     if store.manifest.get("source") != identity:
-        raise MtopdError(f"{target} exists and holds another teacher ({store.name!r}, or of another source); {advice}")
+        raise MtopdError(
+            f"{target} exists and holds another teacher ({store.name!r}, or of another source); "
+            f"{advice}"
+        )
     return store
 
 
@@ -155,7 +180,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
     except OSError:
         raise
     except Exception as error:  # of a full disk, tokenizers says so in a bare Exception
-        raise MtopdError(f"cannot write {folder}: {error}; make room and start the same command again") from error
+        raise MtopdError(
+            f"cannot write {folder}: {error}; make room and start the same command again"
+        ) from error
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): _sha256(path.read_bytes()) for path in files}
 
@@ -169,7 +196,9 @@ def _write_files(
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
 ) -> int:
-    """All safetensors files; returns the number of experts of a layer that has them, 0 for a dense teacher."""
+    """All safetensors files; returns the number of experts of a layer that has them, 0 for a dense
+    teacher.
+    """
     total = hf_config.num_hidden_layers + 2 + (not hf_config.tie_word_embeddings)
     done, num_experts = 0, 0
 
@@ -203,11 +232,14 @@ def _write_files(
 
 
 def _row_slices(matrix_VE: torch.Tensor, slices: int) -> Parts:
-    """Rows in order, the same number for each slice; zero rows end the last ones.  Views where no zeros are needed."""
+    """Rows in order, the same number for each slice; zero rows end the last ones.  Views where no
+    zeros are needed.
+    """
     rows, width = -(-matrix_VE.shape[0] // slices), matrix_VE.shape[1]
     parts = [matrix_VE[i * rows : (i + 1) * rows] for i in range(slices)]
     padded = [
-        part if len(part) == rows else torch.cat([part, part.new_zeros(rows - len(part), width)]) for part in parts
+        part if len(part) == rows else torch.cat([part, part.new_zeros(rows - len(part), width)])
+        for part in parts
     ]
     return [(f"slice.{i:04d}/weight", part) for i, part in enumerate(padded)]
 

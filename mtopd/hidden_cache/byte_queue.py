@@ -11,10 +11,11 @@ Item = TypeVar("Item")
 
 
 class ByteQueue(Generic[Item]):
-    """``put`` waits while the limit would be passed, so a slow consumer slows the producer and nothing is dropped.
+    """``put`` waits while the limit would be passed, so a slow consumer slows the producer and
+    nothing is dropped.
 
-    The item in the consumer's hands counts as held until its next ``get``.  An item larger than the limit passes
-    alone.
+    The item in the consumer's hands counts as held until its next ``get``.  An item larger than the
+    limit passes alone.
     """
 
     def __init__(self, limit_bytes: int) -> None:

@@ -1,7 +1,7 @@
 """Publishing files so that a crash or a power loss leaves the whole file or none.
 
-A file is written under a hidden ``.partial`` name, fsynced, given its final name, and its folder is fsynced.
-Readers look at final names only, so a leftover ``.partial`` is garbage and never data.
+A file is written under a hidden ``.partial`` name, fsynced, given its final name, and its folder is
+fsynced. Readers look at final names only, so a leftover ``.partial`` is garbage and never data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
 PARTIAL = ".partial"
-# What a lost or failing file looks like.  Any other OSError (too many open files, permission) is not damage.
+# What a lost or failing file looks like.  Any other OSError (too many open files, permission) is
+# not damage.
 _DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ESTALE}
 
 
@@ -36,7 +37,9 @@ def publish(path: Path, data: bytes) -> None:
 
 
 def publish_if_absent(path: Path, data: bytes) -> None:
-    """Write ``path`` unless it is there; of several writers at once exactly one wins, and it wins whole."""
+    """Write ``path`` unless it is there; of several writers at once exactly one wins, and it wins
+    whole.
+    """
     if path.exists():
         return
     partial = _write_partial(path, data)
@@ -58,7 +61,8 @@ def full_disk_raises(root: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise MtopdError(
-            f"cannot write the hidden cache {root}: {error.strerror}; what was committed is kept: make room and start "
+            f"cannot write the hidden cache {root}: {error.strerror}; what was committed is kept: "
+            "make room and start "
             "the same command again"
         ) from error
 

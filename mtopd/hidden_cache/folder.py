@@ -29,7 +29,9 @@ _MAX_JSON_BYTES = 1 << 16
 
 
 def is_marked(root: Path) -> bool:
-    """Whether ``root`` is a hidden cache; False where nothing is there yet, MtopdError where something else is."""
+    """Whether ``root`` is a hidden cache; False where nothing is there yet, MtopdError where
+    something else is.
+    """
     mark = root / _MARK_NAME
     # A mark that a crash cut short is ours too.
     is_new = not root.exists() or (
@@ -38,11 +40,15 @@ def is_marked(root: Path) -> bool:
     # Looked at after the listing: another writer may have put mark and content there meanwhile.
     if mark.is_file():
         if _load_json(mark) != _MARK:
-            raise MtopdError(f"{mark} is not {_MARK}: another version wrote it. Remove the folder or name another one")
+            raise MtopdError(
+                f"{mark} is not {_MARK}: another version wrote it. Remove the folder or name "
+                "another one"
+            )
         return True
     if not is_new:
         raise MtopdError(
-            f"{root} holds no {_MARK_NAME} and is not empty, so it is no hidden cache. Name another folder"
+            f"{root} holds no {_MARK_NAME} and is not empty, so it is no hidden cache. Name "
+            "another folder"
         )
     return False
 
@@ -56,7 +62,9 @@ def create_root(root: Path) -> None:
 def create_teacher_folder(root: Path, layout: SegmentLayout) -> Path:
     """The folder of a teacher; refuses one that was begun with another fingerprint, size or dtype."""
     if not _FINGERPRINT.fullmatch(layout.teacher_fingerprint):
-        raise MtopdError(f"teacher fingerprint {layout.teacher_fingerprint!r} is not a sha256 of 64 hex digits")
+        raise MtopdError(
+            f"teacher fingerprint {layout.teacher_fingerprint!r} is not a sha256 of 64 hex digits"
+        )
     if layout.hidden_size < 1:
         raise MtopdError(f"hidden_size is {layout.hidden_size}, needed at least 1")
     folder = teacher_folder(root, layout)
@@ -65,7 +73,8 @@ def create_teacher_folder(root: Path, layout: SegmentLayout) -> Path:
     found = load_teacher(folder)
     if found != layout:
         raise MtopdError(
-            f"{folder} holds rows of {found}, not of {layout}. Remove the cache folder and compute it again"
+            f"{folder} holds rows of {found}, not of {layout}. Remove the cache folder and compute "
+            "it again"
         )
     return folder
 
@@ -78,12 +87,24 @@ def load_teacher(folder: Path) -> SegmentLayout:
     """What the rows under a teacher's folder are."""
     found = _load_json(folder / "teacher.json")
     with suppress(KeyError, TypeError):
-        layout = SegmentLayout(found["teacher_fingerprint"], found["hidden_size"], found["hidden_dtype"])
-        sound = type(layout.hidden_size) is int and layout.hidden_size > 0 and layout.hidden_dtype in NUMPY_DTYPES
-        named = _FINGERPRINT.fullmatch(layout.teacher_fingerprint) and folder.name == layout.teacher_fingerprint[:16]
+        layout = SegmentLayout(
+            found["teacher_fingerprint"], found["hidden_size"], found["hidden_dtype"]
+        )
+        sound = (
+            type(layout.hidden_size) is int
+            and layout.hidden_size > 0
+            and layout.hidden_dtype in NUMPY_DTYPES
+        )
+        named = (
+            _FINGERPRINT.fullmatch(layout.teacher_fingerprint)
+            and folder.name == layout.teacher_fingerprint[:16]
+        )
         if sound and named and found == _teacher_facts(layout):
             return layout
-    raise MtopdError(f"{folder / 'teacher.json'} does not describe the teacher of its folder; compute its rows again")
+    raise MtopdError(
+        f"{folder / 'teacher.json'} does not describe the teacher of its folder; compute its rows "
+        "again"
+    )
 
 
 def teacher_folders(root: Path) -> list[Path]:
@@ -101,12 +122,15 @@ def index_path(segment: Path) -> Path:
 
 
 def remove(root: Path) -> None:
-    """Delete a cache folder and all in it.  One that is gone, or that a crash left empty, is no error.
+    """Delete a cache folder and all in it.  One that is gone, or that a crash left empty, is no
+    error.
 
     The mark goes last, so that a removal that was cut short can be repeated.
     """
     if root.is_symlink():
-        raise MtopdError(f"{root} is a link; only a hidden cache's own folder is removed. Name that folder")
+        raise MtopdError(
+            f"{root} is a link; only a hidden cache's own folder is removed. Name that folder"
+        )
     if not root.exists():
         return
     is_marked(root)  # refuses another's folder
@@ -120,7 +144,9 @@ def remove(root: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, sorted; nothing if it is not there or a link: a cache never leaves its root."""
+    """What a folder holds, sorted; nothing if it is not there or a link: a cache never leaves its
+    root.
+    """
     return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 

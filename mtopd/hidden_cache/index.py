@@ -1,8 +1,8 @@
 """The commit record: one Arrow IPC file that names every sample of a sealed segment.
 
-A sample exists if and only if an index file names it.  Arrow has no checksum, so the file carries a sha256 over its
-own rows: a flipped ``row`` would otherwise hand out the hidden states of another sample.  A file that fails any check
-is refused whole.
+A sample exists if and only if an index file names it.  Arrow has no checksum, so the file carries a
+sha256 over its own rows: a flipped ``row`` would otherwise hand out the hidden states of another
+sample.  A file that fails any check is refused whole.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def load_index(path: Path, layout: SegmentLayout) -> list[IndexRow]:
     """The rows of an index file, or IndexDamaged."""
 
     def damaged(found: str) -> IndexDamaged:
-        return IndexDamaged(f"hidden cache index {path}: {found}; its samples have to be computed again")
+        return IndexDamaged(
+            f"hidden cache index {path}: {found}; its samples have to be computed again"
+        )
 
     with lost_file_raises(damaged), path.open("rb") as file:
         content = file.read(_MAX_INDEX_BYTES + 1)
@@ -78,24 +80,41 @@ def load_index(path: Path, layout: SegmentLayout) -> list[IndexRow]:
         table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
         table.validate(full=True)
         if not table.schema.equals(_SCHEMA):
-            raise damaged(f"columns are {table.schema.names}, needed {_SCHEMA.names} with their types")
+            raise damaged(
+                f"columns are {table.schema.names}, needed {_SCHEMA.names} with their types"
+            )
         if any(column.null_count for column in table.columns):
             raise damaged("it has empty fields")
         rows = list(map(IndexRow._make, zip(*table.to_pydict().values(), strict=True)))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise damaged(f"not a sound Arrow file ({error})") from error
     if table.schema.metadata != _metadata(rows, layout.teacher_fingerprint):
-        raise damaged(f"format, teacher fingerprint (needed {layout.teacher_fingerprint}) or sha256 of the rows differ")
-    row_bytes, sound_names = layout.row_bytes, {s for s in {row.segment for row in rows} if _SEGMENT_NAME.fullmatch(s)}
+        raise damaged(
+            f"format, teacher fingerprint (needed {layout.teacher_fingerprint}) or sha256 of the "
+            "rows differ"
+        )
+    row_bytes, sound_names = (
+        layout.row_bytes,
+        {s for s in {row.segment for row in rows} if _SEGMENT_NAME.fullmatch(s)},
+    )
     for row in rows:
-        fits = row.row >= 0 <= row.n_tokens and (row.row + row.n_tokens) * row_bytes <= row.segment_bytes
+        fits = (
+            row.row >= 0 <= row.n_tokens
+            and (row.row + row.n_tokens) * row_bytes <= row.segment_bytes
+        )
         if not (fits and row.segment in sound_names):
-            raise damaged(f"sample {row.sample_id} points outside: segment {row.segment!r}, row {row.row}")
+            raise damaged(
+                f"sample {row.sample_id} points outside: segment {row.segment!r}, row {row.row}"
+            )
     return rows
 
 
 def _metadata(rows: list[IndexRow], teacher_fingerprint: str) -> dict[bytes, bytes]:
-    facts = {"format": "1", "kind": "mtopd.hidden_cache.index", "teacher_fingerprint": teacher_fingerprint}
+    facts = {
+        "format": "1",
+        "kind": "mtopd.hidden_cache.index",
+        "teacher_fingerprint": teacher_fingerprint,
+    }
     content = repr((sorted(facts.items()), [tuple(row) for row in rows]))
     facts["sha256"] = hashlib.sha256(content.encode()).hexdigest()
     return {name.encode(): value.encode() for name, value in facts.items()}

@@ -1,6 +1,8 @@
-"""The journal of an open segment: one line per sample, so that a crash before the commit costs as little as possible.
+"""The journal of an open segment: one line per sample, so that a crash before the commit costs as
+little as possible.
 
-It is never a commit record.  Only ``recover`` reads it, and only for segments that no index file names.
+It is never a commit record.  Only ``recover`` reads it, and only for segments that no index file
+names.
 """
 
 from __future__ import annotations
@@ -18,15 +20,21 @@ NAME = "journal"
 
 
 class Journal:
-    """Appends lines ``<crc32c, 8 hex> <JSON of the index row>``; a line says that the sample was appended."""
+    """Appends lines ``<crc32c, 8 hex> <JSON of the index row>``; a line says that the sample was
+    appended.
+    """
 
     def __init__(self, segment: Path) -> None:
         self._path = segment / NAME
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644
+        )
 
     def add(self, row: IndexRow) -> None:
         text = json.dumps([row.sample_key.hex(), *row[1:]]).encode()
-        os.write(self._fd, b"%08x %s\n" % (google_crc32c.value(text), text))  # a short write is a torn last line
+        os.write(
+            self._fd, b"%08x %s\n" % (google_crc32c.value(text), text)
+        )  # a short write is a torn last line
 
     def close(self) -> None:
         os.close(self._fd)
@@ -38,7 +46,9 @@ class Journal:
 
 
 def load_journal(segment: Path) -> list[IndexRow]:
-    """The samples named by the sound lines up to the first torn one, each where the one before it ends."""
+    """The samples named by the sound lines up to the first torn one, each where the one before it
+    ends.
+    """
     rows: list[IndexRow] = []
     with suppress(FileNotFoundError), (segment / NAME).open("rb") as file:
         for line in file:

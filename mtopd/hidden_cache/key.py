@@ -1,4 +1,6 @@
-"""The key under which a sample's rows are cached: everything that decides what a teacher computes for it."""
+"""The key under which a sample's rows are cached: everything that decides what a teacher computes
+for it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _POSITIONS = "0..len-1"  # the position scheme of every forward pass
 
 
 class Request(NamedTuple):
-    """What a trajectory asks the cache for.  The key alone is not enough: two samples may hold the same tokens."""
+    """What a trajectory asks the cache for.  The key alone is not enough: two samples may hold the
+    same tokens.
+    """
 
     key: bytes
     sample_id: int
@@ -29,10 +33,15 @@ def sample_key(
     loss_mask: Sequence[int] | np.ndarray,
     dtype: str,
 ) -> bytes:
-    """32 bytes that differ when teacher, tokens, split into prompt and response, loss mask, positions or dtype do."""
+    """32 bytes that differ when teacher, tokens, split into prompt and response, loss mask,
+    positions or dtype do.
+    """
     check_hidden_dtype(dtype)
     if len(loss_mask) != len(response_ids):
-        raise MtopdError(f"loss_mask has {len(loss_mask)} values for {len(response_ids)} response tokens; needed equal")
+        raise MtopdError(
+            f"loss_mask has {len(loss_mask)} values for {len(response_ids)} response tokens; "
+            "needed equal"
+        )
     digest = hashlib.sha256(b"mtopd.hidden_cache.key.1")
     texts = [text.encode() for text in (teacher_fingerprint, dtype, _POSITIONS)]
     for field in (*texts, *map(_integer_bytes, (prompt_ids, response_ids, loss_mask))):
@@ -45,6 +54,7 @@ def _integer_bytes(values: Sequence[int] | np.ndarray) -> bytes:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
         raise MtopdError(
-            f"token ids and loss_mask have to be flat lists of integers, found {array.dtype} {array.shape}"
+            f"token ids and loss_mask have to be flat lists of integers, found {array.dtype} "
+            f"{array.shape}"
         )
     return array.astype("<i8").tobytes()

@@ -1,6 +1,7 @@
 """What the bytes of a segment are: a pure function of the number of rows and of what a row is.
 
-Both sides use it, the writer to produce a segment and the reader to know what a sound one has to look like.
+Both sides use it, the writer to produce a segment and the reader to know what a sound one has to
+look like.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from mtopd.types import MtopdError
 LAYOUT_VERSION = 1
 CHUNKS_PER_SHARD = 64
 CRC_BYTES = 4
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}  # bfloat16: its bits
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float32": np.dtype("<f4"),
+}  # bfloat16: its bits
 _TARGET_CHUNK_BYTES = 1 << 20
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1024
-_ABSENT = (1 << 64) - 1  # offset and length that the shard index gives to a chunk that was never written
+_ABSENT = (
+    1 << 64
+) - 1  # offset and length that the shard index gives to a chunk that was never written
 
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """What the rows of a segment are; fixes every byte of its files once the number of rows is known."""
+    """What the rows of a segment are; fixes every byte of its files once the number of rows is
+    known.
+    """
 
     teacher_fingerprint: str
     hidden_size: int
@@ -71,15 +79,18 @@ class SegmentLayout:
         return self.num_chunks(rows) * self.stored_chunk_bytes + footers
 
     def shard_index(self, num_chunks: int) -> bytes:
-        """The zarr shard index that ends a shard file of ``num_chunks`` chunks: (offset, length) pairs and a crc32c."""
+        """The zarr shard index that ends a shard file of ``num_chunks`` chunks: (offset, length)
+        pairs and a crc32c.
+        """
         pairs = np.full((CHUNKS_PER_SHARD, 2), _ABSENT, "<u8")
         pairs[:num_chunks, 0] = np.arange(num_chunks) * self.stored_chunk_bytes
         pairs[:num_chunks, 1] = self.stored_chunk_bytes
         return pairs.tobytes() + stored_crc(pairs)
 
     def metadata(self, rows: int, segment: str, chunk_crcs: list[int]) -> dict[str, Any]:
-        """The content of zarr.json.  ``segment``: the folder's name, so that no segment passes for another;
-        ``chunk_crcs``: so that no shard or chunk does."""
+        """The content of zarr.json.  ``segment``: the folder's name, so that no segment passes for
+        another; ``chunk_crcs``: so that no shard or chunk does.
+        """
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         sharding = {
             "chunk_shape": [self.chunk_rows, self.hidden_size],
@@ -110,7 +121,9 @@ class SegmentLayout:
 
 def check_hidden_dtype(hidden_dtype: str) -> None:
     if hidden_dtype not in NUMPY_DTYPES:
-        raise MtopdError(f"hidden dtype is {hidden_dtype!r}, needed one of {', '.join(NUMPY_DTYPES)}")
+        raise MtopdError(
+            f"hidden dtype is {hidden_dtype!r}, needed one of {', '.join(NUMPY_DTYPES)}"
+        )
 
 
 def crc32c(rows_NE: np.ndarray) -> int:
@@ -128,7 +141,9 @@ def joined_crc32c(left: int, right: int, right_bytes: int) -> int:
 
 @cache
 def _zeros_appended(num_bytes: int) -> list[int]:
-    """What appending zeros makes of each bit of a crc32c; it is linear, so this decides it for every value."""
+    """What appending zeros makes of each bit of a crc32c; it is linear, so this decides it for
+    every value.
+    """
     zeros = np.zeros(num_bytes, np.uint8)
     of_zeros = google_crc32c.value(zeros)
     return [google_crc32c.extend(1 << bit, zeros) ^ of_zeros for bit in range(32)]

@@ -1,8 +1,9 @@
-"""Reader of the hidden cache: which samples exist, and their rows straight into the caller's memory.
+"""Reader of the hidden cache: which samples exist, and their rows straight into the caller's
+memory.
 
 Invariants
-* An entry is found only under the key of its teacher's bytes, its tokens, loss mask and dtype, and only for the
-  sample_id and student_version it was written for.
+* An entry is found only under the key of its teacher's bytes, its tokens, loss mask and dtype, and
+  only for the sample_id and student_version it was written for.
 * ``read`` either fills the buffer with verified rows or raises CacheMiss.
 
 Shape letters: N rows (loss tokens) of one sample, E hidden size of its teacher.
@@ -66,9 +67,10 @@ class Read(NamedTuple):
 class HiddenCacheReader:
     """What was committed when the reader was made.  A root that is not there yet is an empty cache.
 
-    A sample may have several copies (a damaged one was computed again): the first in index order wins, the next
-    serves where it is damaged.  May be shared by threads; keeps at most 64 shard files open, their shard indices
-    checked once, and the last 16 chunks that ``read_many`` found several samples in.
+    A sample may have several copies (a damaged one was computed again): the first in index order
+    wins, the next serves where it is damaged.  May be shared by threads; keeps at most 64 shard
+    files open, their shard indices checked once, and the last 16 chunks that ``read_many`` found
+    several samples in.
     """
 
     def __init__(self, root: Path) -> None:
@@ -98,11 +100,15 @@ class HiddenCacheReader:
         return None
 
     def read(self, entry: Entry, out_NE: np.ndarray) -> None:
-        """All rows of an entry into ``out_NE`` [n_tokens, E].  After CacheMiss its content is undefined."""
+        """All rows of an entry into ``out_NE`` [n_tokens, E].  After CacheMiss its content is
+        undefined.
+        """
         self.read_rows(entry, 0, entry.n_tokens, out_NE)
 
     def read_rows(self, entry: Entry, start: int, stop: int, out_NE: np.ndarray) -> None:
-        """Rows [start, stop) of an entry, e.g. a tp rank's share, into ``out_NE`` [stop - start, E]."""
+        """Rows [start, stop) of an entry, e.g. a tp rank's share, into ``out_NE`` [stop - start,
+        E].
+        """
         assert 0 <= start <= stop <= entry.n_tokens, (start, stop, entry.n_tokens)
         assert out_NE.shape == (stop - start, entry.layout.hidden_size), (out_NE.shape, start, stop)
         causes = []
@@ -112,12 +118,16 @@ class HiddenCacheReader:
             except SegmentDamaged as damage:
                 logger.warning("%s", damage)
                 causes.append(str(damage))
-        raise CacheMiss(f"sample {entry.request.sample_id}: no sound copy of its rows. {'; '.join(causes)}")
+        raise CacheMiss(
+            f"sample {entry.request.sample_id}: no sound copy of its rows. {'; '.join(causes)}"
+        )
 
     def read_many(self, reads: Iterable[Read]) -> None:
-        """All of ``reads``, by several threads in the order of the disk; CacheMiss of one of them if any misses.
+        """All of ``reads``, by several threads in the order of the disk; CacheMiss of one of them
+        if any misses.
 
-        Of samples smaller than a chunk several lie in one: it is read and checked once for all of them.
+        Of samples smaller than a chunk several lie in one: it is read and checked once for all of
+        them.
         """
         pieces, cut = [], []
         for read in reads:
@@ -128,7 +138,8 @@ class HiddenCacheReader:
         pieces.sort(key=lambda read: _place(read.entry))
         groups = [list(group) for _, group in itertools.groupby(pieces, key=_shared_chunk)]
         waiting = [group for group in groups if not self._copy_kept(group)]
-        # Threads hide the latency of a disk, but of a few pages that are cached they cost more than the reading.
+        # Threads hide the latency of a disk, but of a few pages that are cached they cost more than
+        # the reading.
         is_little = sum(read.out_NE.nbytes for group in waiting for read in group) < _WORTH_THREADS
         for _ in (map if is_little else self._map)(self._read_group, waiting):
             pass
@@ -144,9 +155,12 @@ class HiddenCacheReader:
         return list(self._copies.get(request, ()))
 
     def missing(
-        self, requests: Iterable[tuple[bytes, int, int]], progress: Callable[[int], None] = lambda num_bytes: None
+        self,
+        requests: Iterable[tuple[bytes, int, int]],
+        progress: Callable[[int], None] = lambda num_bytes: None,
     ) -> dict[Request, str]:
-        """The requests that have to be computed, each with the cause.  Reads and verifies all others in full.
+        """The requests that have to be computed, each with the cause.  Reads and verifies all
+        others in full.
 
         ``progress`` is told the bytes of rows of each one that was read.
         """
@@ -165,11 +179,17 @@ class HiddenCacheReader:
             progress(entry.n_tokens * entry.layout.row_bytes)
         for request in causes:
             if request not in self._copies:
-                causes[request] = self._why_refused(request) or f"sample {request.sample_id} is not in the cache"
+                causes[request] = (
+                    self._why_refused(request) or f"sample {request.sample_id} is not in the cache"
+                )
         return {request: cause for request, cause in causes.items() if cause is not None}
 
-    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> dict[Request, str]:
-        """The entries of which no sound copy is left, each with the cause.  See ``refused`` for whole index files."""
+    def verify(
+        self, progress: Callable[[int], None] = lambda num_bytes: None
+    ) -> dict[Request, str]:
+        """The entries of which no sound copy is left, each with the cause.  See ``refused`` for
+        whole index files.
+        """
         return self.missing(self._copies, progress)
 
     def is_sound(self, copy: Entry) -> bool:
@@ -183,7 +203,9 @@ class HiddenCacheReader:
     def broken_segments(self) -> list[Path]:
         """Segments whose files are absent or not whole, without reading their rows."""
         broken = []
-        for copy in {copy.segment: copy for copies in self._copies.values() for copy in copies}.values():
+        for copy in {
+            copy.segment: copy for copies in self._copies.values() for copy in copies
+        }.values():
             try:
                 self._segment(copy).check_files()
             except SegmentDamaged:
@@ -196,7 +218,13 @@ class HiddenCacheReader:
             self._pool.shutdown()
             self._pool = None
         self._open_shard.cache_clear()
-        tables: list[dict[Any, Any]] = [self._copies, self._segments, self._chunks, self._by_key, self._by_sample_id]
+        tables: list[dict[Any, Any]] = [
+            self._copies,
+            self._segments,
+            self._chunks,
+            self._by_key,
+            self._by_sample_id,
+        ]
         for table in tables:
             table.clear()
 
@@ -221,7 +249,9 @@ class HiddenCacheReader:
                 continue
             layout, samples = found
             # One object for a segment: paths are dear to make and to compare.
-            segments = {name: teacher / "seg" / name for name in {sample.segment for sample in samples}}
+            segments = {
+                name: teacher / "seg" / name for name in {sample.segment for sample in samples}
+            }
             for sample in samples:
                 request = Request(sample.sample_key, sample.sample_id, sample.student_version)
                 entry = Entry(request, layout, segments[sample.segment], sample)
@@ -254,7 +284,9 @@ class HiddenCacheReader:
         """Read and check the whole chunk in which the rows of a read are."""
         segment, layout = self._segment(read.entry), read.entry.layout
         first = _first_row(read)
-        rows_NE = np.empty((min(layout.chunk_rows, segment.rows - first), layout.hidden_size), layout.dtype)
+        rows_NE = np.empty(
+            (min(layout.chunk_rows, segment.rows - first), layout.hidden_size), layout.dtype
+        )
         bytes_read = segment.read(first, first + len(rows_NE), rows_NE)
         with self._lock:
             self.bytes_read += bytes_read
@@ -296,12 +328,14 @@ class HiddenCacheReader:
         if request.key in self._by_key:
             found = self._by_key[request.key]
             return (
-                f"sample {request.sample_id} of student version {request.student_version}: its tokens are cached, but "
+                f"sample {request.sample_id} of student version {request.student_version}: its "
+                "tokens are cached, but "
                 f"for sample {found.sample_id} of version {found.student_version}; refused"
             )
         if request.sample_id in self._by_sample_id:
             return (
-                f"sample {request.sample_id}: its entry was computed for another teacher, other tokens, another loss "
+                f"sample {request.sample_id}: its entry was computed for another teacher, other "
+                "tokens, another loss "
                 "mask or dtype; refused"
             )
         return None
@@ -321,16 +355,25 @@ def _is_sample(entry: Entry, rows_NE: np.ndarray) -> bool:
 
 
 def _pieces(read: Read) -> list[Read]:
-    """The read, nothing if it is empty; cut where it lies in two chunks and is smaller: others may want both, too."""
+    """The read, nothing if it is empty; cut where it lies in two chunks and is smaller: others may
+    want both, too.
+    """
     entry, start, stop, out_NE = read
-    left = entry.layout.chunk_rows - (entry.sample.row + start) % entry.layout.chunk_rows  # in the first of them
+    left = (
+        entry.layout.chunk_rows - (entry.sample.row + start) % entry.layout.chunk_rows
+    )  # in the first of them
     if not left < stop - start <= entry.layout.chunk_rows:
         return [read] if start < stop else []
-    return [Read(entry, start, start + left, out_NE[:left]), Read(entry, start + left, stop, out_NE[left:])]
+    return [
+        Read(entry, start, start + left, out_NE[:left]),
+        Read(entry, start + left, stop, out_NE[left:]),
+    ]
 
 
 def _shared_chunk(read: Read) -> object:
-    """The chunk that holds all rows of a read, alike for all reads of it; the read itself where they are in several."""
+    """The chunk that holds all rows of a read, alike for all reads of it; the read itself where
+    they are in several.
+    """
     row, chunk_rows = read.entry.sample.row, read.entry.layout.chunk_rows
     first, last = (row + read.start) // chunk_rows, (row + read.stop - 1) // chunk_rows
     return (read.entry.segment, first) if first == last else id(read)
@@ -342,11 +385,13 @@ def _first_row(read: Read) -> int:
     return (read.entry.sample.row + read.start) // chunk_rows * chunk_rows
 
 
-def load_teacher_index(teacher: Path) -> dict[Path, tuple[SegmentLayout, list[IndexRow]] | MtopdError]:
+def load_teacher_index(
+    teacher: Path,
+) -> dict[Path, tuple[SegmentLayout, list[IndexRow]] | MtopdError]:
     """The rows of each index file of a teacher's folder, or why it counts as not there.
 
-    Files may be committed and merged meanwhile: the folder is listed again until nothing has changed, so no sample
-    that was visible before is overlooked.
+    Files may be committed and merged meanwhile: the folder is listed again until nothing has
+    changed, so no sample that was visible before is overlooked.
     """
     for _ in range(_LISTINGS):
         paths = cache_folder.index_paths(teacher)

@@ -1,7 +1,8 @@
-"""After a crash: what an unfinished segment holds is saved, the rest is deleted; and index files are merged.
+"""After a crash: what an unfinished segment holds is saved, the rest is deleted; and index files
+are merged.
 
-Everything here is for the one user of the cache (the launcher's lock, or rank 0 before any writer starts): to others
-a segment being written looks the same as an orphan.  No lease is needed.
+Everything here is for the one user of the cache (the launcher's lock, or rank 0 before any writer
+starts): to others a segment being written looks the same as an orphan.  No lease is needed.
 """
 
 from __future__ import annotations
@@ -36,21 +37,28 @@ class Recovery:
 
     segments: list[str] = field(default_factory=list)
     salvaged: list[Request] = field(default_factory=list)  # committed again, bit for bit
-    dropped: list[Request] = field(default_factory=list)  # named by a journal, but their rows had not reached the disk
+    dropped: list[Request] = field(
+        default_factory=list
+    )  # named by a journal, but their rows had not reached the disk
 
 
 def recover(root: Path) -> Recovery:
     """Commit what crashed writers left whole, delete their segments and all partial files.
 
-    Samples are copied into a new segment by the ordinary writer, so they are as durable as any before the orphan
-    goes; a crash in between leaves copies, which are harmless.  A sealed segment stays while an index file of its
-    folder is damaged: that file may be the one that named it.
+    Samples are copied into a new segment by the ordinary writer, so they are as durable as any
+    before the orphan goes; a crash in between leaves copies, which are harmless.  A sealed segment
+    stays while an index file of its folder is damaged: that file may be the one that named it.
     """
     cache_folder.is_marked(root)  # refuses another's folder
     found = Recovery()
     for teacher in cache_folder.teacher_folders(root):
         index = load_teacher_index(teacher)
-        named = {row.segment for rows in index.values() if not isinstance(rows, MtopdError) for row in rows[1]}
+        named = {
+            row.segment
+            for rows in index.values()
+            if not isinstance(rows, MtopdError)
+            for row in rows[1]
+        }
         is_damaged = any(isinstance(rows, MtopdError) for rows in index.values())
         for segment in cache_folder.entries(teacher / "seg"):
             if segment.is_symlink() or not segment.is_dir():
@@ -67,17 +75,26 @@ def recover(root: Path) -> Recovery:
 
 
 def _recover_segment(root: Path, teacher: Path, segment: Path, found: Recovery) -> None:
-    named = [Request(row.sample_key, row.sample_id, row.student_version) for row in load_journal(segment)]
+    named = [
+        Request(row.sample_key, row.sample_id, row.student_version) for row in load_journal(segment)
+    ]
     salvaged: list[Request] = []
     try:
         layout = cache_folder.load_teacher(teacher)
-        with HiddenCacheWriter(root, writer="recovered", generation=0, hidden_dtype=layout.hidden_dtype) as writer:
+        with HiddenCacheWriter(
+            root, writer="recovered", generation=0, hidden_dtype=layout.hidden_dtype
+        ) as writer:
             for row, rows_NE in _sound_samples(segment, layout):
                 request = Request(row.sample_key, row.sample_id, row.student_version)
                 writer.put(layout.teacher_fingerprint, layout.hidden_size, *request, rows_NE)
                 salvaged.append(request)
-    except (OSError, MtopdError) as error:  # a full disk, say: computing the samples again is always possible
-        logger.warning("hidden cache segment %s: its samples could not be saved: %s", segment, error)
+    except (
+        OSError,
+        MtopdError,
+    ) as error:  # a full disk, say: computing the samples again is always possible
+        logger.warning(
+            "hidden cache segment %s: its samples could not be saved: %s", segment, error
+        )
         salvaged = []
     shutil.rmtree(segment)
     fsync_dir(segment.parent)
@@ -89,7 +106,9 @@ def _recover_segment(root: Path, teacher: Path, segment: Path, found: Recovery) 
 def _sound_samples(segment: Path, layout: SegmentLayout) -> Iterator[tuple[IndexRow, np.ndarray]]:
     """The journal's samples whose rows all lie in the longest prefix of sound chunks."""
     chunks = _sound_chunks(segment, layout)
-    on_disk = sum(path.stat().st_size for path in segment.glob("c/*/*")) // layout.row_bytes  # rows, at most
+    on_disk = (
+        sum(path.stat().st_size for path in segment.glob("c/*/*")) // layout.row_bytes
+    )  # rows, at most
     chunk_NE = np.empty((0, layout.hidden_size), layout.dtype)
     for row in load_journal(segment):
         if row.row + row.n_tokens > on_disk:
@@ -131,29 +150,39 @@ def _sound_chunks(segment: Path, layout: SegmentLayout) -> Iterator[np.ndarray]:
 def merge_index(root: Path) -> None:
     """Make the index files of each teacher one.  Damaged ones stay.
 
-    The merged file is published before the others go, and the order in which copies win is kept; so a reader sees
-    every sample at any instant, and a merge cut short is completed by the next.
+    The merged file is published before the others go, and the order in which copies win is kept; so
+    a reader sees every sample at any instant, and a merge cut short is completed by the next.
     """
     cache_folder.is_marked(root)
     for teacher in cache_folder.teacher_folders(root):
-        found = {path: rows for path, rows in load_teacher_index(teacher).items() if not isinstance(rows, MtopdError)}
+        found = {
+            path: rows
+            for path, rows in load_teacher_index(teacher).items()
+            if not isinstance(rows, MtopdError)
+        }
         if len(found) > 1:
             layout = next(iter(found.values()))[0]
             rows = list(dict.fromkeys(row for _, of_file in found.values() for row in of_file))
             _replace_index(teacher, list(found), rows, layout)
 
 
-def _replace_index(teacher: Path, old: list[Path], rows: list[IndexRow], layout: SegmentLayout) -> None:
+def _replace_index(
+    teacher: Path, old: list[Path], rows: list[IndexRow], layout: SegmentLayout
+) -> None:
     folder = teacher / "index"
     with full_disk_raises(teacher.parents[1]):
-        publish(folder / f"merged-{uuid.uuid4().hex[:8]}.arrow", dump_index(rows, layout.teacher_fingerprint))
+        publish(
+            folder / f"merged-{uuid.uuid4().hex[:8]}.arrow",
+            dump_index(rows, layout.teacher_fingerprint),
+        )
     for path in old:
         path.unlink()
     fsync_dir(folder)
 
 
 def collect_garbage(root: Path) -> list[str]:
-    """Recover, then delete the segments of which every sample has a sound copy elsewhere.  Returns their names.
+    """Recover, then delete the segments of which every sample has a sound copy elsewhere.  Returns
+    their names.
 
     The index is rewritten first, so that nothing names what is deleted.
     """
@@ -163,12 +192,20 @@ def collect_garbage(root: Path) -> list[str]:
         doubtful: set[Path] = set()
         for entry in reader.entries():
             copies = reader.copies(entry.request)
-            sound = copies[:1] if len(copies) == 1 else [copy for copy in copies if reader.is_sound(copy)][:1]
+            sound = (
+                copies[:1]
+                if len(copies) == 1
+                else [copy for copy in copies if reader.is_sound(copy)][:1]
+            )
             kept |= {copy.segment for copy in sound or copies}
             doubtful |= {copy.segment for copy in copies}
     superseded = doubtful - kept
     for teacher in {segment.parents[1] for segment in superseded}:
-        found = {path: rows for path, rows in load_teacher_index(teacher).items() if not isinstance(rows, MtopdError)}
+        found = {
+            path: rows
+            for path, rows in load_teacher_index(teacher).items()
+            if not isinstance(rows, MtopdError)
+        }
         layout = next(iter(found.values()))[0]
         rows = list(dict.fromkeys(row for _, of_file in found.values() for row in of_file))
         rows = [row for row in rows if teacher / "seg" / row.segment not in superseded]

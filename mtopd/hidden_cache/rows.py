@@ -7,7 +7,8 @@ import torch
 
 
 def as_rows(hidden_NE: torch.Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor as the cache stores it: float32, or the uint16 bits of bfloat16.
+    """The memory of a contiguous CPU tensor as the cache stores it: float32, or the uint16 bits of
+    bfloat16.
 
     Writing into the result writes into the tensor, so it also serves as the buffer of a read.
     """

@@ -1,13 +1,18 @@
-"""One segment: a standard zarr v3 sharded array [rows, hidden], written and read without the zarr library.
+"""One segment: a standard zarr v3 sharded array [rows, hidden], written and read without the zarr
+library.
 
-The array opens with ``zarr.open``.  We do not go through the library because it returns zeros, without an error, for
-a shard that is missing or empty, and because it copies every row several times.
+The array opens with ``zarr.open``.  We do not go through the library because it returns zeros,
+without an error, for a shard that is missing or empty, and because it copies every row several
+times.
 
 Invariants
-* One writer; rows are only appended; a sealed segment never changes.  ``zarr.json`` is written last.
-* The bytes of a segment follow from (rows, layout) alone: chunks stand in order, each with its crc32c, then the shard
-  index.  The reader computes what has to be there and refuses anything else, so no offset is ever taken from disk.
-* Damage of any kind (missing, short, empty, flipped bit, other layout) raises SegmentDamaged.  Nothing reads as zeros.
+* One writer; rows are only appended; a sealed segment never changes.  ``zarr.json`` is written
+  last.
+* The bytes of a segment follow from (rows, layout) alone: chunks stand in order, each with its
+  crc32c, then the shard index.  The reader computes what has to be there and refuses anything else,
+  so no offset is ever taken from disk.
+* Damage of any kind (missing, short, empty, flipped bit, other layout) raises SegmentDamaged.
+  Nothing reads as zeros.
 
 Shape letters: N rows of one call, C rows of one zarr chunk, E hidden size.
 """
@@ -27,7 +32,13 @@ import google_crc32c
 import numpy as np
 
 from mtopd.hidden_cache.durable import PARTIAL, lost_file_raises, make_dirs, publish
-from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, CRC_BYTES, SegmentLayout, crc32c, joined_crc32c
+from mtopd.hidden_cache.layout import (
+    CHUNKS_PER_SHARD,
+    CRC_BYTES,
+    SegmentLayout,
+    crc32c,
+    joined_crc32c,
+)
 from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
@@ -47,7 +58,8 @@ def partial_shard(shard: Path) -> Path:
 class SegmentWriter:
     """Appends rows to a new segment folder.  ``seal`` makes it readable, ``abort`` removes it.
 
-    After an exception from ``append`` only ``abort`` is allowed: the open shard may hold half a chunk.
+    After an exception from ``append`` only ``abort`` is allowed: the open shard may hold half a
+    chunk.
     """
 
     def __init__(self, path: Path, layout: SegmentLayout) -> None:
@@ -58,7 +70,9 @@ class SegmentWriter:
         self.rows = 0
         self._chunk_crcs: list[int] = []
         self._fd: int | None = None
-        self._disk = ThreadPoolExecutor(1, "hidden-cache-fsync")  # a shard becomes durable while the next is written
+        self._disk = ThreadPoolExecutor(
+            1, "hidden-cache-fsync"
+        )  # a shard becomes durable while the next is written
         self._finishing: deque[Future[None]] = deque()
         self._unwritten_CE = np.zeros((layout.chunk_rows, layout.hidden_size), layout.dtype)
 
@@ -67,14 +81,18 @@ class SegmentWriter:
 
         The caller may reuse ``rows_NE`` afterwards.
         """
-        assert rows_NE.dtype == self.layout.dtype and rows_NE.shape[1:] == (self.layout.hidden_size,), rows_NE.shape
+        assert rows_NE.dtype == self.layout.dtype and rows_NE.shape[1:] == (
+            self.layout.hidden_size,
+        ), rows_NE.shape
         first_row, chunk_rows, crc = self.rows, self.layout.chunk_rows, 0
         rest_NE = rows_NE
         while len(rest_NE):
             filled = self.rows % chunk_rows
             taken = min(chunk_rows - filled, len(rest_NE))
             if taken == chunk_rows:  # a whole chunk goes out without a copy
-                crc = joined_crc32c(crc, self._write_chunk(rest_NE[:taken]), self.layout.chunk_bytes)
+                crc = joined_crc32c(
+                    crc, self._write_chunk(rest_NE[:taken]), self.layout.chunk_bytes
+                )
             else:
                 crc = google_crc32c.extend(crc, rest_NE[:taken].reshape(-1).view(np.uint8))
                 self._unwritten_CE[filled : filled + taken] = rest_NE[:taken]
@@ -85,7 +103,9 @@ class SegmentWriter:
         return first_row, crc
 
     def seal(self) -> None:
-        """Write out the last, zero-padded chunk and its shard, then zarr.json: all durable on return."""
+        """Write out the last, zero-padded chunk and its shard, then zarr.json: all durable on
+        return.
+        """
         filled = self.rows % self.layout.chunk_rows
         if filled:
             self._unwritten_CE[filled:] = 0
@@ -129,7 +149,9 @@ class SegmentWriter:
         self._write([memoryview(self.layout.shard_index(in_shard))])
         while len(self._finishing) >= _MAX_FINISHING:
             self._finishing.popleft().result()
-        self._finishing.append(self._disk.submit(_finish, self._fd, self._partial_path(), self._shard_path()))
+        self._finishing.append(
+            self._disk.submit(_finish, self._fd, self._partial_path(), self._shard_path())
+        )
         self._fd = None
 
     def _write(self, buffers: list[memoryview]) -> None:
@@ -148,7 +170,9 @@ def _finish(fd: int, partial: Path, shard: Path) -> None:
 
 
 class OpenShard:
-    """A shard file whose size and shard index were checked; it closes when the last reference is dropped."""
+    """A shard file whose size and shard index were checked; it closes when the last reference is
+    dropped.
+    """
 
     def __init__(self, path: Path, layout: SegmentLayout, num_chunks: int) -> None:
         footer = layout.shard_index(num_chunks)
@@ -173,8 +197,8 @@ class _ShardDamaged(Exception):
 class SegmentReader:
     """Reads rows of a sealed segment; may be shared by threads.
 
-    ``open_shard`` opens shard files: pass one that remembers them (a bounded lru_cache) to keep files open between
-    calls; by default none is.
+    ``open_shard`` opens shard files: pass one that remembers them (a bounded lru_cache) to keep
+    files open between calls; by default none is.
     """
 
     def __init__(
@@ -190,14 +214,25 @@ class SegmentReader:
     def read(self, start: int, stop: int, out_NE: np.ndarray, rows_crc: int | None = None) -> int:
         """Rows [start, stop) into ``out_NE``; returns the bytes read from storage.
 
-        Every chunk touched is checked, and the rows together if ``rows_crc``, their crc32c, is given.  After
-        SegmentDamaged the content of ``out_NE`` is undefined.
+        Every chunk touched is checked, and the rows together if ``rows_crc``, their crc32c, is
+        given.  After SegmentDamaged the content of ``out_NE`` is undefined.
         """
-        assert out_NE.dtype == self.layout.dtype and out_NE.flags.c_contiguous, (out_NE.dtype, out_NE.flags)
+        assert out_NE.dtype == self.layout.dtype and out_NE.flags.c_contiguous, (
+            out_NE.dtype,
+            out_NE.flags,
+        )
         assert out_NE.shape == (stop - start, self.layout.hidden_size), (out_NE.shape, start, stop)
         if not 0 <= start <= stop <= self.rows:
-            raise self._damaged(f"holds rows 0 to {self.rows}, rows {start} to {stop} were asked for")
-        shard_rows, row_bytes, bytes_read, row, crc = self.layout.shard_rows, self.layout.row_bytes, 0, start, 0
+            raise self._damaged(
+                f"holds rows 0 to {self.rows}, rows {start} to {stop} were asked for"
+            )
+        shard_rows, row_bytes, bytes_read, row, crc = (
+            self.layout.shard_rows,
+            self.layout.row_bytes,
+            0,
+            start,
+            0,
+        )
         out = out_NE.reshape(-1).view(np.uint8)
         while row < stop:
             shard, end = row // shard_rows, min(stop, (row // shard_rows + 1) * shard_rows)
@@ -218,35 +253,48 @@ class SegmentReader:
                 self._open(shard)
 
     def _open(self, shard: int) -> OpenShard:
-        num_chunks = min(self.layout.num_chunks(self.rows) - shard * CHUNKS_PER_SHARD, CHUNKS_PER_SHARD)
+        num_chunks = min(
+            self.layout.num_chunks(self.rows) - shard * CHUNKS_PER_SHARD, CHUNKS_PER_SHARD
+        )
         try:
             return self._open_shard(self.path / "c" / str(shard) / "0", self.layout, num_chunks)
         except _ShardDamaged as damage:
             raise self._damaged(f"shard {shard} {damage}") from None
 
-    def _read_shard(self, shard: int, start: int, out: np.ndarray, crc: int, wants_crc: bool) -> tuple[int, int]:
+    def _read_shard(
+        self, shard: int, start: int, out: np.ndarray, crc: int, wants_crc: bool
+    ) -> tuple[int, int]:
         """Bytes of one shard's rows from byte ``start`` on, straight into ``out``.
 
-        Returns the bytes read and the crc32c of all rows so far, ``crc`` being that of the rows before.
+        Returns the bytes read and the crc32c of all rows so far, ``crc`` being that of the rows
+        before.
         """
         chunk_bytes = self.layout.chunk_bytes
         first, end = start // chunk_bytes, -(-(start + len(out)) // chunk_bytes)
-        before = start - first * chunk_bytes  # bytes of the first chunk that are not asked for; after: of the last
+        before = (
+            start - first * chunk_bytes
+        )  # bytes of the first chunk that are not asked for; after: of the last
         after = end * chunk_bytes - start - len(out)
         rest = np.empty(before + after, np.uint8)
         crcs = np.empty(end - first, "<u4")
         crc_bytes = crcs.view(np.uint8)
         chunks = [  # the pieces of each: head of the first, what is asked for, tail of the last
-            [out[max(at * chunk_bytes - before, 0) : (at + 1) * chunk_bytes - before]] for at in range(end - first)
+            [out[max(at * chunk_bytes - before, 0) : (at + 1) * chunk_bytes - before]]
+            for at in range(end - first)
         ]
         if before:
             chunks[0].insert(0, rest[:before])
         if after:
             chunks[-1].append(rest[before:])
         buffers = [
-            buffer for at, pieces in enumerate(chunks) for buffer in (*pieces, crc_bytes[at * CRC_BYTES :][:CRC_BYTES])
+            buffer
+            for at, pieces in enumerate(chunks)
+            for buffer in (*pieces, crc_bytes[at * CRC_BYTES :][:CRC_BYTES])
         ]
-        position, needed = first * self.layout.stored_chunk_bytes, len(crcs) * self.layout.stored_chunk_bytes
+        position, needed = (
+            first * self.layout.stored_chunk_bytes,
+            len(crcs) * self.layout.stored_chunk_bytes,
+        )
         with lost_file_raises(self._damaged):
             file = self._open(shard)
             found = _transfer(lambda rest, done: os.preadv(file.fd, rest, position + done), buffers)
@@ -257,9 +305,13 @@ class SegmentReader:
             for piece in pieces:
                 of_chunk = google_crc32c.extend(of_chunk, piece)
             if of_chunk != crcs[at]:
-                raise self._damaged(f"chunk {first + at} of shard {shard} does not match its crc32c")
+                raise self._damaged(
+                    f"chunk {first + at} of shard {shard} does not match its crc32c"
+                )
             if of_chunk != self._chunk_crcs[shard * CHUNKS_PER_SHARD + first + at]:
-                raise self._damaged(f"chunk {first + at} of shard {shard} is sound, but not the one zarr.json names")
+                raise self._damaged(
+                    f"chunk {first + at} of shard {shard} is sound, but not the one zarr.json names"
+                )
             if wants_crc and len(pieces) == 1:
                 crc = joined_crc32c(crc, of_chunk, chunk_bytes)
             elif wants_crc:
@@ -274,8 +326,16 @@ class SegmentReader:
             found = json.loads(text)
             rows = found["shape"][0]
             crcs = found["attributes"]["chunk_crc32c"]
-            matches = type(rows) is int and rows >= 0 and found == self.layout.metadata(rows, self.path.name, crcs)
-            matches = matches and len(crcs) == self.layout.num_chunks(rows) and {*map(type, crcs)} <= {int}
+            matches = (
+                type(rows) is int
+                and rows >= 0
+                and found == self.layout.metadata(rows, self.path.name, crcs)
+            )
+            matches = (
+                matches
+                and len(crcs) == self.layout.num_chunks(rows)
+                and {*map(type, crcs)} <= {int}
+            )
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise self._damaged(f"zarr.json is not the metadata of an array ({error!r})") from error
         if not matches:
@@ -287,11 +347,15 @@ class SegmentReader:
 
 
 def segment_damaged(path: Path, found: str) -> SegmentDamaged:
-    return SegmentDamaged(f"hidden cache segment {path}: {found}; its samples have to be computed again")
+    return SegmentDamaged(
+        f"hidden cache segment {path}: {found}; its samples have to be computed again"
+    )
 
 
 def _transfer(call: Callable[[list[Any], int], int], buffers: list[Any]) -> int:
-    """Repeat a vectored read or write, which may be short, until all buffers are done or the file has ended."""
+    """Repeat a vectored read or write, which may be short, until all buffers are done or the file
+    has ended.
+    """
     done = 0
     while buffers:
         moved = call(buffers, done)

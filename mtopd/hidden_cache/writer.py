@@ -1,8 +1,11 @@
-"""Writer of the hidden cache: one thread behind a bounded queue turns samples into sealed, committed segments.
+"""Writer of the hidden cache: one thread behind a bounded queue turns samples into sealed,
+committed segments.
 
 Invariants
-* A sample is visible only after its segment's index file is published, which happens after the segment is sealed.
-* Nothing is dropped silently: a full queue makes ``put`` wait, a failure of the thread is raised by the next call.
+* A sample is visible only after its segment's index file is published, which happens after the
+  segment is sealed.
+* Nothing is dropped silently: a full queue makes ``put`` wait, a failure of the thread is raised by
+  the next call.
 
 Shape letters: N rows (loss tokens) of one sample, E hidden size of its teacher.
 """
@@ -47,16 +50,18 @@ class _Sample(NamedTuple):
 class HiddenCacheWriter:
     """Writes the samples of one teacher-pass replica; every replica has its own writer name.
 
-    ``put`` may be called with any teacher's rows; one segment holds one teacher.  A segment is sealed and committed
-    after about 1 GiB or 60 s, or by ``commit``.  After a failure all that was not committed is dropped, the next call
-    raises the thread's exception, and the writer can be used again.  As a context manager it commits at the end, or
-    after an exception drops what was not committed.  Calls come from one thread.
+    ``put`` may be called with any teacher's rows; one segment holds one teacher.  A segment is
+    sealed and committed after about 1 GiB or 60 s, or by ``commit``.  After a failure all that was
+    not committed is dropped, the next call raises the thread's exception, and the writer can be
+    used again.  As a context manager it commits at the end, or after an exception drops what was
+    not committed.  Calls come from one thread.
     """
 
     def __init__(self, root: Path, *, writer: str, generation: int, hidden_dtype: str) -> None:
         if not _WRITER_NAME.fullmatch(writer) or generation < 0:
             raise MtopdError(
-                f"writer {writer!r}, generation {generation}: needed letters, digits, _ or -, and 0 or more"
+                f"writer {writer!r}, generation {generation}: needed letters, digits, _ or -, and "
+                "0 or more"
             )
         check_hidden_dtype(hidden_dtype)
         with full_disk_raises(root):
@@ -65,7 +70,9 @@ class HiddenCacheWriter:
         self._name = f"{writer}-{generation}"
         self._checked_layout: SegmentLayout | None = None
         self._queue: ByteQueue[_Sample] = ByteQueue(QUEUE_BYTES)
-        self._thread: threading.Thread | None = None  # lives from the first put to the next commit or abort
+        self._thread: threading.Thread | None = (
+            None  # lives from the first put to the next commit or abort
+        )
         self._is_aborting = False
         self._failure: BaseException | None = None
         # Of the thread: the open segment
@@ -83,12 +90,16 @@ class HiddenCacheWriter:
         student_version: int,
         rows_NE: np.ndarray,
     ) -> None:
-        """Hand over one sample; N may be 0.  ``rows_NE`` belongs to the writer from now on: it is not copied."""
+        """Hand over one sample; N may be 0.  ``rows_NE`` belongs to the writer from now on: it is
+        not copied.
+        """
         layout = SegmentLayout(teacher_fingerprint, hidden_size, self._hidden_dtype)
         if rows_NE.dtype != layout.dtype or rows_NE.ndim != 2 or rows_NE.shape[1] != hidden_size:
             raise MtopdError(
-                f"sample {sample_id}: rows are {rows_NE.dtype} {rows_NE.shape}, needed {layout.dtype} "
-                f"[n, {hidden_size}] for hidden_dtype {self._hidden_dtype}. Convert the hidden states first (as_rows)"
+                f"sample {sample_id}: rows are {rows_NE.dtype} {rows_NE.shape}, needed "
+                f"{layout.dtype} "
+                f"[n, {hidden_size}] for hidden_dtype {self._hidden_dtype}. Convert the hidden "
+                "states first (as_rows)"
             )
         assert len(key) == KEY_BYTES, len(key)
         if layout != self._checked_layout:
@@ -97,7 +108,9 @@ class HiddenCacheWriter:
             self._checked_layout = layout
         if self._thread is None:
             self._queue, self._is_aborting = ByteQueue(QUEUE_BYTES), False
-            self._thread = threading.Thread(target=self._work, name=f"hidden-cache-{self._name}", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, name=f"hidden-cache-{self._name}", daemon=True
+            )
             self._thread.start()
         rows_NE = np.ascontiguousarray(rows_NE)
         self._queue.put(_Sample(layout, key, sample_id, student_version, rows_NE), rows_NE.nbytes)
@@ -129,14 +142,17 @@ class HiddenCacheWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.commit()
         else:
             self.abort()
 
-    # -- the thread -------------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
     def _work(self) -> None:
         try:
             while (sample := self._next()) is not None:
@@ -152,7 +168,9 @@ class HiddenCacheWriter:
     def _next(self) -> _Sample | None:
         while self._segment is not None:
             with suppress(queue.Empty):
-                return self._queue.get(max(self._opened_at + SEGMENT_SECONDS - time.monotonic(), 0.0))
+                return self._queue.get(
+                    max(self._opened_at + SEGMENT_SECONDS - time.monotonic(), 0.0)
+                )
             self._seal()
         return self._queue.get(None)
 
@@ -166,12 +184,16 @@ class HiddenCacheWriter:
             self._seal()
         if self._segment is None or self._journal is None:
             teacher = cache_folder.teacher_folder(self._root, sample.layout)
-            self._segment = SegmentWriter(teacher / "seg" / f"{self._name}-{uuid.uuid4().hex[:8]}", sample.layout)
+            self._segment = SegmentWriter(
+                teacher / "seg" / f"{self._name}-{uuid.uuid4().hex[:8]}", sample.layout
+            )
             self._journal, self._opened_at = Journal(self._segment.path), time.monotonic()
         row, crc = self._segment.append(sample.rows_NE)
         n_tokens = len(sample.rows_NE)
         _, key, sample_id, version, _ = sample
-        self._samples.append(IndexRow(key, sample_id, version, self._segment.path.name, row, n_tokens, crc, 0, 0))
+        self._samples.append(
+            IndexRow(key, sample_id, version, self._segment.path.name, row, n_tokens, crc, 0, 0)
+        )
         self._journal.add(self._samples[-1])
 
     def _seal(self) -> None:
@@ -180,10 +202,14 @@ class HiddenCacheWriter:
             return
         layout = segment.layout
         n_shards, segment_bytes = layout.num_shards(segment.rows), layout.num_bytes(segment.rows)
-        samples = [sample._replace(n_shards=n_shards, segment_bytes=segment_bytes) for sample in self._samples]
+        samples = [
+            sample._replace(n_shards=n_shards, segment_bytes=segment_bytes)
+            for sample in self._samples
+        ]
         index = dump_index(samples, layout.teacher_fingerprint)
         segment.seal()
-        # From here on the segment stays: if publishing fails half-way, the index may be on disk already.
+        # From here on the segment stays: if publishing fails half-way, the index may be on disk
+        # already.
         self._segment, self._journal, self._samples = None, None, []
         try:
             publish(cache_folder.index_path(segment.path), index)
@@ -199,5 +225,7 @@ class HiddenCacheWriter:
         if journal is not None:
             journal.close()
         if segment is not None:
-            with suppress(OSError):  # the failure that led here is the one to report; recovery removes the rest
+            with suppress(
+                OSError
+            ):  # the failure that led here is the one to report; recovery removes the rest
                 segment.abort()

@@ -1,4 +1,6 @@
-"""Exact divergences over vocabularies too large for logits.  Imports nothing from mtopd; third party: torch, numpy."""
+"""Exact divergences over vocabularies too large for logits.  Imports nothing from mtopd; third
+party: torch, numpy.
+"""
 
 from mtopd.kernels.fused_linear import Divergence, fused_linear_divergence
 from mtopd.kernels.statistics import DistributionStatistics, distribution_statistics, output_logits

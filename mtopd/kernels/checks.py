@@ -1,4 +1,5 @@
-"""Refusals of `fused_linear_divergence`, made before any collective: equal arguments are refused alike on every rank.
+"""Refusals of `fused_linear_divergence`, made before any collective: equal arguments are refused
+alike on every rank.
 
 Legend: T tokens, D student hidden size, E teacher hidden size, v vocabulary rows of this rank.
 Every message says what was found and what was needed.
@@ -15,7 +16,9 @@ from torch import Tensor
 from mtopd.kernels.rows import DIVERGENCES, NO_BETA
 
 
-def check_choices(divergence: str, beta: float | None, logits: str, teacher_neginf: str, backend: str) -> None:
+def check_choices(
+    divergence: str, beta: float | None, logits: str, teacher_neginf: str, backend: str
+) -> None:
     """Raise ValueError for names that do not exist and for a beta that does not fit the divergence."""
     for name, value, known in (
         ("divergence", divergence, DIVERGENCES),
@@ -27,36 +30,60 @@ def check_choices(divergence: str, beta: float | None, logits: str, teacher_negi
             raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
     if divergence in NO_BETA:
         if beta is not None:
-            raise ValueError(f"beta={beta!r}: divergence={divergence!r} takes no beta; leave it None")
+            raise ValueError(
+                f"beta={beta!r}: divergence={divergence!r} takes no beta; leave it None"
+            )
     elif beta is None or not 0 < beta < 1:
         limits = {
             "jsd": "the limits are 'forward_kl' at 0 and 'reverse_kl' at 1",
             "skewed_reverse_kl": "the limit at 0 is 'reverse_kl', at 1 nothing is left",
             "skewed_forward_kl": "the limit at 0 is 'forward_kl', at 1 nothing is left",
         }[divergence]
-        raise ValueError(f"beta={beta!r}: divergence={divergence!r} needs a beta with 0 < beta < 1; {limits}")
-
-
-def check_accumulator(accumulator_vD: object, student_weight_vD: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the weight gradient can be added to the accumulator once, in full precision."""
-    if not isinstance(accumulator_vD, Tensor):
-        raise ValueError(f"weight_grad_accumulator is {type(accumulator_vD).__name__}; a tensor is needed")
-    if accumulator_vD.shape != student_weight_vD.shape or accumulator_vD.device != student_weight_vD.device:
         raise ValueError(
-            f"weight_grad_accumulator is {list(accumulator_vD.shape)} on {accumulator_vD.device}, but student_weight "
+            f"beta={beta!r}: divergence={divergence!r} needs a beta with 0 < beta < 1; {limits}"
+        )
+
+
+def check_accumulator(
+    accumulator_vD: object, student_weight_vD: Tensor, dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless the weight gradient can be added to the accumulator once, in full
+    precision.
+    """
+    if not isinstance(accumulator_vD, Tensor):
+        raise ValueError(
+            f"weight_grad_accumulator is {type(accumulator_vD).__name__}; a tensor is needed"
+        )
+    if (
+        accumulator_vD.shape != student_weight_vD.shape
+        or accumulator_vD.device != student_weight_vD.device
+    ):
+        raise ValueError(
+            f"weight_grad_accumulator is {list(accumulator_vD.shape)} on {accumulator_vD.device}, "
+            "but student_weight "
             f"is {list(student_weight_vD.shape)} on {student_weight_vD.device}"
         )
-    if accumulator_vD.dtype != dtype or not accumulator_vD.is_contiguous() or accumulator_vD.requires_grad:
+    if (
+        accumulator_vD.dtype != dtype
+        or not accumulator_vD.is_contiguous()
+        or accumulator_vD.requires_grad
+    ):
         raise ValueError(
-            f"weight_grad_accumulator has dtype {accumulator_vD.dtype}, strides {accumulator_vD.stride()} and "
-            f"requires_grad={accumulator_vD.requires_grad}; a contiguous {dtype} buffer without gradient is needed"
+            f"weight_grad_accumulator has dtype {accumulator_vD.dtype}, strides "
+            f"{accumulator_vD.stride()} and "
+            f"requires_grad={accumulator_vD.requires_grad}; a contiguous {dtype} buffer without "
+            "gradient is needed"
         )
     if not student_weight_vD.requires_grad:
-        raise ValueError("weight_grad_accumulator is given, but student_weight does not require a gradient")
+        raise ValueError(
+            "weight_grad_accumulator is given, but student_weight does not require a gradient"
+        )
     if torch._C._current_graph_task_id() != -1:
         raise ValueError(
-            "weight_grad_accumulator cannot be used under activation recompute: the gradient would be added again in "
-            "backward.  Keep the loss out of the recomputed part, or leave weight_grad_accumulator None"
+            "weight_grad_accumulator cannot be used under activation recompute: the gradient would "
+            "be added again in "
+            "backward.  Keep the loss out of the recomputed part, or leave weight_grad_accumulator "
+            "None"
         )
 
 
@@ -68,7 +95,9 @@ def check_tensors(
     token_weight_T: Tensor,
     teacher_bias_v: Tensor | None,
 ) -> None:
-    """Raise ValueError unless dimensions, sizes, dtypes and devices fit together and every token_weight is finite."""
+    """Raise ValueError unless dimensions, sizes, dtypes and devices fit together and every
+    token_weight is finite.
+    """
     tensors = {
         "student_hidden": (student_hidden_TD, 2),
         "student_weight": (student_weight_vD, 2),
@@ -80,24 +109,37 @@ def check_tensors(
         tensors["teacher_bias"] = (teacher_bias_v, 1)
     for name, (tensor, num_dims) in tensors.items():
         if tensor.dim() != num_dims:
-            raise ValueError(f"{name} has {tensor.dim()} dimensions {list(tensor.shape)}; {num_dims} are needed")
+            raise ValueError(
+                f"{name} has {tensor.dim()} dimensions {list(tensor.shape)}; {num_dims} are needed"
+            )
         if not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}; a floating-point dtype is needed")
         if tensor.device != student_hidden_TD.device:
-            raise ValueError(f"{name} is on {tensor.device}, but student_hidden is on {student_hidden_TD.device}")
+            raise ValueError(
+                f"{name} is on {tensor.device}, but student_hidden is on {student_hidden_TD.device}"
+            )
     _check_same_size(
-        "tokens", {name: tensors[name][0] for name in ("student_hidden", "teacher_hidden", "token_weight")}
+        "tokens",
+        {name: tensors[name][0] for name in ("student_hidden", "teacher_hidden", "token_weight")},
     )
-    heads = [name for name in ("student_weight", "teacher_weight", "teacher_bias") if name in tensors]
+    heads = [
+        name for name in ("student_weight", "teacher_weight", "teacher_bias") if name in tensors
+    ]
     _check_same_size("vocabulary rows", {name: tensors[name][0] for name in heads})
     for model in ("student", "teacher"):
         pair = {name: tensors[name][0] for name in (f"{model}_hidden", f"{model}_weight")}
         _check_same_size("hidden columns", pair, dim=1)
     if student_weight_vD.numel() == 0 or teacher_weight_vE.numel() == 0:
         shapes = f"{list(student_weight_vD.shape)} and {list(teacher_weight_vE.shape)}"
-        raise ValueError(f"student_weight and teacher_weight are {shapes}; at least one row and one column are needed")
+        raise ValueError(
+            f"student_weight and teacher_weight are {shapes}; at least one row and one column are "
+            "needed"
+        )
     if not torch.isfinite(token_weight_T).all():
-        raise ValueError(f"token_weight holds {int((~torch.isfinite(token_weight_T)).sum())} NaN or infinite values")
+        raise ValueError(
+            f"token_weight holds {int((~torch.isfinite(token_weight_T)).sum())} NaN or infinite "
+            "values"
+        )
 
 
 def check_matmul_precision(*operands: Tensor) -> None:
@@ -105,8 +147,10 @@ def check_matmul_precision(*operands: Tensor) -> None:
     precision = torch.get_float32_matmul_precision()
     if precision != "highest" and any(operand.dtype == torch.float32 for operand in operands):
         raise ValueError(
-            f"torch.get_float32_matmul_precision() is {precision!r}: float32 operands would be rounded, which is wrong "
-            "near convergence.  Set it to 'highest', or pass bfloat16 tensors: their products are exact"
+            f"torch.get_float32_matmul_precision() is {precision!r}: float32 operands would be "
+            "rounded, which is wrong "
+            "near convergence.  Set it to 'highest', or pass bfloat16 tensors: their products are "
+            "exact"
         )
 
 
@@ -118,7 +162,9 @@ def check_numbers(
     num_columns: int,
     workspace_bytes: int | None,
 ) -> None:
-    """Raise ValueError unless each number is in its range (None: not given); `num_columns` is v over all tp ranks."""
+    """Raise ValueError unless each number is in its range (None: not given); `num_columns` is v
+    over all tp ranks.
+    """
     for name, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; a finite number > 0 is needed")
@@ -126,7 +172,10 @@ def check_numbers(
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; a finite number is needed")
     if vocab_size is not None and not 1 <= vocab_size <= num_columns:
-        raise ValueError(f"vocab_size is {vocab_size}, but the output layers have {num_columns} rows over all tp ranks")
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the output layers have {num_columns} rows over all "
+            "tp ranks"
+        )
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes is {workspace_bytes}; at least 1 is needed")
 

@@ -1,10 +1,13 @@
-"""Logits of a few tokens at a time, their rows' statistics, and what the tp ranks exchange about them.
+"""Logits of a few tokens at a time, their rows' statistics, and what the tp ranks exchange about
+them.
 
-Legend: T tokens, D student hidden size, E teacher hidden size (X: either), v valid vocabulary columns of this rank,
-A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient chunk, R tensor-parallel ranks.
+Legend: T tokens, D student hidden size, E teacher hidden size (X: either), v valid vocabulary
+columns of this rank, A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient
+chunk, R tensor-parallel ranks.
 
-A chunk goes through its methods in the order in which they stand; between `exchange_statistics` and `find_centre`,
-and between that and `gradient`, a collective is under way, so a second chunk's products belong there.
+A chunk goes through its methods in the order in which they stand; between `exchange_statistics` and
+`find_centre`, and between that and `gradient`, a collective is under way, so a second chunk's
+products belong there.
 """
 
 from __future__ import annotations
@@ -34,11 +37,13 @@ from mtopd.kernels.rows import (
 )
 
 _WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1792 << 20}
-# Rows of a logit chunk, if the workspace holds them: enough for the products to run at full speed, more where there
-# are so few columns that a chunk would not be worth its overhead.
+# Rows of a logit chunk, if the workspace holds them: enough for the products to run at full speed,
+# more where there are so few columns that a chunk would not be worth its overhead.
 _CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 _SMALL_CHUNK_ELEMENTS, _SMALL_CHUNK_ROWS = 1 << 17, 1024
-_GRADIENT_CHUNKS = 8  # logit chunks of a gradient chunk, where derivatives are kept apart from logits
+_GRADIENT_CHUNKS = (
+    8  # logit chunks of a gradient chunk, where derivatives are kept apart from logits
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ class TensorParallel:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> TensorParallel:
-        return cls(None, 1, 0) if group is None else cls(group, dist.get_world_size(group), dist.get_rank(group))
+        return (
+            cls(None, 1, 0)
+            if group is None
+            else cls(group, dist.get_world_size(group), dist.get_rank(group))
+        )
 
     def all_gather(self, local: Tensor) -> Gathered:
         """Start to stack the ranks' tensors, in rank order, on a new first dimension."""
@@ -86,7 +95,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Call:
-    """One checked call, and the sizes that follow from it: alike on every tp rank, except num_columns."""
+    """One checked call, and the sizes that follow from it: alike on every tp rank, except
+    num_columns.
+    """
 
     student: Head
     teacher: Head
@@ -122,7 +133,9 @@ class Call:
         mixture: Mixture = REVERSE_KL_AS_MIXTURE,
         round_to_bf16: bool = False,
     ) -> Call:
-        """The arguments of the public functions, checked (ValueError) and cut to this rank's valid columns."""
+        """The arguments of the public functions, checked (ValueError) and cut to this rank's valid
+        columns.
+        """
         tensors = (student_hidden_TD, student_weight_vD, teacher_hidden_TE, teacher_weight_vE)
         check_tensors(*tensors, token_weight, teacher_bias)
         tp, shard_rows = TensorParallel.of(tp_group), student_weight_vD.shape[0]
@@ -132,7 +145,10 @@ class Call:
                 "student_softcap": student_softcap,
                 "teacher_softcap": teacher_softcap,
             },
-            finite={"student_logit_scale": student_logit_scale, "teacher_logit_scale": teacher_logit_scale},
+            finite={
+                "student_logit_scale": student_logit_scale,
+                "teacher_logit_scale": teacher_logit_scale,
+            },
             vocab_size=vocab_size,
             num_columns=tp.size * shard_rows,
             workspace_bytes=workspace_bytes,
@@ -140,14 +156,20 @@ class Call:
         device = student_hidden_TD.device
         if workspace_bytes is None:
             workspace_bytes = _WORKSPACE_BYTES.get(device.type, _WORKSPACE_BYTES["cuda"])
-        has_float64 = any(t is not None and t.dtype == torch.float64 for t in (*tensors, teacher_bias))
+        has_float64 = any(
+            t is not None and t.dtype == torch.float64 for t in (*tensors, teacher_bias)
+        )
         dtype = torch.float64 if has_float64 else torch.float32
         kernels = select_row_kernels(backend, device.type, dtype)
         check_matmul_precision(*tensors)
         num_columns = shard_rows
         if vocab_size is not None:
             num_columns = min(max(vocab_size - tp.rank * shard_rows, 0), shard_rows)
-        bias_v = None if teacher_bias is None else teacher_bias.detach()[:num_columns].to(dtype).contiguous()
+        bias_v = (
+            None
+            if teacher_bias is None
+            else teacher_bias.detach()[:num_columns].to(dtype).contiguous()
+        )
         student = LogitTransform(student_logit_scale, student_softcap, None)
         teacher = LogitTransform(teacher_logit_scale, teacher_softcap, bias_v)
         return cls(
@@ -187,7 +209,9 @@ class Call:
 
     @cached_property
     def num_buffers(self) -> int:
-        """Pairs of logit buffers: a second chunk is multiplied while the first one's collective travels."""
+        """Pairs of logit buffers: a second chunk is multiplied while the first one's collective
+        travels.
+        """
         return 1 if self.tp.size == 1 else 2
 
     @cached_property
@@ -211,7 +235,10 @@ class Call:
             row_bytes += self.shard_rows * torch.bfloat16.itemsize
         reserved = self.upcast_bytes + self.problem.scratch_bytes
         affordable = max(1, (self.workspace_bytes - reserved) // row_bytes)
-        wanted = max(_CHUNK_ROWS.get(device, 128), min(_SMALL_CHUNK_ELEMENTS // self.shard_rows, _SMALL_CHUNK_ROWS))
+        wanted = max(
+            _CHUNK_ROWS.get(device, 128),
+            min(_SMALL_CHUNK_ELEMENTS // self.shard_rows, _SMALL_CHUNK_ROWS),
+        )
         rows = min(affordable, wanted)
         return rows - rows % 64 if rows > 64 else rows  # whole tiles of the products
 
@@ -222,10 +249,13 @@ class Call:
 
     @property
     def upcast_bytes(self) -> int:
-        """Workspace kept for upcast weights: of either model for its logits, of the student for its derivatives."""
+        """Workspace kept for upcast weights: of either model for its logits, of the student for its
+        derivatives.
+        """
         heads = (self.student, self.teacher)
         upcasts_logits = any(
-            head.weight_vX.dtype != self.dtype and not has_wide_product(head.hidden_TX, head.weight_vX, self.dtype)
+            head.weight_vX.dtype != self.dtype
+            and not has_wide_product(head.hidden_TX, head.weight_vX, self.dtype)
             for head in heads
         )
         upcasts_derivatives = self.student.weight_vX.dtype not in (self.dtype, self.gradient_dtype)
@@ -254,7 +284,9 @@ class Call:
 
     @contextmanager
     def chunks(self) -> Iterator[Iterator[Chunk]]:
-        """The chunks of the tokens with a weight, in order, on alternating buffers of the workspace."""
+        """The chunks of the tokens with a weight, in order, on alternating buffers of the
+        workspace.
+        """
         shape = (self.num_buffers, 2, self.chunk_rows, self.num_columns)
         with _borrowed(math.prod(shape), self.dtype, self.token_weight_T.device) as flat:
             yield self._chunks(flat.view(shape))
@@ -265,14 +297,22 @@ class Call:
         for number, start in enumerate(range(0, len(rows_A), self.chunk_rows)):
             chunk = slice(start, min(start + self.chunk_rows, len(rows_A)))
             padded_rows_C = padded_rows_A[start : start + self.chunk_rows]
-            yield Chunk(self, chunk, rows_A[chunk], padded_rows_C, *logits[number % self.num_buffers])
+            yield Chunk(
+                self, chunk, rows_A[chunk], padded_rows_C, *logits[number % self.num_buffers]
+            )
 
 
 class Chunk:
     """Some tokens on their way from hidden states to the derivatives of their logits."""
 
     def __init__(
-        self, call: Call, tokens: slice, rows_C: Tensor, padded_rows_C: Tensor, student_Cv: Tensor, teacher_Cv: Tensor
+        self,
+        call: Call,
+        tokens: slice,
+        rows_C: Tensor,
+        padded_rows_C: Tensor,
+        student_Cv: Tensor,
+        teacher_Cv: Tensor,
     ) -> None:
         self.tokens, self.rows_C = tokens, rows_C
         self._call, self._padded_rows_C = call, padded_rows_C
@@ -293,11 +333,15 @@ class Chunk:
         self._statistics = call.tp.all_gather(call.row_statistics(self.student_Cv, self.teacher_Cv))
 
     def find_centre(self, needs_gradient: bool) -> None:
-        """Merge the statistics into `rows_9C`; start a second exchange for the divergences that need one."""
+        """Merge the statistics into `rows_9C`; start a second exchange for the divergences that
+        need one.
+        """
         assert self._statistics is not None
         call = self._call
         statistics_R9C = self._statistics.wait()
-        self.rows_9C = call.kernels.merge(call.problem, statistics_R9C, call.token_weight_T[self.rows_C])
+        self.rows_9C = call.kernels.merge(
+            call.problem, statistics_R9C, call.token_weight_T[self.rows_C]
+        )
         if needs_gradient and call.problem.needs_centre:
             _, mean_C = self._run(None)
             self._centre = call.tp.all_gather(mean_C)
@@ -330,8 +374,8 @@ _kept: dict[torch.dtype, Tensor] = {}
 def _borrowed(num_elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """Uninitialised memory, [num_elements].
 
-    On CPU it is kept for the next call: pages that the system hands out anew cost a tenth of the products.
-    CUDA's allocator keeps memory by itself.
+    On CPU it is kept for the next call: pages that the system hands out anew cost a tenth of the
+    products. CUDA's allocator keeps memory by itself.
     """
     kept = _kept.pop(dtype, None) if device.type == "cpu" else None
     if kept is None or kept.numel() < num_elements:

@@ -1,26 +1,33 @@
-"""Output layers and divergence in one operation: exact, over the whole vocabulary, without the logits of all tokens.
+"""Output layers and divergence in one operation: exact, over the whole vocabulary, without the
+logits of all tokens.
 
-Legend: T tokens, D student hidden size, E teacher hidden size (X: either), V vocabulary, v this rank's rows of it,
-A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient chunk, R tensor-parallel ranks.
+Legend: T tokens, D student hidden size, E teacher hidden size (X: either), V vocabulary, v this
+rank's rows of it, A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient chunk,
+R tensor-parallel ranks.
 
-The gradients of both student tensors are made in the forward pass, while a chunk's logits are there: four matrix
-products per token and no recomputation.  Two levels of chunks: logits of C tokens at a time; their derivatives, where
-they are narrower than the logits (16-bit operands on CUDA), are collected for G tokens before the two products that
-use them, so that these run at a good size and the sum over tokens in the weight gradient is read and written seldom.
-The arithmetic of a row is in `rows`.
+The gradients of both student tensors are made in the forward pass, while a chunk's logits are
+there: four matrix products per token and no recomputation.  Two levels of chunks: logits of C
+tokens at a time; their derivatives, where they are narrower than the logits (16-bit operands on
+CUDA), are collected for G tokens before the two products that use them, so that these run at a good
+size and the sum over tokens in the weight gradient is read and written seldom. The arithmetic of a
+row is in `rows`.
 
 Invariants:
-* No tensor of [T, v] exists.  Logits, derivatives and upcast weights live in one workspace of `workspace_bytes`, as
-  long as that holds one row and one weight row.  Gradients ([T, D] and [v, D]) and [T] tensors come on top.
-* Masked tokens are dropped before the first product, columns >= vocab_size are never computed: neither can leak.
+* No tensor of [T, v] exists.  Logits, derivatives and upcast weights live in one workspace of
+  `workspace_bytes`, as long as that holds one row and one weight row.  Gradients ([T, D] and [v,
+  D]) and [T] tensors come on top.
+* Masked tokens are dropped before the first product, columns >= vocab_size are never computed:
+  neither can leak.
 * 16-bit operands are multiplied with float32 results and sums; under autocast too.
-* The products that make logits have the same number of rows whatever T is (the last chunk is filled up), so the value
-  of a token does not depend on what else is in the batch.  Sums run in a fixed order: two runs agree bit for bit.
-* Every tp rank joins the same collectives, raises the same error, and gets bit-identical outputs.  A chunk's
-  collectives travel while the next chunk is multiplied.
+* The products that make logits have the same number of rows whatever T is (the last chunk is filled
+  up), so the value of a token does not depend on what else is in the batch.  Sums run in a fixed
+  order: two runs agree bit for bit.
+* Every tp rank joins the same collectives, raises the same error, and gets bit-identical outputs.
+  A chunk's collectives travel while the next chunk is multiplied.
 * The caller's tensors are not written, except weight_grad_accumulator.
 
-It does not sum the student_hidden gradient over tp ranks, and gives token_weight and the teacher no gradient.
+It does not sum the student_hidden gradient over tp ranks, and gives token_weight and the teacher no
+gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +50,8 @@ from mtopd.kernels.rows import NO_BETA, REVERSE_KL_AS_MIXTURE, Kind, Row, mixtur
 class Divergence(NamedTuple):
     """Result of `fused_linear_divergence`; bit-identical on every tp rank."""
 
-    loss: Tensor  # scalar, sum_t token_weight[t] * per_token[t]; differentiable in both student tensors
+    # scalar, sum_t token_weight[t] * per_token[t]; differentiable in both student tensors
+    loss: Tensor
     per_token: Tensor  # [T] divergence in nats, detached, 0 where masked
     entropy: Tensor  # [T] student entropy in nats at the same temperature, detached, 0 where masked
 
@@ -71,29 +79,38 @@ def fused_linear_divergence(
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> Divergence:
-    """A divergence between student p and teacher q over the whole vocabulary, weighted and summed over tokens.
+    """A divergence between student p and teacher q over the whole vocabulary, weighted and summed
+    over tokens.
 
-    Of a model's hidden states h [T, D] or [T, E] and this rank's rows W [v, D] or [v, E] of its output layer:
-    z = softcap * tanh((logit_scale * (h @ W.T) + bias) / softcap); temperature divides z last; no temperature**2.
+    Of a model's hidden states h [T, D] or [T, E] and this rank's rows W [v, D] or [v, E] of its
+    output layer: z = softcap * tanh((logit_scale * (h @ W.T) + bias) / softcap); temperature
+    divides z last; no temperature**2.
 
-    token_weight [T]: 0 = masked; holds 1/N and the teacher's weight.  The same on every tp rank, as are hidden states.
-    divergence, beta: the definitions and their sources are in `mtopd.kernels.rows`.  Beta, in (0, 1), is needed by
+    token_weight [T]: 0 = masked; holds 1/N and the teacher's weight.  The same on every tp rank, as
+    are hidden states. divergence, beta: the definitions and their sources are in
+    `mtopd.kernels.rows`.  Beta, in (0, 1), is needed by
         jsd, skewed_reverse_kl and skewed_forward_kl.
-    vocab_size: columns >= it take no part; tp rank r holds columns r * v to (r + 1) * v.  None: all columns.
-    teacher_bias [v]: this rank's part.  -inf excludes a token from the teacher.
-    logits: "fp32", or "bf16", which rounds logits as most systems do.  That is wrong near convergence (gradients off
-        by 6 % at KL 0.4, 30 to 50 % at 4e-3, 100 % and more at 4e-5) and no faster: it is there for comparison.
-    teacher_neginf: "error" refuses reverse_kl where the teacher excludes a token that the student can sample (the
-        divergence is infinite); "floor" takes log q = -87.3 there.  The other divergences are finite.
-    weight_grad_accumulator [v, D] in float32 (float64 for float64 inputs), Megatron's main_grad: the gradient of
-        student_weight is added to it in forward, if gradients are enabled.  Backward then needs an upstream gradient
-        of 1, sets student_weight.grad_added_to_main_grad and returns zeros, so that hooks fire.  Not with activation
-        recompute, which would add it twice.
-    backend: the row kernels: "triton" (CUDA), "cpu" (compiled C++), "torch" (slow), or "auto", logged once.
-    workspace_bytes: bound on temporary memory (module docstring); None: 192 MiB on CPU, 1792 MiB on CUDA.
+    vocab_size: columns >= it take no part; tp rank r holds columns r * v to (r + 1) * v.  None: all
+    columns. teacher_bias [v]: this rank's part.  -inf excludes a token from the teacher. logits:
+    "fp32", or "bf16", which rounds logits as most systems do.  That is wrong near convergence
+    (gradients off
+        by 6 % at KL 0.4, 30 to 50 % at 4e-3, 100 % and more at 4e-5) and no faster: it is there for
+        comparison.
+    teacher_neginf: "error" refuses reverse_kl where the teacher excludes a token that the student
+    can sample (the
+        divergence is infinite); "floor" takes log q = -87.3 there.  The other divergences are
+        finite.
+    weight_grad_accumulator [v, D] in float32 (float64 for float64 inputs), Megatron's main_grad:
+    the gradient of
+        student_weight is added to it in forward, if gradients are enabled.  Backward then needs an
+        upstream gradient of 1, sets student_weight.grad_added_to_main_grad and returns zeros, so
+        that hooks fire.  Not with activation recompute, which would add it twice.
+    backend: the row kernels: "triton" (CUDA), "cpu" (compiled C++), "torch" (slow), or "auto",
+    logged once. workspace_bytes: bound on temporary memory (module docstring); None: 192 MiB on
+    CPU, 1792 MiB on CUDA.
 
-    Raises ValueError, alike on every tp rank, for inputs that do not fit together and for -inf teacher logits as said.
-    NaN or +inf logits in a token with a weight give a NaN loss.
+    Raises ValueError, alike on every tp rank, for inputs that do not fit together and for -inf
+    teacher logits as said. NaN or +inf logits in a token with a weight give a NaN loss.
     """
     check_choices(divergence, beta, logits, teacher_neginf, backend)
     call = Call.of(
@@ -122,11 +139,17 @@ def fused_linear_divergence(
         check_accumulator(accumulator_vD, student_weight, call.dtype)
     if logits == "bf16":
         warnings.warn(
-            "logits='bf16' gives wrong gradients near convergence (a third off at KL 4e-3); use logits='fp32'",
+            (
+                "logits='bf16' gives wrong gradients near convergence (a third off at KL 4e-3); "
+                "use "
+                "logits='fp32'"
+            ),
             stacklevel=2,
         )
     refuses = divergence == "reverse_kl" and teacher_neginf == "error"
-    if refuses and has_neginf(call.problem.teacher.bias_v, call.tp):  # looked at before anything is accumulated
+    if refuses and has_neginf(
+        call.problem.teacher.bias_v, call.tp
+    ):  # looked at before anything is accumulated
         _refuse_excluded_tokens(_evaluate(call, None).excluded_A, call.rows_A)
     loss, per_token_T, entropy_T, excluded_A = _GradientInForward.apply(
         student_hidden, student_weight, call, accumulator_vD, is_grad_enabled
@@ -151,11 +174,15 @@ class _GradientInForward(torch.autograd.Function):
         gradients = None
         if is_grad_enabled and any(ctx.needs_input_grad[:2]):
             needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-            hidden_grad_TD = torch.zeros_like(student_hidden_TD, dtype=call.dtype) if needs_hidden else None
+            hidden_grad_TD = (
+                torch.zeros_like(student_hidden_TD, dtype=call.dtype) if needs_hidden else None
+            )
             weight_grad_vD = accumulator_vD
             if needs_weight and accumulator_vD is None:
                 weight_grad_vD = torch.empty_like(student_weight_vD, dtype=call.dtype)
-            gradients = _StudentGradients(call, hidden_grad_TD, weight_grad_vD, accumulator_vD is not None)
+            gradients = _StudentGradients(
+                call, hidden_grad_TD, weight_grad_vD, accumulator_vD is not None
+            )
         with torch.autocast(student_hidden_TD.device.type, enabled=False):
             tokens = _evaluate(call, gradients)
             weight_A = call.token_weight_T[call.rows_A].double()
@@ -181,14 +208,18 @@ class _GradientInForward(torch.autograd.Function):
         if ctx.accumulated_weight is not None:
             if is_retained or loss_grad != 1:
                 raise ValueError(
-                    f"weight_grad_accumulator has the gradient for an upstream gradient of 1 and one backward; found "
-                    f"{loss_grad.item():g}{' and a retained graph' if is_retained else ''}.  Put scales into "
+                    "weight_grad_accumulator has the gradient for an upstream gradient of 1 and "
+                    "one backward; found "
+                    f"{loss_grad.item():g}{' and a retained graph' if is_retained else ''}.  Put "
+                    "scales into "
                     "token_weight, or leave weight_grad_accumulator None"
                 )
             ctx.accumulated_weight.grad_added_to_main_grad = True
         hidden_grad_TD, weight_grad_vD = (
             _scaled(gradient, loss_grad, dtype, is_retained)
-            for gradient, dtype in zip((ctx.hidden_grad_TD, ctx.weight_grad_vD), ctx.input_dtypes, strict=True)
+            for gradient, dtype in zip(
+                (ctx.hidden_grad_TD, ctx.weight_grad_vD), ctx.input_dtypes, strict=True
+            )
         )
         if ctx.accumulated_weight is not None:
             weight_grad_vD = _zeros_like(ctx.accumulated_weight)
@@ -197,21 +228,29 @@ class _GradientInForward(torch.autograd.Function):
         return hidden_grad_TD, weight_grad_vD, None, None, None
 
 
-def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype, is_retained: bool) -> Tensor | None:
-    """gradient * scale in `dtype`; in place, or the gradient itself, unless a retained graph needs it again."""
+def _scaled(
+    gradient: Tensor | None, scale: Tensor, dtype: torch.dtype, is_retained: bool
+) -> Tensor | None:
+    """gradient * scale in `dtype`; in place, or the gradient itself, unless a retained graph needs
+    it again.
+    """
     if gradient is None:
         return None
     if gradient.dtype != dtype:
         return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
     if is_retained:
         return gradient * scale
-    if scale.device.type == "cpu" and scale == 1:  # on CUDA the question would cost more than the multiplication
+    if (
+        scale.device.type == "cpu" and scale == 1
+    ):  # on CUDA the question would cost more than the multiplication
         return gradient
     return gradient.mul_(scale)
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros that nobody reads.  On CPU numpy's: the system's zero pages, which cost nothing until they are touched."""
+    """Zeros that nobody reads.  On CPU numpy's: the system's zero pages, which cost nothing until
+    they are touched.
+    """
     if tensor.device.type != "cpu":
         return torch.zeros_like(tensor)
     return torch.from_numpy(np.zeros(tensor.nbytes, np.uint8)).view(tensor.dtype).view(tensor.shape)
@@ -226,9 +265,13 @@ class _Tokens(NamedTuple):
 
 
 def _evaluate(call: Call, gradients: _StudentGradients | None) -> _Tokens:
-    """All chunks, each overlapping the one before where there are collectives; adds to the gradients."""
+    """All chunks, each overlapping the one before where there are collectives; adds to the
+    gradients.
+    """
     num_tokens = len(call.rows_A)
-    shard_value_A, entropy_A, excluded_A = call.token_weight_T.new_zeros(3, num_tokens, dtype=call.dtype)
+    shard_value_A, entropy_A, excluded_A = call.token_weight_T.new_zeros(
+        3, num_tokens, dtype=call.dtype
+    )
 
     def finish(chunk: Chunk) -> None:
         out_Cv = None if gradients is None else gradients.destination(chunk)
@@ -266,14 +309,18 @@ def _evaluate(call: Call, gradients: _StudentGradients | None) -> _Tokens:
 class _StudentGradients:
     """Carries the derivatives of logits on to the student tensors that need a gradient."""
 
-    def __init__(self, call: Call, hidden_TD: Tensor | None, weight_vD: Tensor | None, accumulates: bool) -> None:
+    def __init__(
+        self, call: Call, hidden_TD: Tensor | None, weight_vD: Tensor | None, accumulates: bool
+    ) -> None:
         self._call, self.hidden_TD, self.weight_vD = call, hidden_TD, weight_vD
         self._has_weight_sum = accumulates
         self._buffer_Gv: Tensor | None = None
         self._collected: list[slice] = []  # chunks whose derivatives are in the buffer, in order
         if call.gradient_dtype != call.dtype and len(call.rows_A) > 0:
             shape = (call.gradient_rows, call.num_columns)
-            self._buffer_Gv = torch.empty(shape, dtype=call.gradient_dtype, device=call.rows_A.device)
+            self._buffer_Gv = torch.empty(
+                shape, dtype=call.gradient_dtype, device=call.rows_A.device
+            )
 
     def destination(self, chunk: Chunk) -> Tensor:
         """Where the chunk's derivatives go: over its logits, or into the gradient chunk."""
@@ -306,12 +353,16 @@ class _StudentGradients:
         call = self._call
         student = call.student
         if self.hidden_TD is not None:
-            product_GD = gradient_times_weight(gradient_Gv, student.weight_vX, call.tile_rows, call.dtype)
+            product_GD = gradient_times_weight(
+                gradient_Gv, student.weight_vX, call.tile_rows, call.dtype
+            )
             self.hidden_TD.index_copy_(0, call.rows_A[tokens], product_GD)
         if self.weight_vD is not None and call.num_columns > 0:
             hidden_GD = call.take(student.hidden_TX, tokens)
             sum_vD = self.weight_vD[: call.num_columns]
-            add_gradient_times_hidden_(sum_vD, gradient_Gv, hidden_GD, is_first=not self._has_weight_sum)
+            add_gradient_times_hidden_(
+                sum_vD, gradient_Gv, hidden_GD, is_first=not self._has_weight_sum
+            )
             if not self._has_weight_sum:
                 self.weight_vD[call.num_columns :].zero_()
                 self._has_weight_sum = True
@@ -321,8 +372,11 @@ def _refuse_excluded_tokens(excluded_A: Tensor, rows_A: Tensor) -> None:
     is_excluded_A = excluded_A > 0
     if is_excluded_A.any():
         raise ValueError(
-            f"the teacher's logit is -inf for a token that the student can sample, in {int(is_excluded_A.sum())} of "
-            f"{len(rows_A)} tokens with a weight (first: row {int(rows_A[is_excluded_A][0])}); the reverse KL is "
-            "infinite there.  Exclude such tokens on both sides, give the teacher finite logits, or take "
+            "the teacher's logit is -inf for a token that the student can sample, in "
+            f"{int(is_excluded_A.sum())} of "
+            f"{len(rows_A)} tokens with a weight (first: row {int(rows_A[is_excluded_A][0])}); the "
+            "reverse KL is "
+            "infinite there.  Exclude such tokens on both sides, give the teacher finite logits, "
+            "or take "
             "teacher_neginf='floor'"
         )

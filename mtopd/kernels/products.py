@@ -2,8 +2,8 @@
 
 Legend: C tokens of a chunk, v vocabulary rows, X hidden size.
 
-CUDA multiplies 16-bit operands into float32 directly.  Elsewhere they are upcast first, the weights a tile of
-vocabulary rows at a time, so that an upcast copy of a whole output layer never exists.
+CUDA multiplies 16-bit operands into float32 directly.  Elsewhere they are upcast first, the weights
+a tile of vocabulary rows at a time, so that an upcast copy of a whole output layer never exists.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 
-def hidden_times_weight_(out_Cv: Tensor, hidden_CX: Tensor, weight_vX: Tensor, tile_rows: int) -> None:
+def hidden_times_weight_(
+    out_Cv: Tensor, hidden_CX: Tensor, weight_vX: Tensor, tile_rows: int
+) -> None:
     """out = hidden @ weight.T, in the dtype of `out`."""
     dtype = out_Cv.dtype
     if has_wide_product(hidden_CX, weight_vX, dtype):
@@ -25,7 +27,9 @@ def hidden_times_weight_(out_Cv: Tensor, hidden_CX: Tensor, weight_vX: Tensor, t
         torch.mm(hidden_CX, weight_vX[tile].to(dtype).T, out=out_Cv[:, tile])
 
 
-def gradient_times_weight(gradient_Cv: Tensor, weight_vX: Tensor, tile_rows: int, dtype: torch.dtype) -> Tensor:
+def gradient_times_weight(
+    gradient_Cv: Tensor, weight_vX: Tensor, tile_rows: int, dtype: torch.dtype
+) -> Tensor:
     """gradient @ weight, [C, X] in `dtype`."""
     if has_wide_product(gradient_Cv, weight_vX, dtype):
         return torch.mm(gradient_Cv, weight_vX, out_dtype=dtype)
@@ -35,8 +39,12 @@ def gradient_times_weight(gradient_Cv: Tensor, weight_vX: Tensor, tile_rows: int
     return product_CX
 
 
-def add_gradient_times_hidden_(sum_vX: Tensor, gradient_Cv: Tensor, hidden_CX: Tensor, is_first: bool) -> None:
-    """sum += gradient.T @ hidden in the dtype of the sum; with `is_first` the sum's content is not read."""
+def add_gradient_times_hidden_(
+    sum_vX: Tensor, gradient_Cv: Tensor, hidden_CX: Tensor, is_first: bool
+) -> None:
+    """sum += gradient.T @ hidden in the dtype of the sum; with `is_first` the sum's content is not
+    read.
+    """
     beta = 0 if is_first else 1
     if has_wide_product(gradient_Cv, hidden_CX, sum_vX.dtype):
         torch.addmm(sum_vX, gradient_Cv.T, hidden_CX, out_dtype=sum_vX.dtype, beta=beta, out=sum_vX)

@@ -1,7 +1,9 @@
-"""The definitions of the divergences: dense, on one device, differentiated by autograd.  The oracle of the tests.
+"""The definitions of the divergences: dense, on one device, differentiated by autograd.  The oracle
+of the tests.
 
-Legend: T tokens, V vocabulary (padding already cut off by the caller).  Computes in the dtype it is given, so that
-float64 logits give a float64 answer.  It does not guard -inf logits: the edge cases have known numbers instead.
+Legend: T tokens, V vocabulary (padding already cut off by the caller).  Computes in the dtype it is
+given, so that float64 logits give a float64 answer.  It does not guard -inf logits: the edge cases
+have known numbers instead.
 """
 
 from __future__ import annotations
@@ -13,9 +15,15 @@ from torch import Tensor
 
 
 def divergence(
-    name: str, student_logits_TV: Tensor, teacher_logits_TV: Tensor, beta: float = 0.5, temperature: float = 1.0
+    name: str,
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """The divergence `name` of `fused_linear_divergence` for each token in nats, [T]; no temperature**2 factor."""
+    """The divergence `name` of `fused_linear_divergence` for each token in nats, [T]; no
+    temperature**2 factor.
+    """
     log_p_TV = (student_logits_TV / temperature).log_softmax(-1)
     log_q_TV = (teacher_logits_TV / temperature).log_softmax(-1)
     if name == "reverse_kl":

@@ -1,8 +1,11 @@
-"""Rows of logits: the divergences, their derivatives, what the ranks exchange, and the seam of the row kernels.
+"""Rows of logits: the divergences, their derivatives, what the ranks exchange, and the seam of the
+row kernels.
 
-Legend: C rows (tokens) of a chunk, v valid vocabulary columns of this rank (may be 0), V all of them, R ranks.
+Legend: C rows (tokens) of a chunk, v valid vocabulary columns of this rank (may be 0), V all of
+them, R ranks.
 
-With a, b the logits of student and teacher over the temperature, p and q their softmaxes, delta = log p - log q:
+With a, b the logits of student and teacher over the temperature, p and q their softmaxes, delta =
+log p - log q:
 
     reverse_kl          KL(p || q)                            g_v = p_v (delta_v - E_p[delta])
     forward_kl          KL(q || p)                            g_v = p_v - q_v
@@ -15,23 +18,28 @@ With a, b the logits of student and teacher over the temperature, p and q their 
     tvd: phi = sign(p - q) / 2.  The others, with m = w_p p + w_q q and L = c_p KL(p || m) + c_q KL(q || m):
     phi = -c_p log(m / p) - w_p (c_p p + c_q q) / m, written per divergence so that it does not cancel (`Mixture`)
 
-A row is worked on in three steps: `statistics` of this rank's columns; `merge` of all ranks' statistics into the few
-numbers of a row that hold for the whole vocabulary; `gradient`.  The centre E_p[phi] of reverse_kl is among the
-statistics and forward_kl needs none; for the others `gradient` runs once more before, without writing, to find it.
+A row is worked on in three steps: `statistics` of this rank's columns; `merge` of all ranks'
+statistics into the few numbers of a row that hold for the whole vocabulary; `gradient`.  The centre
+E_p[phi] of reverse_kl is among the statistics and forward_kl needs none; for the others `gradient`
+runs once more before, without writing, to find it.
 
-What keeps float32 exact where student and teacher are close (all three implementations do the same):
-* Exponents are taken relative to the row maxima.  Delta = (a - max a) - (b - max b) is formed from a - b with its
-  rounding error carried along, so neither common offsets nor the distance of a column to the maximum cost digits.
-* log p - log q = Delta + log_ratio.  log_ratio comes from sum(e_q - e_p), summed as e_p expm1(-Delta): its error is
-  relative to Delta, not to 1.  The same form gives p - q.
-* Values are sums of Bregman terms (q - p + p delta for reverse_kl), each >= 0, each from a series where it cancels.
+What keeps float32 exact where student and teacher are close (all three implementations do the
+same):
+* Exponents are taken relative to the row maxima.  Delta = (a - max a) - (b - max b) is formed from
+  a - b with its rounding error carried along, so neither common offsets nor the distance of a
+  column to the maximum cost digits.
+* log p - log q = Delta + log_ratio.  log_ratio comes from sum(e_q - e_p), summed as e_p
+  expm1(-Delta): its error is relative to Delta, not to 1.  The same form gives p - q.
+* Values are sums of Bregman terms (q - p + p delta for reverse_kl), each >= 0, each from a series
+  where it cancels.
 * p and E_p come from the same exponentials, so the gradient of a row sums to zero.
 
-What has no mass: columns >= vocab_size are never here.  Student logits of -inf add q to the value and nothing to the
-gradient.  Where the teacher's logit is -inf and the student's is not, log q is LOG_PROB_FLOOR for reverse_kl (callers
-that want an error look at EXCLUDED_MASS); the other divergences are finite there.  NaN logits give a NaN value.
-Formulas: Kullback-Leibler and Jensen-Shannon as in Agarwal et al. (arXiv:2306.13649), skewed as in Ko et al.
-(arXiv:2402.03898), tvd as in Wen et al. (arXiv:2307.15190).
+What has no mass: columns >= vocab_size are never here.  Student logits of -inf add q to the value
+and nothing to the gradient.  Where the teacher's logit is -inf and the student's is not, log q is
+LOG_PROB_FLOOR for reverse_kl (callers that want an error look at EXCLUDED_MASS); the other
+divergences are finite there.  NaN logits give a NaN value. Formulas: Kullback-Leibler and
+Jensen-Shannon as in Agarwal et al. (arXiv:2306.13649), skewed as in Ko et al. (arXiv:2402.03898),
+tvd as in Wen et al. (arXiv:2307.15190).
 """
 
 from __future__ import annotations
@@ -62,7 +70,9 @@ class Kind(IntEnum):
 
 
 class Statistic(IntEnum):
-    """Rows of `statistics`, [9, C]; sums and means over this rank's columns with e = exp(logit - max logit)."""
+    """Rows of `statistics`, [9, C]; sums and means over this rank's columns with e = exp(logit -
+    max logit).
+    """
 
     STUDENT_MAX = 0  # before the temperature; -inf on a rank without columns
     STUDENT_SUM = 1  # sum e_p
@@ -137,7 +147,9 @@ class RowProblem:
     temperature: float = 1.0
     student: LogitTransform = LogitTransform()
     teacher: LogitTransform = LogitTransform()
-    scratch_bytes: int = 16 << 20  # plain torch works on as many rows at a time as fit in it; the others need none
+    scratch_bytes: int = (
+        16 << 20
+    )  # plain torch works on as many rows at a time as fit in it; the others need none
 
     @property
     def needs_centre(self) -> bool:
@@ -157,12 +169,18 @@ class RowKernels(Protocol):
         """[9, C] in the order of `Row`: a pure function of its arguments, so alike on every rank."""
 
     def gradient(
-        self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+        self,
+        problem: RowProblem,
+        student_Cv: Tensor,
+        teacher_Cv: Tensor,
+        rows_9C: Tensor,
+        out_Cv: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """This rank's part of the value [C]; alpha * dL / d(raw student logit) goes to `out_Cv` (may be student_Cv).
+        """This rank's part of the value [C]; alpha * dL / d(raw student logit) goes to `out_Cv`
+        (may be student_Cv).
 
-        Without `out_Cv` nothing is written; the second result is this rank's part of E_p[phi], [C], for the kinds
-        that need it (`rows_9C[CENTRE]` must be 0 then).
+        Without `out_Cv` nothing is written; the second result is this rank's part of E_p[phi], [C],
+        for the kinds that need it (`rows_9C[CENTRE]` must be 0 then).
         """
 
 
@@ -178,7 +196,8 @@ def merge(problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -
     by_name = dict(zip(Statistic, statistics_R9C.double().unbind(1), strict=True))
     student_max_RC, teacher_max_RC = by_name[Statistic.STUDENT_MAX], by_name[Statistic.TEACHER_MAX]
     student_sum_RC, teacher_sum_RC = by_name[Statistic.STUDENT_SUM], by_name[Statistic.TEACHER_SUM]
-    # From a rank's own frame to the frame of the whole row.  A rank without mass has a shift of -inf and sums of 0.
+    # From a rank's own frame to the frame of the whole row.  A rank without mass has a shift of
+    # -inf and sums of 0.
     student_max_C, teacher_max_C = student_max_RC.amax(0), teacher_max_RC.amax(0)
     student_shift_RC = (student_max_RC - student_max_C) / problem.temperature
     teacher_shift_RC = (teacher_max_RC - teacher_max_C) / problem.temperature
@@ -187,26 +206,33 @@ def merge(problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -
     student_factor_RC, teacher_factor_RC = student_shift_RC.exp(), teacher_shift_RC.exp()
     mass_RC = student_sum_RC * student_factor_RC
     mass_C, teacher_mass_C = mass_RC.sum(0), (teacher_sum_RC * teacher_factor_RC).sum(0)
-    # sum e_q - sum e_p: a rank's own difference moves with its teacher's frame, its student sum with the distance of
-    # the two frames.
+    # sum e_q - sum e_p: a rank's own difference moves with its teacher's frame, its student sum
+    # with the distance of the two frames.
     difference_C = (
-        by_name[Statistic.SUM_DIFFERENCE] * teacher_factor_RC + student_sum_RC * (teacher_factor_RC - student_factor_RC)
+        by_name[Statistic.SUM_DIFFERENCE] * teacher_factor_RC
+        + student_sum_RC * (teacher_factor_RC - student_factor_RC)
     ).sum(0)
     relative_C = difference_C / mass_C
-    log_ratio_C = torch.where(relative_C.abs() < 0.5, torch.log1p(relative_C), teacher_mass_C.log() - mass_C.log())
+    log_ratio_C = torch.where(
+        relative_C.abs() < 0.5, torch.log1p(relative_C), teacher_mass_C.log() - mass_C.log()
+    )
     excluded_C = (by_name[Statistic.EXCLUDED_MASS] * student_factor_RC).sum(0) / mass_C
     finite_shift_RC = _zero_unless_finite(student_shift_RC)
     log_mass_C = mass_C.log()
     mean_student_C = (mass_RC * (by_name[Statistic.MEAN_STUDENT] + finite_shift_RC)).sum(0) / mass_C
     mean_delta_C = (mass_RC * by_name[Statistic.MEAN_DELTA]).sum(0)
-    mean_delta_C = (mean_delta_C + (_included(by_name) * student_factor_RC * frame_RC).sum(0)) / mass_C
+    mean_delta_C = (
+        mean_delta_C + (_included(by_name) * student_factor_RC * frame_RC).sum(0)
+    ) / mass_C
     # Columns that the teacher excludes: log q = LOG_PROB_FLOOR there.
     excluded_mean_C = (
         mass_RC * by_name[Statistic.EXCLUDED_MEAN]
         + by_name[Statistic.EXCLUDED_MASS] * student_factor_RC * finite_shift_RC
     ).sum(0) / mass_C
     mean_delta_C = mean_delta_C + torch.where(
-        excluded_C > 0, excluded_mean_C - excluded_C * (log_mass_C + LOG_PROB_FLOOR + log_ratio_C), 0
+        excluded_C > 0,
+        excluded_mean_C - excluded_C * (log_mass_C + LOG_PROB_FLOOR + log_ratio_C),
+        0,
     )
     rows = {
         Row.STUDENT_MAX: student_max_C,
@@ -214,7 +240,9 @@ def merge(problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -
         Row.STUDENT_INVERSE_SUM: 1 / mass_C,
         Row.TEACHER_INVERSE_SUM: 1 / teacher_mass_C,
         Row.LOG_RATIO: log_ratio_C,
-        Row.CENTRE: mean_delta_C if problem.kind == Kind.REVERSE_KL else torch.zeros_like(mean_delta_C),
+        Row.CENTRE: mean_delta_C
+        if problem.kind == Kind.REVERSE_KL
+        else torch.zeros_like(mean_delta_C),
         Row.ALPHA: token_weight_C.double() * (problem.student.scale / problem.temperature),
         Row.ENTROPY: log_mass_C - mean_student_C,
         Row.EXCLUDED_MASS: excluded_C,
@@ -240,21 +268,30 @@ def _no_nan(shift_RC: Tensor) -> Tensor:
 def select_row_kernels(backend: str, device_type: str, dtype: torch.dtype) -> RowKernels:
     """The implementation for a backend name; "auto" chooses and logs once what and why.
 
-    Raises ValueError where a named backend cannot work on these tensors or cannot be had on this machine.
+    Raises ValueError where a named backend cannot work on these tensors or cannot be had on this
+    machine.
     """
     if backend == "auto":
         return _choose(device_type, dtype)
     if backend != "torch" and dtype != torch.float32:
-        raise ValueError(f"backend={backend!r} computes in float32, but an input is {dtype}; use backend='torch'")
+        raise ValueError(
+            f"backend={backend!r} computes in float32, but an input is {dtype}; use backend='torch'"
+        )
     kernels = _load(backend)
     if kernels.DEVICES and device_type not in kernels.DEVICES:
         where = " or ".join(kernels.DEVICES)
-        raise ValueError(f"backend={backend!r} works on {where}, but the tensors are on {device_type}; use 'auto'")
+        raise ValueError(
+            f"backend={backend!r} works on {where}, but the tensors are on {device_type}; use "
+            "'auto'"
+        )
     return kernels
 
 
 def _choose(device_type: str, dtype: torch.dtype) -> RowKernels:
-    name, why = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch"), f"the tensors are on {device_type}"
+    name, why = (
+        {"cuda": "triton", "cpu": "cpu"}.get(device_type, "torch"),
+        f"the tensors are on {device_type}",
+    )
     if dtype != torch.float32:
         name, why = "torch", f"the inputs are {dtype} and the compiled kernels compute in float32"
     try:

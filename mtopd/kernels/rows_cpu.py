@@ -1,4 +1,5 @@
-"""Row kernels for CPU: rows_cpu.cpp, compiled at first use by torch's extension loader and kept in the user's cache.
+"""Row kernels for CPU: rows_cpu.cpp, compiled at first use by torch's extension loader and kept in
+the user's cache.
 
 Legend: C rows, v columns.  Importing this module compiles; ValueError says what is missing.
 """
@@ -28,7 +29,9 @@ _INSTRUCTIONS = {
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "columns", "student_stride", "teacher_stride")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("rows", "columns", "student_stride", "teacher_stride")
+    ]
 
 
 class _Model(ctypes.Structure):
@@ -72,7 +75,10 @@ class CpuRows:
         return statistics_9C
 
     def merge(self, problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -> Tensor:
-        statistics_R9C, token_weight_C = statistics_R9C.contiguous(), token_weight_C.float().contiguous()
+        statistics_R9C, token_weight_C = (
+            statistics_R9C.contiguous(),
+            token_weight_C.float().contiguous(),
+        )
         rows_9C = torch.empty(len(Row), statistics_R9C.shape[2])
         self._merge(
             statistics_R9C.data_ptr(),
@@ -87,9 +93,16 @@ class CpuRows:
         return rows_9C
 
     def gradient(
-        self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+        self,
+        problem: RowProblem,
+        student_Cv: Tensor,
+        teacher_Cv: Tensor,
+        rows_9C: Tensor,
+        out_Cv: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        assert out_Cv is None or out_Cv.data_ptr() == student_Cv.data_ptr(), "the gradient is made in place"
+        assert out_Cv is None or out_Cv.data_ptr() == student_Cv.data_ptr(), (
+            "the gradient is made in place"
+        )
         assert rows_9C.is_contiguous()
         value_C, mean_C = torch.empty(2, student_Cv.shape[0])
         self._gradient(
@@ -111,7 +124,10 @@ class CpuRows:
 
 
 def _shape(student_Cv: Tensor, teacher_Cv: Tensor) -> _Shape:
-    assert student_Cv.dtype == teacher_Cv.dtype == torch.float32 and student_Cv.shape == teacher_Cv.shape
+    assert (
+        student_Cv.dtype == teacher_Cv.dtype == torch.float32
+        and student_Cv.shape == teacher_Cv.shape
+    )
     assert student_Cv.stride(1) == teacher_Cv.stride(1) == 1
     return _Shape(*student_Cv.shape, student_Cv.stride(0), teacher_Cv.stride(0))
 
@@ -119,19 +135,31 @@ def _shape(student_Cv: Tensor, teacher_Cv: Tensor) -> _Shape:
 def _model(transform: LogitTransform) -> _Model:
     bias = transform.bias_v
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
-    return _Model(transform.scale, transform.softcap or 0.0, None if bias is None else bias.data_ptr())
+    return _Model(
+        transform.scale, transform.softcap or 0.0, None if bias is None else bias.data_ptr()
+    )
 
 
 def _library() -> ctypes.CDLL:
-    """Compile once per source, compiler flags and torch version; processes wait for each other, the kernel ends a
-    dead one's lock."""
-    flags = ["-O3", "-fopenmp", "-Wno-psabi", *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256(repr((_SOURCE.read_bytes(), flags, torch.__version__, platform.machine())).encode())
+    """Compile once per source, compiler flags and torch version; processes wait for each other, the
+    kernel ends a dead one's lock.
+    """
+    flags = [
+        "-O3",
+        "-fopenmp",
+        "-Wno-psabi",
+        *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []),
+    ]
+    key = hashlib.sha256(
+        repr((_SOURCE.read_bytes(), flags, torch.__version__, platform.machine())).encode()
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtopd"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = folder / f"rows_cpu_{key.hexdigest()[:16]}.so"
-        if not library.exists():  # it appears whole, by a rename: only those who build it need the lock
+        if (
+            not library.exists()
+        ):  # it appears whole, by a rename: only those who build it need the lock
             with open(folder / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
@@ -139,7 +167,9 @@ def _library() -> ctypes.CDLL:
                         os.replace(_compile(flags, build_dir), library)
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise ValueError(f"the compiled CPU row kernels cannot be kept in {folder}: {error}") from error
+        raise ValueError(
+            f"the compiled CPU row kernels cannot be kept in {folder}: {error}"
+        ) from error
 
 
 def _compile(flags: list[str], build_dir: str) -> Path:
@@ -156,9 +186,12 @@ def _compile(flags: list[str], build_dir: str) -> Path:
         )
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines()
-        reason = next((line for line in lines if re.search(r"error:|not found|required", line)), lines[0])
+        reason = next(
+            (line for line in lines if re.search(r"error:|not found|required", line)), lines[0]
+        )
         raise ValueError(
-            f"the CPU row kernels cannot be compiled ({reason.strip()}); a C++ compiler and ninja are needed"
+            f"the CPU row kernels cannot be compiled ({reason.strip()}); a C++ compiler and ninja "
+            "are needed"
         ) from error
     (library,) = Path(build_dir).glob("*.so")  # the loader numbers a second one of a process
     return library

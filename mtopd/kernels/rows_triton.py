@@ -1,9 +1,12 @@
-"""Row kernels for CUDA in Triton: statistics and gradient read each logit once; merging is a third, tiny launch.
+"""Row kernels for CUDA in Triton: statistics and gradient read each logit once; merging is a third,
+tiny launch.
 
-Legend: C rows, v columns, R ranks.  Mathematics, names and invariants: rows.py.  One program walks one row in blocks
-of columns; sums are merged over blocks in order, in float64.  Nothing depends on other rows.
+Legend: C rows, v columns, R ranks.  Mathematics, names and invariants: rows.py.  One program walks
+one row in blocks of columns; sums are merged over blocks in order, in float64.  Nothing depends on
+other rows.
 
-Importing this module raises ValueError where Triton is missing.  Under TRITON_INTERPRET=1 it works on CPU tensors.
+Importing this module raises ValueError where Triton is missing.  Under TRITON_INTERPRET=1 it works
+on CPU tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ except ImportError as error:
 MAX_BLOCK, NUM_WARPS = 2048, 8
 _MERGE_ROWS = 128
 _NUM_STATISTICS = tl.constexpr(len(Statistic))
-_REVERSE_KL, _FORWARD_KL, _TVD = (tl.constexpr(int(k)) for k in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.TVD))
+_REVERSE_KL, _FORWARD_KL, _TVD = (
+    tl.constexpr(int(k)) for k in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.TVD)
+)
 _LOG_PROB_FLOOR = tl.constexpr(LOG_PROB_FLOOR)
 _EXCLUDED = tl.constexpr(1e30)  # log ratio where one side has no mass; finite, so that 0 * it is 0
 _SERIES_LIMIT = tl.constexpr(0.35)
@@ -53,7 +58,15 @@ def _log1p(y):
 
 @triton.jit
 def _load(
-    ptr, columns, mask, scale, softcap, bias_ptr, SCALED: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr
+    ptr,
+    columns,
+    mask,
+    scale,
+    softcap,
+    bias_ptr,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """Logits (-inf beyond the row), and the softcap's derivative there."""
     z = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
@@ -93,7 +106,14 @@ def _columns(a, b, student_max, teacher_max, inverse_temperature):
     log_e = (a - student_max) * inverse_temperature
     student_exp = tl.exp(log_e)
     teacher_exp = tl.exp((b - teacher_max) * inverse_temperature)
-    return tl.where(student_excludes, 0.0, log_e), student_exp, teacher_exp, delta, student_excludes, teacher_excludes
+    return (
+        tl.where(student_excludes, 0.0, log_e),
+        student_exp,
+        teacher_exp,
+        delta,
+        student_excludes,
+        teacher_excludes,
+    )
 
 
 @triton.jit
@@ -125,7 +145,9 @@ def statistics_kernel(
     TEACHER_BIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [9, C] in the order of `Statistic`.  The maxima run along; the sums move to each new pair of them."""
+    """out [9, C] in the order of `Statistic`.  The maxima run along; the sums move to each new pair
+    of them.
+    """
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
@@ -153,7 +175,8 @@ def statistics_kernel(
         new_teacher_max = tl.maximum(teacher_max, tl.max(b, 0))
         m = _finite_or_zero(new_student_max)
         n = _finite_or_zero(new_teacher_max)
-        # What came before, seen from the new maxima.  Before any mass a maximum is -inf and its sums are 0.
+        # What came before, seen from the new maxima.  Before any mass a maximum is -inf and its
+        # sums are 0.
         shift_p = ((_finite_or_zero(student_max) - m) * inverse_temperature).to(tl.float64)
         shift_q = ((_finite_or_zero(teacher_max) - n) * inverse_temperature).to(tl.float64)
         factor_p = tl.where(student_max == _NEGINF, 0.0, tl.exp(shift_p))
@@ -170,7 +193,9 @@ def statistics_kernel(
         student_max = new_student_max
         teacher_max = new_teacher_max
 
-        log_e, e_p, e_q, delta, student_excludes, teacher_excludes = _columns(a, b, m, n, inverse_temperature)
+        log_e, e_p, e_q, delta, student_excludes, teacher_excludes = _columns(
+            a, b, m, n, inverse_temperature
+        )
         is_near = (tl.abs(delta) < 0.5) & (student_excludes == 0) & (teacher_excludes == 0)
         difference = tl.where(is_near, e_p * (_expm1_remainder(delta) - delta), e_q - e_p)
         e_excluded = tl.where(teacher_excludes, e_p, 0.0)
@@ -236,10 +261,12 @@ def merge_kernel(
         has_p = own_student_max != _NEGINF
         has_q = own_teacher_max != _NEGINF
         shift_p = (
-            tl.where(has_p, own_student_max.to(tl.float64) - student_max.to(tl.float64), 0.0) * inverse_temperature
+            tl.where(has_p, own_student_max.to(tl.float64) - student_max.to(tl.float64), 0.0)
+            * inverse_temperature
         )
         shift_q = (
-            tl.where(has_q, own_teacher_max.to(tl.float64) - teacher_max.to(tl.float64), 0.0) * inverse_temperature
+            tl.where(has_q, own_teacher_max.to(tl.float64) - teacher_max.to(tl.float64), 0.0)
+            * inverse_temperature
         )
         factor_p = tl.where(has_p, tl.exp(shift_p), 0.0)
         factor_q = tl.where(has_q, tl.exp(shift_q), 0.0)
@@ -253,7 +280,9 @@ def merge_kernel(
         excluded_log_e += factor_p * (own_p * own_excluded_log_e + own_excluded * shift_p)
     relative = difference / mass
     log_mass = tl.log(mass)
-    log_ratio = tl.where(tl.abs(relative) < 0.5, tl.log(1.0 + relative), tl.log(teacher_mass) - log_mass)
+    log_ratio = tl.where(
+        tl.abs(relative) < 0.5, tl.log(1.0 + relative), tl.log(teacher_mass) - log_mass
+    )
     excluded = excluded / mass
     floored = excluded_log_e / mass - excluded * (log_mass + _LOG_PROB_FLOOR + log_ratio)
     centre = sum_delta / mass + tl.where(excluded > 0, floored, 0.0)
@@ -265,7 +294,9 @@ def merge_kernel(
     tl.store(rows_ptr + 3 * num_rows, (1.0 / teacher_mass).to(tl.float32), mask=mask)
     tl.store(rows_ptr + 4 * num_rows, log_ratio.to(tl.float32), mask=mask)
     tl.store(
-        rows_ptr + 5 * num_rows, centre.to(tl.float32) if HAS_CENTRE else tl.zeros((BLOCK,), tl.float32), mask=mask
+        rows_ptr + 5 * num_rows,
+        centre.to(tl.float32) if HAS_CENTRE else tl.zeros((BLOCK,), tl.float32),
+        mask=mask,
     )
     tl.store(rows_ptr + 6 * num_rows, weight * alpha_scale, mask=mask)
     tl.store(rows_ptr + 7 * num_rows, (log_mass - sum_log_e / mass).to(tl.float32), mask=mask)
@@ -276,8 +307,8 @@ def merge_kernel(
 def _mixture_term(own, mixture, delta, near_expm1, far_exp, is_near, w_own, w_other):
     """Of KL(own || m): the Bregman term, log(m / own), log(m / own) - (m - own) / m.
 
-    m = w_own own + w_other other; delta = log own - log other; near_expm1 = expm1(-delta) where is_near;
-    far_exp = exp(-|delta|).
+    m = w_own own + w_other other; delta = log own - log other; near_expm1 = expm1(-delta) where
+    is_near; far_exp = exp(-|delta|).
     """
     is_small = delta > -0.5
     y = tl.where(is_small, w_other * tl.where(is_near, near_expm1, far_exp - 1.0), 0.0)
@@ -328,7 +359,9 @@ def gradient_kernel(
     TEACHER_BIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Value [C] and E_p[phi] [C] of this rank's columns; with WRITE the derivatives, in place or elsewhere."""
+    """Value [C] and E_p[phi] [C] of this rank's columns; with WRITE the derivatives, in place or
+    elsewhere.
+    """
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
@@ -385,10 +418,24 @@ def gradient_kernel(
                 far_exp = tl.exp(-tl.abs(delta))
                 mixture = student_part * p + teacher_part * q
                 p_term, log_m_p, excess = _mixture_term(
-                    p, mixture, delta, remainder - delta, far_exp, is_near, student_part, teacher_part
+                    p,
+                    mixture,
+                    delta,
+                    remainder - delta,
+                    far_exp,
+                    is_near,
+                    student_part,
+                    teacher_part,
                 )
                 q_term, _, _ = _mixture_term(
-                    q, mixture, -delta, _expm1_remainder(-delta) + delta, far_exp, is_near, teacher_part, student_part
+                    q,
+                    mixture,
+                    -delta,
+                    _expm1_remainder(-delta) + delta,
+                    far_exp,
+                    is_near,
+                    teacher_part,
+                    student_part,
                 )
                 term = student_term * p_term + teacher_term * q_term
                 has_mass = mixture > 0
@@ -445,7 +492,12 @@ class TritonRows:
         return rows_9C
 
     def gradient(
-        self, problem: RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+        self,
+        problem: RowProblem,
+        student_Cv: Tensor,
+        teacher_Cv: Tensor,
+        rows_9C: Tensor,
+        out_Cv: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         num_rows, num_columns = student_Cv.shape
         value_C, mean_C = torch.empty(2, num_rows, device=student_Cv.device)
@@ -472,7 +524,9 @@ class TritonRows:
 def _model_arguments(
     student: LogitTransform, teacher: LogitTransform, student_Cv: Tensor, teacher_Cv: Tensor
 ) -> tuple[Tensor | float | int, ...]:
-    """Strides, then scale, softcap and bias of each model; a tensor that is not read stands for no bias."""
+    """Strides, then scale, softcap and bias of each model; a tensor that is not read stands for no
+    bias.
+    """
     arguments: list[Tensor | float | int] = []
     for transform, logits_Cv in ((student, student_Cv), (teacher, teacher_Cv)):
         assert logits_Cv.stride(1) == 1

@@ -1,10 +1,11 @@
 """The trainer's state on disk, in Megatron's distributed format: it can be loaded at any layout.
 
-A save copies weights, optimizer and random state to host memory, and a thread writes the copy while training goes on;
-one save is in flight at most.  A folder is written under a temporary name and published whole by rank 0, with its seal
-(sha256 of every file) already inside.  Nothing in it is opened before all files match the seal, and even then nothing
-can execute: tensors and ``common.pt`` load with ``weights_only``, the index (a pickle) through an unpickler that knows
-the dozen classes of an index and no others, and it may name nothing but tensors in sealed files.
+A save copies weights, optimizer and random state to host memory, and a thread writes the copy while
+training goes on; one save is in flight at most.  A folder is written under a temporary name and
+published whole by rank 0, with its seal (sha256 of every file) already inside.  Nothing in it is
+opened before all files match the seal, and even then nothing can execute: tensors and ``common.pt``
+load with ``weights_only``, the index (a pickle) through an unpickler that knows the dozen classes
+of an index and no others, and it may name nothing but tensors in sealed files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import (
+    COMMON_STATE_FNAME,
+    TorchCommonLoadStrategy,
+)
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
@@ -67,7 +71,9 @@ class CheckpointWriter:
         self._in_flight: _InFlight | None = None
 
     def save(self, iteration: int, state: Mapping[str, Any]) -> None:
-        """Begin ``checkpoints/<iteration>``; waits for the former save.  ``state`` is plain data for the next start."""
+        """Begin ``checkpoints/<iteration>``; waits for the former save.  ``state`` is plain data
+        for the next start.
+        """
         self.wait()
         trainer, rank = self._trainer, self._trainer.ranks.rank
         target = self._run.checkpoint(iteration)
@@ -77,10 +83,18 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         trainer.finish_param_sync()
-        request = dist_checkpointing.save(_sharded_state(trainer, loading=False), str(partial), async_sharded_save=True)
+        request = dist_checkpointing.save(
+            _sharded_state(trainer, loading=False), str(partial), async_sharded_save=True
+        )
         buckets = [
-            (path, name, (objects, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]))
-            for path, name, (objects, tensors) in (request.async_fn_args[1] if request.async_fn else [])
+            (
+                path,
+                name,
+                (objects, [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]),
+            )
+            for path, name, (objects, tensors) in (
+                request.async_fn_args[1] if request.async_fn else []
+            )
         ]
         transforms = request.async_fn.args[0] if request.async_fn else []
         contents = {
@@ -89,13 +103,17 @@ class CheckpointWriter:
             "state": dict(state),
             "train_steps": trainer.steps_done,
         }
-        written = self._thread.submit(_write, buckets, transforms, partial / _rng_file(rank), _rng_state())
+        written = self._thread.submit(
+            _write, buckets, transforms, partial / _rng_file(rank), _rng_state()
+        )
         self._in_flight = _InFlight(iteration, partial, request, written, contents)
 
     def advance(self) -> None:
         """Publish the save in flight if every rank has written its part; returns at once."""
         if self._in_flight is not None:
-            done = torch.tensor(int(self._in_flight.written.done()), device=self._trainer.ranks.device)
+            done = torch.tensor(
+                int(self._in_flight.written.done()), device=self._trainer.ranks.device
+            )
             dist.all_reduce(done, op=dist.ReduceOp.MIN)
             if done.item():
                 self.wait()
@@ -109,7 +127,9 @@ class CheckpointWriter:
         outcomes: list[Any] = [None] * self._trainer.ranks.world_size
         dist.all_gather_object(outcomes, str(error) if error else save.written.result().digests)
         if errors := [outcome for outcome in outcomes if isinstance(outcome, str)]:
-            raise MtopdError(f"cannot write checkpoint {save.partial}: {errors[0]}; the former one stays")
+            raise MtopdError(
+                f"cannot write checkpoint {save.partial}: {errors[0]}; the former one stays"
+            )
         if save.request.async_fn:
             save.request.async_fn_args[2].put(save.written.result().results)
         for finalize in save.request.finalize_fns:
@@ -132,15 +152,17 @@ class CheckpointWriter:
 def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     """Restore the trainer, at whatever layout it has now, and return ``state``.  Collective.
 
-    Random states are restored at the layout they were saved at; elsewhere the streams begin anew from the run's seed.
-    Raises MtopdError when the folder does not match its seal, or holds the other kind of optimizer.
+    Random states are restored at the layout they were saved at; elsewhere the streams begin anew
+    from the run's seed. Raises MtopdError when the folder does not match its seal, or holds the
+    other kind of optimizer.
     """
     folder = run.checkpoint(iteration)
     seal = _verified_seal(folder, trainer)
     for what, here in _optimizer_kind(trainer).items():
         if seal["optimizer"][what] != here:
             raise MtopdError(
-                f"{folder} was written with {what}={seal['optimizer'][what]} and cannot be loaded with {what}={here}: "
+                f"{folder} was written with {what}={seal['optimizer'][what]} and cannot be loaded "
+                f"with {what}={here}: "
                 "Megatron keeps the optimizer's state in another form; set it as it was"
             )
     state = dist_checkpointing.load(
@@ -152,7 +174,10 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     with torch.no_grad():
         for index, chunk in enumerate(trainer.chunks):
             missing, unexpected = chunk.load_state_dict(state[f"chunk{index}"], strict=False)
-            assert not unexpected and all("_extra_state" in name for name in missing), (missing, unexpected)
+            assert not unexpected and all("_extra_state" in name for name in missing), (
+                missing,
+                unexpected,
+            )
         trainer.load_optimizer(state["optimizer"], int(seal["train_steps"]))
     if seal["layout"] == _layout(trainer):
         _restore_rng(load_file(folder / _rng_file(trainer.ranks.rank)))
@@ -167,7 +192,11 @@ def newest(run: RunDir) -> int | None:
 
 def sealed(run: RunDir) -> list[int]:
     folder = run.path / "checkpoints"
-    return sorted(int(p.name) for p in folder.glob("[0-9]*") if is_sealed(p)) if folder.is_dir() else []
+    return (
+        sorted(int(p.name) for p in folder.glob("[0-9]*") if is_sealed(p))
+        if folder.is_dir()
+        else []
+    )
 
 
 def prune(run: RunDir, *, keep: int) -> None:
@@ -189,15 +218,21 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         f"chunk{index}": {
             name: value
             for name, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if not isinstance(value, ShardedObject)  # pickled extra state, of which a model without fp8 has none
+            if not isinstance(
+                value, ShardedObject
+            )  # pickled extra state, of which a model without fp8 has none
         }
         for index, chunk in enumerate(trainer.chunks)
     }
-    optimizer = trainer.optimizer.sharded_state_dict(dict(chunks), is_loading=loading, metadata=metadata)
+    optimizer = trainer.optimizer.sharded_state_dict(
+        dict(chunks), is_loading=loading, metadata=metadata
+    )
     return {**chunks, "optimizer": optimizer}
 
 
-def _write(buckets: list[Any], transforms: Any, rng_path: Path, rng_state: Mapping[str, torch.Tensor]) -> _Written:
+def _write(
+    buckets: list[Any], transforms: Any, rng_path: Path, rng_state: Mapping[str, torch.Tensor]
+) -> _Written:
     """In the writer's thread: every bucket a file, written and synced by Megatron's own function."""
     results, digests = {}, {}
     for index, bucket in enumerate(buckets):
@@ -236,7 +271,10 @@ def _rng_file(rank: int) -> str:
 def _rng_state() -> dict[str, torch.Tensor]:
     """torch's generator and Megatron's tracked ones, on this rank."""
     tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
-    states = {"torch": torch.get_rng_state(), **{f"tracked/{name}": state for name, state in tracked.items()}}
+    states = {
+        "torch": torch.get_rng_state(),
+        **{f"tracked/{name}": state for name, state in tracked.items()},
+    }
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {name: state.cpu().clone() for name, state in states.items()}
@@ -244,26 +282,37 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 def _restore_rng(states: dict[str, torch.Tensor]) -> None:
     prefix = "tracked/"
-    tracked = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    tracked = {
+        name.removeprefix(prefix): state
+        for name, state in states.items()
+        if name.startswith(prefix)
+    }
     tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-# -- reading nothing that could execute -------------------------------------------------------------------------------
+# -- reading nothing that could execute ------------------------------------------------------------
 def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """The seal, after every file was compared with it; the ranks share the reading.  Collective."""
     if folder.is_symlink():
-        raise MtopdError(f"{folder} is a link; a checkpoint lies in its run directory itself: remove the link")
+        raise MtopdError(
+            f"{folder} is a link; a checkpoint lies in its run directory itself: remove the link"
+        )
     seal, ranks = read_seal(folder), trainer.ranks
     if not isinstance(seal.get("files"), dict):
         raise MtopdError(
-            f"{folder / SEAL} lists no files: another version wrote {folder}; remove it or use that version"
+            f"{folder / SEAL} lists no files: another version wrote {folder}; remove it or use "
+            "that version"
         )
     found = {path.name: path for path in folder.iterdir() if path.name != SEAL}
     wrong = sorted(found.keys() ^ seal["files"].keys())
-    wrong += [name for name, path in {**found, SEAL: folder / SEAL}.items() if path.is_symlink() or not path.is_file()]
+    wrong += [
+        name
+        for name, path in {**found, SEAL: folder / SEAL}.items()
+        if path.is_symlink() or not path.is_file()
+    ]
     if not wrong:
         mine = sorted(seal["files"])[ranks.rank :: ranks.world_size]
         wrong = [name for name in mine if _sha256(found[name]) != seal["files"][name]]
@@ -271,7 +320,8 @@ def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
     dist.all_gather_object(of_ranks, wrong)
     if bad := [name for names in of_ranks for name in names]:
         raise MtopdError(
-            f"{folder / bad[0]} does not match the checkpoint's seal; it was damaged or exchanged: remove {folder} to "
+            f"{folder / bad[0]} does not match the checkpoint's seal; it was damaged or exchanged: "
+            f"remove {folder} to "
             "resume from an earlier checkpoint"
         )
     return seal
@@ -284,10 +334,14 @@ def _sha256(path: Path) -> str:
 
 class _LoadCommon(TorchCommonLoadStrategy):
     def load_common(self, checkpoint_dir: Any) -> Any:
-        return torch.load(Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+        return torch.load(
+            Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True
+        )
 
     def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        raise MtopdError(f"{checkpoint_dir} holds pickled objects; a checkpoint of this program has none")
+        raise MtopdError(
+            f"{checkpoint_dir} holds pickled objects; a checkpoint of this program has none"
+        )
 
 
 class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
@@ -297,7 +351,9 @@ class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         original = torch_strategy._get_filesystem_reader
-        torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _SealedReader(folder, self._index)
+        torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _SealedReader(
+            folder, self._index
+        )
         try:
             return super().load(sharded_state_dict, checkpoint_dir)
         finally:
@@ -316,19 +372,25 @@ class _SealedReader(FileSystemReader):
 
 
 def read_index(path: Path, files: Collection[str]) -> Metadata:
-    """Megatron's index of a checkpoint, which may name tensors in sealed ``files`` and nothing else.
+    """Megatron's index of a checkpoint, which may name tensors in sealed ``files`` and nothing
+    else.
 
-    Raises MtopdError for anything more: an entry that is no tensor would be unpickled by torch, whatever it holds.
+    Raises MtopdError for anything more: an entry that is no tensor would be unpickled by torch,
+    whatever it holds.
     """
     index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     tensors = isinstance(index, Metadata) and all(
         isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()
     )
     if not tensors:
-        raise MtopdError(f"{path} names pickled objects, which no checkpoint of this program holds; {_EXCHANGED}")
+        raise MtopdError(
+            f"{path} names pickled objects, which no checkpoint of this program holds; {_EXCHANGED}"
+        )
     for place in index.storage_data.values():
         if place.relative_path not in files or place.transform_descriptors:
-            raise MtopdError(f"{path} points to {place.relative_path}, which is not a sealed file; {_EXCHANGED}")
+            raise MtopdError(
+                f"{path} points to {place.relative_path}, which is not a sealed file; {_EXCHANGED}"
+            )
     found: Metadata = index
     return found
 
@@ -348,7 +410,10 @@ _INDEX_NAMES = {
     },
     f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch": {
+        "Size",
+        *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    },
     "torch.serialization": {"_get_layout"},
 }
 
@@ -359,4 +424,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
-        raise MtopdError(f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; {_EXCHANGED}")
+        raise MtopdError(
+            f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; "
+            f"{_EXCHANGED}"
+        )

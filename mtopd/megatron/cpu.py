@@ -1,8 +1,10 @@
-"""Run megatron-core on CPU with gloo.  The only place that knows how; does nothing when CUDA is used.
+"""Run megatron-core on CPU with gloo.  The only place that knows how; does nothing when CUDA is
+used.
 
-Megatron names "cuda" literally in its schedules, RNG tracker and streams.  On CPU those calls are answered here:
-torch.cuda's entry points become no-ops or CPU equivalents, and one torch function mode rewrites device="cuda".
-The change holds for the process: afterwards torch.cuda.current_device() returns a torch.device.
+Megatron names "cuda" literally in its schedules, RNG tracker and streams.  On CPU those calls are
+answered here: torch.cuda's entry points become no-ops or CPU equivalents, and one torch function
+mode rewrites device="cuda". The change holds for the process: afterwards
+torch.cuda.current_device() returns a torch.device.
 """
 
 from __future__ import annotations
@@ -65,16 +67,19 @@ class _Stream:
 
 
 def install() -> None:
-    """Answer Megatron's CUDA calls on CPU.  Call once per process, before anything of Megatron is built."""
+    """Answer Megatron's CUDA calls on CPU.  Call once per process, before anything of Megatron is
+    built.
+    """
     if _installed:
         return
     os.environ["TORCHDYNAMO_DISABLE"] = (
         "1"  # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing here
     )
-    # By default glibc stops giving freed blocks back once large ones have come and gone: every streamed teacher would
-    # then leave memory behind (1010 MiB instead of 680 after 12 teachers).
+    # By default glibc stops giving freed blocks back once large ones have come and gone: every
+    # streamed teacher would then leave memory behind (1010 MiB instead of 680 after 12 teachers).
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-    # Megatron pulls in torch._dynamo, which refuses to register functions of torch.cuda that are already replaced.
+    # Megatron pulls in torch._dynamo, which refuses to register functions of torch.cuda that are
+    # already replaced.
     import megatron.core.tensor_parallel.random as megatron_random
 
     cuda: Any = torch.cuda
@@ -86,7 +91,9 @@ def install() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     rng: Any = megatron_random
-    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     _install_dispatcher()
     mode = _CudaMeansCpu()
@@ -96,14 +103,17 @@ def install() -> None:
 
 @contextlib.contextmanager
 def own_code() -> Iterator[None]:
-    """Around code, or a function, that names its devices itself: there the mode would only cost time, 2 us for each
-    torch call."""
+    """Around code, or a function, that names its devices itself: there the mode would only cost
+    time, 2 us for each torch call.
+    """
     with torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext():
         yield
 
 
 def _install_dispatcher() -> None:
-    """The experts' all-to-all needs its split sizes as host integers; upstream converts only what is on CUDA."""
+    """The experts' all-to-all needs its split sizes as host integers; upstream converts only what
+    is on CUDA.
+    """
     from megatron.core.transformer.moe import token_dispatcher
 
     dispatcher: Any = token_dispatcher

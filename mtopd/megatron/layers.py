@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mtopd.megatron.model import block_spec
 from mtopd.types import MtopdError
 
-# Transformer Engine keeps a norm inside the linear layer after it; stores use the local spec's names.
+# Transformer Engine keeps a norm inside the linear layer after it; stores use the local spec's
+# names.
 _LOCAL_NAME = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
@@ -24,36 +25,49 @@ _LOCAL_NAME = {
 
 
 class TeacherLayers:
-    """One TransformerLayer of each kind a teacher has (dense, mixture of experts), rotary embedding and final norm.
+    """One TransformerLayer of each kind a teacher has (dense, mixture of experts), rotary embedding
+    and final norm.
 
-    Weights come with ``bind`` and ``bind_norm`` and go with ``release``; released, no module holds any.  Under expert
-    parallelism ``forward_layer`` is collective: every rank of an ep group makes the same number of calls.
+    Weights come with ``bind`` and ``bind_norm`` and go with ``release``; released, no module holds
+    any.  Under expert parallelism ``forward_layer`` is collective: every rank of an ep group makes
+    the same number of calls.
     """
 
-    def __init__(self, config: TransformerConfig, collection: Any, rotary_base: float, device: torch.device) -> None:
+    def __init__(
+        self, config: TransformerConfig, collection: Any, rotary_base: float, device: torch.device
+    ) -> None:
         """Raises MtopdError when tp does not divide the heads (query groups)."""
         tp = config.tensor_model_parallel_size
         if config.multi_latent_attention:
             units, what = config.num_attention_heads, "heads"
         else:
-            # Beyond the query groups Megatron reads the global (student's) tensor-parallel rank: wrong on this mesh.
+            # Beyond the query groups Megatron reads the global (student's) tensor-parallel rank:
+            # wrong on this mesh.
             units, what = config.num_query_groups, "query groups"
         if units % tp:
             raise MtopdError(
-                f"teacher tp {tp} does not divide its {units} {what}; set teachers[i].parallel.tp to a divisor"
+                f"teacher tp {tp} does not divide its {units} {what}; set teachers[i].parallel.tp "
+                "to a divisor"
             )
-        assert not config.apply_query_key_layer_scaling, "the number of a layer must not change its result"
+        assert not config.apply_query_key_layer_scaling, (
+            "the number of a layer must not change its result"
+        )
         config = copy.copy(config)
         config.perform_initialization = False  # all weights are bound
         spec = block_spec(config)
         with torch.device("meta"):  # no weight of a teacher is ever allocated here
             # Megatron uses one spec object for all layers of a kind.
             built = {
-                id(layer): build_module(layer, config=config, layer_number=1, pg_collection=collection)
+                id(layer): build_module(
+                    layer, config=config, layer_number=1, pg_collection=collection
+                )
                 for layer in spec.layer_specs
             }
             self.norm = build_module(
-                spec.layer_norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+                spec.layer_norm,
+                config=config,
+                hidden_size=config.hidden_size,
+                eps=config.layernorm_epsilon,
             )
         self._kinds = [built[id(layer)] for layer in spec.layer_specs]  # by layer index
         self.layer = self._kinds[0]  # the layer last bound
@@ -72,15 +86,18 @@ class TeacherLayers:
             module.to(device).eval().requires_grad_(False)
 
     def release(self) -> None:
-        """Let go of all weights: only bound views hold any, and they would keep a streamed buffer alive."""
+        """Let go of all weights: only bound views hold any, and they would keep a streamed buffer
+        alive.
+        """
         for module in self._modules:
             _empty(module)
 
     def bind(self, layer_index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Point the modules of a layer at ``weights``, by local-spec name; each weight is used exactly once.
+        """Point the modules of a layer at ``weights``, by local-spec name; each weight is used
+        exactly once.
 
-        This rank's experts are ``mlp.experts.local_experts.<i>.linear_fc1.weight``, i from 0.  A weight in the
-        teacher's dtype (float32 for a router's expert bias) is not copied.
+        This rank's experts are ``mlp.experts.local_experts.<i>.linear_fc1.weight``, i from 0.  A
+        weight in the teacher's dtype (float32 for a router's expert bias) is not copied.
         """
         layer = self._kinds[layer_index]
         if layer is not self.layer:

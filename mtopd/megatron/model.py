@@ -27,13 +27,15 @@ from mtopd.types import MtopdError
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Rows of the embedding in Megatron: a multiple of 128, and of 8 on every tp rank.
 
-    Megatron's own rule, 128 on every rank, would leave whole ranks of a small vocabulary with nothing but padding.
+    Megatron's own rule, 128 on every rank, would leave whole ranks of a small vocabulary with
+    nothing but padding.
     """
     multiple = math.lcm(128, 8 * tp)
     return -(-vocab_size // multiple) * multiple
 
 
-# What a run fixes by other keys, or by how it computes; the rest of Megatron's options passes through.
+# What a run fixes by other keys, or by how it computes; the rest of Megatron's options passes
+# through.
 _OURS = {
     **{
         f"{name}_parallel_size": f"student.parallel.{ours}"
@@ -47,13 +49,24 @@ _OURS = {
         )
     },
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "student.dtype"),
-    **{name: f"train.optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2")},
+    **{
+        name: f"train.optimizer.{name}"
+        for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2")
+    },
     "clip_grad": "train.optimizer.clip_grad",
     **dict.fromkeys(
-        ("calculate_per_token_loss", "variable_seq_lengths", "grad_reduce_in_fp32", "average_in_collective"),
+        (
+            "calculate_per_token_loss",
+            "variable_seq_lengths",
+            "grad_reduce_in_fp32",
+            "average_in_collective",
+        ),
         "nothing: 1/N is in the token weights, summed in float32",
     ),
-    **dict.fromkeys(("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"), "use_distributed_optimizer instead"),
+    **dict.fromkeys(
+        ("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"),
+        "use_distributed_optimizer instead",
+    ),
 }
 
 KINDS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
@@ -61,7 +74,9 @@ KINDS = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
 
 @dataclasses.dataclass(frozen=True)
 class MegatronFields:
-    """The user's verbatim ``student.megatron`` table, sorted by the Megatron dataclass that has the field."""
+    """The user's verbatim ``student.megatron`` table, sorted by the Megatron dataclass that has the
+    field.
+    """
 
     transformer: Mapping[str, Any]
     ddp: Mapping[str, Any]
@@ -71,8 +86,8 @@ class MegatronFields:
 def sort_fields(user: Mapping[str, Any]) -> MegatronFields:
     """A field that two dataclasses have (``use_distributed_optimizer``) goes to both.
 
-    Raises MtopdError for a field that no dataclass has or that another key sets.  Values are coerced to the field's
-    type (YAML reads 2e-3 as a string).
+    Raises MtopdError for a field that no dataclass has or that another key sets.  Values are
+    coerced to the field's type (YAML reads 2e-3 as a string).
     """
     known = [{f.name: f for f in dataclasses.fields(kind)} for kind in KINDS]
     tables: tuple[dict[str, Any], ...] = ({}, {}, {})
@@ -94,7 +109,9 @@ def sort_fields(user: Mapping[str, Any]) -> MegatronFields:
 
 @contextlib.contextmanager
 def megatron_refuses() -> Iterator[None]:
-    """Megatron checks how its options go together when it builds its configs: a refusal there is the user's to mend."""
+    """Megatron checks how its options go together when it builds its configs: a refusal there is
+    the user's to mend.
+    """
     try:
         yield
     except (ValueError, AssertionError) as error:
@@ -129,18 +146,23 @@ _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(valu
 def config_overrides(
     device: torch.device, user: Mapping[str, Any] | None = None, *, interleaved: bool = False
 ) -> dict[str, Any]:
-    """TransformerConfig fields for this backend, then the user's (``sort_fields(...).transformer``)."""
+    """TransformerConfig fields for this backend, then the user's
+    (``sort_fields(...).transformer``).
+    """
     return {
-        "calculate_per_token_loss": True,  # gradients are sums: 1/N is in the token weights, see planning
+        # gradients are sums: 1/N is in the token weights, see planning
+        "calculate_per_token_loss": True,
         "sequence_parallel": False,
-        "variable_seq_lengths": False,  # a train step has one sequence length for all its micro-batches
+        # a train step has one sequence length for all its micro-batches
+        "variable_seq_lengths": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        # Between the same two ranks an interleaved schedule's batched sends and receives are paired by their order,
-        # which mixes activations with gradients.
+        # Between the same two ranks an interleaved schedule's batched sends and receives are paired
+        # by their order, which mixes activations with gradients.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved,
-        # True frees a tensor that gloo may still be sending: silently wrong numbers under interleaved schedules.
+        # True frees a tensor that gloo may still be sending: silently wrong numbers under
+        # interleaved schedules.
         "deallocate_pipeline_outputs": device.type == "cuda",
         "use_cpu_initialization": device.type == "cpu",
         "gradient_accumulation_fusion": False,
@@ -154,15 +176,21 @@ def config_overrides(
 
 
 class HiddenStateModel(GPTModel):
-    """GPTModel whose last stage ends after the final norm.  The output layer stays allocated, tied and checkpointed."""
+    """GPTModel whose last stage ends after the final norm.  The output layer stays allocated, tied
+    and checkpointed.
+    """
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
     def output_weight(self) -> torch.Tensor:
-        """[V / tp, D] rows of the output layer on the last stage, the embedding itself when tied there."""
+        """[V / tp, D] rows of the output layer on the last stage, the embedding itself when tied
+        there.
+        """
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()  # gives the embedding even when untied: ask only when tied
+            return (
+                self.shared_embedding_or_output_weight()
+            )  # gives the embedding even when untied: ask only when tied
         return self.output_layer.weight
 
 
@@ -184,7 +212,8 @@ def build_chunks(
     padded_vocab: int,
     freeze_router: bool = False,
 ) -> list[HiddenStateModel]:
-    """This rank's model chunks, on its device, weights not yet loaded: one, or ``vpp`` under the interleaved schedule.
+    """This rank's model chunks, on its device, weights not yet loaded: one, or ``vpp`` under the
+    interleaved schedule.
 
     Raises MtopdError for a layout that this architecture is not trained on.
     """
@@ -197,8 +226,12 @@ def build_chunks(
             transformer_layer_spec=block_spec(config, vp_stage),
             vocab_size=padded_vocab,
             max_sequence_length=hf_config.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
             position_embedding_type="rope",
             rotary_base=rotary_base,
@@ -214,12 +247,19 @@ def build_chunks(
 
 
 def _check_axes(config: TransformerConfig) -> None:
-    tp, cp, latent = config.tensor_model_parallel_size, config.context_parallel_size, config.multi_latent_attention
+    tp, cp, latent = (
+        config.tensor_model_parallel_size,
+        config.context_parallel_size,
+        config.multi_latent_attention,
+    )
     if tp > 1 and (latent or config.num_moe_experts) and not config.sequence_parallel:
         # Megatron sums the replicated projections' gradients, and trains experts, only with it.
         raise MtopdError(
-            f"tp {tp} with {'latent attention' if latent else 'experts'} needs sequence parallelism: set "
+            f"tp {tp} with {'latent attention' if latent else 'experts'} needs sequence "
+            "parallelism: set "
             "student.megatron.sequence_parallel=true"
         )
     if cp > 1 and latent:
-        raise MtopdError(f"cp {cp} with latent attention is not supported; set student.parallel.cp=1")
+        raise MtopdError(
+            f"cp {cp} with latent attention is not supported; set student.parallel.cp=1"
+        )

@@ -1,4 +1,6 @@
-"""Process groups: torch.distributed, Megatron's parallel state, and a teacher's own mesh over the same ranks."""
+"""Process groups: torch.distributed, Megatron's parallel state, and a teacher's own mesh over the
+same ranks.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 class Ranks:
     """Where this process stands.  Groups are torch.distributed groups.
 
-    A dp rank trains on its own samples; the cp ranks of one dp rank share each sample's positions.  Gradients are
-    summed over ``dp_cp_group``.
+    A dp rank trains on its own samples; the cp ranks of one dp rank share each sample's positions.
+    Gradients are summed over ``dp_cp_group``.
     """
 
     rank: int
@@ -55,9 +57,11 @@ def pick_device(local_world_size: int) -> tuple[str, str]:
 
 
 def initialize(layout: ParallelConfig, *, seed: int) -> Ranks:
-    """Join the job torchrun started and build Megatron's groups.  Reads torchrun's RANK, WORLD_SIZE, LOCAL_*.
+    """Join the job torchrun started and build Megatron's groups.  Reads torchrun's RANK,
+    WORLD_SIZE, LOCAL_*.
 
-    Raises MtopdError when the layout does not divide the world size; what is left over is data parallel.
+    Raises MtopdError when the layout does not divide the world size; what is left over is data
+    parallel.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     kind, _ = pick_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -78,7 +82,9 @@ def initialize(layout: ParallelConfig, *, seed: int) -> Ranks:
     return build_groups(layout, rank=rank, world_size=world_size, device=device, seed=seed)
 
 
-def build_groups(layout: ParallelConfig, *, rank: int, world_size: int, device: torch.device, seed: int) -> Ranks:
+def build_groups(
+    layout: ParallelConfig, *, rank: int, world_size: int, device: torch.device, seed: int
+) -> Ranks:
     """Megatron's groups for one layout; a former layout of this process is taken down first."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -120,21 +126,26 @@ def check_layout(layout: ParallelConfig, world_size: int) -> None:
     model = layout.tp * layout.pp * layout.cp
     if world_size % model:
         raise MtopdError(
-            f"world size {world_size} is not a multiple of tp {layout.tp} x pp {layout.pp} x cp {layout.cp} = {model}"
+            f"world size {world_size} is not a multiple of tp {layout.tp} x pp {layout.pp} x cp "
+            f"{layout.cp} = {model}"
         )
     if layout.vpp > 1 and layout.pp == 1:
-        raise MtopdError(f"student.parallel.vpp {layout.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1")
+        raise MtopdError(
+            f"student.parallel.vpp {layout.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1"
+        )
     stage, experts = world_size // layout.pp, layout.ep * layout.expert_tp
     if stage % experts:
         raise MtopdError(
-            f"ep {layout.ep} x etp {layout.expert_tp} = {experts} does not divide the {stage} ranks of a pipeline "
+            f"ep {layout.ep} x etp {layout.expert_tp} = {experts} does not divide the {stage} "
+            "ranks of a pipeline "
             "stage; set student.parallel.ep to a divisor"
         )
 
 
 def zigzag_chunks(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, slice]:
-    """The two ranges of positions of a cp rank: of 2 x cp_size equal chunks the r-th from each end, so that causal
-    attention costs every rank the same."""
+    """The two ranges of positions of a cp rank: of 2 x cp_size equal chunks the r-th from each end,
+    so that causal attention costs every rank the same.
+    """
     assert seq_length % (2 * cp_size) == 0, (seq_length, cp_size)
     chunk = seq_length // (2 * cp_size)
     first, last = cp_rank, 2 * cp_size - 1 - cp_rank
@@ -145,10 +156,11 @@ def zigzag_chunks(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, s
 class TeacherMesh:
     """A teacher's own groups over the job's ranks, whatever the student's are.
 
-    tp: ranks [r*tp, (r+1)*tp) hold one copy of what is not an expert; r is the ``replica``, and ``peer_group`` are the
-    ranks with this tp rank, one in each replica.  ep: ranks [k*ep, (k+1)*ep) hold one copy of the experts, each expert
-    whole on its rank (expert tensor parallelism is 1); k is the ``expert_replica``, and ``expert_peer_group`` are the
-    ranks with this ep rank.  Both divisions are independent: a replica's ranks may lie in several expert replicas.
+    tp: ranks [r*tp, (r+1)*tp) hold one copy of what is not an expert; r is the ``replica``, and
+    ``peer_group`` are the ranks with this tp rank, one in each replica.  ep: ranks [k*ep, (k+1)*ep)
+    hold one copy of the experts, each expert whole on its rank (expert tensor parallelism is 1); k
+    is the ``expert_replica``, and ``expert_peer_group`` are the ranks with this ep rank.  Both
+    divisions are independent: a replica's ranks may lie in several expert replicas.
     """
 
     tp_rank: int
@@ -166,7 +178,9 @@ class TeacherMesh:
 
 
 def build_teacher_mesh(tp: int, ep: int = 1) -> TeacherMesh:
-    """Collective: every rank calls it with the same sizes.  Raises MtopdError when one does not divide the world."""
+    """Collective: every rank calls it with the same sizes.  Raises MtopdError when one does not
+    divide the world.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -208,6 +222,8 @@ def _rows_and_columns(width: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]
     rows = [list(range(start, start + width)) for start in range(0, world_size, width)]
     columns = [list(range(first, world_size, width)) for first in range(width)]
     # new_group is collective: every rank creates every group, in the same order.
-    groups = [(ranks, dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)) for ranks in (*rows, *columns)]
+    groups = [
+        (ranks, dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)) for ranks in (*rows, *columns)
+    ]
     row, column = (group for ranks, group in groups if rank in ranks)
     return row, column

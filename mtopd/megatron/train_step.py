@@ -1,10 +1,10 @@
 """One train step: Megatron's pipeline schedules, gradients, optimizer.  Knows nothing of teachers.
 
 The loss comes from an *objective*, called on last-stage ranks only, once per micro-batch:
-``objective(student_hidden_TD, output_weight_vD, micro_batch) -> (loss, metrics)`` over the T loss rows that
-``micro_batch`` names, in order.  Its loss is a plain sum in which 1/N already stands (token weights), so gradients of
-micro-batches, dp and cp ranks and pipeline stages are added and divided by nothing: ``num_tokens = 0`` tells Megatron
-exactly that.
+``objective(student_hidden_TD, output_weight_vD, micro_batch) -> (loss, metrics)`` over the T loss
+rows that ``micro_batch`` names, in order.  Its loss is a plain sum in which 1/N already stands
+(token weights), so gradients of micro-batches, dp and cp ranks and pipeline stages are added and
+divided by nothing: ``num_tokens = 0`` tells Megatron exactly that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -37,11 +41,13 @@ from mtopd.megatron.parallel import Ranks
 
 @dataclass(frozen=True)
 class PackedMicroBatch:
-    """Tensors of one micro-batch on one cp rank: B rows right-padded to S (causal attention never looks at padding).
+    """Tensors of one micro-batch on one cp rank: B rows right-padded to S (causal attention never
+    looks at padding).
 
-    Under context parallelism S is the whole row and ``input_ids`` this rank's two ranges of it.  Packed, B is 1 and
-    ``cu_seqlens`` cuts the row into samples, the padding as a last one.  ``position_T`` and ``row_T`` address this
-    rank's T loss rows in [S / cp, B]; ``payload`` is the objective's own (runs, labels).
+    Under context parallelism S is the whole row and ``input_ids`` this rank's two ranges of it.
+    Packed, B is 1 and ``cu_seqlens`` cuts the row into samples, the padding as a last one.
+    ``position_T`` and ``row_T`` address this rank's T loss rows in [S / cp, B]; ``payload`` is the
+    objective's own (runs, labels).
     """
 
     input_ids_BS: torch.Tensor
@@ -66,11 +72,13 @@ class PackedMicroBatch:
         )
 
 
-Objective = Callable[[torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+Objective = Callable[
+    [torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor]]
+]
 
 
-# torch's Adam counts steps in the state of each parameter.  Transformer Engine's counts them by group, and its state
-# takes no other name than those of moments and master weight.
+# torch's Adam counts steps in the state of each parameter.  Transformer Engine's counts them by
+# group, and its state takes no other name than those of moments and master weight.
 _COUNTS_BY_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -107,7 +115,11 @@ class Trainer:
         self.ranks = ranks
         self.chunks = list(chunks)
         self.config = config = chunks[0].config
-        modules = [_in_bfloat16(chunk) for chunk in self.chunks] if dtype == torch.bfloat16 else self.chunks
+        modules = (
+            [_in_bfloat16(chunk) for chunk in self.chunks]
+            if dtype == torch.bfloat16
+            else self.chunks
+        )
         with megatron_refuses():
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
             optimizer_config = OptimizerConfig(
@@ -147,7 +159,8 @@ class Trainer:
             wd_incr_steps=1,
             wd_incr_style="constant",
         )
-        # The schedule computes lr for the step *after* the one just done; the first step must not run at lr 0.
+        # The schedule computes lr for the step *after* the one just done; the first step must not
+        # run at lr 0.
         self.scheduler.step(1)
         config.finalize_model_grads_func = finalize_model_grads
         self._num_positions = 1  # of the mini-batch, padding too
@@ -160,15 +173,18 @@ class Trainer:
                 config.param_sync_func = self._each_or_one([m.start_param_sync for m in self.ddp])
 
     def _scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """What Megatron starts backward with: for the loss, and, asked with a constant, for what routers add to it.
+        """What Megatron starts backward with: for the loss, and, asked with a constant, for what
+        routers add to it.
 
-        Megatron multiplies those by a micro-batch's positions, to divide all gradients by the mini-batch's afterwards:
-        since here none is divided, it is done before.
+        Megatron multiplies those by a micro-batch's positions, to divide all gradients by the
+        mini-batch's afterwards: since here none is divided, it is done before.
         """
         return self.optimizer.scale_loss(loss if loss.requires_grad else loss / self._num_positions)
 
     def _check_norm(self) -> None:
-        """Megatron's step takes the norm of all gradients before it clips and updates: there it is refused."""
+        """Megatron's step takes the norm of all gradients before it clips and updates: there it is
+        refused.
+        """
         norm = self.optimizer.get_grad_norm
 
         def checked() -> float:
@@ -185,14 +201,20 @@ class Trainer:
 
     @property
     def seq_length_multiple(self) -> int:
-        """Rows of a micro-batch are padded to this: equal parts for a cp rank's two ranges and for tp ranks."""
+        """Rows of a micro-batch are padded to this: equal parts for a cp rank's two ranges and for
+        tp ranks.
+        """
         ranks = self.ranks
-        part = math.lcm(2 if ranks.cp_size > 1 else 1, ranks.tp_size if self.config.sequence_parallel else 1)
+        part = math.lcm(
+            2 if ranks.cp_size > 1 else 1, ranks.tp_size if self.config.sequence_parallel else 1
+        )
         return ranks.cp_size * part
 
     @property
     def micro_batch_multiple(self) -> int:
-        """An interleaved schedule works on groups of as many micro-batches as there are pipeline ranks."""
+        """An interleaved schedule works on groups of as many micro-batches as there are pipeline
+        ranks.
+        """
         return self.ranks.pp_size if self.ranks.vpp_size > 1 else 1
 
     def output_weight(self) -> torch.Tensor:
@@ -214,7 +236,9 @@ class Trainer:
         assert all(mb.input_ids_BS.shape == (batch_size, local_length) for mb in micro_batches), (
             "one shape per train step"
         )
-        self._num_positions = batch_size * local_length * self.ranks.cp_size * len(micro_batches) * self.ranks.dp_size
+        self._num_positions = (
+            batch_size * local_length * self.ranks.cp_size * len(micro_batches) * self.ranks.dp_size
+        )
         # Every chunk of an interleaved schedule goes through all micro-batches by itself.
         iterators = [iter(micro_batches) for _ in self.ddp]
         collected = get_forward_backward_func()(
@@ -237,8 +261,12 @@ class Trainer:
 
         Raises NonFiniteGradients, on every rank, before anything is updated.
         """
-        if self._bad_ranks:  # the norm does not see all: what tp ranks hold alike, it counts on the first alone
-            raise NonFiniteGradients(f"gradients are NaN or inf on {self._bad_ranks} of {self.ranks.world_size} ranks")
+        if (
+            self._bad_ranks
+        ):  # the norm does not see all: what tp ranks hold alike, it counts on the first alone
+            raise NonFiniteGradients(
+                f"gradients are NaN or inf on {self._bad_ranks} of {self.ranks.world_size} ranks"
+            )
         lr = float(self.optimizer.param_groups[0]["lr"])
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
@@ -246,20 +274,41 @@ class Trainer:
 
     @contextlib.contextmanager
     def off_device(self) -> Iterator[None]:
-        """Gradients and optimizer state wait in host memory while the block runs; afterwards they are the same bits.
+        """Gradients and optimizer state wait in host memory while the block runs; afterwards they
+        are the same bits.
 
-        Parameters stay.  Views (``main_grad``, buckets) stay valid: only their storages are emptied and filled again.
+        Parameters stay.  Views (``main_grad``, buckets) stay valid: only their storages are emptied
+        and filled again.
         """
-        weights = {p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()}
-        tensors = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
+        weights = {
+            p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()
+        }
+        tensors = [
+            b.grad_data
+            for module in self.ddp
+            for b in (*module.buffers, *module.expert_parallel_buffers)
+        ]
         for adam in self._adams:
-            tensors += [t for state in adam.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-            tensors += [p.data for group in adam.param_groups for p in group["params"]]  # fp32 copies
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.nbytes}
-        storages = {pointer: storage for pointer, storage in storages.items() if pointer not in weights}
+            tensors += [
+                t
+                for state in adam.state.values()
+                for t in state.values()
+                if isinstance(t, torch.Tensor)
+            ]
+            tensors += [
+                p.data for group in adam.param_groups for p in group["params"]
+            ]  # fp32 copies
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.nbytes
+        }
+        storages = {
+            pointer: storage for pointer, storage in storages.items() if pointer not in weights
+        }
         waiting = []
         for storage in storages.values():
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.ranks.device.type == "cuda")
+            host = torch.empty(
+                storage.nbytes(), dtype=torch.uint8, pin_memory=self.ranks.device.type == "cuda"
+            )
             host.copy_(_bytes(storage))
             waiting.append((storage, host))
             storage.resize_(0)
@@ -271,21 +320,25 @@ class Trainer:
                 _bytes(storage).copy_(host)
 
     def finish_param_sync(self) -> None:
-        """Wait until every weight is whole on this rank.  Collective; before weights are exported or saved.
+        """Wait until every weight is whole on this rank.  Collective; before weights are exported
+        or saved.
 
-        With ``overlap_param_gather`` an update leaves the weights in shards that the next forward would gather.
+        With ``overlap_param_gather`` an update leaves the weights in shards that the next forward
+        would gather.
         """
         if self._gathers_late:
             for module in self.ddp:
                 module.start_param_sync(force_sync=True)
 
-    # -- state for checkpoints --------------------------------------------------------------------------------------
+    # -- state for checkpoints ---------------------------------------------------------------------
     @property
     def steps_done(self) -> int:
         return int(self.scheduler.num_steps) - 1
 
     def create_optimizer_state(self) -> None:
-        """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into them."""
+        """Give every parameter its (zero) Adam moments, so that a checkpoint can be copied into
+        them.
+        """
         for adam in self._adams:
             for group in adam.param_groups:
                 for parameter in group["params"]:
@@ -298,8 +351,8 @@ class Trainer:
     def load_optimizer(self, state: Any, steps_done: int) -> None:
         """Take a checkpoint's optimizer state and go on after ``steps_done``.
 
-        Megatron has every rank count the steps that global rank 0 wrote down, for the experts as well: rank 0's stage
-        may have none, and so no count of theirs.
+        Megatron has every rank count the steps that global rank 0 wrote down, for the experts as
+        well: rank 0's stage may have none, and so no count of theirs.
         """
         adams = self._adams
         for index, adam in enumerate(adams):
@@ -320,7 +373,10 @@ class Trainer:
     @property
     def _adams(self) -> list[torch.optim.Optimizer]:
         """The torch optimizers inside Megatron's wrappers: one, or one more for experts."""
-        return [wrapper.optimizer for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer])]
+        return [
+            wrapper.optimizer
+            for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        ]
 
     @cpu.own_code()
     def reduce_metrics(
@@ -330,22 +386,29 @@ class Trainer:
         added: Mapping[str, float] | None = None,
         largest: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.  Collective: one reduction.
+        """Sum last-stage metrics over dp and cp and hand them to every rank, in float64.
+        Collective: one reduction.
 
-        With them come numbers that every rank has under the same names: ``added`` over all ranks, and the ``largest``
-        of any rank.  The same reduction tells every rank whether one holds a gradient that is not finite, for
-        ``optimizer_step``.
+        With them come numbers that every rank has under the same names: ``added`` over all ranks,
+        and the ``largest`` of any rank.  The same reduction tells every rank whether one holds a
+        gradient that is not finite, for ``optimizer_step``.
         """
         ranks, added, largest = self.ranks, added or {}, largest or {}
         options: dict[str, Any] = {"dtype": torch.float64, "device": ranks.device}
         of_stage = torch.zeros(len(names), **options)
         if totals and ranks.is_last_stage and ranks.tp_rank == 0:  # alike on all tp ranks
             of_stage = torch.stack([totals[name].to(**options) for name in names])
-        buffers = [b.grad_data for module in self.ddp for b in (*module.buffers, *module.expert_parallel_buffers)]
+        buffers = [
+            b.grad_data
+            for module in self.ddp
+            for b in (*module.buffers, *module.expert_parallel_buffers)
+        ]
         is_bad = ~torch.stack([gradient.sum() for gradient in buffers]).isfinite().all()
         own = [0.0] * (len(largest) * ranks.world_size)  # a sum in which each rank has its places
         own[ranks.rank :: ranks.world_size] = largest.values()
-        sums = torch.cat([of_stage, is_bad.double()[None], torch.tensor([*added.values(), *own], **options)])
+        sums = torch.cat(
+            [of_stage, is_bad.double()[None], torch.tensor([*added.values(), *own], **options)]
+        )
         dist.all_reduce(sums)
         values = iter(sums.tolist())
         reduced = {name: next(values) for name in names}
@@ -357,7 +420,8 @@ class Trainer:
 def _in_bfloat16(chunk: HiddenStateModel) -> torch.nn.Module:
     """Megatron's wrapper that computes in bfloat16.
 
-    It casts buffers, too, but a router's are float32 on purpose: rounded, its expert bias would choose other experts.
+    It casts buffers, too, but a router's are float32 on purpose: rounded, its expert bias would
+    choose other experts.
     """
     kept = [(module, dict(module.named_buffers(recurse=False))) for module in chunk.modules()]
     wrapped = Float16Module(chunk.config, chunk)
@@ -377,23 +441,36 @@ def _forward_step(
 ) -> tuple[torch.Tensor, Any]:
     micro_batch = next(data)
     output = model(
-        micro_batch.input_ids_BS, micro_batch.position_ids_BS, None, packed_seq_params=micro_batch.packed_seq_params
+        micro_batch.input_ids_BS,
+        micro_batch.position_ids_BS,
+        None,
+        packed_seq_params=micro_batch.packed_seq_params,
     )
     return output, partial(_loss, trainer=trainer, micro_batch=micro_batch, objective=objective)
 
 
 def _loss(
-    hidden_SBD: torch.Tensor, *, trainer: Trainer, micro_batch: PackedMicroBatch, objective: Objective
+    hidden_SBD: torch.Tensor,
+    *,
+    trainer: Trainer,
+    micro_batch: PackedMicroBatch,
+    objective: Objective,
 ) -> tuple[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]]:
     ddp, weight_vD = trainer.ddp[-1], trainer.output_weight()
-    hidden_SBD = hidden_SBD.to(weight_vD.dtype)  # Megatron's 16-bit wrapper gives its last output in float32
-    # The output layer is split over tp: every rank's vocabulary shard adds its part to the hidden states' gradient.
+    hidden_SBD = hidden_SBD.to(
+        weight_vD.dtype
+    )  # Megatron's 16-bit wrapper gives its last output in float32
+    # The output layer is split over tp: every rank's vocabulary shard adds its part to the hidden
+    # states' gradient.
     if trainer.config.sequence_parallel:
-        hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=True)
+        hidden_SBD = gather_from_sequence_parallel_region(
+            hidden_SBD, tensor_parallel_output_grad=True
+        )
     else:
         hidden_SBD = copy_to_tensor_model_parallel_region(hidden_SBD)
     student_hidden_TD = hidden_SBD[micro_batch.position_T, micro_batch.row_T]
-    # The weight is used outside of its module: what Megatron hangs on modules and on autograd is done here.
+    # The weight is used outside of its module: what Megatron hangs on modules and on autograd is
+    # done here.
     if ddp.use_forward_hook:
         ddp.param_to_bucket_group[weight_vD].finish_param_sync()
     with cpu.own_code():
@@ -404,10 +481,11 @@ def _loss(
 
 
 class _ReachesWeight(torch.autograd.Function):
-    """The loss unchanged, its own tensor (Megatron frees no view); backward also reaches ``weight``, with zeros.
+    """The loss unchanged, its own tensor (Megatron frees no view); backward also reaches
+    ``weight``, with zeros.
 
-    The objective adds the weight's gradient to ``main_grad`` itself.  DDP starts a bucket's reduction when autograd has
-    reached all its parameters: without this one it would never start.
+    The objective adds the weight's gradient to ``main_grad`` itself.  DDP starts a bucket's
+    reduction when autograd has reached all its parameters: without this one it would never start.
     """
 
     @staticmethod

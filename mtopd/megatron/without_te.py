@@ -1,5 +1,5 @@
-"""What Transformer Engine would bring, for machines without it, with a GPU or not: norm, attention, and mends of
-Megatron's code that takes it for there.
+"""What Transformer Engine would bring, for machines without it, with a GPU or not: norm, attention,
+and mends of Megatron's code that takes it for there.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ def have_transformer_engine() -> bool:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, whose weight says when its gradient is a part: under sequence parallelism each tp rank has some
-    of the positions, and Megatron sums the gradients of weights that say so."""
+    """torch's RMSNorm, whose weight says when its gradient is a part: under sequence parallelism
+    each tp rank has some of the positions, and Megatron sums the gradients of weights that say so.
+    """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__(hidden_size, eps=eps)
         weight: Any = self.weight
         weight.sequence_parallel = config.sequence_parallel
 
 
 class CausalAttention(MegatronModule):
-    """Causal attention by torch's scaled_dot_product_attention: grouped queries, latent attention (values narrower than
-    keys), context parallelism, packed samples."""
+    """Causal attention by torch's scaled_dot_product_attention: grouped queries, latent attention
+    (values narrower than keys), context parallelism, packed samples.
+    """
 
     def __init__(
         self,
@@ -60,11 +64,18 @@ class CausalAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.window_size is not None or config.softmax_type != "vanilla":
-            raise MtopdError("window_size and softmax_type need Transformer Engine, which is not installed")
-        assert attention_type == "self" and attn_mask_type.name == "causal", (attention_type, attn_mask_type)
+            raise MtopdError(
+                "window_size and softmax_type need Transformer Engine, which is not installed"
+            )
+        assert attention_type == "self" and attn_mask_type.name == "causal", (
+            attention_type,
+            attn_mask_type,
+        )
         self._softmax_scale = softmax_scale
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self._cp_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+        self._cp_group = (
+            getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+        )
 
     def forward(
         self,
@@ -76,9 +87,11 @@ class CausalAttention(MegatronModule):
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """[S, B, heads, width] each -> [S, B, heads x value width]; packed [T, heads, width] -> [T, heads x ...].
+        """[S, B, heads, width] each -> [S, B, heads x value width]; packed [T, heads, width] -> [T,
+        heads x ...].
 
-        Under context parallelism the rows are this rank's two ranges of the zigzag, ``zigzag_chunks``.
+        Under context parallelism the rows are this rank's two ranges of the zigzag,
+        ``zigzag_chunks``.
         """
         assert attention_mask is None and attention_bias is None, "causal attention alone"
         if packed_seq_params is None:
@@ -91,7 +104,9 @@ class CausalAttention(MegatronModule):
         ]
         return torch.cat(samples).flatten(1)
 
-    def _attend(self, query_SBHC: torch.Tensor, key_SBGC: torch.Tensor, value_SBGC: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query_SBHC: torch.Tensor, key_SBGC: torch.Tensor, value_SBGC: torch.Tensor
+    ) -> torch.Tensor:
         """[S, B, H, width of a value]"""
         mask, cp_size = None, self._cp_group.size()
         if cp_size > 1:
@@ -104,7 +119,9 @@ class CausalAttention(MegatronModule):
             )
             position_S = torch.arange(len(key_SBGC), device=query_SBHC.device)
             of_rank = [
-                torch.cat([position_S[chunk] for chunk in zigzag_chunks(len(position_S), rank, cp_size)])
+                torch.cat(
+                    [position_S[chunk] for chunk in zigzag_chunks(len(position_S), rank, cp_size)]
+                )
                 for rank in range(cp_size)
             ]
             mask = of_rank[self._cp_group.rank()][:, None] >= torch.cat(of_rank)[None, :]
@@ -132,19 +149,28 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
     for layer in spec.layer_specs:
         attention = layer.submodules.self_attention.submodules
         for part in (layer.submodules, attention):
-            for name in ("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "kv_layernorm"):
+            for name in (
+                "input_layernorm",
+                "pre_mlp_layernorm",
+                "q_layernorm",
+                "k_layernorm",
+                "kv_layernorm",
+            ):
                 if getattr(getattr(part, name, None), "__name__", "") == "WrappedTorchNorm":
                     setattr(part, name, RMSNorm)
         attention.core_attention = CausalAttention
         if config.multi_latent_attention:
-            # The local spec splits the down-projections over tp and gathers their output over the global group: wrong
-            # on a teacher's mesh.  Replicated, as Transformer Engine has them, nothing is gathered.
+            # The local spec splits the down-projections over tp and gathers their output over the
+            # global group: wrong on a teacher's mesh.  Replicated, as Transformer Engine has them,
+            # nothing is gathered.
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
     return spec
 
 
 def install() -> None:
-    """Mend what asks for Transformer Engine without looking.  Once per process; nothing when it is installed."""
+    """Mend what asks for Transformer Engine without looking.  Once per process; nothing when it is
+    installed.
+    """
     if have_transformer_engine():
         return
     from megatron.core.transformer import multi_latent_attention
@@ -154,17 +180,24 @@ def install() -> None:
         utils: Any = moe_utils
         utils.te_general_gemm = None  # tested against None where the router computes in float32
     attention: Any = multi_latent_attention
-    attention.HAVE_TE = isinstance(attention.TELinear, type)  # else it is a stand-in that isinstance() refuses
+    attention.HAVE_TE = isinstance(
+        attention.TELinear, type
+    )  # else it is a stand-in that isinstance() refuses
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    restore, describe = DistributedOptimizer._set_main_param_and_optimizer_states, DistributedOptimizer.state_dict
+    restore, describe = (
+        DistributedOptimizer._set_main_param_and_optimizer_states,
+        DistributedOptimizer.state_dict,
+    )
     if getattr(restore, "mends_step", False):
         return
 
     def restore_but_step(self: Any, model_param: Any, tensors: Any) -> None:
-        """torch's AdamW counts steps in a tensor of each parameter: checkpoints do not hold it, and loading has given
-        all parameters one and the same, which would then count once for each of them."""
+        """torch's AdamW counts steps in a tensor of each parameter: checkpoints do not hold it, and
+        loading has given all parameters one and the same, which would then count once for each of
+        them.
+        """
         group, place = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
         step = state.pop("step", None)
@@ -173,8 +206,9 @@ def install() -> None:
             state["step"] = step.clone()
 
     def describe_if_empty(self: Any) -> Any:
-        """An optimizer of experts has no parameter, and so no step, on a pipeline stage of dense layers: it is given
-        one for the asking."""
+        """An optimizer of experts has no parameter, and so no step, on a pipeline stage of dense
+        layers: it is given one for the asking.
+        """
         state = self.optimizer.state
         if state:
             return describe(self)

@@ -1,9 +1,11 @@
-"""The embedded rollout engine: a transformers model in this process, KV cache, our own sampling loop.
+"""The embedded rollout engine: a transformers model in this process, KV cache, our own sampling
+loop.
 
-What is promised: a batch is the unit of replay.  Its members, their order, padding and compaction follow from the
-requests and the sampled tokens alone; the draw of a token is a function of (seed, iteration, prompt, sample,
-position).  The same weights and the same batch give the same tokens on the same hardware.  Ids >= vocab_size are never
-sampled.  generation_config files are not read: sampling is the student's own distribution at temperature 1.
+What is promised: a batch is the unit of replay.  Its members, their order, padding and compaction
+follow from the requests and the sampled tokens alone; the draw of a token is a function of (seed,
+iteration, prompt, sample, position).  The same weights and the same batch give the same tokens on
+the same hardware.  Ids >= vocab_size are never sampled.  generation_config files are not read:
+sampling is the student's own distribution at temperature 1.
 """
 
 from __future__ import annotations
@@ -44,14 +46,25 @@ class EmbeddedEngine:
     """Holds one HF model; ``update_weights`` replaces its weights, ``generate`` answers one batch."""
 
     def __init__(
-        self, hf_config: Any, *, dtype: torch.dtype, vocab_size: int, eos_id: int, pad_id: int, device: torch.device
+        self,
+        hf_config: Any,
+        *,
+        dtype: torch.dtype,
+        vocab_size: int,
+        eos_id: int,
+        pad_id: int,
+        device: torch.device,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+        self._model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=dtype, attn_implementation="sdpa"
+        )
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             if any(part in name for part in self._model._keep_in_fp32_modules_strict):
-                tensor.data = tensor.data.float()  # as from_pretrained has it: a rounded bias chooses other experts
+                tensor.data = (
+                    tensor.data.float()
+                )  # as from_pretrained has it: a rounded bias chooses other experts
         self._model.to(device).eval().requires_grad_(False)
         tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
         self._stored = {
@@ -59,12 +72,19 @@ class EmbeddedEngine:
             for name, tensor in self._model.state_dict().items()
             if name not in tied
         }
-        self._vocab_size, self._eos_id, self._pad_id, self._device = vocab_size, eos_id, pad_id, device
+        self._vocab_size, self._eos_id, self._pad_id, self._device = (
+            vocab_size,
+            eos_id,
+            pad_id,
+            device,
+        )
 
     def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
         wanted = {stored for names in self._stored.values() for stored in names}
-        given = tensors.keys() - ({"lm_head.weight"} if self._model.config.tie_word_embeddings else set())
+        given = tensors.keys() - (
+            {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
+        )
         assert given == wanted, given ^ wanted
         for name, tensor in self._model.state_dict().items():
             if name in self._stored:
@@ -72,9 +92,17 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def generate(
-        self, batch: Sequence[Request], *, max_response: int, seed: int = 0, iteration: int = 0, greedy: bool = False
+        self,
+        batch: Sequence[Request],
+        *,
+        max_response: int,
+        seed: int = 0,
+        iteration: int = 0,
+        greedy: bool = False,
     ) -> list[Response]:
-        """Answer a batch.  ``greedy`` takes the argmax (evaluation); otherwise temperature 1 by inverse CDF."""
+        """Answer a batch.  ``greedy`` takes the argmax (evaluation); otherwise temperature 1 by
+        inverse CDF.
+        """
         from transformers import DynamicCache
 
         ids_BS, mask_BS = self._left_pad([r.prompt_ids for r in batch])
@@ -103,8 +131,12 @@ class EmbeddedEngine:
                 token_A = inverse_cdf(log_p_AV.cpu(), torch.from_numpy(u_A)).to(self._device)
             chosen_A = log_p_AV.gather(-1, token_A[:, None])[:, 0].tolist()
             running = np.zeros(len(row_A), bool)
-            for i, (row, token, log_prob) in enumerate(zip(row_A, token_A.tolist(), chosen_A, strict=True)):
-                if not (tokens[row] and tokens[row][-1] == self._eos_id):  # else: finished, kept until compaction
+            for i, (row, token, log_prob) in enumerate(
+                zip(row_A, token_A.tolist(), chosen_A, strict=True)
+            ):
+                if not (
+                    tokens[row] and tokens[row][-1] == self._eos_id
+                ):  # else: finished, kept until compaction
                     tokens[row].append(token)
                     log_probs[row].append(log_prob)
                     running[i] = token != self._eos_id
@@ -133,7 +165,13 @@ class EmbeddedEngine:
 
 
 def inverse_cdf(log_p_AV: torch.Tensor, u_A: torch.Tensor) -> torch.Tensor:
-    """[A] token ids: the first whose cumulative probability exceeds u, in float64.  Never one of probability zero."""
+    """[A] token ids: the first whose cumulative probability exceeds u, in float64.  Never one of
+    probability zero.
+    """
     cdf_AV = log_p_AV.exp().cumsum(-1)
-    target_A = u_A * cdf_AV[:, -1]  # the sum is 1 up to rounding; scaling keeps u < 1 inside the table
-    return torch.searchsorted(cdf_AV, target_A[:, None], right=True)[:, 0].clamp(max=cdf_AV.shape[-1] - 1)
+    target_A = (
+        u_A * cdf_AV[:, -1]
+    )  # the sum is 1 up to rounding; scaling keeps u < 1 inside the table
+    return torch.searchsorted(cdf_AV, target_A[:, None], right=True)[:, 0].clamp(
+        max=cdf_AV.shape[-1] - 1
+    )

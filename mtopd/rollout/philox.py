@@ -1,7 +1,9 @@
-"""Counter-based uniform random numbers: a pure function of (seed, iteration, prompt, sample, position).
+"""Counter-based uniform random numbers: a pure function of (seed, iteration, prompt, sample,
+position).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised over its counter.
-No state: a response can be replayed token by token in any batch, on any rank, after any crash.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised
+over its counter. No state: a response can be replayed token by token in any batch, on any rank,
+after any crash.
 """
 
 from __future__ import annotations
@@ -31,14 +33,23 @@ def philox4x32(counter_4N: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3])
 
 
-def uniform(seed: int, iteration: int, prompt_N: np.ndarray, sample_N: np.ndarray, position: int) -> np.ndarray:
+def uniform(
+    seed: int, iteration: int, prompt_N: np.ndarray, sample_N: np.ndarray, position: int
+) -> np.ndarray:
     """[N] float64 in [0, 1): the number that draws the token at ``position`` of each response.
 
     ``prompt_N``: 64-bit prompt numbers; ``sample_N``: which of a prompt's responses.
     """
     prompt_N = prompt_N.astype(np.uint64)
     counter_4N = np.stack(
-        [prompt_N & _LOW, prompt_N >> _SHIFT, sample_N.astype(np.uint64), np.full(len(prompt_N), position, np.uint64)]
+        [
+            prompt_N & _LOW,
+            prompt_N >> _SHIFT,
+            sample_N.astype(np.uint64),
+            np.full(len(prompt_N), position, np.uint64),
+        ]
     )
     words = philox4x32(counter_4N, (seed, iteration))
-    return ((words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))) / 9007199254740992.0  # 53 bits
+    return (
+        (words[0] >> np.uint64(5)) * 67108864.0 + (words[1] >> np.uint64(6))
+    ) / 9007199254740992.0  # 53 bits

@@ -1,1 +1,3 @@
-"""Teachers on storage: the store's format, streaming its layers through the ranks, one resident head."""
+"""Teachers on storage: the store's format, streaming its layers through the ranks, one resident
+head.
+"""

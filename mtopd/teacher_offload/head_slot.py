@@ -1,9 +1,10 @@
 """The one place on the device for a teacher's output layer.
 
-What is promised: at most one head is resident, measured from live storages and not from our own bookkeeping; asking
-for another teacher's head while one is leased, or while anybody still references it, is an error; ``drop`` ends a train
-step.  The next expected head waits in host memory (this rank's vocabulary rows only), so a swap is one copy; rows of at
-most 1 MiB stay there, because to read them again would cost more than they are worth.
+What is promised: at most one head is resident, measured from live storages and not from our own
+bookkeeping; asking for another teacher's head while one is leased, or while anybody still
+references it, is an error; ``drop`` ends a train step.  The next expected head waits in host memory
+(this rank's vocabulary rows only), so a swap is one copy; rows of at most 1 MiB stay there, because
+to read them again would cost more than they are worth.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from mtopd.teacher_offload.store import TeacherStore, read_blocks
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """A teacher's output layer on this rank: rows of the student's vocabulary shard, and what follows the product."""
+    """A teacher's output layer on this rank: rows of the student's vocabulary shard, and what
+    follows the product.
+    """
 
     weight_vE: torch.Tensor
     scale: float
@@ -57,10 +60,19 @@ class _Staged:
 
 
 class HeadSlot:
-    """Rows [first_row, first_row + num_rows) of the teachers' heads, one at a time; missing rows are zero."""
+    """Rows [first_row, first_row + num_rows) of the teachers' heads, one at a time; missing rows
+    are zero.
+    """
 
-    def __init__(self, stores: Sequence[TeacherStore], *, first_row: int, num_rows: int, device: torch.device) -> None:
-        self._stores, self._first_row, self._num_rows, self._device = stores, first_row, num_rows, device
+    def __init__(
+        self, stores: Sequence[TeacherStore], *, first_row: int, num_rows: int, device: torch.device
+    ) -> None:
+        self._stores, self._first_row, self._num_rows, self._device = (
+            stores,
+            first_row,
+            num_rows,
+            device,
+        )
         self._index: int | None = None
         self._head: TeacherHead | None = None
         self._leased = False
@@ -73,17 +85,23 @@ class HeadSlot:
         self.counters = HeadCounters()
 
     def expect(self, teachers: Iterable[int]) -> None:
-        """The loads to come, in order: each one is read into host memory when the one before is on the device."""
+        """The loads to come, in order: each one is read into host memory when the one before is on
+        the device.
+        """
         self._expected = deque(teachers)
         self._stage_next()
 
     @contextlib.contextmanager
     def lease(self, teacher_index: int) -> Iterator[TeacherHead]:
-        """The head of this teacher, loaded unless it is the resident one.  Do not keep it beyond the block."""
+        """The head of this teacher, loaded unless it is the resident one.  Do not keep it beyond
+        the block.
+        """
         assert not self._leased, f"a head is leased while teacher {teacher_index}'s is asked for"
         if self._index != teacher_index or self._head is None:
             self.drop()
-            assert self._live == 0, f"a head is still referenced while teacher {teacher_index}'s is asked for"
+            assert self._live == 0, (
+                f"a head is still referenced while teacher {teacher_index}'s is asked for"
+            )
             started = time.perf_counter()
             self._head, self._index = self._load(teacher_index), teacher_index
             self.counters.stall_s += time.perf_counter() - started
@@ -106,19 +124,24 @@ class HeadSlot:
 
     def take_counters(self) -> HeadCounters:
         taken = self.counters
-        self.counters = HeadCounters(peak_resident=taken.peak_resident, peak_device_bytes=taken.peak_device_bytes)
+        self.counters = HeadCounters(
+            peak_resident=taken.peak_resident, peak_device_bytes=taken.peak_device_bytes
+        )
         return taken
 
     def _load(self, teacher_index: int) -> TeacherHead:
         """From host memory to the device, read now if another one was expected."""
         if self._staged is None or self._staged.teacher != teacher_index:
-            self._expected.clear()  # the order was not what was announced: nothing can be read ahead
+            # the order was not what was announced: nothing can be read ahead
+            self._expected.clear()
             self._stage(teacher_index)
         staged, counters, store = self._staged, self.counters, self._stores[teacher_index]
         assert staged is not None
         count = staged.read.result()
         self._staged = None
-        weight_vE = torch.empty(self._num_rows, store.hidden_size, dtype=staged.rows_vE.dtype, device=self._device)
+        weight_vE = torch.empty(
+            self._num_rows, store.hidden_size, dtype=staged.rows_vE.dtype, device=self._device
+        )
         weight_vE[: len(staged.rows_vE)].copy_(staged.rows_vE)
         weight_vE[len(staged.rows_vE) :].zero_()
         self._live += 1
@@ -137,7 +160,9 @@ class HeadSlot:
             self._stage(self._expected.popleft())
 
     def _stage(self, teacher_index: int) -> None:
-        """Begin to read a head's rows, after what is being read into the buffer that all large ones use."""
+        """Begin to read a head's rows, after what is being read into the buffer that all large ones
+        use.
+        """
         if self._staged is not None:
             self._staged.read.exception()
         self._staged = self._kept.get(teacher_index) or self._read(teacher_index)
@@ -147,9 +172,13 @@ class HeadSlot:
         row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
         entries = store.head.slices(0, store.slices)
         stored_rows = sum(e.shape[0] for e in entries)
-        first, last = (min(r, stored_rows) for r in (self._first_row, self._first_row + self._num_rows))
+        first, last = (
+            min(r, stored_rows) for r in (self._first_row, self._first_row + self._num_rows)
+        )
         start = entries[0].start + first * row_bytes
-        blocks = store.head.blocks_of(start, start + (last - first) * row_bytes) if first < last else ()
+        blocks = (
+            store.head.blocks_of(start, start + (last - first) * row_bytes) if first < last else ()
+        )
         needed = blocks[-1].stop - blocks[0].start if blocks else 0
         is_small = needed <= _KEPT_BYTES
         if is_small or self._host.nbytes < needed:

@@ -1,14 +1,16 @@
 """Stream teachers' weights through the ranks, layer by layer.
 
 What is promised:
-* Every byte of a part is read from storage by exactly one rank of the job and verified there (`shares`), ahead of its
-  use and bounded by ``host_budget`` (`read_ahead`).
-* At most two layers are on the device: two flat buffers, allocated once for the largest layer of a teacher.
-* The caller never reads, copies or joins shares: a thread does, with process groups and a CUDA stream of its own, one
-  layer ahead of the compute.  The seconds the caller waited for it are counted.
+* Every byte of a part is read from storage by exactly one rank of the job and verified there
+  (`shares`), ahead of its use and bounded by ``host_budget`` (`read_ahead`).
+* At most two layers are on the device: two flat buffers, allocated once for the largest layer of a
+  teacher.
+* The caller never reads, copies or joins shares: a thread does, with process groups and a CUDA
+  stream of its own, one layer ahead of the compute.  The seconds the caller waited for it are
+  counted.
 
-When the teacher's tp equals the slice count, parameters are views of the buffer; with a smaller tp the second buffer
-takes the joined layout: one copy of each layer, counted in ``relayouts``.
+When the teacher's tp equals the slice count, parameters are views of the buffer; with a smaller tp
+the second buffer takes the joined layout: one copy of each layer, counted in ``relayouts``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class StreamCounters:
 
 
 class TeacherStream:
-    """All teachers of a job, as this rank reads and receives them.  Every rank makes the same calls in one order."""
+    """All teachers of a job, as this rank reads and receives them.  Every rank makes the same calls
+    in one order.
+    """
 
     def __init__(
         self,
@@ -54,8 +58,12 @@ class TeacherStream:
         reader_threads: int,
     ) -> None:
         self.stores, self.meshes, self.device = stores, meshes, device
-        self.everyone = dist.new_group()  # the loading thread's own: the default group is the caller's
-        self.parts = [teacher_parts(s, m, self.everyone) for s, m in zip(stores, meshes, strict=True)]
+        self.everyone = (
+            dist.new_group()
+        )  # the loading thread's own: the default group is the caller's
+        self.parts = [
+            teacher_parts(s, m, self.everyone) for s, m in zip(stores, meshes, strict=True)
+        ]
         self.reads = ReadAhead(
             self.parts,
             names=[s.name for s in stores],
@@ -65,8 +73,12 @@ class TeacherStream:
         )
 
     def expect(self, visits: Sequence[int]) -> None:
-        """The teachers that will be visited, in order (one with two waves twice).  Reading begins at once."""
-        self.reads.expect((teacher, part) for teacher in visits for part in range(len(self.parts[teacher])))
+        """The teachers that will be visited, in order (one with two waves twice).  Reading begins
+        at once.
+        """
+        self.reads.expect(
+            (teacher, part) for teacher in visits for part in range(len(self.parts[teacher]))
+        )
 
     def visit(self, teacher: int) -> LayerStream:
         """The next expected teacher; use it as a context manager."""
@@ -93,7 +105,9 @@ class _Loaded:
 
 @dataclass
 class LayerStream:
-    """One wave of one teacher: ``embedding()``, ``layers()``, ``final_norm()``, called in this order on every rank."""
+    """One wave of one teacher: ``embedding()``, ``layers()``, ``final_norm()``, called in this
+    order on every rank.
+    """
 
     stream: TeacherStream
     teacher: int
@@ -105,8 +119,11 @@ class LayerStream:
         self._parts = self.stream.parts[self.teacher]
         self._joins = store.slices != mesh.tp_size
         layer_bytes = max(part.device_bytes for part in self._parts[1:-1])
-        self._buffers = [torch.empty(layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        # Where the thread may load the next layer: both buffers in turn, or one while the other holds joined slices.
+        self._buffers = [
+            torch.empty(layer_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)
+        ]
+        # Where the thread may load the next layer: both buffers in turn, or one while the other
+        # holds joined slices.
         self._free: queue.SimpleQueue[tuple[torch.Tensor, Any] | None] = queue.SimpleQueue()
         for buffer in self._buffers[: 1 if self._joins else 2]:
             self._give_back(buffer)
@@ -121,21 +138,25 @@ class LayerStream:
         if kind is None:
             self._loader.join()
         else:
-            # The job ends.  The thread may be inside a collective that other ranks will never join: it is not waited
-            # for, and dies with the process.
+            # The job ends.  The thread may be inside a collective that other ranks will never join:
+            # it is not waited for, and dies with the process.
             self._free.put(None)
         self._buffers.clear()
 
-    # -- the three calls of a wave ----------------------------------------------------------------------------------
+    # -- the three calls of a wave -----------------------------------------------------------------
     def embedding(self) -> tuple[torch.Tensor, int]:
-        """This tp rank's rows of the embedding [rows, E] and the token id of the first.  Drop it after use."""
+        """This tp rank's rows of the embedding [rows, E] and the token id of the first.  Drop it
+        after use.
+        """
         loaded = self._next()
         rows_VE = self._joined(loaded)["weight"]
         self._resident(loaded.buffer.nbytes)
         return rows_VE, self.stream.meshes[self.teacher].tp_rank * rows_VE.shape[0]
 
     def layers(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Weights of each layer by Megatron's local-spec name; valid until the next layer is asked for."""
+        """Weights of each layer by Megatron's local-spec name; valid until the next layer is asked
+        for.
+        """
         for _ in self._parts[1:-1]:
             loaded = self._next()
             if self._joins:
@@ -161,16 +182,20 @@ class LayerStream:
             raise loaded
         torch.cuda.current_stream().wait_event(loaded.event)
         if loaded.buffer.is_cuda:
-            loaded.buffer.record_stream(torch.cuda.current_stream())  # it was allocated on the loading thread's
+            loaded.buffer.record_stream(
+                torch.cuda.current_stream()
+            )  # it was allocated on the loading thread's
         return loaded
 
     def _give_back(self, buffer: torch.Tensor) -> None:
-        """The caller's kernels on ``buffer`` are launched; the thread may load into it once they are done."""
+        """The caller's kernels on ``buffer`` are launched; the thread may load into it once they
+        are done.
+        """
         used = torch.cuda.Event()
         used.record()
         self._free.put((buffer, used))
 
-    # -- the loading thread -----------------------------------------------------------------------------------------
+    # -- the loading thread ------------------------------------------------------------------------
     def _load_all(self) -> None:
         try:
             with torch.cuda.stream(self._lane), torch.no_grad():
@@ -182,11 +207,14 @@ class LayerStream:
                         buffer, used = free
                         self._lane.wait_event(used)
                     else:
-                        buffer = torch.empty(part.device_bytes, dtype=torch.uint8, device=self.device)
+                        buffer = torch.empty(
+                            part.device_bytes, dtype=torch.uint8, device=self.device
+                        )
                     self._load((self.teacher, index), part, buffer)
                     event = torch.cuda.Event()
                     event.record()
-                    event.synchronize()  # this thread may wait: the share's host memory is reused from here on
+                    # this thread may wait: the share's host memory is reused from here on
+                    event.synchronize()
                     self.stream.reads.release()
                     self._ready.put(_Loaded(part, buffer, event))
                     del buffer
@@ -194,7 +222,9 @@ class LayerStream:
             self._ready.put(error)
 
     def _load(self, key: Key, part: Part, buffer: torch.Tensor) -> None:
-        """Fill ``buffer`` with a part on every rank: own share from the host, the others' from their ranks."""
+        """Fill ``buffer`` with a part on every rank: own share from the host, the others' from
+        their ranks.
+        """
         own: list[torch.Tensor] = []
         error = None
         try:
@@ -209,9 +239,11 @@ class LayerStream:
         for work in pending:
             work.wait()
 
-    # -- binding ----------------------------------------------------------------------------------------------------
+    # -- binding -----------------------------------------------------------------------------------
     def _joined(self, loaded: _Loaded, out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Weights from stored tensors: slices joined, gate over up, transposed ones turned back as views."""
+        """Weights from stored tensors: slices joined, gate over up, transposed ones turned back as
+        views.
+        """
         by_name: dict[str, list[torch.Tensor]] = {}
         for name, entry, offset in loaded.part.tensors:
             by_name.setdefault(name, []).append(_view(loaded.buffer, entry, offset))
@@ -233,7 +265,9 @@ class LayerStream:
 
 
 def _exchange(r: Range, own: torch.Tensor, view: torch.Tensor) -> list[Any]:
-    """Start the collectives that fill ``view`` on every rank of the range's group.  Returns what to wait for."""
+    """Start the collectives that fill ``view`` on every rank of the range's group.  Returns what to
+    wait for.
+    """
     if r.share_bytes is not None:
         mine = view[r.position * r.share_bytes : (r.position + 1) * r.share_bytes]
         mine[: own.nbytes].copy_(own, non_blocking=True)
@@ -241,7 +275,10 @@ def _exchange(r: Range, own: torch.Tensor, view: torch.Tensor) -> list[Any]:
     works = []
     for owner, (first, last) in enumerate(r.owners):
         if first < last:
-            start, stop = r.blocks[first].start - r.blocks[0].start, r.blocks[last - 1].stop - r.blocks[0].start
+            start, stop = (
+                r.blocks[first].start - r.blocks[0].start,
+                r.blocks[last - 1].stop - r.blocks[0].start,
+            )
             piece = view[start:stop]
             if owner == r.position:
                 piece.copy_(own, non_blocking=True)
@@ -251,7 +288,9 @@ def _exchange(r: Range, own: torch.Tensor, view: torch.Tensor) -> list[Any]:
 
 
 class _Arena:
-    """Joins tensors along dim 0: as one view where they already stand side by side, else copied into ``buffer``."""
+    """Joins tensors along dim 0: as one view where they already stand side by side, else copied
+    into ``buffer``.
+    """
 
     def __init__(self, buffer: torch.Tensor | None) -> None:
         self._buffer, self._used = buffer, 0
@@ -262,12 +301,16 @@ class _Arena:
         if self._buffer is None:
             offset = first.storage_offset()
             for part in parts:
-                assert part.storage_offset() == offset, "tensors of a slice stand side by side in the store"
+                assert part.storage_offset() == offset, (
+                    "tensors of a slice stand side by side in the store"
+                )
                 offset += part.numel()
             return first.as_strided(shape, first.stride())
         nbytes = sum(p.nbytes for p in parts)
         joined = self._buffer[self._used : self._used + nbytes].view(first.dtype).view(shape)
-        self._used += -(-nbytes // JOIN_ALIGNMENT) * JOIN_ALIGNMENT  # the next may be of a wider dtype
+        self._used += (
+            -(-nbytes // JOIN_ALIGNMENT) * JOIN_ALIGNMENT
+        )  # the next may be of a wider dtype
         torch.cat(parts, out=joined)
         return joined
 
@@ -278,8 +321,12 @@ def _view(buffer: torch.Tensor, entry: TensorEntry, offset: int) -> torch.Tensor
     return buffer[offset : offset + nbytes].view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
 
 
-def _raise_together(error: MtopdError | None, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Raise on every rank when any rank failed: nobody waits for a share that will never come.  Collective."""
+def _raise_together(
+    error: MtopdError | None, group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Raise on every rank when any rank failed: nobody waits for a share that will never come.
+    Collective.
+    """
     failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if failed.item():

@@ -1,4 +1,6 @@
-"""Is the teacher in memory the one that was added?  Its log-probs of a few tokens against stored reference ones."""
+"""Is the teacher in memory the one that was added?  Its log-probs of a few tokens against stored
+reference ones.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ import numpy as np
 
 from mtopd.types import MtopdError
 
-# Mean absolute difference, nats.  Measured on random models of 4 and 16 layers: float32 up to 2e-6; bfloat16 0.013 to
-# 0.03 for dense ones and up to 0.19 where rounding sends a token to another expert; another teacher more than 2.
+# Mean absolute difference, nats.  Measured on random models of 4 and 16 layers: float32 up to 2e-6;
+# bfloat16 0.013 to 0.03 for dense ones and up to 0.19 where rounding sends a token to another
+# expert; another teacher more than 2.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 UNIFORM = 1e-4  # nats
 
@@ -19,15 +22,18 @@ UNIFORM = 1e-4  # nats
 def check_probe(
     reference: Mapping[str, Any], log_probs: np.ndarray, *, name: str, vocab_size: int, dtype: str
 ) -> float:
-    """Mean absolute difference, in nats, between ``log_probs`` [T, K] and those of the stored probe.
+    """Mean absolute difference, in nats, between ``log_probs`` [T, K] and those of the stored
+    probe.
 
-    ``dtype`` is the one the teacher computes in ("float32", "bfloat16").  Raises MtopdError beyond its tolerance,
-    when a log-prob is not finite, and, in words of its own, when all are -ln V.
+    ``dtype`` is the one the teacher computes in ("float32", "bfloat16").  Raises MtopdError beyond
+    its tolerance, when a log-prob is not finite, and, in words of its own, when all are -ln V.
     """
     wanted = np.asarray(reference["log_probs"], np.float64)
     found = np.asarray(log_probs, np.float64)
     if found.shape != wanted.shape:
-        raise MtopdError(f"teacher {name!r}: {found.shape} log-probs came out of a probe of {wanted.shape}")
+        raise MtopdError(
+            f"teacher {name!r}: {found.shape} log-probs came out of a probe of {wanted.shape}"
+        )
     if np.abs(found + math.log(vocab_size)).max() < UNIFORM:
         raise MtopdError(
             f"teacher {name!r}: the teacher's weights were not loaded: every log-prob is -ln V = "
@@ -37,7 +43,8 @@ def check_probe(
     if not difference <= TOLERANCE[dtype]:  # also when it is NaN
         raise MtopdError(
             f"teacher {name!r} is not the one that was added: its log-probs differ from those of "
-            f"{reference['by']} by {difference:.4g} nats on average, {TOLERANCE[dtype]:g} is allowed in {dtype}; "
+            f"{reference['by']} by {difference:.4g} nats on average, {TOLERANCE[dtype]:g} is "
+            f"allowed in {dtype}; "
             "add the teacher again"
         )
     return difference

@@ -1,12 +1,15 @@
-"""Read this rank's shares of teachers ahead of their use, into host memory bounded by ``host_budget``.
+"""Read this rank's shares of teachers ahead of their use, into host memory bounded by
+``host_budget``.
 
 Invariants
-* At most ``budget`` bytes are held, whatever is asked for; below that nothing limits how far reading runs ahead, over
-  layers and over teachers.
-* Shares that fit beside a window for the others are *kept*: read once in a run, then served from memory.  Passes visit
-  the teachers in a cycle, where keeping a fixed set is best: the least recently used share is the next one needed.
+* At most ``budget`` bytes are held, whatever is asked for; below that nothing limits how far
+  reading runs ahead, over layers and over teachers.
+* Shares that fit beside a window for the others are *kept*: read once in a run, then served from
+  memory.  Passes visit the teachers in a cycle, where keeping a fixed set is best: the least
+  recently used share is the next one needed.
 * The others go through one ring of reused memory, in the order of use.
-* A share is handed out whole and verified (block checksums, in the reading threads), or an error is raised.
+* A share is handed out whole and verified (block checksums, in the reading threads), or an error is
+  raised.
 """
 
 from __future__ import annotations
@@ -45,17 +48,30 @@ class _Share:
 
 
 class ReadAhead:
-    """``expect`` the parts in the order of their use, then ``take`` and ``release`` them one by one."""
+    """``expect`` the parts in the order of their use, then ``take`` and ``release`` them one by
+    one.
+    """
 
     def __init__(
-        self, parts: Sequence[Sequence[Part]], *, names: Sequence[str], budget: int, threads: int, pinned: bool
+        self,
+        parts: Sequence[Sequence[Part]],
+        *,
+        names: Sequence[str],
+        budget: int,
+        threads: int,
+        pinned: bool,
     ) -> None:
         self._parts, self._pinned = parts, pinned
-        sizes = {(t, p): part.host_bytes for t, teacher in enumerate(parts) for p, part in enumerate(teacher)}
+        sizes = {
+            (t, p): part.host_bytes
+            for t, teacher in enumerate(parts)
+            for p, part in enumerate(teacher)
+        }
         largest = max(sizes, key=lambda key: sizes[key])
         if sizes[largest] > budget:
             raise MtopdError(
-                f"teacher_offload.host_budget is {budget} bytes, but one share of teacher {names[largest[0]]!r} takes "
+                f"teacher_offload.host_budget is {budget} bytes, but one share of teacher "
+                f"{names[largest[0]]!r} takes "
                 f"{sizes[largest]}; raise it to at least that"
             )
         self._keeps = _choose_kept(sizes, budget, sizes[largest])
@@ -72,13 +88,16 @@ class ReadAhead:
         self.counters = ReadCounters()
 
     def expect(self, keys: Iterable[Key]) -> None:
-        """The parts that will be taken, in order; forgets what was expected before.  Reading begins."""
+        """The parts that will be taken, in order; forgets what was expected before.  Reading
+        begins.
+        """
         self._forget()
         self._expected.extend(keys)
         self._advance()
 
     def take(self) -> tuple[Key, list[torch.Tensor]]:
-        """The next expected part: its bytes, one tensor for each range, when they are read.  Then ``release`` it.
+        """The next expected part: its bytes, one tensor for each range, when they are read.  Then
+        ``release`` it.
 
         Raises MtopdError when a block could not be read or does not match its checksum.
         """
@@ -121,7 +140,10 @@ class ReadAhead:
                     memory = self._memory(key, part.host_bytes)
                     if memory is None:
                         break
-                    reads = [self._readers.submit(read_blocks, *request) for request in _requests(part, memory)]
+                    reads = [
+                        self._readers.submit(read_blocks, *request)
+                        for request in _requests(part, memory)
+                    ]
                     share = _Share(key, memory, reads, in_ring=key not in self._keeps)
                 self._expected.popleft()
                 self._ahead.append(share)
@@ -130,10 +152,14 @@ class ReadAhead:
         """Room for a share, or None while the ring is full."""
         if key in self._keeps:
             self._kept_bytes += size
-            memory: torch.Tensor | None = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            memory: torch.Tensor | None = torch.empty(
+                size, dtype=torch.uint8, pin_memory=self._pinned
+            )
         else:
             if self._ring_memory is None:
-                self._ring_memory = torch.empty(self._ring.size, dtype=torch.uint8, pin_memory=self._pinned)
+                self._ring_memory = torch.empty(
+                    self._ring.size, dtype=torch.uint8, pin_memory=self._pinned
+                )
             start = self._ring.allocate(size)
             memory = None if start is None else self._ring_memory[start : start + size]
         held = self._kept_bytes + self._ring.used
@@ -168,7 +194,9 @@ def _choose_kept(sizes: dict[Key, int], budget: int, largest: int) -> set[Key]:
     return kept
 
 
-def _requests(part: Part, memory: torch.Tensor) -> Iterator[tuple[StoreFile, Sequence[Block], np.ndarray]]:
+def _requests(
+    part: Part, memory: torch.Tensor
+) -> Iterator[tuple[StoreFile, Sequence[Block], np.ndarray]]:
     """Reads of about ``request_bytes`` each, cut at block borders, with the memory they fill."""
     start = 0
     for r in part.ranges:
@@ -179,7 +207,9 @@ def _requests(part: Part, memory: torch.Tensor) -> Iterator[tuple[StoreFile, Seq
 
 
 class _Ring:
-    """Where the next share goes in ``size`` bytes of reused memory; freed in the order of allocation."""
+    """Where the next share goes in ``size`` bytes of reused memory; freed in the order of
+    allocation.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -202,7 +232,9 @@ class _Ring:
         if not self._live:
             return 0 if size <= self.size else None
         oldest, newest = self._live[0][0], self._live[-1][1]
-        if self._live[-1][0] >= oldest:  # not wrapped: room behind the newest, else before the oldest
+        if (
+            self._live[-1][0] >= oldest
+        ):  # not wrapped: room behind the newest, else before the oldest
             if self.size - newest >= size:
                 return newest
             return 0 if oldest >= size else None

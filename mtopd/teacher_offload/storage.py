@@ -1,8 +1,10 @@
-"""Where the bytes of a teacher store are: a folder, or an object store behind a URL.  Only this file imports obstore.
+"""Where the bytes of a teacher store are: a folder, or an object store behind a URL.  Only this
+file imports obstore.
 
-What is promised: reads are by file and byte range, from many threads at once; a failed read is a MtopdError that names
-the file and never holds a credential; retries are bounded.  An object store's credentials and endpoint come from its
-provider's own environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...), never from the URL.
+What is promised: reads are by file and byte range, from many threads at once; a failed read is a
+MtopdError that names the file and never holds a credential; retries are bounded.  An object store's
+credentials and endpoint come from its provider's own environment variables (``AWS_ACCESS_KEY_ID``,
+``AWS_ENDPOINT_URL``, ...), never from the URL.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ _RETRIES = 5
 _RETRY: Any = {
     "max_retries": _RETRIES,
     "retry_timeout": timedelta(seconds=60),
-    "backoff": {"init_backoff": timedelta(seconds=0.3), "max_backoff": timedelta(seconds=5), "base": 2},
+    "backoff": {
+        "init_backoff": timedelta(seconds=0.3),
+        "max_backoff": timedelta(seconds=5),
+        "base": 2,
+    },
 }
 
 
@@ -45,17 +51,27 @@ class Storage(Protocol):
         ...
 
     def read(self, path: str, limit: int) -> bytes | None:
-        """A whole small file; None when there is none.  Raises MtopdError when it has more than ``limit`` bytes."""
+        """A whole small file; None when there is none.  Raises MtopdError when it has more than
+        ``limit`` bytes.
+        """
         ...
 
     def read_into(self, path: str, start: int, out: np.ndarray) -> None:
-        """Fill all of ``out`` (uint8) from byte ``start`` on.  Raises MtopdError when the file does not have them."""
+        """Fill all of ``out`` (uint8) from byte ``start`` on.  Raises MtopdError when the file does
+        not have them.
+        """
         ...
 
 
 def open_storage(location: str | Path) -> Storage:
-    """The storage at a folder or URL.  Raises MtopdError for a URL that cannot be used; nothing is read yet."""
-    return ObjectStorage(location) if isinstance(location, str) and "://" in location else FolderStorage(Path(location))
+    """The storage at a folder or URL.  Raises MtopdError for a URL that cannot be used; nothing is
+    read yet.
+    """
+    return (
+        ObjectStorage(location)
+        if isinstance(location, str) and "://" in location
+        else FolderStorage(Path(location))
+    )
 
 
 class FolderStorage:
@@ -63,14 +79,18 @@ class FolderStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, Path] = {}  # that were looked at: resolving a path costs more than a small read
+        self._files: dict[
+            str, Path
+        ] = {}  # that were looked at: resolving a path costs more than a small read
         self.location = str(folder)
 
     def _inside(self, path: str) -> Path:
         if path not in self._files:
             file = self._folder / path
             if not file.resolve().is_relative_to(self._folder.resolve()):
-                raise MtopdError(f"{file} is a link out of the store; a file of a store lies inside its folder")
+                raise MtopdError(
+                    f"{file} is a link out of the store; a file of a store lies inside its folder"
+                )
             self._files[path] = file
         return self._files[path]
 
@@ -101,7 +121,9 @@ class FolderStorage:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            advice = "the disk may be failing" if error.errno == errno.EIO else "copy the store again"
+            advice = (
+                "the disk may be failing" if error.errno == errno.EIO else "copy the store again"
+            )
             raise MtopdError(f"cannot read {file}: {error.strerror}; {advice}") from None
 
 
@@ -112,7 +134,8 @@ class ObjectStorage:
         parts = urlsplit(url)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise MtopdError(
-                f"a {parts.scheme}:// URL must be scheme://bucket/path alone; credentials belong in the provider's own "
+                f"a {parts.scheme}:// URL must be scheme://bucket/path alone; credentials belong "
+                "in the provider's own "
                 "environment variables, e.g. AWS_ACCESS_KEY_ID"
             )
         if parts.scheme == "file":
@@ -120,31 +143,43 @@ class ObjectStorage:
         try:
             import obstore
         except ImportError:
-            raise MtopdError(f"reading {url} needs the package obstore; pip install mtopd[s3]") from None
+            raise MtopdError(
+                f"reading {url} needs the package obstore; pip install mtopd[s3]"
+            ) from None
         self._obstore = obstore
         self.location = url.rstrip("/")
         try:
-            # No client options: given here they would hide those of the environment (AWS_ALLOW_HTTP, AWS_TIMEOUT).
+            # No client options: given here they would hide those of the environment
+            # (AWS_ALLOW_HTTP, AWS_TIMEOUT).
             self._store: Any = obstore.store.from_url(self.location, retry_config=_RETRY)
         except (obstore.exceptions.BaseError, ValueError, TypeError):
             raise MtopdError(
-                f"{self.location} is no URL of an object store; s3://bucket/path, gs://... and az://... are read"
+                f"{self.location} is no URL of an object store; s3://bucket/path, gs://... and "
+                "az://... are read"
             ) from None
 
     def _call(self, path: str, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Call obstore; None when there is no such object.  The server's text may hold a key and is not repeated."""
+        """Call obstore; None when there is no such object.  The server's text may hold a key and is
+        not repeated.
+        """
         label = f"{self.location}/{path}"
         try:
             return function(self._store, path, *arguments, **options)
         except (FileNotFoundError, self._obstore.exceptions.NotFoundError) as error:
             if "NoSuchBucket" in str(error):
-                raise MtopdError(f"cannot read {label}: the bucket does not exist; check the URL") from None
+                raise MtopdError(
+                    f"cannot read {label}: the bucket does not exist; check the URL"
+                ) from None
             return None
         except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
             exceptions = self._obstore.exceptions
-            if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+            if isinstance(
+                error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
+            ):
                 what = "access was denied"
-                advice = "check the provider's credentials in the environment, e.g. AWS_ACCESS_KEY_ID"
+                advice = (
+                    "check the provider's credentials in the environment, e.g. AWS_ACCESS_KEY_ID"
+                )
             else:
                 what = f"the request failed, also after {_RETRIES} retries where one could help"
                 advice = "check the endpoint, e.g. AWS_ENDPOINT_URL, the region and the network"
@@ -174,8 +209,12 @@ class ObjectStorage:
 
 def _check_limit(label: str, size: int, limit: int) -> None:
     if size > limit:
-        raise MtopdError(f"{label} has {size} bytes, at most {limit} were expected; copy the store again")
+        raise MtopdError(
+            f"{label} has {size} bytes, at most {limit} were expected; copy the store again"
+        )
 
 
 def _ends_early(label: str, end: int, wanted: int) -> MtopdError:
-    return MtopdError(f"{label} ends at byte {end}, {wanted} were expected (truncated?); copy the store again")
+    return MtopdError(
+        f"{label} ends at byte {end}, {wanted} were expected (truncated?); copy the store again"
+    )

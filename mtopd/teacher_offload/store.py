@@ -1,4 +1,5 @@
-"""A teacher on storage, read: ``teachers/<name>/`` with ``teacher.json``, safetensors files and the tokenizer.
+"""A teacher on storage, read: ``teachers/<name>/`` with ``teacher.json``, safetensors files and the
+tokenizer.
 
     teacher.json                  architecture, vocabulary, tokenizer hash, head transform, file table, fingerprint
     tokenizer/                    the teacher's HF tokenizer, to name a differing token
@@ -8,14 +9,16 @@
     final_norm.safetensors        common/weight
     head.safetensors              like the embedding; absent when the embedding is tied
 
-Inside a file the *sections* (header, common, slice 0, slice 1, ..., or expert 0, expert 1, ...) follow one another
-without gaps, so the part of a tp or expert-parallel rank is one contiguous range.  Gate and up are separate tensors
-and row-parallel weights are stored transposed (suffix ``.T``): slices join along dim 0.  A matrix whose rows do not
-divide by the slice count ends in zero rows.  Inside a section wider dtypes come first, so that all tensors are aligned.
+Inside a file the *sections* (header, common, slice 0, slice 1, ..., or expert 0, expert 1, ...)
+follow one another without gaps, so the part of a tp or expert-parallel rank is one contiguous
+range.  Gate and up are separate tensors and row-parallel weights are stored transposed (suffix
+``.T``): slices join along dim 0.  A matrix whose rows do not divide by the slice count ends in zero
+rows.  Inside a section wider dtypes come first, so that all tensors are aligned.
 
-Checksums: crc32c of every block of 4 MiB, blocks starting anew at each section, so that a rank's part is a whole
-number of blocks; ``sha256`` of a file is taken over its table of (offset, length, crc32c); the fingerprint is the
-sha256 over the sorted (path, sha256) table.  Two stores with one fingerprint hold the same bytes.
+Checksums: crc32c of every block of 4 MiB, blocks starting anew at each section, so that a rank's
+part is a whole number of blocks; ``sha256`` of a file is taken over its table of (offset, length,
+crc32c); the fingerprint is the sha256 over the sorted (path, sha256) table.  Two stores with one
+fingerprint hold the same bytes.
 """
 
 from __future__ import annotations
@@ -87,14 +90,18 @@ class StoreFile:
         return tuple(e for i in range(first, first + count) for e in self.section(f"slice.{i:04d}"))
 
     def experts(self, first: int, count: int) -> tuple[TensorEntry, ...]:
-        return tuple(e for i in range(first, first + count) for e in self.section(f"expert.{i:04d}"))
+        return tuple(
+            e for i in range(first, first + count) for e in self.section(f"expert.{i:04d}")
+        )
 
     def blocks_of(self, start: int, stop: int) -> tuple[Block, ...]:
         """Blocks that touch [start, stop)."""
         return tuple(b for b in self.blocks if b.start < stop and b.stop > start)
 
     def requests(self, blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
-        """Consecutive ``blocks`` cut into runs of at most the storage's request size (one block always fits)."""
+        """Consecutive ``blocks`` cut into runs of at most the storage's request size (one block
+        always fits).
+        """
         first = 0
         for i, block in enumerate(blocks):
             if i > first and block.stop - blocks[first].start > self.storage.request_bytes:
@@ -147,7 +154,9 @@ class TeacherStore:
 
     @property
     def dtype(self) -> str:
-        """The dtype the teacher computes in, which its embedding and head have: "F32" or "BF16" (safetensors)."""
+        """The dtype the teacher computes in, which its embedding and head have: "F32" or "BF16"
+        (safetensors).
+        """
         return str(self.manifest["stored_dtype"])
 
     def layer(self, index: int) -> StoreFile:
@@ -162,20 +171,29 @@ class TeacherStore:
         return self.files.get("head.safetensors", self.files["embedding.safetensors"])
 
     def pass_bytes(self) -> int:
-        """Bytes one teacher pass needs: tensors of embedding, layers, experts and final norm; not an untied head."""
+        """Bytes one teacher pass needs: tensors of embedding, layers, experts and final norm; not
+        an untied head.
+        """
         return sum(
-            e.stop - e.start for path, file in self.files.items() if path != "head.safetensors" for e in file.entries
+            e.stop - e.start
+            for path, file in self.files.items()
+            if path != "head.safetensors"
+            for e in file.entries
         )
 
     @contextlib.contextmanager
     def tokenizer_folder(self) -> Iterator[Path]:
-        """A temporary folder with the teacher's tokenizer.  Raises MtopdError when a file of it is damaged."""
+        """A temporary folder with the teacher's tokenizer.  Raises MtopdError when a file of it is
+        damaged.
+        """
         with tempfile.TemporaryDirectory(prefix="mtopd-tokenizer-") as temporary:
             for path, sha256 in self.manifest["tokenizer_sha256"].items():
                 stored = f"tokenizer/{_relative(self.location, path)}"
                 data = self.storage.read(stored, _TOKENIZER_FILE_LIMIT)
                 if data is None or hashlib.sha256(data).hexdigest() != sha256:
-                    raise MtopdError(f"{self.location}/{stored} is missing or damaged; copy the store again")
+                    raise MtopdError(
+                        f"{self.location}/{stored} is missing or damaged; copy the store again"
+                    )
                 target = Path(temporary, path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
@@ -190,11 +208,13 @@ def experts_path(layer: int) -> str:
     return f"experts/{layer:05d}.safetensors"
 
 
-# -- checksums --------------------------------------------------------------------------------------------------------
+# -- checksums -------------------------------------------------------------------------------------
 
 
 def block_ranges(entries: Sequence[TensorEntry], header: int) -> list[tuple[int, int]]:
-    """[start, stop) of every block of a file with ``header`` bytes of header: each section in steps of BLOCK_BYTES."""
+    """[start, stop) of every block of a file with ``header`` bytes of header: each section in steps
+    of BLOCK_BYTES.
+    """
     bounds, section = [(0, header)], None
     for entry in entries:
         prefix = entry.name.partition("/")[0]
@@ -203,7 +223,11 @@ def block_ranges(entries: Sequence[TensorEntry], header: int) -> list[tuple[int,
         else:
             bounds.append((entry.start, entry.stop))
             section = prefix
-    return [(s, min(s + BLOCK_BYTES, stop)) for start, stop in bounds for s in range(start, stop, BLOCK_BYTES)]
+    return [
+        (s, min(s + BLOCK_BYTES, stop))
+        for start, stop in bounds
+        for s in range(start, stop, BLOCK_BYTES)
+    ]
 
 
 def block_table_sha256(blocks: Iterable[Block]) -> str:
@@ -217,11 +241,12 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(table.encode()).hexdigest()
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
+# -- opening ---------------------------------------------------------------------------------------
 
 
 def open_store(location: str | Path) -> TeacherStore:
-    """Open a store, a folder or a URL, after checking its manifest, every file's size and every header.
+    """Open a store, a folder or a URL, after checking its manifest, every file's size and every
+    header.
 
     No tensor is read.  Raises MtopdError that names the store, what is wrong and what to do.
     """
@@ -230,62 +255,89 @@ def open_store(location: str | Path) -> TeacherStore:
     text = storage.read("teacher.json", _MANIFEST_LIMIT)
     if text is None:
         raise MtopdError(
-            f"there is no teacher store at {storage.location} (no teacher.json); write one with `mtopd teachers add`"
+            f"there is no teacher store at {storage.location} (no teacher.json); write one with "
+            "`mtopd teachers add`"
         )
     try:
         manifest = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MtopdError(f"{where} is not valid JSON ({error}); it was damaged: copy the store again") from None
+        raise MtopdError(
+            f"{where} is not valid JSON ({error}); it was damaged: copy the store again"
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         raise MtopdError(
-            f"{where} has schema {found!r}, this version reads {SCHEMA!r}; write the store again with "
+            f"{where} has schema {found!r}, this version reads {SCHEMA!r}; write the store again "
+            "with "
             "`mtopd teachers add`"
         )
     try:
         with ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="open-store") as pool:
             opened = pool.map(lambda item: open_file(storage, *item), manifest["files"].items())
             store = TeacherStore(storage, manifest, {file.path: file for file in opened})
-        needed = {"embedding.safetensors", "final_norm.safetensors", *map(layer_path, range(store.num_layers))}
+        needed = {
+            "embedding.safetensors",
+            "final_norm.safetensors",
+            *map(layer_path, range(store.num_layers)),
+        }
         if missing := needed - set(store.files):
-            raise MtopdError(f"{where} lists no {sorted(missing)[0]}; write the store again with `mtopd teachers add`")
+            raise MtopdError(
+                f"{where} lists no {sorted(missing)[0]}; write the store again with `mtopd "
+                "teachers add`"
+            )
         if fingerprint(manifest["files"]) != store.fingerprint:
             raise MtopdError(
-                f"{where} was changed: its fingerprint does not match its file table; write the store again"
+                f"{where} was changed: its fingerprint does not match its file table; write the "
+                "store again"
             )
         for path, file in store.files.items():
             if path.startswith("experts/") and len(file._sections) != store.num_experts:
-                raise MtopdError(f"{where} tells of {store.num_experts} experts, {path} has {len(file._sections)}")
+                raise MtopdError(
+                    f"{where} tells of {store.num_experts} experts, {path} has "
+                    f"{len(file._sections)}"
+                )
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, MtopdError):
             raise
-        raise MtopdError(f"{where} is malformed ({type(error).__name__}: {error}); write the store again") from None
+        raise MtopdError(
+            f"{where} is malformed ({type(error).__name__}: {error}); write the store again"
+        ) from None
     return store
 
 
 def open_file(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFile:
-    """One file of a store after its size and its header were checked against its entry of the manifest."""
+    """One file of a store after its size and its header were checked against its entry of the
+    manifest.
+    """
     label = f"{storage.location}/{_relative(storage.location, path)}"
     size, header = storage.size(path), int(entry["header_bytes"])
     if size is None:
         raise MtopdError(
-            f"teacher store {storage.location} lacks {path}; copy it again or write it with `mtopd teachers add`"
+            f"teacher store {storage.location} lacks {path}; copy it again or write it with `mtopd "
+            "teachers add`"
         )
     if size != entry["size"] or not 0 < header <= min(size, 8 + MAX_HEADER_BYTES):
         raise MtopdError(
-            f"{label} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the store again"
+            f"{label} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the "
+            "store again"
         )
     data = np.empty(header, np.uint8)
     storage.read_into(path, 0, data)
     entries = tuple(parse_header(label, data.tobytes(), size))
     if [[e.name, e.dtype, list(e.shape), e.start, e.stop] for e in entries] != entry["tensors"]:
-        raise MtopdError(f"{label} holds other tensors than its manifest says; copy the store again")
+        raise MtopdError(
+            f"{label} holds other tensors than its manifest says; copy the store again"
+        )
     ranges, crcs = block_ranges(entries, header), entry["block_crc32c"]
     if len(ranges) != len(crcs):
-        raise MtopdError(f"{label}: the manifest lists {len(crcs)} block checksums for {len(ranges)} blocks")
+        raise MtopdError(
+            f"{label}: the manifest lists {len(crcs)} block checksums for {len(ranges)} blocks"
+        )
     blocks = tuple(Block(start, stop, crc) for (start, stop), crc in zip(ranges, crcs, strict=True))
     if block_table_sha256(blocks) != entry["sha256"]:
-        raise MtopdError(f"{label}: the manifest's block checksums do not match its sha256; copy the store again")
+        raise MtopdError(
+            f"{label}: the manifest's block checksums do not match its sha256; copy the store again"
+        )
     return StoreFile(storage, path, entries, blocks)
 
 
@@ -293,15 +345,18 @@ def _relative(location: str, path: str) -> str:
     """``path`` of a manifest, when it stays inside the store."""
     pure = PurePosixPath(path)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or str(pure) != path:
-        raise MtopdError(f"{location}/teacher.json names {path!r}; a file of a store lies inside its folder")
+        raise MtopdError(
+            f"{location}/teacher.json names {path!r}; a file of a store lies inside its folder"
+        )
     return path
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def read_blocks(file: StoreFile, blocks: Sequence[Block], out: np.ndarray) -> int:
-    """Read consecutive whole blocks into ``out`` (uint8) in one request and verify each; returns the bytes read.
+    """Read consecutive whole blocks into ``out`` (uint8) in one request and verify each; returns
+    the bytes read.
 
     May be called from many threads.  Raises DamagedBlock when a block's checksum differs.
     """
@@ -313,24 +368,32 @@ def read_blocks(file: StoreFile, blocks: Sequence[Block], out: np.ndarray) -> in
     for block in blocks:
         if google_crc32c.value(out[block.start - start : block.stop - start]) != block.crc32c:
             raise DamagedBlock(
-                f"{file.label}: bytes {block.start}..{block.stop} do not match their checksum; copy the store again"
+                f"{file.label}: bytes {block.start}..{block.stop} do not match their checksum; "
+                "copy the store again"
             )
     return stop - start
 
 
 def read_range(file: StoreFile, start: int, stop: int) -> tuple[np.ndarray, int]:
-    """Bytes [start, stop) as uint8, verified through the blocks that cover them, and the bytes read for that."""
+    """Bytes [start, stop) as uint8, verified through the blocks that cover them, and the bytes read
+    for that.
+    """
     blocks = file.blocks_of(start, stop)
     base = blocks[0].start
     buffer = np.empty(blocks[-1].stop - base, np.uint8)
     count = sum(
-        read_blocks(file, run, buffer[run[0].start - base : run[-1].stop - base]) for run in file.requests(blocks)
+        read_blocks(file, run, buffer[run[0].start - base : run[-1].stop - base])
+        for run in file.requests(blocks)
     )
     return buffer[start - base : stop - base], count
 
 
-def damaged_blocks(file: StoreFile, progress: Callable[[int], None] = lambda count: None) -> list[str]:
-    """Read a whole file; one message for each block that does not match its checksum.  ``progress`` takes bytes."""
+def damaged_blocks(
+    file: StoreFile, progress: Callable[[int], None] = lambda count: None
+) -> list[str]:
+    """Read a whole file; one message for each block that does not match its checksum.  ``progress``
+    takes bytes.
+    """
     found: list[str] = []
     for run in file.requests(file.blocks):
         buffer = np.empty(run[-1].stop - run[0].start, np.uint8)

@@ -1,11 +1,14 @@
-"""A teacher store is written: file by file into a hidden folder beside it, then published with one rename.
+"""A teacher store is written: file by file into a hidden folder beside it, then published with one
+rename.
 
 What is promised:
-* ``teachers/NAME`` appears whole or not at all.  Until then everything is in ``teachers/.NAME.adding``.
-* A finished file is durable before its record is, and only recorded files whose checksums still hold are used again by
-  the next start.  The records belong to one source: another one starts over.
+* ``teachers/NAME`` appears whole or not at all.  Until then everything is in
+  ``teachers/.NAME.adding``.
+* A finished file is durable before its record is, and only recorded files whose checksums still
+  hold are used again by the next start.  The records belong to one source: another one starts over.
 * One writer at a time (flock; the kernel drops it when the writer dies, however it dies).
-* A folder is removed only if it bears our schema mark, and is renamed first: no half of it ever looks like a store.
+* A folder is removed only if it bears our schema mark, and is renamed first: no half of it ever
+  looks like a store.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ ADDING_SCHEMA = "mtopd.teacher_store.adding/1"
 _RECORDS = "adding.json"
 _LOCK = "lock"
 
-Tensor = tuple[str, np.ndarray, str]  # stored name, values (bfloat16 as its uint16 bits), safetensors dtype
+Tensor = tuple[
+    str, np.ndarray, str
+]  # stored name, values (bfloat16 as its uint16 bits), safetensors dtype
 
 
 def adding_folder(target: Path) -> Path:
@@ -52,7 +57,8 @@ def adding_folder(target: Path) -> Path:
 
 
 class StoreWriter:
-    """Writes the store ``target`` from the source that ``source`` identifies.  A context manager: it holds the lock.
+    """Writes the store ``target`` from the source that ``source`` identifies.  A context manager:
+    it holds the lock.
 
     ``path in writer``: the file is finished, by this start or an earlier one; ``write`` skips it.
     """
@@ -72,7 +78,10 @@ class StoreWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
@@ -82,20 +91,32 @@ class StoreWriter:
             yield
         except OSError as error:
             raise MtopdError(
-                f"cannot write {self.target}: {error.strerror}; {len(self._files)} finished files are kept in "
-                f"{self.folder}: make room and start the same command again, or remove them with `mtopd teachers rm`"
+                f"cannot write {self.target}: {error.strerror}; {len(self._files)} finished files "
+                "are kept in "
+                f"{self.folder}: make room and start the same command again, or remove them with "
+                "`mtopd teachers rm`"
             ) from error
 
     def _resume(self) -> None:
-        if self.target.exists():  # another writer may have published while this one waited for nothing
+        if (
+            self.target.exists()
+        ):  # another writer may have published while this one waited for nothing
             raise MtopdError(f"{self.target} exists; remove it first, or choose another name")
         records = read_json(self.folder / _RECORDS) if (self.folder / _RECORDS).exists() else {}
         if records.get("schema") == ADDING_SCHEMA and records.get("source") == self.source:
             self._files = records["files"]
             # A layer's two files go together: the one record stands for the work of both.
-            bad = {Path(path).name for path, entry in self._files.items() if not self._whole(path, entry)}
-            self._files = {path: entry for path, entry in self._files.items() if Path(path).name not in bad}
-        for path in self.folder.iterdir():  # first, which makes room; a record without its file would be dropped
+            bad = {
+                Path(path).name
+                for path, entry in self._files.items()
+                if not self._whole(path, entry)
+            }
+            self._files = {
+                path: entry for path, entry in self._files.items() if Path(path).name not in bad
+            }
+        for path in (
+            self.folder.iterdir()
+        ):  # first, which makes room; a record without its file would be dropped
             if path.name in (_RECORDS, _LOCK):
                 continue
             if not path.is_dir():
@@ -112,7 +133,10 @@ class StoreWriter:
             return False
 
     def _record(self) -> None:
-        write_json(self.folder / _RECORDS, {"schema": ADDING_SCHEMA, "source": self.source, "files": self._files})
+        write_json(
+            self.folder / _RECORDS,
+            {"schema": ADDING_SCHEMA, "source": self.source, "files": self._files},
+        )
 
     def __contains__(self, path: str) -> bool:
         return path in self._files
@@ -129,10 +153,14 @@ class StoreWriter:
 
     def num_sections(self, path: str) -> int:
         """Sections of a written file, the header not counted; 0 when there is no such file."""
-        return len({name.partition("/")[0] for name, *_ in self._files.get(path, {}).get("tensors", ())})
+        return len(
+            {name.partition("/")[0] for name, *_ in self._files.get(path, {}).get("tensors", ())}
+        )
 
     def publish(self, manifest: Mapping[str, Any]) -> TeacherStore:
-        """Write teacher.json, give the folder its name, open it.  ``tokenizer/`` was put there by the caller."""
+        """Write teacher.json, give the folder its name, open it.  ``tokenizer/`` was put there by
+        the caller.
+        """
         write_json(
             self.folder / "teacher.json",
             {
@@ -151,7 +179,9 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder/lock``; the folder is made when needed.  Raises MtopdError when somebody else holds it."""
+    """Hold ``folder/lock``; the folder is made when needed.  Raises MtopdError when somebody else
+    holds it.
+    """
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -159,20 +189,26 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and folder.parent.is_dir():
                 continue  # published or removed between the two calls
-            raise MtopdError(f"cannot write to {folder.parent}: {error.strerror}; choose another folder") from None
+            raise MtopdError(
+                f"cannot write to {folder.parent}: {error.strerror}; choose another folder"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(descriptor, folder / _LOCK):
                 yield
                 return
         except BlockingIOError:
-            raise MtopdError(f"{folder} is being written by another process; wait for it to end") from None
+            raise MtopdError(
+                f"{folder} is being written by another process; wait for it to end"
+            ) from None
         finally:
             os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name: the folder may have been published before we got the lock."""
+    """Whether the open file still has this name: the folder may have been published before we got
+    the lock.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -187,13 +223,18 @@ def write_store_file(path: Path, tensors: Sequence[Tensor]) -> dict[str, Any]:
     sections: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         sections.setdefault(tensor[0].partition("/")[0], []).append(tensor)
-    ordered = [t for part in sections.values() for t in sorted(part, key=lambda t: -ITEM_SIZE[t[2]])]
+    ordered = [
+        t for part in sections.values() for t in sorted(part, key=lambda t: -ITEM_SIZE[t[2]])
+    ]
     header = header_bytes([(name, dtype, array.shape) for name, array, dtype in ordered])
     size = len(header) + sum(array.nbytes for _, array, _ in ordered)
     entries = parse_header(str(path), header, size)
     for entry in entries:
         if entry.start % ITEM_SIZE[entry.dtype]:
-            raise MtopdError(f"{path}: tensor {entry.name!r} would not be aligned; its section mixes dtypes unevenly")
+            raise MtopdError(
+                f"{path}: tensor {entry.name!r} would not be aligned; its section mixes dtypes "
+                "unevenly"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     sums = _BlockSums([stop for _, stop in block_ranges(entries, len(header))])
     with open(path, "wb") as file:
@@ -203,9 +244,15 @@ def write_store_file(path: Path, tensors: Sequence[Tensor]) -> dict[str, Any]:
             sums.add(chunk)
         file.flush()
         os.fsync(file.fileno())
-    for folder in (path.parent, path.parent.parent):  # the second when this file was the first in its folder
+    for folder in (
+        path.parent,
+        path.parent.parent,
+    ):  # the second when this file was the first in its folder
         fsync_dir(folder)
-    blocks = [Block(*bounds, crc) for bounds, crc in zip(block_ranges(entries, len(header)), sums.crcs, strict=True)]
+    blocks = [
+        Block(*bounds, crc)
+        for bounds, crc in zip(block_ranges(entries, len(header)), sums.crcs, strict=True)
+    ]
     return {
         "size": size,
         "tensors": [[e.name, e.dtype, list(e.shape), e.start, e.stop] for e in entries],
@@ -233,25 +280,33 @@ class _BlockSums:
                 self._crc = 0
 
 
-# -- removing ---------------------------------------------------------------------------------------------------------
+# -- removing --------------------------------------------------------------------------------------
 
 
 def bears_mark(folder: Path) -> bool:
-    """Whether ``folder`` is a teacher store of any version, or what a killed ``teachers add`` or ``rm`` left."""
+    """Whether ``folder`` is a teacher store of any version, or what a killed ``teachers add`` or
+    ``rm`` left.
+    """
     for name in ("teacher.json", _RECORDS):
         try:
             schema = json.loads((folder / name).read_text())["schema"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if isinstance(schema, str) and schema.startswith(("mtopd.teacher_store/", "mtopd.teacher_store.adding/")):
+        if isinstance(schema, str) and schema.startswith(
+            ("mtopd.teacher_store/", "mtopd.teacher_store.adding/")
+        ):
             return not folder.is_symlink()
     return False
 
 
 def remove_store(folder: Path) -> None:
-    """Delete a store, or what is left of one.  Raises MtopdError when it bears no mark of ours or is being written."""
+    """Delete a store, or what is left of one.  Raises MtopdError when it bears no mark of ours or
+    is being written.
+    """
     if not bears_mark(folder):
-        raise MtopdError(f"{folder} is no teacher store (no teacher.json of ours); nothing was removed")
+        raise MtopdError(
+            f"{folder} is no teacher store (no teacher.json of ours); nothing was removed"
+        )
     with _locked(folder) if (folder / _LOCK).exists() else contextlib.nullcontext():
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.removed")
         os.replace(folder, doomed)

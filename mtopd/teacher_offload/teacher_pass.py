@@ -1,7 +1,8 @@
-"""Forward one teacher over its own trajectories, layer-major: a layer is loaded, all tokens go through, it goes.
+"""Forward one teacher over its own trajectories, layer-major: a layer is loaded, all tokens go
+through, it goes.
 
-The activations of all waiting batches are bounded by ``activation_budget``.  When they do not fit, the pass runs in
-*waves*: each streams the whole teacher once for a part of the batches.
+The activations of all waiting batches are bounded by ``activation_budget``.  When they do not fit,
+the pass runs in *waves*: each streams the whole teacher once for a part of the batches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from mtopd.types import MtopdError
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """Tokens the teacher reads: prompt and response less the last token.  ``rows``: positions whose state is kept."""
+    """Tokens the teacher reads: prompt and response less the last token.  ``rows``: positions whose
+    state is kept.
+    """
 
     key: Any  # handed back with the states
     input_ids: np.ndarray
@@ -31,9 +34,11 @@ class TeacherSample:
 
 @dataclass(frozen=True)
 class Wave:
-    """Batches of sample indices of one replica.  ``num_batches``: what every replica runs, with empty ones if need be.
+    """Batches of sample indices of one replica.  ``num_batches``: what every replica runs, with
+    empty ones if need be.
 
-    Experts of all ranks take part in every batch: a rank that ran fewer would leave the others waiting.
+    Experts of all ranks take part in every batch: a rank that ran fewer would leave the others
+    waiting.
     """
 
     batches: list[list[int]]
@@ -57,24 +62,30 @@ def plan_pass(
 ) -> list[list[Wave]]:
     """Which replica runs which samples, in which batches and waves: ``result[replica]``.  Pure.
 
-    ``wanted``: the samples whose states are asked for, None for all; the others may run beside them.  The last bits of
-    a state depend on how long and how many its neighbours in the batch are and, where experts are shared, on the
-    batches of the other replicas at its side.  So what a killed pass lacks is run in the batches of the whole pass.
+    ``wanted``: the samples whose states are asked for, None for all; the others may run beside
+    them.  The last bits of a state depend on how long and how many its neighbours in the batch are
+    and, where experts are shared, on the batches of the other replicas at its side.  So what a
+    killed pass lacks is run in the batches of the whole pass.
 
     Promises:
 
-    - Every sample is in one batch of one replica; the k-th batches of all replicas are a round and run side by side.
+    - Every sample is in one batch of one replica; the k-th batches of all replicas are a round and
+      run side by side.
     - Replicas are balanced by tokens: longest first onto the least loaded.
-    - A batch holds neighbours in length; its padded tokens stay within ``batch_tokens`` unless it is a single sample.
+    - A batch holds neighbours in length; its padded tokens stay within ``batch_tokens`` unless it
+      is a single sample.
     - A round without a wanted sample is left out; all others are the same for any ``wanted``.
-    - The padded tokens of a wave's batches, times ``token_bytes``, stay within ``activation_budget``.
-    - A wave ends after the same round on all replicas, and only where the next would exceed the budget of one.
+    - The padded tokens of a wave's batches, times ``token_bytes``, stay within
+      ``activation_budget``.
+    - A wave ends after the same round on all replicas, and only where the next would exceed the
+      budget of one.
 
     Raises MtopdError when one sample alone exceeds the budget.
     """
     if lengths and max(lengths) * token_bytes > activation_budget:
         raise MtopdError(
-            f"teacher_offload.activation_budget is {activation_budget} bytes, but one sample of {max(lengths)} tokens "
+            f"teacher_offload.activation_budget is {activation_budget} bytes, but one sample of "
+            f"{max(lengths)} tokens "
             f"takes {max(lengths) * token_bytes}; raise it to at least that"
         )
     wave_tokens = activation_budget // token_bytes
@@ -93,9 +104,13 @@ def plan_pass(
             held = [0] * num_replicas
         waves[-1].append(batches)
         held = [h + p for h, p in zip(held, padded, strict=True)]
-    # A replica that has run out of batches has none in any later round: its empty ones are the last of a wave.
+    # A replica that has run out of batches has none in any later round: its empty ones are the last
+    # of a wave.
     return [
-        [Wave([batches[replica] for batches in wave if batches[replica]], len(wave)) for wave in waves]
+        [
+            Wave([batches[replica] for batches in wave if batches[replica]], len(wave))
+            for wave in waves
+        ]
         for replica in range(num_replicas)
     ]
 
@@ -113,12 +128,13 @@ def run_teacher_pass(
     probe_ids: Sequence[int] | None = None,
     check: Callable[[torch.Tensor], None] = lambda rows_TE: None,
 ) -> PassResult:
-    """Run ``waves``, this replica's plan (the same on all its tp ranks), and hand the rows of samples to ``keep``.
+    """Run ``waves``, this replica's plan (the same on all its tp ranks), and hand the rows of
+    samples to ``keep``.
 
-    ``samples``: those that the plan's indices name.
-    Collective over the job: a replica without samples still takes part in every layer.  The stream expects this
-    teacher ``len(waves)`` times.  ``keep(sample, rows_TE)`` gets the hidden states after the final norm, in the order
-    of ``sample.rows``.  ``check(rows_TE)`` gets those of ``probe_ids`` first, on every rank.
+    ``samples``: those that the plan's indices name. Collective over the job: a replica without
+    samples still takes part in every layer.  The stream expects this teacher ``len(waves)`` times.
+    ``keep(sample, rows_TE)`` gets the hidden states after the final norm, in the order of
+    ``sample.rows``.  ``check(rows_TE)`` gets those of ``probe_ids`` first, on every rank.
     """
     done = []
     for wave in waves:
@@ -158,7 +174,9 @@ def _split_over_replicas(lengths: Sequence[int], num_replicas: int) -> list[list
     return parts
 
 
-def _length_sorted_batches(part: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def _length_sorted_batches(
+    part: Sequence[int], lengths: Sequence[int], batch_tokens: int
+) -> list[list[int]]:
     """Batches of neighbours in length, longest first (as ``part`` is)."""
     batches: list[list[int]] = []
     for i in part:
@@ -178,12 +196,17 @@ def _pad(batch: Sequence[TeacherSample]) -> np.ndarray:
 
 
 def _embed(
-    ids_BS: np.ndarray, rows_VE: torch.Tensor, first_row: int, tp_group: dist.ProcessGroup, device: torch.device
+    ids_BS: np.ndarray,
+    rows_VE: torch.Tensor,
+    first_row: int,
+    tp_group: dist.ProcessGroup,
+    device: torch.device,
 ) -> torch.Tensor:
     """[S, B, E]: each tp rank looks up the ids it holds, the others add zero."""
     local_BS = torch.from_numpy(ids_BS).to(device) - first_row
     held_BS = (local_BS >= 0) & (local_BS < rows_VE.shape[0])
     hidden_BSE = rows_VE[local_BS.clamp(0, rows_VE.shape[0] - 1)] * held_BS[..., None]
     dist.all_reduce(hidden_BSE, group=tp_group)
-    # A [S, 1, E] that is only contiguous in torch's lenient sense sends linear layers down another, slower path.
+    # A [S, 1, E] that is only contiguous in torch's lenient sense sends linear layers down another,
+    # slower path.
     return hidden_BSE.transpose(0, 1).flatten().view(hidden_BSE.shape[1], hidden_BSE.shape[0], -1)

@@ -1,4 +1,6 @@
-"""Worker of test_student_weights: loads students at several layouts, exports them, asks the rollout engine."""
+"""Worker of test_student_weights: loads students at several layouts, exports them, asks the rollout
+engine.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
         assert found[name].dtype == stored.dtype, name
     for name, tensor in student.engine._model.state_dict().items():
         if name.endswith(BIAS):
-            assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name]), f"the engine's {name}"
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name]), (
+                f"the engine's {name}"
+            )
     for chunk in student.trainer.chunks:
         for name, parameter in chunk.named_parameters():
             assert parameter.requires_grad == (".router." not in name), name
@@ -55,11 +59,15 @@ def check_answers(root: Path, kind: str, student: Student) -> None:
         student.export(run, run.path / f"{kind}-{mtp}")
     prompts = [tuple(range(5 + i, 12 + 2 * i)) for i in range(4)]
     requests = [Request(f"p{i}", ids) for i, ids in enumerate(prompts)]
-    answers = [r.response_ids for r in student.engine.generate(requests, max_response=12, greedy=True)]
+    answers = [
+        r.response_ids for r in student.engine.generate(requests, max_response=12, greedy=True)
+    ]
     if dist.get_rank() == 0:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(run.path / f"{kind}-freeze", dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            run.path / f"{kind}-freeze", dtype=torch.float32
+        ).eval()
         for ids, answer in zip(prompts, answers, strict=True):
             whole = torch.tensor([[*ids, *answer]])
             with torch.no_grad():

@@ -1,5 +1,6 @@
-"""What a layer is cut into, and which checkpoints are refused.  That the parts compute the right thing is
-tests/teacher_offload/test_architectures."""
+"""What a layer is cut into, and which checkpoints are refused.  That the parts compute the right
+thing is tests/teacher_offload/test_architectures.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +23,13 @@ def make_bridge(hf_config: Any, dtype: torch.dtype = torch.float32) -> Bridge:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_value_of_a_layer_stands_once_and_keeps_its_dtype(model_type: str, tmp_path: Path) -> None:
+def test_every_value_of_a_layer_stands_once_and_keeps_its_dtype(
+    model_type: str, tmp_path: Path
+) -> None:
     save_model(tmp_path, seed=1, model_type=model_type, layers=2)
     stored = load_file(tmp_path / "model.safetensors")
-    # Mixed as checkpoints are: matrices in bfloat16, norms and the router's bias in what they were trained in.
+    # Mixed as checkpoints are: matrices in bfloat16, norms and the router's bias in what they were
+    # trained in.
     stored = {n: t.bfloat16() if t.dim() == 2 else t for n, t in stored.items()}
     bridge = make_bridge(load_hf_config(tmp_path), torch.bfloat16)
     for layer in range(2):
@@ -37,12 +41,20 @@ def test_every_value_of_a_layer_stands_once_and_keeps_its_dtype(model_type: str,
         assert set(sections) == {"common", "slice.0000", "slice.0001"} | {
             f"expert.{e:04d}" for e in range(bridge.num_experts(layer))
         }
-        is_moe = model_type in ("qwen3_moe", "mixtral") or (model_type == "deepseek_v3" and layer == 1)
+        is_moe = model_type in ("qwen3_moe", "mixtral") or (
+            model_type == "deepseek_v3" and layer == 1
+        )
         assert (num_experts > 0) == is_moe
         assert [n for n, t in layer_tensors if n.startswith("slice.0000")] == [
-            n.replace("slice.0001", "slice.0000") for n, t in layer_tensors if n.startswith("slice.0001")
+            n.replace("slice.0001", "slice.0000")
+            for n, t in layer_tensors
+            if n.startswith("slice.0001")
         ]
-        found = torch.cat([t.float().flatten() for _, t in layer_tensors + expert_tensors]).sort().values
+        found = (
+            torch.cat([t.float().flatten() for _, t in layer_tensors + expert_tensors])
+            .sort()
+            .values
+        )
         wanted = [t.float().flatten() for n, t in stored.items() if f"layers.{layer}." in n]
         assert torch.equal(found, torch.cat(wanted).sort().values)
         for name, tensor in layer_tensors + expert_tensors:
@@ -56,7 +68,11 @@ def test_what_is_cut_and_what_is_common(tmp_path: Path) -> None:
     stored[bias] = stored[bias].bfloat16()
     layer_tensors, expert_tensors = layer_parts(make_bridge(load_hf_config(tmp_path)), stored, 1, 4)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer_tensors + expert_tensors}
-    assert {n: s for n, s in shapes.items() if not n.startswith(("slice.0001", "slice.0002", "slice.0003"))} == {
+    assert {
+        n: s
+        for n, s in shapes.items()
+        if not n.startswith(("slice.0001", "slice.0002", "slice.0003"))
+    } == {
         "common/input_layernorm.weight": (64,),
         "common/self_attention.q_layernorm.weight": (24,),
         "common/self_attention.kv_layernorm.weight": (32,),
@@ -80,7 +96,9 @@ def test_what_is_cut_and_what_is_common(tmp_path: Path) -> None:
     assert torch.equal(up, stored["model.layers.1.mlp.experts.3.up_proj.weight"])
 
 
-@pytest.mark.parametrize(("slices", "what"), [(0, "2 query groups"), (4, "2 query groups"), (3, "2 query groups")])
+@pytest.mark.parametrize(
+    ("slices", "what"), [(0, "2 query groups"), (4, "2 query groups"), (3, "2 query groups")]
+)
 def test_slices_that_do_not_divide_are_refused(slices: int, what: str, tmp_path: Path) -> None:
     save_model(tmp_path, seed=1, layers=1)
     bridge = make_bridge(load_hf_config(tmp_path))
@@ -94,8 +112,16 @@ def test_slices_that_do_not_divide_are_refused(slices: int, what: str, tmp_path:
         ("llama", {"attention_bias": True}, "attention_bias True"),
         ("llama", {"mlp_bias": True}, "mlp_bias True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}, "sliding_window 32"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'linear'",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0},
+            "sliding_window 32",
+        ),
         ("mixtral", {"sliding_window": 32}, "sliding_window 32"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
@@ -105,17 +131,33 @@ def test_slices_that_do_not_divide_are_refused(slices: int, what: str, tmp_path:
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank is None"),
         ("deepseek_v3", {"n_group": 4, "topk_group": 4}, "4 experts of 4 groups"),
         ("deepseek_v3", {"n_group": 1, "num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
-        ("deepseek_v3", {"rope_parameters": {**MODEL_TYPES["deepseek_v3"]["rope_parameters"], "mscale": 0.0}}, "yarn"),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {**MODEL_TYPES["deepseek_v3"]["rope_parameters"], "mscale": 0.0}},
+            "yarn",
+        ),
     ],
 )
-def test_variants_that_megatron_computes_otherwise_are_refused(model_type: str, fields: Any, message: str) -> None:
-    shared = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+def test_variants_that_megatron_computes_otherwise_are_refused(
+    model_type: str, fields: Any, message: str
+) -> None:
+    shared = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     hf_config = AutoConfig.for_model(model_type, **{**shared, **MODEL_TYPES[model_type], **fields})
     with pytest.raises(MtopdError, match=message):
         make_bridge(hf_config)
 
 
 def test_scaled_ropes_are_named() -> None:
-    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    rope = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+    }
     with pytest.raises(MtopdError, match="rope_type 'yarn' of model_type 'qwen3' is not supported"):
         rope_theta(AutoConfig.for_model("qwen3", rope_parameters=rope))

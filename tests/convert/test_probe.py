@@ -1,4 +1,6 @@
-"""The probe against transformers' own loading of the same checkpoint, what it refuses, and what it costs."""
+"""The probe against transformers' own loading of the same checkpoint, what it refuses, and what it
+costs.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def probe(folder: Path, **head: Any) -> dict[str, Any]:
     return transformers_probe(folder, tensors, **head)
 
 
-def reference(folder: Path, found: dict[str, Any], transform: Any = lambda z: z) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(
+    folder: Path, found: dict[str, Any], transform: Any = lambda z: z
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs [T, K] of the probe's targets and all [T, V], by from_pretrained in one piece."""
     from transformers import AutoModelForCausalLM
 
@@ -50,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_probe_is_what_from_pretrained_gives(model_type: str, tmp_path: Path) -> None:
     # Rows beyond the tokenizer, with large logits: they must not take part in the softmax.
-    save_model(tmp_path, seed=5, model_type=model_type, tied=model_type == "qwen2", layers=3, vocab=140)
+    save_model(
+        tmp_path, seed=5, model_type=model_type, tied=model_type == "qwen2", layers=3, vocab=140
+    )
     found = probe(tmp_path)
     wanted, log_probs = reference(tmp_path, found)
     assert wanted.shape == (16, 4) and max(found["input_ids"]) < log_probs.shape[1] < 140
@@ -70,15 +76,29 @@ def test_a_scaled_and_softcapped_head(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda w: {n: torch.zeros_like(t) for n, t in w.items()}, "probability 1/.*weights are empty"),
-        (lambda w: {**w, "lm_head.weight": 0 * w["lm_head.weight"]}, "probability 1/.*weights are empty"),
+        (
+            lambda w: {n: torch.zeros_like(t) for n, t in w.items()},
+            "probability 1/.*weights are empty",
+        ),
+        (
+            lambda w: {**w, "lm_head.weight": 0 * w["lm_head.weight"]},
+            "probability 1/.*weights are empty",
+        ),
         (lambda w: {**w, "model.norm.weight": w["model.norm.weight"] * math.nan}, "not finite"),
-        (lambda w: {**w, "model.norm.weight": w["model.norm.weight"][:-1]}, "'model.norm.weight' has shape"),
-        (lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"}, "no tensor 'model.norm.weight'"),
+        (
+            lambda w: {**w, "model.norm.weight": w["model.norm.weight"][:-1]},
+            "'model.norm.weight' has shape",
+        ),
+        (
+            lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"},
+            "no tensor 'model.norm.weight'",
+        ),
     ],
     ids=["zeros", "zero head", "nan", "shape", "missing"],
 )
-def test_a_damaged_checkpoint_gives_no_probe(folder: Path, tmp_path: Path, damage: Any, message: str) -> None:
+def test_a_damaged_checkpoint_gives_no_probe(
+    folder: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_file(damage(load_file(folder / "model.safetensors")), tmp_path / "model.safetensors")
@@ -115,17 +135,21 @@ def test_one_layer_is_in_memory_at_a_time(folder: Path, tmp_path: Path) -> None:
     layer_bytes = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
     del model
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(folder)]
-    # Fixed, so that every matrix is a mapping of its own and what is freed leaves the process; otherwise glibc learns
-    # to keep freed blocks of up to 32 MiB in its heap.
+    # Fixed, so that every matrix is a mapping of its own and what is freed leaves the process;
+    # otherwise glibc learns to keep freed blocks of up to 32 MiB in its heap.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     growth = int(result.stdout)
     print(f"growth {growth / layer_bytes:.2f} layers of {layer_bytes} bytes")
     assert growth < 2.5 * layer_bytes
 
 
-def test_the_right_teacher_passes_and_others_are_named_for_what_they_are(folder: Path, tmp_path: Path) -> None:
+def test_the_right_teacher_passes_and_others_are_named_for_what_they_are(
+    folder: Path, tmp_path: Path
+) -> None:
     found = probe(folder)
     log_probs = np.array(found["log_probs"])
     vocab = vocab_size(load_tokenizer(folder))

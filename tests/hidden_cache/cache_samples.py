@@ -18,20 +18,26 @@ SIZES = {MATH: 4, CODE: 6}
 
 
 def request_of(sample_id: int, teacher: str = MATH, version: int = 7) -> Request:
-    return Request(sample_key(teacher, [1, 2], [sample_id, 3], [1, 1], "bfloat16"), sample_id, version)
+    return Request(
+        sample_key(teacher, [1, 2], [sample_id, 3], [1, 1], "bfloat16"), sample_id, version
+    )
 
 
 def rows_of(sample_id: int, teacher: str = MATH, n: int = 50) -> np.ndarray:
     return np.random.default_rng(sample_id).integers(1, 1 << 16, (n, SIZES[teacher]), np.uint16)
 
 
-def open_writer(root: Path, generation: int = 0, hidden_dtype: str = "bfloat16") -> HiddenCacheWriter:
+def open_writer(
+    root: Path, generation: int = 0, hidden_dtype: str = "bfloat16"
+) -> HiddenCacheWriter:
     return HiddenCacheWriter(root, writer="dp0", generation=generation, hidden_dtype=hidden_dtype)
 
 
 def put(writer: HiddenCacheWriter, *sample_ids: int, teacher: str = MATH, n: int = 50) -> None:
     for sample_id in sample_ids:
-        writer.put(teacher, SIZES[teacher], *request_of(sample_id, teacher), rows_of(sample_id, teacher, n))
+        writer.put(
+            teacher, SIZES[teacher], *request_of(sample_id, teacher), rows_of(sample_id, teacher, n)
+        )
 
 
 def fill(root: Path, *sample_ids: int, generation: int = 0, n: int = 50) -> Path:
@@ -58,4 +64,6 @@ def flip(path: Path, position: int) -> None:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }

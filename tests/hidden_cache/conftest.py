@@ -1,4 +1,6 @@
-"""Tests here never cut the power, so fsync only has to be called, not to wait for a disk others are using."""
+"""Tests here never cut the power, so fsync only has to be called, not to wait for a disk others are
+using.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Worker, in a mount namespace where ``sys.argv[1]`` is a tmpfs of a few MiB: what a full disk does to the cache.
+"""Worker, in a mount namespace where ``sys.argv[1]`` is a tmpfs of a few MiB: what a full disk does
+to the cache.
 
-The room that is left over makes the disk full at another step each time: the first folder, the journal, a shard, the
-last shard, zarr.json, the index.
+The room that is left over makes the disk full at another step each time: the first folder, the
+journal, a shard, the last shard, zarr.json, the index.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, Request, recover, remove, sample_key
+from mtopd.hidden_cache import (
+    HiddenCacheReader,
+    HiddenCacheWriter,
+    Request,
+    recover,
+    remove,
+    sample_key,
+)
 from mtopd.types import MtopdError
 
 TEACHER, SIZE, ROWS = "a1" * 32, 256, 1000
@@ -77,7 +85,9 @@ def main(disk: Path) -> None:
                 with pytest.raises(MtopdError, match=said):
                     write(root, after)
             except pytest.fail.Exception:
-                assert room > needed - 6, f"{room} of {needed} pages were enough"  # a folder takes a page or none
+                assert room > needed - 6, (
+                    f"{room} of {needed} pages were enough"
+                )  # a folder takes a page or none
                 break
             refusals += 1
             assert readable(root, range(8)) >= set(before), "earlier data is gone"
@@ -85,7 +95,10 @@ def main(disk: Path) -> None:
         write(root, after)
         assert readable(root, range(8)) == set(range(8)), "the next run did not finish"
         drop(root, after)
-    print(f"full disk: refused {refusals} times, earlier samples intact, finished each time there was room")
+    print(
+        f"full disk: refused {refusals} times, earlier samples intact, finished each time there "
+        "was room"
+    )
 
 
 def drop(root: Path, sample_ids: range) -> None:

@@ -1,10 +1,12 @@
-"""SIGKILL at random instants over several cache writers: what was committed stays, nothing else is ever seen.
+"""SIGKILL at random instants over several cache writers: what was committed stays, nothing else is
+ever seen.
 
 Run ``python -m tests.hidden_cache.kill_writers --kills 60``; ``run`` raises on any violation.
 
-A round starts one process for each writer, which writes the samples of its share that the cache lacks, a few for each
-commit.  Some of them are killed: at a moment after they announced a put, or after they announced a commit (its segment
-is sealed, then published).  Then all that can be read is compared, the cache is recovered and compared again.
+A round starts one process for each writer, which writes the samples of its share that the cache
+lacks, a few for each commit.  Some of them are killed: at a moment after they announced a put, or
+after they announced a commit (its segment is sealed, then published).  Then all that can be read is
+compared, the cache is recovered and compared again.
 """
 
 from __future__ import annotations
@@ -27,12 +29,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, Request, merge_index, recover, sample_key
+from mtopd.hidden_cache import (
+    HiddenCacheReader,
+    HiddenCacheWriter,
+    Request,
+    merge_index,
+    recover,
+    sample_key,
+)
 
 WRITERS, SAMPLES, SAMPLES_A_COMMIT = 3, 96, 5
 SIZES = {"a1" * 32: 256, "b2" * 32: 384}  # teacher fingerprint -> hidden size
 TIMEOUT_S = 60
-# Not fork: a child then starts clean, however many threads this process has; and it need not import torch again.
+# Not fork: a child then starts clean, however many threads this process has; and it need not import
+# torch again.
 _CHILDREN = multiprocessing.get_context("forkserver")
 _CHILDREN.set_forkserver_preload(["mtopd.hidden_cache", "numpy"])
 
@@ -46,7 +56,9 @@ class Strike(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a writer announced, in order: puts of sample ids, "commit" before and "committed" after each commit."""
+    """What a writer announced, in order: puts of sample ids, "commit" before and "committed" after
+    each commit.
+    """
 
     words: list[tuple[str, float]]  # with the time of arrival
     exit_code: int
@@ -57,8 +69,12 @@ def run(kills: int, folder: Path, seed: int) -> str:
     chance = random.Random(seed)
     (said, *_) = _round(folder / "undisturbed", range(SAMPLES), 0, [None] * WRITERS)
     wanted = _rows(folder / "undisturbed")
-    assert wanted.keys() == {_request(sample_id) for sample_id in range(SAMPLES)}, "an undisturbed run lost samples"
-    assert all(np.array_equal(rows_NE, _draw(request.sample_id)) for request, rows_NE in wanted.items())
+    assert wanted.keys() == {_request(sample_id) for sample_id in range(SAMPLES)}, (
+        "an undisturbed run lost samples"
+    )
+    assert all(
+        np.array_equal(rows_NE, _draw(request.sample_id)) for request, rows_NE in wanted.items()
+    )
     seconds = _seconds_of_phases(said.words)
 
     root, generation, present, killed = folder / "killed", 0, set[Request](), Counter[str]()
@@ -70,8 +86,13 @@ def run(kills: int, folder: Path, seed: int) -> str:
             shutil.rmtree(root)
             continue
         generation += 1
-        victims = chance.sample(range(WRITERS), min(chance.randint(1, WRITERS), kills - killed.total()))
-        strikes = [_strike(chance, lacking[i::WRITERS], seconds) if i in victims else None for i in range(WRITERS)]
+        victims = chance.sample(
+            range(WRITERS), min(chance.randint(1, WRITERS), kills - killed.total())
+        )
+        strikes = [
+            _strike(chance, lacking[i::WRITERS], seconds) if i in victims else None
+            for i in range(WRITERS)
+        ]
         put, may_be_committed, committed = set(present), set(present), set(present)
         for said in _round(root, lacking, generation, strikes):
             assert said.exit_code in (0, -signal.SIGKILL), f"a writer ended with {said.exit_code}"
@@ -95,24 +116,43 @@ def run(kills: int, folder: Path, seed: int) -> str:
         assert after.keys() >= found.keys(), "recovery lost a committed sample"
         assert after.keys() <= put, "recovery found a sample that nobody put"
         for request, rows_NE in after.items():
-            assert np.array_equal(rows_NE, wanted[request]), f"sample {request.sample_id} is not what was put"
-        assert after.keys() == found.keys() | set(recovery.salvaged), "recovery changed something else than it says"
+            assert np.array_equal(rows_NE, wanted[request]), (
+                f"sample {request.sample_id} is not what was put"
+            )
+        assert after.keys() == found.keys() | set(recovery.salvaged), (
+            "recovery changed something else than it says"
+        )
         assert not {*recovery.dropped} & after.keys(), "recovery says that it dropped what is there"
-        assert not list(root.rglob("*.partial")) and not list(root.rglob("journal")), "recovery left something"
-        survived, salvaged, present = survived + len(found), salvaged + len(after) - len(found), set(after)
-    _round(root, [i for i in range(SAMPLES) if _request(i) not in present], generation + 1, [None] * WRITERS)
+        assert not list(root.rglob("*.partial")) and not list(root.rglob("journal")), (
+            "recovery left something"
+        )
+        survived, salvaged, present = (
+            survived + len(found),
+            salvaged + len(after) - len(found),
+            set(after),
+        )
+    _round(
+        root,
+        [i for i in range(SAMPLES) if _request(i) not in present],
+        generation + 1,
+        [None] * WRITERS,
+    )
     merge_index(root)  # as a pass does at its end
     found = _rows(root)
     assert found.keys() == wanted.keys(), "the next run did not finish"
     assert all(np.array_equal(found[request], wanted[request]) for request in wanted)
     phases = ", ".join(f"{count} while {phase}" for phase, count in sorted(killed.items()))
     return (
-        f"cache writers: {killed.total()} SIGKILLs ({phases}), {survived} committed samples read after them, all "
-        f"intact; {salvaged} more salvaged; {finished + 1} runs finished, equal to an undisturbed one"
+        f"cache writers: {killed.total()} SIGKILLs ({phases}), {survived} committed samples read "
+        "after them, all "
+        f"intact; {salvaged} more salvaged; {finished + 1} runs finished, equal to an undisturbed "
+        "one"
     )
 
 
-def _round(root: Path, sample_ids: list[int] | range, generation: int, strikes: list[Strike | None]) -> list[Said]:
+def _round(
+    root: Path, sample_ids: list[int] | range, generation: int, strikes: list[Strike | None]
+) -> list[Said]:
     """All writers at once, each with its share of the samples; those with a strike are killed."""
     writers = []
     for number in range(WRITERS):
@@ -144,7 +184,9 @@ def _follow(process: BaseProcess, pipe: Connection, strike: Strike | None) -> Sa
         process.kill()
 
 
-def _write(root: Path, number: int, generation: int, sample_ids: list[int], pipe: Connection) -> None:
+def _write(
+    root: Path, number: int, generation: int, sample_ids: list[int], pipe: Connection
+) -> None:
     """The body of a writer process; ends with the interpreter's status, 1 after an exception."""
 
     def say(word: str) -> None:
@@ -155,8 +197,11 @@ def _write(root: Path, number: int, generation: int, sample_ids: list[int], pipe
         writer.commit()
         say("committed")
 
-    with HiddenCacheWriter(root, writer=f"w{number}", generation=generation, hidden_dtype="bfloat16") as writer:
-        # A teacher's samples stand together, as in a teacher pass: another teacher begins another segment.
+    with HiddenCacheWriter(
+        root, writer=f"w{number}", generation=generation, hidden_dtype="bfloat16"
+    ) as writer:
+        # A teacher's samples stand together, as in a teacher pass: another teacher begins another
+        # segment.
         for teacher in SIZES:
             own = [sample_id for sample_id in sample_ids if _teacher(sample_id) == teacher]
             for count, sample_id in enumerate(own, 1):
@@ -179,7 +224,9 @@ def _request(sample_id: int) -> Request:
 def _draw(sample_id: int) -> np.ndarray:
     """The rows of a sample, 100 to 1300, from its number alone."""
     draw = np.random.default_rng(sample_id)
-    return draw.integers(0, 1 << 16, (draw.integers(100, 1301), SIZES[_teacher(sample_id)]), np.uint16)
+    return draw.integers(
+        0, 1 << 16, (draw.integers(100, 1301), SIZES[_teacher(sample_id)]), np.uint16
+    )
 
 
 def _rows(root: Path) -> dict[Request, np.ndarray]:
@@ -190,7 +237,9 @@ def _rows(root: Path) -> dict[Request, np.ndarray]:
         for request in map(_request, range(SAMPLES)):
             entry = reader.lookup(*request)
             if entry is not None:
-                rows[request] = np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
+                rows[request] = np.empty(
+                    (entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype
+                )
                 reader.read(entry, rows[request])
     return rows
 

@@ -38,7 +38,9 @@ def test_tensors_round_trip_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> N
         assert entry is not None
         found_NE = torch.zeros(2500, 8, dtype=dtype)
         reader.read(entry, as_rows(found_NE))
-        assert torch.equal(found_NE.view(torch.uint8), hidden_NE[::2].contiguous().view(torch.uint8))
+        assert torch.equal(
+            found_NE.view(torch.uint8), hidden_NE[::2].contiguous().view(torch.uint8)
+        )
 
 
 def test_several_teachers_segments_and_shares(tmp_path: Path) -> None:
@@ -50,7 +52,13 @@ def test_several_teachers_segments_and_shares(tmp_path: Path) -> None:
         assert HiddenCacheReader(root).missing([request_of(0), request_of(1)]) == {}
         put(writer, 4, n=3000)
     reader = HiddenCacheReader(root)
-    for sample_id, teacher, n in ((0, MATH, 50), (1, MATH, 50), (2, CODE, 50), (3, CODE, 50), (4, MATH, 3000)):
+    for sample_id, teacher, n in (
+        (0, MATH, 50),
+        (1, MATH, 50),
+        (2, CODE, 50),
+        (3, CODE, 50),
+        (4, MATH, 3000),
+    ):
         assert np.array_equal(get(reader, sample_id, teacher), rows_of(sample_id, teacher, n))
     entry = reader.lookup(*request_of(4))
     assert entry is not None
@@ -65,7 +73,10 @@ def test_the_folder_is_what_the_format_says(tmp_path: Path) -> None:
     root = tmp_path / "c"
     segment = fill(root, 0, 1)
     teacher = root / "t" / MATH[:16]
-    assert json.loads((root / "FORMAT.json").read_text()) == {"format": 1, "kind": "mtopd.hidden_cache"}
+    assert json.loads((root / "FORMAT.json").read_text()) == {
+        "format": 1,
+        "kind": "mtopd.hidden_cache",
+    }
     assert json.loads((teacher / "teacher.json").read_text()) == {
         "teacher_fingerprint": MATH,
         "hidden_size": 4,
@@ -74,10 +85,23 @@ def test_the_folder_is_what_the_format_says(tmp_path: Path) -> None:
     }
     assert segment.parent == teacher / "seg" and segment.name.startswith("dp0-0-")
     table = pa.ipc.open_file(teacher / "index" / f"{segment.name}.arrow").read_all()
-    names = ("sample_key", "sample_id", "student_version", "segment", "row", "n_tokens", "crc32c", "n_shards", "bytes")
+    names = (
+        "sample_key",
+        "sample_id",
+        "student_version",
+        "segment",
+        "row",
+        "n_tokens",
+        "crc32c",
+        "n_shards",
+        "bytes",
+    )
     assert tuple(table.schema.names) == names
     assert table["row"].to_pylist() == [0, 50] and table["n_tokens"].to_pylist() == [50, 50]
-    assert table["bytes"].to_pylist() == [sum(path.stat().st_size for path in segment.glob("c/*/0"))] * 2
+    assert (
+        table["bytes"].to_pylist()
+        == [sum(path.stat().st_size for path in segment.glob("c/*/0"))] * 2
+    )
     assert table.schema.metadata[b"teacher_fingerprint"] == MATH.encode()
     assert np.array_equal(zarr.open(segment, mode="r")[50:100], rows_of(1))
 
@@ -105,8 +129,14 @@ def test_small_samples_of_a_chunk_are_read_at_once(tmp_path: Path) -> None:
         put(writer, 0, 1, teacher=CODE)
     wanted = [(3, 0, 50), (0, 10, 20), (20, 0, 50), (1, 49, 50), (7, 0, 0), (29, 0, 50)]
     with HiddenCacheReader(tmp_path / "c") as reader:
-        reads = [Read(reader.lookup(*request_of(i)), a, b, np.zeros((b - a, 4), np.uint16)) for i, a, b in wanted]
-        others = [Read(reader.lookup(*request_of(i, CODE)), 0, 50, np.zeros((50, 6), np.uint16)) for i in (1, 0)]
+        reads = [
+            Read(reader.lookup(*request_of(i)), a, b, np.zeros((b - a, 4), np.uint16))
+            for i, a, b in wanted
+        ]
+        others = [
+            Read(reader.lookup(*request_of(i, CODE)), 0, 50, np.zeros((50, 6), np.uint16))
+            for i in (1, 0)
+        ]
         reader.read_many([*reads, *others])
         for (sample_id, start, stop), read in zip(wanted, reads, strict=True):
             assert np.array_equal(read.out_NE, rows_of(sample_id)[start:stop]), sample_id
@@ -119,14 +149,19 @@ def test_small_samples_of_a_chunk_are_read_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sample_id", [3, 20])  # inside a chunk; in two
-def test_rows_of_another_sample_are_refused_in_a_shared_chunk(tmp_path: Path, sample_id: int) -> None:
+def test_rows_of_another_sample_are_refused_in_a_shared_chunk(
+    tmp_path: Path, sample_id: int
+) -> None:
     with open_writer(tmp_path / "c") as writer:
         put(writer, *range(30))
     with HiddenCacheReader(tmp_path / "c") as reader:
         (entry,) = reader.copies(request_of(sample_id))
         named_wrong = entry._replace(sample=entry.sample._replace(crc32c=entry.sample.crc32c ^ 1))
         reader._copies[entry.request] = [named_wrong]
-        reads = [Read(reader.lookup(*request_of(i)), 0, 50, np.zeros((50, 4), np.uint16)) for i in (sample_id, 0, 29)]
+        reads = [
+            Read(reader.lookup(*request_of(i)), 0, 50, np.zeros((50, 4), np.uint16))
+            for i in (sample_id, 0, 29)
+        ]
         with pytest.raises(CacheMiss, match=f"sample {sample_id}: no sound copy.*another crc32c"):
             reader.read_many(reads)
         reader._copies[entry.request] = [named_wrong, entry]  # another copy serves
@@ -140,7 +175,9 @@ def test_equal_tokens_of_several_samples_are_several_entries(tmp_path: Path) -> 
     with open_writer(tmp_path / "c") as writer:
         for request in requests:
             writer.put(MATH, 4, *request, rows_of(0))
-    assert list(HiddenCacheReader(tmp_path / "c").missing([*requests, (key, 0, 8)])) == [(key, 0, 8)]
+    assert list(HiddenCacheReader(tmp_path / "c").missing([*requests, (key, 0, 8)])) == [
+        (key, 0, 8)
+    ]
 
 
 def test_the_key_changes_with_everything_that_decides_the_rows() -> None:
@@ -156,7 +193,9 @@ def test_the_key_changes_with_everything_that_decides_the_rows() -> None:
         sample_key(MATH, [1, 2], [], [], "bfloat16"),
     ]
     assert len(set(keys)) == len(keys) and {len(key) for key in keys} == {32}
-    as_arrays = sample_key(MATH, np.array([1, 2], np.int32), (3, 4), np.array([True, True]), "bfloat16")
+    as_arrays = sample_key(
+        MATH, np.array([1, 2], np.int32), (3, 4), np.array([True, True]), "bfloat16"
+    )
     assert as_arrays == keys[0]
 
 
@@ -168,14 +207,23 @@ def test_the_key_is_stable() -> None:
 
 @pytest.mark.parametrize(
     ("prompt_ids", "response_ids", "loss_mask", "dtype"),
-    [([1.5], [1], [1], "float32"), ([1], [1], [1, 1], "float32"), ([[1]], [1], [1], "float32"), ([1], [1], [1], "fp8")],
+    [
+        ([1.5], [1], [1], "float32"),
+        ([1], [1], [1, 1], "float32"),
+        ([[1]], [1], [1], "float32"),
+        ([1], [1], [1], "fp8"),
+    ],
 )
-def test_the_key_refuses_nonsense(prompt_ids: Any, response_ids: Any, loss_mask: Any, dtype: str) -> None:
+def test_the_key_refuses_nonsense(
+    prompt_ids: Any, response_ids: Any, loss_mask: Any, dtype: str
+) -> None:
     with pytest.raises(MtopdError):
         sample_key(MATH, prompt_ids, response_ids, loss_mask, dtype)
 
 
-def test_another_sample_id_or_version_is_refused_with_the_cause(tmp_path: Path, caplog: Any) -> None:
+def test_another_sample_id_or_version_is_refused_with_the_cause(
+    tmp_path: Path, caplog: Any
+) -> None:
     fill(tmp_path / "c", 0)
     reader = HiddenCacheReader(tmp_path / "c")
     key = request_of(0).key
@@ -183,11 +231,16 @@ def test_another_sample_id_or_version_is_refused_with_the_cause(tmp_path: Path, 
         assert reader.lookup(key, 1, 7) is None
         assert reader.lookup(key, 0, 8) is None
         assert reader.lookup(request_of(0, CODE).key, 0, 7) is None
-    for text, record in zip(("sample 1", "version 8", "another teacher"), caplog.records, strict=True):
+    for text, record in zip(
+        ("sample 1", "version 8", "another teacher"), caplog.records, strict=True
+    ):
         assert text in record.message
     caplog.clear()
     assert reader.lookup(*request_of(5)) is None and not caplog.records  # plain absence is no news
-    assert list(reader.missing([(key, 0, 8), request_of(5), request_of(0)])) == [(key, 0, 8), request_of(5)]
+    assert list(reader.missing([(key, 0, 8), request_of(5), request_of(0)])) == [
+        (key, 0, 8),
+        request_of(5),
+    ]
 
 
 def test_a_teacher_folder_keeps_its_size_dtype_and_fingerprint(tmp_path: Path) -> None:
@@ -196,14 +249,19 @@ def test_a_teacher_folder_keeps_its_size_dtype_and_fingerprint(tmp_path: Path) -
     before = snapshot(root)
     with pytest.raises(MtopdError, match="Remove the cache folder"), open_writer(root) as writer:
         writer.put(MATH, 5, *request_of(1), np.ones((1, 5), np.uint16))
-    with pytest.raises(MtopdError, match="float32"), open_writer(root, hidden_dtype="float32") as writer:
+    with (
+        pytest.raises(MtopdError, match="float32"),
+        open_writer(root, hidden_dtype="float32") as writer,
+    ):
         writer.put(MATH, 4, *request_of(1), np.ones((1, 4), np.float32))
     with pytest.raises(MtopdError, match="Remove the cache folder"), open_writer(root) as writer:
         writer.put(MATH[:16] + CODE[:48], 4, *request_of(1), np.ones((1, 4), np.uint16))
     assert snapshot(root) == before
 
 
-@pytest.mark.parametrize("rows", [np.ones((2, 4), np.float32), np.ones((2, 5), np.uint16), np.ones(4, np.uint16)])
+@pytest.mark.parametrize(
+    "rows", [np.ones((2, 4), np.float32), np.ones((2, 5), np.uint16), np.ones(4, np.uint16)]
+)
 def test_rows_of_another_kind_are_refused(tmp_path: Path, rows: np.ndarray) -> None:
     with pytest.raises(MtopdError, match="needed uint16"), open_writer(tmp_path / "c") as writer:
         writer.put(MATH, 4, *request_of(0), rows)

@@ -1,4 +1,6 @@
-"""A sample is visible after its commit and not before, whenever the writer dies; and what may be deleted."""
+"""A sample is visible after its commit and not before, whenever the writer dies; and what may be
+deleted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_samples import CODE, MATH, fill, flip, get, open_writer, put, request_of, rows_of, snapshot
+from cache_samples import (
+    CODE,
+    MATH,
+    fill,
+    flip,
+    get,
+    open_writer,
+    put,
+    request_of,
+    rows_of,
+    snapshot,
+)
 
 from mtopd.hidden_cache import (
     HiddenCacheReader,
@@ -76,7 +89,9 @@ def test_a_failed_append_drops_the_segment(tmp_path: Path, monkeypatch: pytest.M
     assert np.array_equal(get(reader, 2), rows_of(2, n=3000))
 
 
-def test_every_file_is_durable_before_the_next_step_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_durable_before_the_next_step_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Power loss cannot be tested by killing a process, so the order of the system calls is."""
     events: list[tuple[str, Path]] = []
 
@@ -93,26 +108,38 @@ def test_every_file_is_durable_before_the_next_step_names_it(tmp_path: Path, mon
     record("mkdir", lambda path, *_: path)
     sources: dict[Path, Path] = {}
     for name in ("replace", "link"):
-        record(name, lambda source, target: sources.setdefault(Path(target), Path(source)) and target)
+        record(
+            name, lambda source, target: sources.setdefault(Path(target), Path(source)) and target
+        )
     with open_writer(tmp_path / "run" / "c") as writer:
         put(writer, 0, n=70000)  # two shards
     monkeypatch.undo()
 
-    named = [(at, path) for at, (name, path) in enumerate(events) if name in ("replace", "link", "mkdir")]
+    named = [
+        (at, path) for at, (name, path) in enumerate(events) if name in ("replace", "link", "mkdir")
+    ]
     index_at, index = named[-1]
     assert index.suffix == ".arrow" and named[-2][1].name == "zarr.json"
-    assert len([path for _, path in named if path.name == "0" and path.parent.parent.name == "c"]) >= 2
+    assert (
+        len([path for _, path in named if path.name == "0" and path.parent.parent.name == "c"]) >= 2
+    )
     for at, path in named:
         if path in sources:
             assert ("fsync", sources[path]) in events[:at], path
         if path.name == "zarr.json" or path == index:
             for earlier_at, earlier in [event for event in named if event[0] < at]:
-                assert ("fsync", earlier.parent) in events[earlier_at:at], (earlier, "is not durable before", path)
+                assert ("fsync", earlier.parent) in events[earlier_at:at], (
+                    earlier,
+                    "is not durable before",
+                    path,
+                )
     assert ("fsync", index.parent) in events[index_at:]
 
 
 def kill_at(root: Path, step: int) -> bool:
-    """Run a writer in a child that is SIGKILLed before its system call number ``step``; whether it was killed."""
+    """Run a writer in a child that is SIGKILLed before its system call number ``step``; whether it
+    was killed.
+    """
     child = os.fork()
     if child:
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -153,14 +180,23 @@ def test_sigkill_at_every_step_leaves_whole_commits_and_rewriting_works(tmp_path
         killed = kill_at(root, step)
         with HiddenCacheReader(root) as reader:
             present = [
-                [reader.lookup(*request_of(sample_id, teacher)) is not None for sample_id, teacher in commit]
+                [
+                    reader.lookup(*request_of(sample_id, teacher)) is not None
+                    for sample_id, teacher in commit
+                ]
                 for commit in commits
             ]
             assert all(len(set(commit)) == 1 for commit in present), "half a commit is visible"
             counts.append(sum(commit[0] for commit in present))
-            assert present == [[number < counts[-1]] * len(commit) for number, commit in enumerate(commits)]
+            assert present == [
+                [number < counts[-1]] * len(commit) for number, commit in enumerate(commits)
+            ]
             assert reader.verify() == {} and reader.refused == {}
-            requests = [request_of(sample_id, teacher) for commit in commits for sample_id, teacher in commit]
+            requests = [
+                request_of(sample_id, teacher)
+                for commit in commits
+                for sample_id, teacher in commit
+            ]
             todo = set(reader.missing(requests))
         recover(root)
         with open_writer(root, generation=1) as writer:
@@ -183,7 +219,9 @@ def test_remove_deletes_our_folder_and_can_be_repeated(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_a_removal_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removal_cut_short_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(tmp_path / "c", 0)
 
     def stop(self: Path, missing_ok: bool = False) -> None:
@@ -198,7 +236,9 @@ def test_a_removal_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("mark", [None, "{}", '{"format": 2, "kind": "mtopd.hidden_cache"}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "mark", [None, "{}", '{"format": 2, "kind": "mtopd.hidden_cache"}', '{"format": 1}']
+)
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, mark: str | None) -> None:
     (tmp_path / "precious").write_text("data")
     if mark is not None:
@@ -226,7 +266,9 @@ def killed_writer(root: Path, *sample_ids: int, n: int) -> None:
         signal.pause()
         os._exit(1)
     deadline = time.monotonic() + 30
-    while sum(path.read_bytes().count(b"\n") for path in root.glob("t/*/seg/*/journal")) < len(sample_ids):
+    while sum(path.read_bytes().count(b"\n") for path in root.glob("t/*/seg/*/journal")) < len(
+        sample_ids
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
@@ -247,7 +289,11 @@ def test_what_a_killed_writer_left_whole_is_saved_bit_for_bit(tmp_path: Path) ->
         assert reader.verify() == {} and len(reader.entries()) == 3
         for sample_id in (1, 2):
             assert np.array_equal(get(reader, sample_id), rows_of(sample_id, n=30000))
-    assert len(list(root.glob("t/*/seg/*"))) == 2 and segment.is_dir() and not list(root.rglob("journal"))
+    assert (
+        len(list(root.glob("t/*/seg/*"))) == 2
+        and segment.is_dir()
+        and not list(root.rglob("journal"))
+    )
     assert recover(root) == Recovery() == recover(tmp_path / "nothing")
     (index, _) = sorted(root.glob("t/*/index/*.arrow"))
     os.replace(index, index.with_name("merged.arrow"))  # what counts is what an index names
@@ -284,7 +330,9 @@ def test_damage_ends_what_is_saved(tmp_path: Path, place: str) -> None:
         assert reader.lookup(*request_of(2)) is None
 
 
-def test_merging_leaves_one_index_and_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_leaves_one_index_and_every_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "c"
     for sample_id in range(4):
         fill(root, sample_id)
@@ -309,10 +357,14 @@ def test_merging_leaves_one_index_and_every_sample(tmp_path: Path, monkeypatch: 
     merge_index(root)
     assert snapshot(root) == before and recover(root) == Recovery()
     index.write_bytes(b"damaged")
-    assert recover(root) == Recovery() and len(list(root.glob("t/*/seg/*"))) == 4  # its rows may be sound
+    assert (
+        recover(root) == Recovery() and len(list(root.glob("t/*/seg/*"))) == 4
+    )  # its rows may be sound
 
 
-def test_a_reader_sees_every_sample_while_indexes_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_sees_every_sample_while_indexes_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "c"
     for sample_id in range(3):
         fill(root, sample_id)
@@ -342,7 +394,9 @@ def test_garbage_is_what_no_reader_will_ever_need(tmp_path: Path) -> None:
         assert reader.verify() == {} and reader.refused == {} and len(reader.entries()) == 3
 
 
-def test_a_full_queue_makes_put_wait_and_a_large_sample_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_makes_put_wait_and_a_large_sample_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, append = threading.Event(), SegmentWriter.append
 
     def slow(self: SegmentWriter, rows_NE: np.ndarray) -> tuple[int, int]:
@@ -368,7 +422,9 @@ def test_a_full_queue_makes_put_wait_and_a_large_sample_passes(tmp_path: Path, m
     assert HiddenCacheReader(tmp_path / "c").missing(map(request_of, range(5))) == {}
 
 
-def test_a_segment_is_committed_after_its_time_or_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_segment_is_committed_after_its_time_or_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "c"
     writer = open_writer(root)
     monkeypatch.setattr(writer_module, "SEGMENT_SECONDS", 0.2)

@@ -33,7 +33,9 @@ def break_metadata(segment: Path) -> None:
     (segment / "zarr.json").write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [break_data, break_metadata, lambda segment: (segment / "c/0/0").unlink()])
+@pytest.mark.parametrize(
+    "damage", [break_data, break_metadata, lambda segment: (segment / "c/0/0").unlink()]
+)
 def test_damage_is_missing_with_its_cause_and_is_mended_by_writing_again(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -69,7 +71,11 @@ def test_damage_of_a_chunk_read_for_many_is_a_miss_or_the_next_copy(tmp_path: Pa
 
     def read_all(reader: HiddenCacheReader) -> list[np.ndarray]:
         entries = [reader.lookup(*request_of(sample_id)) for sample_id in range(3)]
-        reads = [Read(entry, 0, 50, np.zeros((50, 4), np.uint16)) for entry in entries if entry is not None]
+        reads = [
+            Read(entry, 0, 50, np.zeros((50, 4), np.uint16))
+            for entry in entries
+            if entry is not None
+        ]
         reader.read_many(reads)
         return [read.out_NE for read in reads]
 
@@ -106,7 +112,9 @@ def test_exchanged_segments_are_found_and_named_whatever_is_read(tmp_path: Path,
         entry = reader.lookup(*request_of(0))
         assert entry is not None
         with pytest.raises(CacheMiss, match="not describe this segment"):
-            reader.read_rows(entry, 3, 5, np.empty((2, 4), np.uint16))  # a share has no checksum of its own
+            reader.read_rows(
+                entry, 3, 5, np.empty((2, 4), np.uint16)
+            )  # a share has no checksum of its own
 
 
 def test_a_segment_that_its_index_describes_otherwise_is_found(tmp_path: Path) -> None:
@@ -116,7 +124,9 @@ def test_a_segment_that_its_index_describes_otherwise_is_found(tmp_path: Path) -
     rows = load_index(path, load_teacher(root / "t" / MATH[:16]))
     path.write_bytes(dump_index([row._replace(segment_bytes=10**6) for row in rows], MATH))
     with HiddenCacheReader(root) as reader:
-        assert "zarr.json gives" in reader.verify()[request_of(0)] and reader.broken_segments() == [segment]
+        assert "zarr.json gives" in reader.verify()[request_of(0)] and reader.broken_segments() == [
+            segment
+        ]
 
 
 def test_exchanged_teachers_are_found_and_named(tmp_path: Path) -> None:
@@ -132,7 +142,9 @@ def test_exchanged_teachers_are_found_and_named(tmp_path: Path) -> None:
     exchange(math / "seg", code / "seg")
     exchange(math / "index", code / "index")
     with HiddenCacheReader(root) as reader:
-        assert len(reader.refused) == 2 and all(path.parents[1] in (math, code) for path in reader.refused)
+        assert len(reader.refused) == 2 and all(
+            path.parents[1] in (math, code) for path in reader.refused
+        )
         assert reader.entries() == []
 
 
@@ -147,7 +159,9 @@ def test_flipped_bytes_of_an_index_are_harmless(tmp_path: Path) -> None:
     refused = 0
     try:
         for position in range(0, len(sound), 7):
-            index.write_bytes(sound[:position] + bytes([sound[position] ^ 4]) + sound[position + 1 :])
+            index.write_bytes(
+                sound[:position] + bytes([sound[position] ^ 4]) + sound[position + 1 :]
+            )
             reader = HiddenCacheReader(root)
             assert np.array_equal(get(reader, 1), rows_of(1))
             if reader.refused:
@@ -161,7 +175,9 @@ def test_flipped_bytes_of_an_index_are_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1\0\0", b"x" * 5000])
-def test_an_unreadable_index_is_logged_and_not_there(tmp_path: Path, caplog: Any, content: bytes) -> None:
+def test_an_unreadable_index_is_logged_and_not_there(
+    tmp_path: Path, caplog: Any, content: bytes
+) -> None:
     root = tmp_path / "c"
     segment = fill(root, 0)
     fill(root, 1)
@@ -180,7 +196,9 @@ def test_an_index_of_another_teacher_is_refused(tmp_path: Path) -> None:
         put(writer, 1, teacher=CODE)
     (index,) = (root / "t" / CODE[:16] / "index").iterdir()
     os.replace(index, root / "t" / MATH[:16] / "index" / index.name)
-    assert list(HiddenCacheReader(root).missing([request_of(0), request_of(1, CODE)])) == [request_of(1, CODE)]
+    assert list(HiddenCacheReader(root).missing([request_of(0), request_of(1, CODE)])) == [
+        request_of(1, CODE)
+    ]
 
 
 GOOD = IndexRow(b"k" * 32, 0, 0, "dp0-0-0123abcd", 0, 10, 0, 1, 10_000)
@@ -224,7 +242,13 @@ def test_an_index_with_empty_fields_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_teacher_record_hides_its_samples(tmp_path: Path) -> None:
     fill(tmp_path / "c", 0)
     record = tmp_path / "c" / "t" / MATH[:16] / "teacher.json"
-    for text in ("", "[]", "{}", record.read_text().replace("4", '"4"'), record.read_text().replace("a1", "a2")):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        record.read_text().replace("4", '"4"'),
+        record.read_text().replace("a1", "a2"),
+    ):
         record.write_text(text)
         reader = HiddenCacheReader(tmp_path / "c")
         assert len(reader.refused) == 1 and reader.lookup(*request_of(0)) is None

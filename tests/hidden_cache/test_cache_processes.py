@@ -22,6 +22,8 @@ def test_a_full_disk_is_named_and_spares_what_was_committed(tmp_path: Path) -> N
     command = [*on_small_disk(disk, megabytes=8), sys.executable, "-W", "ignore"]
     command += ["-m", "tests.hidden_cache.full_disk", str(disk)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.startswith("full disk: refused "), done.stdout

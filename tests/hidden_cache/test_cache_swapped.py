@@ -1,7 +1,9 @@
-"""Whole, sound files in the place of others: each exchange is found and named, and no row is ever another sample's.
+"""Whole, sound files in the place of others: each exchange is found and named, and no row is ever
+another sample's.
 
-The exchanged files have the same size, dtype and number of rows, so only what they are bound to can tell them apart.
-Every sample is read whole and in parts: a tensor-parallel rank reads only its share of the rows.
+The exchanged files have the same size, dtype and number of rows, so only what they are bound to can
+tell them apart. Every sample is read whole and in parts: a tensor-parallel rank reads only its
+share of the rows.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, HiddenCacheWriter, Recovery, Request, recover, sample_key
+from mtopd.hidden_cache import (
+    CacheMiss,
+    HiddenCacheReader,
+    HiddenCacheWriter,
+    Recovery,
+    Request,
+    recover,
+    sample_key,
+)
 
 MATH, CODE = "a1" * 32, "b2" * 32
 SIZE, SAMPLES = 4, 4
@@ -26,7 +36,9 @@ def request_of(teacher: str, sample_id: int) -> Request:
 
 
 def rows_of(teacher: str, sample_id: int, n: int) -> np.ndarray:
-    return np.random.default_rng([len(teacher), teacher == CODE, sample_id]).integers(1, 1 << 16, (n, SIZE), np.uint16)
+    return np.random.default_rng([len(teacher), teacher == CODE, sample_id]).integers(
+        1, 1 << 16, (n, SIZE), np.uint16
+    )
 
 
 def fill(root: Path, teacher: str, sample_ids: range, n: int) -> Path:
@@ -35,7 +47,9 @@ def fill(root: Path, teacher: str, sample_ids: range, n: int) -> Path:
     before = set(seg.glob("*"))
     with HiddenCacheWriter(root, writer="w", generation=1, hidden_dtype="bfloat16") as writer:
         for sample_id in sample_ids:
-            writer.put(teacher, SIZE, *request_of(teacher, sample_id), rows_of(teacher, sample_id, n))
+            writer.put(
+                teacher, SIZE, *request_of(teacher, sample_id), rows_of(teacher, sample_id, n)
+            )
     (segment,) = set(seg.glob("*")) - before
     return segment
 
@@ -52,17 +66,23 @@ def damage(root: Path, samples: dict[str, range], n: int) -> dict[tuple[str, int
     """What cannot be read, with the cause that is given; a wrong row fails the test."""
     found = {}
     with HiddenCacheReader(root) as reader:
-        causes = reader.missing([request_of(teacher, i) for teacher, ids in samples.items() for i in ids])
+        causes = reader.missing(
+            [request_of(teacher, i) for teacher, ids in samples.items() for i in ids]
+        )
         for teacher, sample_id in ((teacher, i) for teacher, ids in samples.items() for i in ids):
             request, wanted_NE = request_of(teacher, sample_id), rows_of(teacher, sample_id, n)
             if request in causes:
-                hidden = [cause for path, cause in reader.refused.items() if teacher[:16] in str(path)]
+                hidden = [
+                    cause for path, cause in reader.refused.items() if teacher[:16] in str(path)
+                ]
                 found[teacher, sample_id] = "; ".join([causes[request], *hidden])
             entry = reader.lookup(*request)
             if entry is None:
                 assert request in causes, request
                 continue
-            cuts = sorted({0, 1, n // 4, n // 2, CHUNK_ROWS, SHARD_ROWS, n - 1, n} & set(range(n + 1)))
+            cuts = sorted(
+                {0, 1, n // 4, n // 2, CHUNK_ROWS, SHARD_ROWS, n - 1, n} & set(range(n + 1))
+            )
             for start, stop in [(0, n), *pairwise(cuts)]:
                 out_NE = np.empty((stop - start, SIZE), np.uint16)
                 try:
@@ -70,25 +90,33 @@ def damage(root: Path, samples: dict[str, range], n: int) -> dict[tuple[str, int
                 except CacheMiss as miss:
                     found.setdefault((teacher, sample_id), str(miss))
                     continue
-                assert np.array_equal(out_NE, wanted_NE[start:stop]), f"wrong rows {start} to {stop} of {request}"
+                assert np.array_equal(out_NE, wanted_NE[start:stop]), (
+                    f"wrong rows {start} to {stop} of {request}"
+                )
     return found
 
 
 @pytest.mark.parametrize("what", ["", "teacher.json", "index", "seg"])
 def test_files_of_two_teachers_exchanged(tmp_path: Path, what: str) -> None:
     samples = {MATH: range(SAMPLES), CODE: range(SAMPLES)}
-    segments = {teacher: fill(tmp_path / "c", teacher, ids, 700) for teacher, ids in samples.items()}
+    segments = {
+        teacher: fill(tmp_path / "c", teacher, ids, 700) for teacher, ids in samples.items()
+    }
     assert damage(tmp_path / "c", samples, 700) == {}
     folders = [tmp_path / "c" / "t" / teacher[:16] for teacher in samples]
     exchange(folders[0] / what, folders[1] / what)
     found = damage(tmp_path / "c", samples, 700)
     assert len(found) == 2 * SAMPLES
     for (teacher, _), cause in found.items():
-        named = {"": "teacher.json", "teacher.json": "teacher.json", "index": "index"}.get(what, segments[teacher].name)
+        named = {"": "teacher.json", "teacher.json": "teacher.json", "index": "index"}.get(
+            what, segments[teacher].name
+        )
         assert named in cause, cause
 
 
-@pytest.mark.parametrize("teachers", [(MATH, CODE), (MATH, MATH)], ids=["two teachers", "one teacher"])
+@pytest.mark.parametrize(
+    "teachers", [(MATH, CODE), (MATH, MATH)], ids=["two teachers", "one teacher"]
+)
 def test_two_segments_exchanged(tmp_path: Path, teachers: tuple[str, str]) -> None:
     """Each under the other's name, between segments that stay what they are."""
     root, parts = tmp_path / "c", (range(SAMPLES), range(10, 10 + SAMPLES))
@@ -115,7 +143,9 @@ def test_two_shards_of_one_segment_exchanged(tmp_path: Path, n: int) -> None:
 
 
 def test_two_index_files_exchanged(tmp_path: Path) -> None:
-    """A row names its segment itself, so under another file name it still means the same, for recovery as well."""
+    """A row names its segment itself, so under another file name it still means the same, for
+    recovery as well.
+    """
     root = tmp_path / "c"
     one = fill(root, MATH, range(SAMPLES), 700)
     other = fill(root, MATH, range(10, 10 + SAMPLES), 700)
@@ -131,7 +161,9 @@ def test_two_index_files_of_two_teachers_exchanged(tmp_path: Path) -> None:
     root = tmp_path / "c"
     samples = {MATH: range(SAMPLES), CODE: range(SAMPLES)}
     segments = {teacher: fill(root, teacher, ids, 700) for teacher, ids in samples.items()}
-    paths = [root / "t" / t[:16] / "index" / f"{segment.name}.arrow" for t, segment in segments.items()]
+    paths = [
+        root / "t" / t[:16] / "index" / f"{segment.name}.arrow" for t, segment in segments.items()
+    ]
     exchange(*paths)
     found = damage(root, samples, 700)
     assert len(found) == 2 * SAMPLES

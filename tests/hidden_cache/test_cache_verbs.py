@@ -25,7 +25,9 @@ def mtopd(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def make_run(path: Path) -> Path:
     path.mkdir()
     (path / "config.yaml").write_text("{}")
-    write_json(path / "manifest.json", {"teachers": [{"index": 0, "name": "maths", "fingerprint": MATH}]})
+    write_json(
+        path / "manifest.json", {"teachers": [{"index": 0, "name": "maths", "fingerprint": MATH}]}
+    )
     return RunDir(path).hidden_cache(3)
 
 
@@ -59,7 +61,9 @@ def test_a_damaged_sample_is_shown_named_mended_and_collected(
     assert mtopd(monkeypatch, "cache", "verify", str(run)) == 0
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for verb in ("ls", "verify", "gc"):
         assert mtopd(monkeypatch, "cache", verb, str(tmp_path)) == 2
     assert not list(tmp_path.iterdir())

@@ -25,13 +25,17 @@ VERSION = 7  # of cache_samples
 def job_of(tp_rank: int, tp_size: int) -> Any:
     """The facts of a job that decide what is read."""
     store = SimpleNamespace(hidden_size=4, fingerprint=MATH)
-    ranks = SimpleNamespace(tp_rank=tp_rank, tp_size=tp_size, tp_group=None, device=torch.device("cpu"))
+    ranks = SimpleNamespace(
+        tp_rank=tp_rank, tp_size=tp_size, tp_group=None, device=torch.device("cpu")
+    )
     return SimpleNamespace(stores=[store], ranks=ranks, cache_dtype=lambda store: "bfloat16")
 
 
 def run_of(*sample_ids: int) -> TeacherRun:
     entries = [
-        SimpleNamespace(key=request_of(i).key, metadata=SimpleNamespace(sample_id=i), first=0, stop=LENGTHS[i])
+        SimpleNamespace(
+            key=request_of(i).key, metadata=SimpleNamespace(sample_id=i), first=0, stop=LENGTHS[i]
+        )
         for i in sample_ids
     ]
     return TeacherRun(0, 0, sum(LENGTHS[i] for i in sample_ids), entries)
@@ -55,7 +59,9 @@ def test_the_shares_of_all_ranks_are_the_rows_of_the_runs(
         for tp_rank in range(tp_size):
             with CachedStates(job_of(tp_rank, tp_size), reader, VERSION) as states:
                 shares.append(states._read_shares(runs, tp_size))
-        exchange = SimpleNamespace(all_gather_single=lambda out, mine, group: out.copy_(torch.cat(shares)))
+        exchange = SimpleNamespace(
+            all_gather_single=lambda out, mine, group: out.copy_(torch.cat(shares))
+        )
         monkeypatch.setattr(cached_states, "dist", exchange)
         with CachedStates(job_of(0, tp_size), reader, VERSION) as states:
             states.prefetch([[], runs])
@@ -69,7 +75,10 @@ def test_the_shares_of_all_ranks_are_the_rows_of_the_runs(
 
 def test_what_is_smaller_than_a_chunk_every_rank_reads_itself(root: Path) -> None:
     for tp_rank in range(2):
-        with HiddenCacheReader(root) as reader, CachedStates(job_of(tp_rank, 2), reader, VERSION) as states:
+        with (
+            HiddenCacheReader(root) as reader,
+            CachedStates(job_of(tp_rank, 2), reader, VERSION) as states,
+        ):
             assert np.array_equal(states(run_of(3)).view(torch.uint16).numpy(), rows_of(3, n=7))
     large = TeacherRun(0, 0, (2 << 20) // 8, [])  # 1 MiB for either rank
     with HiddenCacheReader(root) as reader, CachedStates(job_of(0, 2), reader, VERSION) as states:
@@ -96,7 +105,9 @@ def test_what_was_read_ahead_is_given_once_and_then_forgotten(root: Path) -> Non
 
 def test_damage_is_raised_where_the_run_is_asked_for(root: Path) -> None:
     for segment in root.glob("t/*/seg/*"):
-        if (segment / "c/0/0").exists() and (segment / "c/0/0").stat().st_size > 10000:  # of sample 2
+        if (segment / "c/0/0").exists() and (
+            segment / "c/0/0"
+        ).stat().st_size > 10000:  # of sample 2
             flip(segment / "c/0/0", 20)
     damaged, sound = run_of(2), run_of(0)
     with HiddenCacheReader(root) as reader, CachedStates(job_of(0, 1), reader, VERSION) as states:

@@ -27,7 +27,9 @@ def random_rows(layout: SegmentLayout, n: int) -> np.ndarray:
     return bits.view(layout.dtype).reshape(n, layout.hidden_size)
 
 
-def write(path: Path, layout: SegmentLayout, rows_NE: np.ndarray, pieces: tuple[int, ...] = ()) -> None:
+def write(
+    path: Path, layout: SegmentLayout, rows_NE: np.ndarray, pieces: tuple[int, ...] = ()
+) -> None:
     writer = SegmentWriter(path, layout)
     for piece_NE in np.split(rows_NE, pieces):
         writer.append(piece_NE)
@@ -42,9 +44,13 @@ def read(path: Path, layout: SegmentLayout, start: int, stop: int) -> np.ndarray
 
 @pytest.mark.parametrize("layout", [BF16, FP32], ids=lambda layout: layout.hidden_dtype)
 @pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025, 65536, 2 * 65536 + 777])
-def test_zarr_and_our_reader_see_the_same_bits(tmp_path: Path, layout: SegmentLayout, n: int) -> None:
+def test_zarr_and_our_reader_see_the_same_bits(
+    tmp_path: Path, layout: SegmentLayout, n: int
+) -> None:
     rows_NE = random_rows(layout, n)
-    write(tmp_path / "s", layout, rows_NE, pieces=tuple(p for p in (1, 5, 1100, 5000, 70000) if p < n))
+    write(
+        tmp_path / "s", layout, rows_NE, pieces=tuple(p for p in (1, 5, 1100, 5000, 70000) if p < n)
+    )
     array = zarr.open(tmp_path / "s", mode="r")
     assert array.shape == rows_NE.shape and array.dtype == layout.dtype
     assert array[:].tobytes() == rows_NE.tobytes()
@@ -69,7 +75,9 @@ def test_any_range_of_rows(tmp_path: Path) -> None:
     edges = (0, 1, 1023, 1024, 1025, 3000, 65535, 65536, 65537, n - 1, n)
     for start in edges:
         for stop in (edge for edge in edges if edge >= start):
-            assert read(tmp_path / "s", BF16, start, stop).tobytes() == rows_NE[start:stop].tobytes(), (start, stop)
+            assert (
+                read(tmp_path / "s", BF16, start, stop).tobytes() == rows_NE[start:stop].tobytes()
+            ), (start, stop)
 
 
 def test_a_read_touches_only_the_chunks_it_needs(tmp_path: Path) -> None:
@@ -102,10 +110,14 @@ def test_chunk_rows(hidden_size: int, hidden_dtype: str, chunk_rows: int) -> Non
     assert (layout.chunk_rows, layout.shard_rows) == (chunk_rows, 64 * chunk_rows)
 
 
-def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_and_writes_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writev, preadv = os.writev, os.preadv
     monkeypatch.setattr(os, "writev", lambda fd, buffers: writev(fd, [buffers[0][:777]]))
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:555]], offset))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:555]], offset)
+    )
     rows_NE = random_rows(BF16, 3000)
     write(tmp_path / "s", BF16, rows_NE)
     assert read(tmp_path / "s", BF16, 10, 2990).tobytes() == rows_NE[10:2990].tobytes()
@@ -118,7 +130,10 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     shard = tmp_path / "s" / "c" / "0" / "0"
     sound = shard.read_bytes()
     fd = os.open(shard, os.O_WRONLY)
-    for position in (*range(0, BF16.stored_chunk_bytes - 4, 11), *range(BF16.stored_chunk_bytes - 4, len(sound))):
+    for position in (
+        *range(0, BF16.stored_chunk_bytes - 4, 11),
+        *range(BF16.stored_chunk_bytes - 4, len(sound)),
+    ):
         os.pwrite(fd, bytes([sound[position] ^ (1 << position % 8)]), position)
         with pytest.raises(SegmentDamaged):
             reader.read(0, 1000, out_NE)
@@ -145,7 +160,9 @@ def swap_two_chunks_of_the_index(path: Path) -> None:
     """An index with a right crc32c that points elsewhere: zarr would return the wrong rows."""
     pairs = np.frombuffer(BF16.shard_index(3)[:-4], "<u8").reshape(-1, 2).copy()
     pairs[[0, 1]] = pairs[[1, 0]]
-    path.write_bytes(path.read_bytes()[: 3 * BF16.stored_chunk_bytes] + pairs.tobytes() + stored_crc(pairs))
+    path.write_bytes(
+        path.read_bytes()[: 3 * BF16.stored_chunk_bytes] + pairs.tobytes() + stored_crc(pairs)
+    )
 
 
 def become_a_folder(path: Path) -> None:
@@ -194,8 +211,22 @@ def test_a_shard_in_the_place_of_another_is_the_wrong_size(tmp_path: Path) -> No
         {"data_type": "float16"},
         {"fill_value": 1},
         {"codecs": []},
-        {"attributes": {"hidden_dtype": "bfloat16", "teacher_fingerprint": "c" * 64, "layout": 1, "segment": "s"}},
-        {"attributes": {"hidden_dtype": "bfloat16", "teacher_fingerprint": "a" * 64, "layout": 2, "segment": "s"}},
+        {
+            "attributes": {
+                "hidden_dtype": "bfloat16",
+                "teacher_fingerprint": "c" * 64,
+                "layout": 1,
+                "segment": "s",
+            }
+        },
+        {
+            "attributes": {
+                "hidden_dtype": "bfloat16",
+                "teacher_fingerprint": "a" * 64,
+                "layout": 2,
+                "segment": "s",
+            }
+        },
         {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1024, 4]}}},
     ],
 )
@@ -208,7 +239,9 @@ def test_other_metadata_is_refused(tmp_path: Path, change: dict[str, Any]) -> No
         SegmentReader(tmp_path / "s", BF16)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "1", "null", '{"shape": 3}', "[" * 50000, "\xff"])
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "1", "null", '{"shape": 3}', "[" * 50000, "\xff"]
+)
 def test_unreadable_metadata_is_refused(tmp_path: Path, text: str | None) -> None:
     write(tmp_path / "s", BF16, random_rows(BF16, 10))
     metadata = tmp_path / "s" / "zarr.json"
@@ -219,7 +252,9 @@ def test_unreadable_metadata_is_refused(tmp_path: Path, text: str | None) -> Non
         SegmentReader(tmp_path / "s", BF16)
 
 
-def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_shrinks_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "s", BF16, random_rows(BF16, 10))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: 0)
     with pytest.raises(SegmentDamaged, match="gave 0 of 8196 bytes"):
@@ -227,8 +262,12 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pyte
 
 
 def test_padding_is_zero(tmp_path: Path) -> None:
-    write(tmp_path / "s", BF16, random_rows(BF16, 2010), pieces=(1000, 2000))  # the last chunk's memory held row 0
-    padding = (tmp_path / "s/c/0/0").read_bytes()[BF16.stored_chunk_bytes + 986 * 8 : 2 * BF16.stored_chunk_bytes - 4]
+    write(
+        tmp_path / "s", BF16, random_rows(BF16, 2010), pieces=(1000, 2000)
+    )  # the last chunk's memory held row 0
+    padding = (tmp_path / "s/c/0/0").read_bytes()[
+        BF16.stored_chunk_bytes + 986 * 8 : 2 * BF16.stored_chunk_bytes - 4
+    ]
     assert padding == bytes(38 * 8)
 
 

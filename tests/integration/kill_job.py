@@ -1,9 +1,10 @@
-"""SIGKILL at random instants of a whole consolidation: `python -m tests.integration.kill_job --kills 30`.
+"""SIGKILL at random instants of a whole consolidation: `python -m tests.integration.kill_job
+--kills 30`.
 
-Four ranks at tp2pp2.  A random rank, now and then the launcher, is killed in a chosen phase or at any moment; the job
-must be down within a minute and say which rank it was; then the same command is given again.  However often: the
-exported weights are those of the run that was never disturbed, bit for bit.  Nothing is left behind: no process, no
-listening port, no lock, no temporary file.
+Four ranks at tp2pp2.  A random rank, now and then the launcher, is killed in a chosen phase or at
+any moment; the job must be down within a minute and say which rank it was; then the same command is
+given again.  However often: the exported weights are those of the run that was never disturbed, bit
+for bit.  Nothing is left behind: no process, no listening port, no lock, no temporary file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ from tests.integration.test_kill_and_resume import (
 # In the order of the loop; a line is written when a phase ends.
 PHASES = ("rollout", "teacher_pass", "train", "update_weights", "checkpoint", "evaluation")
 # What kills aim at, in this order, then any instant; one that comes late hits the phase after.
-TARGETS = ("rollout", "teacher_pass", "train", "checkpoint", "export", "update_weights", "evaluation")
+TARGETS = (
+    "rollout",
+    "teacher_pass",
+    "train",
+    "checkpoint",
+    "export",
+    "update_weights",
+    "evaluation",
+)
 DOWN_S = 60.0
 OVERRIDES = ("checkpoint.every=1", "rollout.prompts_per_iteration=96", "evaluation.every=1")
 
@@ -54,7 +63,10 @@ def lines(run: Path, generation: int | None = None) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if line["kind"].startswith("phase/") and generation in (None, int(line["part"].split()[-1])):
+        if line["kind"].startswith("phase/") and generation in (
+            None,
+            int(line["part"].split()[-1]),
+        ):
             found.append({**line, "phase": line["kind"].removeprefix("phase/")})
     return found
 
@@ -75,13 +87,18 @@ def wait_for(process: subprocess.Popen[str], run: RunDir, generation: int, phase
     deadline = time.monotonic() + 180
     while process.poll() is None:
         assert time.monotonic() < deadline, f"phase {phase} was never seen"
-        if run.current_generation() > generation and phase_now(run.path, run.current_generation()) == phase:
+        if (
+            run.current_generation() > generation
+            and phase_now(run.path, run.current_generation()) == phase
+        ):
             return
         time.sleep(0.005)
 
 
 def listening() -> dict[int, int]:
-    """Every TCP port somebody listens on, by the inode of its socket, which no later socket shares while it lives."""
+    """Every TCP port somebody listens on, by the inode of its socket, which no later socket shares
+    while it lives.
+    """
     found = {}
     for table in Path("/proc/net").glob("tcp*"):
         for line in table.read_text().splitlines()[1:]:
@@ -110,7 +127,9 @@ def ports_of(processes: list[psutil.Process]) -> dict[int, int]:
     return {inode: port for inode, port in listening().items() if f"socket:[{inode}]" in held}
 
 
-def kill_once(root: Path, run: RunDir, phase: str | None, duration: float, draw: random.Random) -> str | None:
+def kill_once(
+    root: Path, run: RunDir, phase: str | None, duration: float, draw: random.Random
+) -> str | None:
     """Start, kill, wait; the phase that was hit, or None when the job was through before."""
     generation = run.current_generation() if run.path.exists() else 0
     process = start(root, run.path, *OVERRIDES)
@@ -157,7 +176,9 @@ def run(kills: int, folder: Path, seed: int) -> str:
     assert code == 0, output
     wall = time.monotonic() - began
     wanted = load_file(whole.export(NUM_ITERATIONS) / "model.safetensors")
-    seconds = {phase: [x["wall_s"] for x in lines(whole.path) if x["phase"] == phase] for phase in PHASES}
+    seconds = {
+        phase: [x["wall_s"] for x in lines(whole.path) if x["phase"] == phase] for phase in PHASES
+    }
     # The shortest of each, so that a kill seldom comes too late.
     durations: dict[str | None, float] = {phase: min(values) for phase, values in seconds.items()}
     evaluated, exported = whole.evaluation(NUM_ITERATIONS), whole.export(NUM_ITERATIONS) / SEAL
@@ -182,7 +203,8 @@ def run(kills: int, folder: Path, seed: int) -> str:
     compared += same_weights(victim, wanted)
     told = ", ".join(f"{count} in {phase}" for phase, count in hits.most_common())
     return (
-        f"whole job: {hits.total()} SIGKILLs ({told}); {compared} runs finished, all with the weights of an "
+        f"whole job: {hits.total()} SIGKILLs ({told}); {compared} runs finished, all with the "
+        "weights of an "
         "undisturbed one"
     )
 

@@ -1,8 +1,9 @@
-"""SIGKILL at random instants of the streaming pass: `python -m tests.integration.kill_pass --kills 20`.
+"""SIGKILL at random instants of the streaming pass: `python -m tests.integration.kill_pass --kills
+20`.
 
-A run directory gets trajectories; ``mtopd teacher-pass`` is started, killed at a random moment of its work, and started
-again.  After every kill each committed sample must be intact; the run that is let through must finish with the rows of
-an undisturbed one, bit for bit.
+A run directory gets trajectories; ``mtopd teacher-pass`` is started, killed at a random moment of
+its work, and started again.  After every kill each committed sample must be intact; the run that is
+let through must finish with the rows of an undisturbed one, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ def make_run(folder: Path, name: str) -> RunDir:
         "run_dir": str(folder / name),
         "student": {"model": str(folder / "student"), "parallel": {"tp": 2}},
         "teachers": [
-            {"name": f"t{i}", "store": str(folder / "stores" / f"t{i}"), "route": {"domain": domain}}
+            {
+                "name": f"t{i}",
+                "store": str(folder / "stores" / f"t{i}"),
+                "route": {"domain": domain},
+            }
             for i, domain in enumerate(DOMAINS)
         ],
         "data": {
@@ -51,7 +56,11 @@ def make_run(folder: Path, name: str) -> RunDir:
             "max_response": 48,
         },
         "rollout": {"prompts_per_iteration": SAMPLES},
-        "teacher_offload": {"host_budget": 8 << 20, "activation_budget": 1 << 20, "batch_tokens": 128},
+        "teacher_offload": {
+            "host_budget": 8 << 20,
+            "activation_budget": 1 << 20,
+            "batch_tokens": 128,
+        },
         "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
     }
     config = validate(values, ConsolidateConfig, "kill_pass")
@@ -62,11 +71,25 @@ def make_run(folder: Path, name: str) -> RunDir:
     vocab = vocab_size(load_tokenizer(folder / "student"))
     trajectories = []
     for i in range(SAMPLES):
-        prompt, response = (tuple(draw.randrange(3, vocab) for _ in range(n)) for n in (8, draw.randrange(8, 40)))
+        prompt, response = (
+            tuple(draw.randrange(3, vocab) for _ in range(n)) for n in (8, draw.randrange(8, 40))
+        )
         mask, log_probs = (1,) * len(response), (-1.0,) * len(response)
         route, teacher = {"domain": DOMAINS[i % len(DOMAINS)]}, i % len(DOMAINS)
         trajectories.append(
-            Trajectory(i, f"words/{i}", route, teacher, prompt, response, mask, log_probs, 0, "length", None)
+            Trajectory(
+                i,
+                f"words/{i}",
+                route,
+                teacher,
+                prompt,
+                response,
+                mask,
+                log_probs,
+                0,
+                "length",
+                None,
+            )
         )
     run.trajectories(0).mkdir(parents=True)
     write_shard(run.trajectories(0), "given", trajectories, run.generation)
@@ -75,17 +98,31 @@ def make_run(folder: Path, name: str) -> RunDir:
 
 
 def start(run: RunDir) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mtopd.pipelines.cli", "teacher-pass", str(run.path), "--iteration", "0"]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-m",
+        "mtopd.pipelines.cli",
+        "teacher-pass",
+        str(run.path),
+        "--iteration",
+        "0",
+    ]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def committed(run: RunDir) -> dict[bytes, np.ndarray]:
-    """Rows of every committed sample by key; raises CacheMiss when one of them cannot be read soundly."""
+    """Rows of every committed sample by key; raises CacheMiss when one of them cannot be read
+    soundly.
+    """
     rows = {}
     with HiddenCacheReader(run.hidden_cache(0)) as reader:
         assert not reader.refused, reader.refused
         for request, copies in reader._copies.items():
-            out_NE = np.empty((copies[0].n_tokens, copies[0].layout.hidden_size), copies[0].layout.dtype)
+            out_NE = np.empty(
+                (copies[0].n_tokens, copies[0].layout.hidden_size), copies[0].layout.dtype
+            )
             reader.read(copies[0], out_NE)
             rows[request.key] = out_NE
     return rows
@@ -128,11 +165,16 @@ def run(kills: int, folder: Path, seed: int) -> str:
             time.sleep(draw.random() * 1.5)
         else:
             time.sleep(draw.random() * 8)  # at start-up, too
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        family = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         landed += process.poll() is None
         if process.poll() is None:
-            # The launcher, a rank, or all: ranks die with their launcher, the launcher ends when a rank is gone.
-            for doomed in draw.choice([[process.pid], [p.pid for p in family[-1:]] or [process.pid]]):
+            # The launcher, a rank, or all: ranks die with their launcher, the launcher ends when a
+            # rank is gone.
+            for doomed in draw.choice(
+                [[process.pid], [p.pid for p in family[-1:]] or [process.pid]]
+            ):
                 os.kill(doomed, signal.SIGKILL)
         process.communicate(timeout=120)
         psutil.wait_procs(family, timeout=30)
@@ -140,14 +182,19 @@ def run(kills: int, folder: Path, seed: int) -> str:
         survived += len(after)
         assert before.keys() <= after.keys(), "a committed sample is gone"
         for key, rows_NE in after.items():
-            assert np.array_equal(rows_NE, wanted[key]), "a committed sample is not what its teacher says"
+            assert np.array_equal(rows_NE, wanted[key]), (
+                "a committed sample is not what its teacher says"
+            )
     process = start(victim)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and is_sealed(victim.hidden_cache(0)), output[-3000:]
     found = committed(victim)
-    assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    assert found.keys() == wanted.keys() and all(
+        np.array_equal(found[k], wanted[k]) for k in wanted
+    )
     return (
-        f"streaming pass: {kills} SIGKILLs ({landed} of running processes), {survived} committed samples seen after "
+        f"streaming pass: {kills} SIGKILLs ({landed} of running processes), {survived} committed "
+        "samples seen after "
         f"kills, all intact; the last run finished with the {SAMPLES} samples of an undisturbed one"
     )
 

@@ -1,7 +1,9 @@
-"""SIGKILL at any phase, the same command again: the run finishes, sealed work stays, nothing is left behind.
+"""SIGKILL at any phase, the same command again: the run finishes, sealed work stays, nothing is
+left behind.
 
-The killed runs must end with exactly the student of the run that was never disturbed: invariant 8 with
-``deterministic: true``.  Phases are recognised by the files they write, so the kill lands inside the phase.
+The killed runs must end with exactly the student of the run that was never disturbed: invariant 8
+with ``deterministic: true``.  Phases are recognised by the files they write, so the kill lands
+inside the phase.
 """
 
 from __future__ import annotations
@@ -50,11 +52,16 @@ def make_workplace(root: Path) -> None:
         "run_dir": "set per run",
         "student": {"model": str(root / "student"), "parallel": {"tp": 2, "pp": 2}},
         "teachers": [
-            {"name": f"t{i}", "store": str(root / "stores" / f"t{i}"), "route": {"domain": "ab"[i]}} for i in range(2)
+            {"name": f"t{i}", "store": str(root / "stores" / f"t{i}"), "route": {"domain": "ab"[i]}}
+            for i in range(2)
         ],
         "data": {
             "sources": [
-                {"name": "words", "path": str(root / "prompts.jsonl"), "eval_path": str(root / "prompts.jsonl")}
+                {
+                    "name": "words",
+                    "path": str(root / "prompts.jsonl"),
+                    "eval_path": str(root / "prompts.jsonl"),
+                }
             ],
             "context_length": 64,
             "max_response": 24,
@@ -73,7 +80,9 @@ def make_workplace(root: Path) -> None:
 
 
 def save_ending_model(folder: Path, seed: int) -> None:
-    """A random model that answers at every length: its embeddings have a direction in common, EOS more of it."""
+    """A random model that answers at every length: its embeddings have a direction in common, EOS
+    more of it.
+    """
     model = save_model(folder, seed=seed, layers=2)
     with torch.no_grad():
         embedding_VD = model.get_input_embeddings().weight
@@ -83,9 +92,18 @@ def save_ending_model(folder: Path, seed: int) -> None:
 
 
 def start(root: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mtopd.pipelines.cli", "consolidate", str(root / "config.yaml"), f"run_dir={run}"]
+    command = [
+        sys.executable,
+        "-m",
+        "mtopd.pipelines.cli",
+        "consolidate",
+        str(root / "config.yaml"),
+        f"run_dir={run}",
+    ]
     command += overrides
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int, str]:
@@ -108,7 +126,9 @@ def rank_processes(launcher: int) -> list[psutil.Process]:
 def kill_when(
     process: subprocess.Popen[str], inside: Callable[[], bool], *, launcher: bool = False
 ) -> list[psutil.Process]:
-    """Wait until ``inside`` holds, then SIGKILL rank 1 (or the launcher); returns all ranks there were."""
+    """Wait until ``inside`` holds, then SIGKILL rank 1 (or the launcher); returns all ranks there
+    were.
+    """
     deadline = time.monotonic() + 180
     ranks: list[psutil.Process] = []
     while not (ranks and inside()):
@@ -160,7 +180,9 @@ def inside_phase(run: Path, phase: str) -> Callable[[], bool]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("phase", ["rollout", "teacher_pass", "train", "checkpoint"])
-def test_a_killed_rank_loses_no_sealed_work(workplace: Path, undisturbed: dict[str, torch.Tensor], phase: str) -> None:
+def test_a_killed_rank_loses_no_sealed_work(
+    workplace: Path, undisturbed: dict[str, torch.Tensor], phase: str
+) -> None:
     run = workplace / phase
     process = start(workplace, run)
     ranks = kill_when(process, inside_phase(run, phase))
@@ -168,8 +190,12 @@ def test_a_killed_rank_loses_no_sealed_work(workplace: Path, undisturbed: dict[s
     assert code == 2 and "SIGKILL" in output and output.count("error:") == 1, output
     assert_nothing_left(run, ranks)
 
-    shards = {p: p.stat().st_mtime_ns for p in RunDir(run).trajectories(KILLED).glob("*.sealed.json")}
-    index = {p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")}
+    shards = {
+        p: p.stat().st_mtime_ns for p in RunDir(run).trajectories(KILLED).glob("*.sealed.json")
+    }
+    index = {
+        p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")
+    }
     process = start(workplace, run)
     redone = watch_rewrites(process, {**shards, **index})
     code, output = finish(process)
@@ -179,7 +205,9 @@ def test_a_killed_rank_loses_no_sealed_work(workplace: Path, undisturbed: dict[s
     if phase in ("teacher_pass", "train", "checkpoint"):
         assert lines(run, "rollout").count(KILLED) == 1, "sealed trajectories were sampled again"
     if phase in ("train", "checkpoint"):
-        assert lines(run, "train_step").count(KILLED - 1) == 4, "the checkpoint was not published when it was written"
+        assert lines(run, "train_step").count(KILLED - 1) == 4, (
+            "the checkpoint was not published when it was written"
+        )
         # one line for each of the two teachers
         assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
     assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.removed"))
@@ -190,7 +218,9 @@ def test_a_killed_rank_loses_no_sealed_work(workplace: Path, undisturbed: dict[s
 
 
 def watch_rewrites(process: subprocess.Popen[str], files: dict[Path, int]) -> list[str]:
-    """Files whose modification time changed while the run went on; that they go at the end is right."""
+    """Files whose modification time changed while the run went on; that they go at the end is
+    right.
+    """
     changed = set()
     while process.poll() is None:
         for path, mtime in files.items():
@@ -206,7 +236,11 @@ def watch_rewrites(process: subprocess.Popen[str], files: dict[Path, int]) -> li
 def train_steps(run: Path) -> dict[int, dict]:
     """The last line of every train step of the iteration in which runs are killed."""
     parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in parsed if line["kind"] == "train_step" and line["iteration"] == KILLED}
+    return {
+        line["step"]: line
+        for line in parsed
+        if line["kind"] == "train_step" and line["iteration"] == KILLED
+    }
 
 
 @pytest.mark.timeout(600)
@@ -219,20 +253,28 @@ def test_four_processes_die_and_two_go_on(workplace: Path) -> None:
     assert code == 2 and "SIGKILL" in output, output
     assert_nothing_left(run, ranks)
 
-    index = {p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")}
+    index = {
+        p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")
+    }
     assert index
-    layout = [f"student.parallel.{name}={size}" for name, size in {"tp": 1, "pp": 1, "dp": 2}.items()]
+    layout = [
+        f"student.parallel.{name}={size}" for name, size in {"tp": 1, "pp": 1, "dp": 2}.items()
+    ]
     process = start(workplace, run, *layout, "train.micro_batch_size=8")
     redone = watch_rewrites(process, index)
     code, output = finish(process)
     assert code == 0, output
     assert redone == [] and lines(run, "rollout").count(KILLED) == 1
     assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
-    assert lines(run, "train_step").count(KILLED - 1) == 4, "the run went on from an earlier checkpoint"
+    assert lines(run, "train_step").count(KILLED - 1) == 4, (
+        "the run went on from an earlier checkpoint"
+    )
     found, wanted = train_steps(run), train_steps(workplace / "undisturbed")
     first = sorted(wanted)[:3]
     assert sorted(found) == sorted(wanted) and len(first) == 3
-    errors = [abs(found[step]["loss"] - wanted[step]["loss"]) / wanted[step]["loss"] for step in first]
+    errors = [
+        abs(found[step]["loss"] - wanted[step]["loss"]) / wanted[step]["loss"] for step in first
+    ]
     print(f"worst loss {max(errors):.1e}")
     assert max(errors) <= 2e-6, errors
 

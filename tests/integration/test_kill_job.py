@@ -1,4 +1,6 @@
-"""SIGKILLs aimed at rollout, teacher pass, train, save and export of a whole job; ``make soak`` kills thirty times."""
+"""SIGKILLs aimed at rollout, teacher pass, train, save and export of a whole job; ``make soak``
+kills thirty times.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Each phase alone from the files the previous one left: same trajectories, same cache, same student."""
+"""Each phase alone from the files the previous one left: same trajectories, same cache, same
+student.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from tests.integration.test_kill_and_resume import start, workplace  # noqa: F40
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # a checkpoint is read by one process
+    pytest.mark.filterwarnings(
+        "ignore:torch.distributed is disabled"
+    ),  # a checkpoint is read by one process
 ]
 LAST = 3  # the iteration whose files a finished run keeps
 
@@ -50,7 +54,9 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     states = rows_of(run)
     shards = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
     final = checkpoint_tensors(run, LAST + 1)
-    assert checkpoint.sealed(run) == [2, 3, 4], "the last `keep` of checkpoints 1 to 4, older ones go"
+    assert checkpoint.sealed(run) == [2, 3, 4], (
+        "the last `keep` of checkpoints 1 to 4, older ones go"
+    )
     assert [path.name for path in (run.path / "iterations").iterdir()] == [f"{LAST:06d}"]
 
     assert is_sealed(run.hidden_cache(LAST))
@@ -58,7 +64,9 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     shutil.rmtree(run.checkpoint(LAST + 1))
     mtopd("rollout", str(run.path), "--iteration", str(LAST))
     replayed = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
-    assert replayed.keys() == shards.keys() and all(replayed[n].equals(t) for n, t in shards.items())
+    assert replayed.keys() == shards.keys() and all(
+        replayed[n].equals(t) for n, t in shards.items()
+    )
 
     mtopd("teacher-pass", str(run.path), "--iteration", str(LAST))
     assert all(np.array_equal(a, b) for a, b in zip(states, rows_of(run), strict=True))
@@ -71,17 +79,25 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
         # A start of its own has other seconds, and no small heads in memory yet.
         for name in ("wall_s", "tokens_per_s", "stall_s", "statistics_s", "head_bytes_read"):
             del line[name]
-    assert again == last and all(line["kl_noise_floor"] for line in again), "the floors are those of the first start"
+    assert again == last and all(line["kl_noise_floor"] for line in again), (
+        "the floors are those of the first start"
+    )
     found, before = checkpoint_tensors(run, LAST + 1), checkpoint_tensors(run, LAST)
     assert found.keys() == final.keys()
     for name, tensor in final.items():
         assert torch.equal(found[name], tensor), name
     exported = load_file(run.export(LAST + 1) / "model.safetensors")
     weights = [name for name in final if not name.startswith(("optimizer.", "rng_"))]
-    assert sum(final[name].numel() for name in weights) >= sum(tensor.numel() for tensor in exported.values())
+    assert sum(final[name].numel() for name in weights) >= sum(
+        tensor.numel() for tensor in exported.values()
+    )
     for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
-        same = [name for name in weights if torch.equal(final[prefix + name], before[prefix + name])]
-        assert not same, f"a train step moves every weight and its moments, but not {prefix}{same[0]}"
+        same = [
+            name for name in weights if torch.equal(final[prefix + name], before[prefix + name])
+        ]
+        assert not same, (
+            f"a train step moves every weight and its moments, but not {prefix}{same[0]}"
+        )
 
 
 def train_steps(output: str) -> list[dict[str, Any]]:
@@ -92,22 +108,36 @@ def train_steps(output: str) -> list[dict[str, Any]]:
 def rows_of(run: RunDir) -> list[np.ndarray]:
     """All cached rows as zarr-python reads them, in the order of the samples."""
     segments = {
-        p.parent.name: zarr.open(p.parent, mode="r") for p in run.hidden_cache(LAST).glob("t/*/seg/*/zarr.json")
+        p.parent.name: zarr.open(p.parent, mode="r")
+        for p in run.hidden_cache(LAST).glob("t/*/seg/*/zarr.json")
     }
     assert segments
     with HiddenCacheReader(run.hidden_cache(LAST)) as reader:
-        entries = sorted((copies[0] for copies in reader._copies.values()), key=lambda e: e.request.sample_id)
-        return [np.asarray(segments[e.sample.segment][e.sample.row : e.sample.row + e.n_tokens]) for e in entries]
+        entries = sorted(
+            (copies[0] for copies in reader._copies.values()), key=lambda e: e.request.sample_id
+        )
+        return [
+            np.asarray(segments[e.sample.segment][e.sample.row : e.sample.row + e.n_tokens])
+            for e in entries
+        ]
 
 
 def checkpoint_tensors(run: RunDir, iteration: int) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state, whole as Megatron's names have them, and each rank's random state."""
+    """Weights and optimizer state, whole as Megatron's names have them, and each rank's random
+    state.
+    """
     folder = run.checkpoint(iteration)
     reader = FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.full(e.size, torch.nan, dtype=e.properties.dtype) for name, e in entries.items()}
+    tensors = {
+        name: torch.full(e.size, torch.nan, dtype=e.properties.dtype) for name, e in entries.items()
+    }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
-    of_ranks = {f"{p.stem}.{n}": t for p in sorted(folder.glob("rng_*.safetensors")) for n, t in load_file(p).items()}
+    of_ranks = {
+        f"{p.stem}.{n}": t
+        for p in sorted(folder.glob("rng_*.safetensors"))
+        for n, t in load_file(p).items()
+    }
     assert len(of_ranks) >= 4
     return {**tensors, **of_ranks}
 

@@ -1,4 +1,6 @@
-"""``make smoke`` from nothing: the real stages with few steps; it checks counts and files, not accuracy."""
+"""``make smoke`` from nothing: the real stages with few steps; it checks counts and files, not
+accuracy.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,19 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 def smoke(folder: Path) -> str:
     command = [sys.executable, str(REPOSITORY / "launch" / "demo.py"), "smoke"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_the_smoke_demo_ends_with_a_true_report(tmp_path: Path) -> None:
     output = smoke(tmp_path)
-    assert output.strip().splitlines()[-1] == "smoke done: runs/smoke/report.json, runs/smoke/report.html"
+    assert (
+        output.strip().splitlines()[-1]
+        == "smoke done: runs/smoke/report.json, runs/smoke/report.html"
+    )
     report = json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text())
     assert report["finished"] and report["train_steps"] == 32 and report["waves"] == 1
     assert report["peak_resident_heads"] == 1
@@ -36,7 +43,10 @@ def test_the_smoke_demo_ends_with_a_true_report(tmp_path: Path) -> None:
         assert teacher["bytes_read"] == teacher["stored_bytes"] > 0, (
             "three small teachers fit in host_budget: read once"
         )
-        assert teacher["bytes_kept"] == 7 * teacher["stored_bytes"] and teacher["probe"] == "transformers"
+        assert (
+            teacher["bytes_kept"] == 7 * teacher["stored_bytes"]
+            and teacher["probe"] == "transformers"
+        )
     assert report["reverse_kl"]["last"] < 0.8 * report["reverse_kl"]["first"]
     assert set(report["domains"]) == {"rot", "rev", "spir"}
     page = (tmp_path / "runs" / "smoke" / "report.html").read_text()
@@ -45,5 +55,10 @@ def test_the_smoke_demo_ends_with_a_true_report(tmp_path: Path) -> None:
     started = time.monotonic()
     assert "smoke done" in smoke(tmp_path)  # every stage is skipped: its sealed output is there
     assert json.loads((tmp_path / "runs" / "smoke" / "report.json").read_text()) == report
-    assert len((tmp_path / "runs" / "smoke" / "consolidate" / "metrics.jsonl").read_text().splitlines()) > 32
+    assert (
+        len(
+            (tmp_path / "runs" / "smoke" / "consolidate" / "metrics.jsonl").read_text().splitlines()
+        )
+        > 32
+    )
     print(f"second run took {time.monotonic() - started:.0f} s")

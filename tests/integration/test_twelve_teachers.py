@@ -1,4 +1,6 @@
-"""Twelve teachers cost no more memory than two: whole runs of the command line, memory measured by the kernel."""
+"""Twelve teachers cost no more memory than two: whole runs of the command line, memory measured by
+the kernel.
+"""
 
 from __future__ import annotations
 
@@ -75,12 +77,19 @@ def consolidate(root: Path, num_teachers: int) -> dict:
 def test_twelve_teachers_take_the_memory_of_two(workplace: Path) -> None:
     few, many = consolidate(workplace, 2), consolidate(workplace, 12)
     growth = many["peak_host_bytes"] / few["peak_host_bytes"]
-    print(f"peak resident memory: 2 teachers {few['peak_host_bytes'] / MIB:.0f} MiB, 12 teachers x {growth:.3f}")
+    print(
+        f"peak resident memory: 2 teachers {few['peak_host_bytes'] / MIB:.0f} MiB, 12 teachers x "
+        f"{growth:.3f}"
+    )
     assert growth <= 1.05
     stored = sum(open_store(workplace / "stores" / f"t{i}").pass_bytes() for i in range(12))
     for report in (few, many):
         assert report["finished"] and report["peak_resident_heads"] == 1
         assert all(check["ok"] for check in report["checks"].values()), report["checks"]
     loads = many["checks"]["head_loads"]
-    assert loads["found"] == loads["expected"] > 12, "as many head loads in a step as distinct teachers are in it"
-    assert many["peak_device_bytes"] < stored / 4, "never more than two layers and an embedding of one teacher"
+    assert loads["found"] == loads["expected"] > 12, (
+        "as many head loads in a step as distinct teachers are in it"
+    )
+    assert many["peak_device_bytes"] < stored / 4, (
+        "never more than two layers and an embedding of one teacher"
+    )

@@ -1,4 +1,6 @@
-"""One thread for every test here: the tensors are small, and idle threads that spin slow a busy machine down."""
+"""One thread for every test here: the tensors are small, and idle threads that spin slow a busy
+machine down.
+"""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,8 @@
 """Inputs and the dense answer for the tests of the fused divergence.
 
-Legend: T tokens, D student hidden size, E teacher hidden size, V vocabulary rows with padding.
-The dense answer is autograd of the reference on whole logits, in any dtype; float64 on the same inputs is the oracle.
+Legend: T tokens, D student hidden size, E teacher hidden size, V vocabulary rows with padding. The
+dense answer is autograd of the reference on whole logits, in any dtype; float64 on the same inputs
+is the oracle.
 """
 
 from __future__ import annotations
@@ -37,15 +38,24 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Case:
-        tensors = (self.student_hidden_TD, self.student_weight_VD, self.teacher_hidden_TE, self.teacher_weight_VE)
-        return Case(*(tensor.to(dtype) for tensor in tensors), self.token_weight_T, dict(self.options))
+        tensors = (
+            self.student_hidden_TD,
+            self.student_weight_VD,
+            self.teacher_hidden_TE,
+            self.teacher_weight_VE,
+        )
+        return Case(
+            *(tensor.to(dtype) for tensor in tensors), self.token_weight_T, dict(self.options)
+        )
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Fresh copies of the student tensors that want a gradient."""
         hidden, weight = self.student_hidden_TD, self.student_weight_VD
         return hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
 
-    def call(self, student_hidden_TD: Tensor, student_weight_VD: Tensor, **options: Any) -> Divergence:
+    def call(
+        self, student_hidden_TD: Tensor, student_weight_VD: Tensor, **options: Any
+    ) -> Divergence:
         teacher = (self.teacher_hidden_TE, self.teacher_weight_VE)
         options = {"token_weight": self.token_weight_T} | self.options | options
         return fused_linear_divergence(student_hidden_TD, student_weight_VD, *teacher, **options)
@@ -62,7 +72,9 @@ def make_case(
     seed: int = 0,
     **options: Any,
 ) -> Case:
-    """A float32 case whose teacher logits are the student's plus `distance` times noise (KL is about its square)."""
+    """A float32 case whose teacher logits are the student's plus `distance` times noise (KL is
+    about its square).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -73,12 +85,19 @@ def make_case(
     student_hidden_TD = randn(num_tokens, student_size)
     student_weight_VD = randn(vocab_rows, student_size) * (3 / student_size**0.5)
     teacher_hidden_TE = torch.cat([student_hidden_TD, distance * randn(num_tokens, num_extra)], 1)
-    teacher_weight_VE = torch.cat([student_weight_VD, randn(vocab_rows, num_extra) * (1.6 / num_extra**0.5)], 1)
+    teacher_weight_VE = torch.cat(
+        [student_weight_VD, randn(vocab_rows, num_extra) * (1.6 / num_extra**0.5)], 1
+    )
     token_weight_T = torch.rand(num_tokens, generator=generator) + 0.1
     token_weight_T[:masked] = 0
     token_weight_T = token_weight_T[torch.randperm(num_tokens, generator=generator)]
     return Case(
-        student_hidden_TD, student_weight_VD, teacher_hidden_TE, teacher_weight_VE, token_weight_T, dict(options)
+        student_hidden_TD,
+        student_weight_VD,
+        teacher_hidden_TE,
+        teacher_weight_VE,
+        token_weight_T,
+        dict(options),
     )
 
 
@@ -92,7 +111,9 @@ def fused(case: Case, **options: Any) -> Answer:
 
 
 def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
-    """The answer of the reference on whole logits in `dtype`; rows without weight must hold finite numbers."""
+    """The answer of the reference on whole logits in `dtype`; rows without weight must hold finite
+    numbers.
+    """
     options = case.options
     case = case.to(dtype)
     hidden, weight = case.leaves()
@@ -100,7 +121,9 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
     student, teacher = _all_logits(case, hidden, weight)
     is_live = case.token_weight_T != 0
     name, beta = options.get("divergence", "reverse_kl"), options.get("beta")
-    per_token = torch.where(is_live, reference.divergence(name, student, teacher, beta or 0.5, temperature), 0)
+    per_token = torch.where(
+        is_live, reference.divergence(name, student, teacher, beta or 0.5, temperature), 0
+    )
     loss = (case.token_weight_T.to(dtype) * per_token).sum()
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
@@ -120,11 +143,15 @@ def _all_logits(case: Case, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     options = case.options
     vocab_size, bias = options.get("vocab_size"), options.get("teacher_bias")
     student = _logits(hidden, weight, None, "student", options)[:, :vocab_size]
-    teacher = _logits(case.teacher_hidden_TE, case.teacher_weight_VE, bias, "teacher", options)[:, :vocab_size]
+    teacher = _logits(case.teacher_hidden_TE, case.teacher_weight_VE, bias, "teacher", options)[
+        :, :vocab_size
+    ]
     return student, teacher
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, model: str, options: dict[str, Any]) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, model: str, options: dict[str, Any]
+) -> Tensor:
     logits = options.get(f"{model}_logit_scale", 1.0) * (hidden @ weight.T)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
@@ -143,4 +170,6 @@ def assert_as_good_as_dense(actual: Answer, case: Case, at_most: float | None = 
     for name in Answer._fields:
         error = relative_error(getattr(actual, name), getattr(oracle, name))
         bound = 2 * relative_error(getattr(plain, name), getattr(oracle, name)) + 2e-6
-        assert error <= (bound if at_most is None else min(bound, at_most)), f"{name}: {error:.2e} > {bound:.2e}"
+        assert error <= (bound if at_most is None else min(bound, at_most)), (
+            f"{name}: {error:.2e} > {bound:.2e}"
+        )

@@ -1,7 +1,9 @@
-"""What each tensor-parallel rank runs in `test_fused_linear_tp`: gloo on the loopback interface, a file as rendezvous.
+"""What each tensor-parallel rank runs in `test_fused_linear_tp`: gloo on the loopback interface, a
+file as rendezvous.
 
-Every rank builds the same whole case from a seed, keeps its rows of the vocabulary, and compares with the dense answer
-of the whole case: values, its rows of the weight gradient, and the hidden gradient after the caller's sum over ranks.
+Every rank builds the same whole case from a seed, keeps its rows of the vocabulary, and compares
+with the dense answer of the whole case: values, its rows of the weight gradient, and the hidden
+gradient after the caller's sum over ranks.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ def run_rank(rank: int, world_size: int, store_path: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
     group_while_alive = weakref.ref(dist.group.WORLD)
     run_checks(rank, dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
-    assert group_while_alive() is None, "a group that outlives destroy now and then aborts the interpreter's exit"
+    assert group_while_alive() is None, (
+        "a group that outlives destroy now and then aborts the interpreter's exit"
+    )
 
 
 def run_checks(rank: int, group: dist.ProcessGroup) -> None:
@@ -60,10 +66,21 @@ def run_checks(rank: int, group: dist.ProcessGroup) -> None:
 def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
     rows = ROWS * group.size()
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(9))
-    for vocab_size in (None, rows - 3, rows - ROWS, rows - ROWS - 5, 5):  # padding: none, some, a whole rank and more
+    for vocab_size in (
+        None,
+        rows - 3,
+        rows - ROWS,
+        rows - ROWS - 5,
+        5,
+    ):  # padding: none, some, a whole rank and more
         for options in (
             {},
-            {"temperature": 1.4, "student_logit_scale": 1.3, "student_softcap": 5.0, "teacher_bias": bias},
+            {
+                "temperature": 1.4,
+                "student_logit_scale": 1.3,
+                "student_softcap": 5.0,
+                "teacher_bias": bias,
+            },
         ):
             for name, beta in SIX:
                 kind = {"divergence": name, "beta": beta, "vocab_size": vocab_size}
@@ -71,21 +88,30 @@ def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
                 assert_as_good_as_dense(sharded(case, group), case)
                 assert_as_good_as_dense(sharded(case, group, workspace_bytes=CHUNKED), case)
                 case = case.to(torch.float64)
-                for actual, oracle in zip(sharded(case, group, workspace_bytes=CHUNKED), dense(case), strict=True):
+                for actual, oracle in zip(
+                    sharded(case, group, workspace_bytes=CHUNKED), dense(case), strict=True
+                ):
                     assert relative_error(actual, oracle) < 1e-12
 
 
 def check_real_vocabulary(group: dist.ProcessGroup) -> None:
-    """151936 columns in the 152576 rows that Megatron pads to at tp 8; the second time the last rank has none."""
+    """151936 columns in the 152576 rows that Megatron pads to at tp 8; the second time the last
+    rank has none.
+    """
     for vocab_size in (151936, 7 * 19072 - 5):
         case = make_case(5, 4, 6, 152576, distance=2.0, masked=1, vocab_size=vocab_size)
-        # What is left is the rounding of the products, which is the processor's: 1e-6 on Intel's, 5e-6 on an AMD EPYC.
+        # What is left is the rounding of the products, which is the processor's: 1e-6 on Intel's,
+        # 5e-6 on an AMD EPYC.
         assert_as_good_as_dense(sharded(case, group), case, 1e-5)
 
 
 def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
-    """Row maxima that differ between ranks by more than float32 can exponentiate, in either model, either way."""
-    for seed, (student_offset, teacher_offset) in enumerate([(0, 200), (200, 0), (200, 200), (150, -150), (1e4, 1e4)]):
+    """Row maxima that differ between ranks by more than float32 can exponentiate, in either model,
+    either way.
+    """
+    for seed, (student_offset, teacher_offset) in enumerate(
+        [(0, 200), (200, 0), (200, 200), (150, -150), (1e4, 1e4)]
+    ):
         case = make_case(11, 5, 8, ROWS * group.size(), seed=seed)
         offsets = torch.zeros(case.student_weight_VD.shape[0])
         offsets[seed % group.size() * ROWS :][:ROWS] = 1
@@ -100,12 +126,16 @@ def check_shards_of_different_scale(group: dist.ProcessGroup) -> None:
 
 def check_nothing_to_do(group: dist.ProcessGroup) -> None:
     for num_tokens in (0, 4):
-        case = make_case(num_tokens, masked=num_tokens, vocab_rows=ROWS * group.size(), vocab_size=ROWS)
+        case = make_case(
+            num_tokens, masked=num_tokens, vocab_rows=ROWS * group.size(), vocab_size=ROWS
+        )
         assert all(not tensor.any() for tensor in sharded(case, group))
 
 
 def check_number_of_collectives(group: dist.ProcessGroup) -> None:
-    """One all-gather for each chunk, two where a centre is needed, and one for each call; no bytes per vocabulary."""
+    """One all-gather for each chunk, two where a centre is needed, and one for each call; no bytes
+    per vocabulary.
+    """
     case = make_case(19, vocab_rows=ROWS * group.size(), masked=0)
     for name, beta in SIX:
         per_chunk = 1 if name in ("reverse_kl", "forward_kl") else 2
@@ -117,7 +147,9 @@ def check_number_of_collectives(group: dist.ProcessGroup) -> None:
 
 
 def check_collectives_travel_behind_products(group: dist.ProcessGroup) -> None:
-    """Between the start of a chunk's collective and the wait for it stands a product of the next chunk."""
+    """Between the start of a chunk's collective and the wait for it stands a product of the next
+    chunk.
+    """
     events: list[str] = []
     all_gather, wait, mm = chunks.TensorParallel.all_gather, chunks.Gathered.wait, torch.mm
 
@@ -138,11 +170,15 @@ def check_collectives_travel_behind_products(group: dist.ProcessGroup) -> None:
             sharded(case, group, workspace_bytes=CHUNKED, divergence=name, beta=beta)
         starts = [i for i, event in enumerate(events) if event == "start"]
         last_wait = max(i for i, event in enumerate(events) if event == "wait")
-        steady = starts[: -3 if name in ("reverse_kl", "forward_kl") else -4]  # the last chunk has no successor
+        steady = starts[
+            : -3 if name in ("reverse_kl", "forward_kl") else -4
+        ]  # the last chunk has no successor
         assert len(steady) >= 3
         for start in steady:
             assert events[start + 1 : start + 3].count("product") >= 1, (name, events)
-        assert events[last_wait - 1] == "start", "only the value of the whole call is waited for at once"
+        assert events[last_wait - 1] == "start", (
+            "only the value of the whole call is waited for at once"
+        )
 
 
 @contextmanager
@@ -160,7 +196,9 @@ def counted_all_gathers() -> Iterator[list[int]]:
 
 
 def check_refusal_is_collective(group: dist.ProcessGroup) -> None:
-    """A token that only one rank sees to be excluded is refused on all, with one message, and nobody hangs."""
+    """A token that only one rank sees to be excluded is refused on all, with one message, and
+    nobody hangs.
+    """
     rows = ROWS * group.size()
     bias = torch.zeros(rows)
     bias[rows - 1] = -math.inf
@@ -179,7 +217,9 @@ def check_refusal_is_collective(group: dist.ProcessGroup) -> None:
 
 
 def check_accumulator(group: dist.ProcessGroup) -> None:
-    """Each rank's rows of the weight gradient arrive in its accumulator, whatever part of its shard is padding."""
+    """Each rank's rows of the weight gradient arrive in its accumulator, whatever part of its shard
+    is padding.
+    """
     for vocab_size in (None, ROWS * group.size() - ROWS):
         case = make_case(19, vocab_rows=ROWS * group.size(), vocab_size=vocab_size)
         main_grad = torch.zeros(ROWS, case.student_weight_VD.shape[1])
@@ -210,7 +250,9 @@ def sharded(case: Case, group: dist.ProcessGroup, **options: Any) -> Answer:
     num_rows = len(case.student_weight_VD) // group.size()
     rows = slice(group.rank() * num_rows, (group.rank() + 1) * num_rows)
     weights = (case.student_weight_VD[rows], case.teacher_weight_VE[rows])
-    shard = Case(case.student_hidden_TD, weights[0], case.teacher_hidden_TE, weights[1], case.token_weight_T)
+    shard = Case(
+        case.student_hidden_TD, weights[0], case.teacher_hidden_TE, weights[1], case.token_weight_T
+    )
     shard.options = dict(case.options)
     if "teacher_bias" in shard.options:
         shard.options["teacher_bias"] = shard.options["teacher_bias"][rows]

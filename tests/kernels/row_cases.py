@@ -1,7 +1,9 @@
-"""Checks of one implementation of the row kernels, given the same float32 logits as the float64 oracle.
+"""Checks of one implementation of the row kernels, given the same float32 logits as the float64
+oracle.
 
-Legend: C rows, V all columns, v those of one (here simulated) rank.  `test_rows` runs them on the CPU implementations,
-`test_rows_triton` in a process of its own under Triton's interpreter, and on a GPU where there is one.
+Legend: C rows, V all columns, v those of one (here simulated) rank.  `test_rows` runs them on the
+CPU implementations, `test_rows_triton` in a process of its own under Triton's interpreter, and on a
+GPU where there is one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ from mtopd.kernels.rows import (
 INF = math.inf
 DIVERGENCES: list[tuple[str, float | None]] = [
     *((name, None) for name in NO_BETA),
-    *((name, beta) for name in ("jsd", "skewed_reverse_kl", "skewed_forward_kl") for beta in (0.1, 0.5, 0.9)),
+    *(
+        (name, beta)
+        for name in ("jsd", "skewed_reverse_kl", "skewed_forward_kl")
+        for beta in (0.1, 0.5, 0.9)
+    ),
 ]
 SIX = [(name, beta) for name, beta in DIVERGENCES if beta in (None, 0.5)]
 # Noise of the teacher's logits and the reverse KL that it makes, from 1 to 4e-7.
@@ -49,11 +55,15 @@ def problem(name: str, beta: float | None = None, **options: object) -> RowProbl
     return RowProblem(kind=Kind.MIXTURE, mixture=mixture_of(name, beta), **options)
 
 
-def logits_like_a_model(num_rows: int, num_columns: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def logits_like_a_model(
+    num_rows: int, num_columns: int, noise: float, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """A bulk, twenty likely tokens in each row, and a teacher that differs by noise."""
     generator = torch.Generator().manual_seed(seed)
     student_CV = torch.randn(num_rows, num_columns, generator=generator) * 2.5
-    likely = torch.stack([torch.randperm(num_columns, generator=generator)[:20] for _ in range(num_rows)])
+    likely = torch.stack(
+        [torch.randperm(num_columns, generator=generator)[:20] for _ in range(num_rows)]
+    )
     student_CV.scatter_(1, likely, 24 - 8 * torch.rand(num_rows, 20, generator=generator))
     return student_CV, student_CV + noise * torch.randn(num_rows, num_columns, generator=generator)
 
@@ -66,33 +76,47 @@ def run(
     weight_C: Tensor | None = None,
     cuts: tuple[int, ...] = (),
 ) -> RowAnswer:
-    """All steps of the seam; `cuts` split the columns over simulated ranks (equal cuts: a rank without columns)."""
-    weight_C = torch.ones(student_CV.shape[0], dtype=student_CV.dtype) if weight_C is None else weight_C
+    """All steps of the seam; `cuts` split the columns over simulated ranks (equal cuts: a rank
+    without columns).
+    """
+    weight_C = (
+        torch.ones(student_CV.shape[0], dtype=student_CV.dtype) if weight_C is None else weight_C
+    )
     weight_C = weight_C.to(student_CV.device)
     bounds = list(pairwise((0, *cuts, student_CV.shape[1])))
     shards = [(student_CV[:, a:b].clone(), teacher_CV[:, a:b].clone()) for a, b in bounds]
     problems = [_cut(problem, a, b) for a, b in bounds]
     live = [i for i, (a, b) in enumerate(bounds) if a < b]
     statistics = [
-        kernels.statistics(problems[i], *shards[i]) if i in live else no_columns(len(student_CV), student_CV)
+        kernels.statistics(problems[i], *shards[i])
+        if i in live
+        else no_columns(len(student_CV), student_CV)
         for i in range(len(bounds))
     ]
     rows_9C = kernels.merge(problem, torch.stack(statistics), weight_C)
     if problem.needs_centre:
-        rows_9C[Row.CENTRE] = sum(kernels.gradient(problems[i], *shards[i], rows_9C, None)[1] for i in live)
+        rows_9C[Row.CENTRE] = sum(
+            kernels.gradient(problems[i], *shards[i], rows_9C, None)[1] for i in live
+        )
     without = [kernels.gradient(problems[i], *shards[i], rows_9C, None)[0] for i in live]
     for i in live:
-        torch.testing.assert_close(shards[i][0], student_CV[:, slice(*bounds[i])], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            shards[i][0], student_CV[:, slice(*bounds[i])], rtol=0, atol=0, equal_nan=True
+        )
     values = [kernels.gradient(problems[i], *shards[i], rows_9C, shards[i][0])[0] for i in live]
     torch.testing.assert_close(values, without, rtol=0, atol=0, equal_nan=True)
-    return RowAnswer(sum(values), torch.cat([shard for shard, _ in shards], 1), rows_9C[Row.ENTROPY])
+    return RowAnswer(
+        sum(values), torch.cat([shard for shard, _ in shards], 1), rows_9C[Row.ENTROPY]
+    )
 
 
 def _cut(problem: RowProblem, start: int, stop: int) -> RowProblem:
     bias = problem.teacher.bias_v
     if bias is None:
         return problem
-    teacher = LogitTransform(problem.teacher.scale, problem.teacher.softcap, bias[start:stop].contiguous())
+    teacher = LogitTransform(
+        problem.teacher.scale, problem.teacher.softcap, bias[start:stop].contiguous()
+    )
     return RowProblem(**{**vars(problem), "teacher": teacher})
 
 
@@ -108,20 +132,31 @@ def oracle(
     problem = RowProblem() if problem is None else problem
     weight_C = torch.ones(len(student_CV)) if weight_C is None else weight_C
     raw_CV = student_CV.detach().cpu().double().requires_grad_()
-    logits_CV, other_CV = _transform(raw_CV, problem.student), _transform(teacher_CV.cpu().double(), problem.teacher)
+    logits_CV, other_CV = (
+        _transform(raw_CV, problem.student),
+        _transform(teacher_CV.cpu().double(), problem.teacher),
+    )
     value_C = reference.divergence(name, logits_CV, other_CV, beta or 0.5, problem.temperature)
     (value_C * weight_C.double()).sum().backward()
     assert raw_CV.grad is not None
     log_p_CV = (logits_CV.detach() / problem.temperature).log_softmax(-1)
-    gradient_CV = raw_CV.grad * problem.student.scale  # the seam's derivative is in h @ W.T times the scale
-    return RowAnswer(value_C.detach(), gradient_CV / problem.student.scale, -(log_p_CV.exp() * log_p_CV).sum(-1))
+    gradient_CV = (
+        raw_CV.grad * problem.student.scale
+    )  # the seam's derivative is in h @ W.T times the scale
+    return RowAnswer(
+        value_C.detach(), gradient_CV / problem.student.scale, -(log_p_CV.exp() * log_p_CV).sum(-1)
+    )
 
 
 def _transform(raw_CV: Tensor, transform: LogitTransform) -> Tensor:
     logits_CV = raw_CV * transform.scale
     if transform.bias_v is not None:
         logits_CV = logits_CV + transform.bias_v.cpu().double()
-    return logits_CV if transform.softcap is None else transform.softcap * torch.tanh(logits_CV / transform.softcap)
+    return (
+        logits_CV
+        if transform.softcap is None
+        else transform.softcap * torch.tanh(logits_CV / transform.softcap)
+    )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -129,7 +164,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(
-    actual: RowAnswer, expected: RowAnswer, what: object = "", gradient_error: float = GRADIENT_ERROR
+    actual: RowAnswer,
+    expected: RowAnswer,
+    what: object = "",
+    gradient_error: float = GRADIENT_ERROR,
 ) -> None:
     error = relative_error(actual.gradient_CV, expected.gradient_CV)
     assert error <= gradient_error, f"{what}: gradient off by {error:.1e}"
@@ -140,10 +178,12 @@ def assert_close(
     assert error <= 1e-6, f"{what}: entropy off by {error:.1e}"
 
 
-# -- checks ---------------------------------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------
 
 
-def check_levels(kernels: RowKernels, device: str, num_rows: int = 2, num_columns: int = 5003) -> None:
+def check_levels(
+    kernels: RowKernels, device: str, num_rows: int = 2, num_columns: int = 5003
+) -> None:
     """Every divergence from KL 1 to 4e-7, columns that fill no vector and no block."""
     weight_C = torch.rand(num_rows, generator=torch.Generator().manual_seed(1)) + 0.5
     for noise, level in LEVELS:
@@ -151,8 +191,12 @@ def check_levels(kernels: RowKernels, device: str, num_rows: int = 2, num_column
         kl = oracle("reverse_kl", None, student_CV, teacher_CV).value_C.mean()
         assert level / 4 < kl < level * 4, kl
         for name, beta in DIVERGENCES:
-            actual = run(kernels, problem(name, beta), student_CV.to(device), teacher_CV.to(device), weight_C)
-            assert_close(actual, oracle(name, beta, student_CV, teacher_CV, weight_C), (name, beta, level))
+            actual = run(
+                kernels, problem(name, beta), student_CV.to(device), teacher_CV.to(device), weight_C
+            )
+            assert_close(
+                actual, oracle(name, beta, student_CV, teacher_CV, weight_C), (name, beta, level)
+            )
 
 
 def check_ranks(kernels: RowKernels, device: str) -> None:
@@ -161,14 +205,24 @@ def check_ranks(kernels: RowKernels, device: str) -> None:
         student_CV, teacher_CV = logits_like_a_model(2, 700, noise, seed=3)
         for cuts in ((1, 350), (0, 256, 700)):
             for name, beta in SIX:
-                actual = run(kernels, problem(name, beta), student_CV.to(device), teacher_CV.to(device), cuts=cuts)
-                assert_close(actual, oracle(name, beta, student_CV, teacher_CV), (name, cuts, noise))
+                actual = run(
+                    kernels,
+                    problem(name, beta),
+                    student_CV.to(device),
+                    teacher_CV.to(device),
+                    cuts=cuts,
+                )
+                assert_close(
+                    actual, oracle(name, beta, student_CV, teacher_CV), (name, cuts, noise)
+                )
 
 
 def check_offsets(kernels: RowKernels, device: str) -> None:
     """Offsets common to a row, and ranks whose maxima are further apart than float32 exponentiates."""
     student_CV, teacher_CV = logits_like_a_model(2, 500, 0.5, seed=4)
-    student_CV, teacher_CV = (z.mul(64).round().div(64) for z in (student_CV, teacher_CV))  # exact at 1e4
+    student_CV, teacher_CV = (
+        z.mul(64).round().div(64) for z in (student_CV, teacher_CV)
+    )  # exact at 1e4
     for offset in (1e3, 1e4, -1e4):
         for name, beta in SIX:
             shifted = ((student_CV + offset).to(device), (teacher_CV - offset).to(device))
@@ -178,14 +232,22 @@ def check_offsets(kernels: RowKernels, device: str) -> None:
     near_CV, near_teacher_CV = logits_like_a_model(2, 500, 0.01, seed=14)
     near_CV, near_teacher_CV = near_CV + 1e3, near_teacher_CV - 1e3
     for name, beta in SIX:
-        actual = run(kernels, problem(name, beta), near_CV.to(device), near_teacher_CV.to(device), cuts=(200,))
+        actual = run(
+            kernels,
+            problem(name, beta),
+            near_CV.to(device),
+            near_teacher_CV.to(device),
+            cuts=(200,),
+        )
         assert_close(actual, oracle(name, beta, near_CV, near_teacher_CV), (name, "near"))
     for of_student, of_teacher in ((200, 0), (0, 200), (200, 200), (150, -150)):
         student, teacher = student_CV.clone(), teacher_CV.clone()
         student[:, 250:] += of_student
         teacher[:, 250:] += of_teacher
         for name, beta in SIX:
-            actual = run(kernels, problem(name, beta), student.to(device), teacher.to(device), cuts=(250,))
+            actual = run(
+                kernels, problem(name, beta), student.to(device), teacher.to(device), cuts=(250,)
+            )
             expected = oracle(name, beta, student, teacher)
             if expected.gradient_CV.norm() > 1e-6:  # differences of 300 in float32: an ulp is 3e-5
                 assert_close(actual, expected, (name, of_student, of_teacher), gradient_error=3e-5)
@@ -203,11 +265,17 @@ def check_transforms(kernels: RowKernels, device: str) -> None:
             {"temperature": 2.5, "student": LogitTransform(0.5), "teacher": LogitTransform(1.5)},
             {"temperature": 1.0, "student": LogitTransform(softcap=15.0)},
             {"temperature": 1.0, "teacher": LogitTransform(1.0, 20.0, bias_v)},
-            {"temperature": 1.3, "student": LogitTransform(1.2, 30.0), "teacher": LogitTransform(0.8, 9.0, bias_v)},
+            {
+                "temperature": 1.3,
+                "student": LogitTransform(1.2, 30.0),
+                "teacher": LogitTransform(0.8, 9.0, bias_v),
+            },
         ):
             for name, beta in SIX:
                 this = problem(name, beta, **options)
-                actual = run(kernels, this, student_CV.to(device), teacher_CV.to(device), cuts=(128,))
+                actual = run(
+                    kernels, this, student_CV.to(device), teacher_CV.to(device), cuts=(128,)
+                )
                 expected = oracle(name, beta, student_CV, teacher_CV, problem=this)
                 # Logits of 30 that a transform has rounded to float32 are off by an ulp of 2e-6.
                 assert_close(actual, expected, (name, options["temperature"]), gradient_error=4e-6)
@@ -216,11 +284,15 @@ def check_transforms(kernels: RowKernels, device: str) -> None:
     for name, beta in SIX:
         this = problem(name, beta, temperature=0.7)
         actual = run(kernels, this, student_CV.to(device), teacher_CV.to(device))
-        assert_close(actual, oracle(name, beta, student_CV, teacher_CV, problem=this), (name, "temperature"))
+        assert_close(
+            actual, oracle(name, beta, student_CV, teacher_CV, problem=this), (name, "temperature")
+        )
 
 
 _GRAD = [-0.029946, -0.081402, 0.111348]
-EXTREMES: dict[str, tuple[list[float], list[float], float, list[float]]] = {  # spec: worked out in float64
+EXTREMES: dict[
+    str, tuple[list[float], list[float], float, list[float]]
+] = {  # spec: worked out in float64
     "plain": ([1, 2, 3], [1, 2, 2.5], 0.02914512, _GRAD),
     "shifted": ([1001, 1002, 1003], [-999, -998, -997.5], 0.02914512, _GRAD),
     "both-neginf": ([1, 2, 3, -INF], [1, 2, 2.5, -INF], 0.02914512, [*_GRAD, 0]),
@@ -228,7 +300,12 @@ EXTREMES: dict[str, tuple[list[float], list[float], float, list[float]]] = {  # 
     "p-0": ([0, 200, 1], [0, 1, 200], 199, [0, 0, 0]),
     "q-0": ([0, 1, 2], [0, 1, 200], 65.87469, [11.858622, 32.235073, -44.093697]),
     "identical-shifted": ([10001, 10002, 10003], [-9999, -9998, -9997], 0, [0, 0, 0]),
-    "no-mass": ([0, 200, 1], [-INF, 200, 1], 0, [0, 0, 0]),  # excluded where the student has no float32 mass
+    "no-mass": (
+        [0, 200, 1],
+        [-INF, 200, 1],
+        0,
+        [0, 0, 0],
+    ),  # excluded where the student has no float32 mass
 }
 
 
@@ -242,7 +319,10 @@ def check_extremes(kernels: RowKernels, device: str) -> None:
         )
         torch.testing.assert_close(float(actual.value_C), float(kl), rtol=2e-6, atol=1e-30)
         torch.testing.assert_close(
-            actual.gradient_CV[0].cpu(), torch.tensor(gradient, dtype=torch.float32), rtol=1e-6, atol=1e-6
+            actual.gradient_CV[0].cpu(),
+            torch.tensor(gradient, dtype=torch.float32),
+            rtol=1e-6,
+            atol=1e-6,
         )
         if not any(gradient):
             assert bool((actual.gradient_CV == 0).all()), name
@@ -258,17 +338,28 @@ def check_extremes(kernels: RowKernels, device: str) -> None:
                 pairs.append((student_CV, excluded_teacher))
             for student, teacher in pairs:
                 for cuts in ((), (100,)):
-                    actual = run(kernels, problem(name, beta), student.to(device), teacher.to(device), cuts=cuts)
+                    actual = run(
+                        kernels,
+                        problem(name, beta),
+                        student.to(device),
+                        teacher.to(device),
+                        cuts=cuts,
+                    )
                     # exp(-1e4) is 0 in float64 too, and the reference stays finite
                     expected = oracle(name, beta, student.clamp(min=-1e4), teacher.clamp(min=-1e4))
-                    # A bounded divergence near its bound: phi is the same for nearly all of p's mass.
+                    # A bounded divergence near its bound: phi is the same for nearly all of p's
+                    # mass.
                     assert_close(actual, expected, (name, columns, cuts), gradient_error=1e-5)
-    infinite = run(kernels, problem("forward_kl"), excluded_student.to(device), teacher_CV.to(device))
+    infinite = run(
+        kernels, problem("forward_kl"), excluded_student.to(device), teacher_CV.to(device)
+    )
     assert bool((infinite.value_C == INF).all()) and bool(infinite.gradient_CV.isfinite().all())
 
 
 def check_floor(kernels: RowKernels, device: str) -> None:
-    """Reverse KL where the teacher excludes a token: log q is the floor there; the mass is reported."""
+    """Reverse KL where the teacher excludes a token: log q is the floor there; the mass is
+    reported.
+    """
     student_CV, teacher_CV = logits_like_a_model(3, 300, 1.0, seed=9)
     teacher_CV[:2, :150] = -INF
     raw_CV = student_CV.double().requires_grad_()
@@ -276,10 +367,16 @@ def check_floor(kernels: RowKernels, device: str) -> None:
     log_q_CV = log_q_CV.masked_fill(log_q_CV == -INF, LOG_PROB_FLOOR)
     value_C = (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1)
     value_C.sum().backward()
-    expected = RowAnswer(value_C.detach(), raw_CV.grad, -(log_p_CV.exp() * log_p_CV).sum(-1).detach())
+    expected = RowAnswer(
+        value_C.detach(), raw_CV.grad, -(log_p_CV.exp() * log_p_CV).sum(-1).detach()
+    )
     this = problem("reverse_kl")
     for cuts in ((), (60, 200), (150,)):
-        assert_close(run(kernels, this, student_CV.to(device), teacher_CV.to(device), cuts=cuts), expected, cuts)
+        assert_close(
+            run(kernels, this, student_CV.to(device), teacher_CV.to(device), cuts=cuts),
+            expected,
+            cuts,
+        )
     statistics_9C = kernels.statistics(this, student_CV.to(device), teacher_CV.to(device))
     rows_9C = kernels.merge(this, statistics_9C[None], torch.ones(3, device=device))
     mass_C = log_p_CV.exp()[:, :150].sum(-1).detach() * torch.tensor([1, 1, 0])
@@ -287,7 +384,9 @@ def check_floor(kernels: RowKernels, device: str) -> None:
 
 
 def check_identities(kernels: RowKernels, device: str) -> None:
-    """Equal logits: 0 and no gradient at all.  The gradient of a row sums to 0.  NaN stays in its row."""
+    """Equal logits: 0 and no gradient at all.  The gradient of a row sums to 0.  NaN stays in its
+    row.
+    """
     student_CV, teacher_CV = logits_like_a_model(5, 700, 1.0, seed=10)
     for name, beta in DIVERGENCES:
         this = problem(name, beta)
@@ -295,14 +394,19 @@ def check_identities(kernels: RowKernels, device: str) -> None:
         assert not same.value_C.any() and not same.gradient_CV.any(), name
         other = run(kernels, this, student_CV.to(device), teacher_CV.to(device), cuts=(256,))
         sums_C = other.gradient_CV.double().sum(1).abs()
-        assert bool((sums_C <= 2e-6 * other.gradient_CV.double().abs().sum(1)).all()), (name, sums_C)
+        assert bool((sums_C <= 2e-6 * other.gradient_CV.double().abs().sum(1)).all()), (
+            name,
+            sums_C,
+        )
         for which in range(2):
             damaged = [student_CV.clone(), teacher_CV.clone()]
             damaged[which][2, 17] = math.nan
             out = run(kernels, this, *(z.to(device) for z in damaged), cuts=(256,))
             assert out.value_C.isnan().tolist() == [False, False, True, False, False], (name, which)
             assert not out.gradient_CV[[0, 1, 3, 4]].isnan().any()
-            assert name == "tvd" or bool(out.gradient_CV[2].isnan().any())  # a sign hides what it is the sign of
+            assert name == "tvd" or bool(
+                out.gradient_CV[2].isnan().any()
+            )  # a sign hides what it is the sign of
 
 
 CHECKS = [

@@ -22,9 +22,13 @@ INF = math.inf
 
 
 def from_logits(student: list[float], teacher: list[float], **options: Any) -> Case:
-    """One token with these logits: hidden state 1, the logits as weights, so that the weight gradient is dL/dz."""
+    """One token with these logits: hidden state 1, the logits as weights, so that the weight
+    gradient is dL/dz.
+    """
     one = torch.ones(1, 1)
-    student_weight_V1, teacher_weight_V1 = (torch.tensor(z, dtype=torch.float32)[:, None] for z in (student, teacher))
+    student_weight_V1, teacher_weight_V1 = (
+        torch.tensor(z, dtype=torch.float32)[:, None] for z in (student, teacher)
+    )
     return Case(one, student_weight_V1, one, teacher_weight_V1, torch.ones(1), options)
 
 
@@ -42,13 +46,29 @@ GRAD = [-0.029946, -0.081402, 0.111348]
         (from_logits([0, 200, 1], [0, 1, 200]), 199, [0, 0, 0]),
         (from_logits([0, 1, 2], [0, 1, 200]), 65.87469, [11.858622, 32.235073, -44.093697]),
         (from_logits([10001, 10002, 10003], [-9999, -9998, -9997]), 0, [0, 0, 0]),
-        (from_logits([0, 200, 1], [-INF, 200, 1]), 0, [0, 0, 0]),  # excluded where the student has no float32 mass
+        (
+            from_logits([0, 200, 1], [-INF, 200, 1]),
+            0,
+            [0, 0, 0],
+        ),  # excluded where the student has no float32 mass
     ],
-    ids=["plain", "shifted", "padding", "both-neginf", "student-neginf", "p-0", "q-0", "identical-shifted", "no-mass"],
+    ids=[
+        "plain",
+        "shifted",
+        "padding",
+        "both-neginf",
+        "student-neginf",
+        "p-0",
+        "q-0",
+        "identical-shifted",
+        "no-mass",
+    ],
 )
 def test_extreme_logits(case: Case, kl: float, grad: list[float]) -> None:
     actual = fused(case)
-    torch.testing.assert_close(actual.per_token, torch.tensor([kl], dtype=torch.float32), rtol=2e-6, atol=1e-30)
+    torch.testing.assert_close(
+        actual.per_token, torch.tensor([kl], dtype=torch.float32), rtol=2e-6, atol=1e-30
+    )
     expected = torch.tensor(grad, dtype=torch.float32)
     torch.testing.assert_close(actual.weight_grad[:, 0], expected, rtol=1e-6, atol=1e-6)
     if not any(grad):
@@ -66,7 +86,9 @@ def test_never_negative(distance: float, dtype: torch.dtype) -> None:
 def test_self_distillation(dtype: torch.dtype, bound: float) -> None:
     """The teacher is the student in another basis, then the same tensors: nothing to learn."""
     case = make_case().to(torch.float64)
-    basis_DD = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(3)).double()).Q
+    basis_DD = torch.linalg.qr(
+        torch.randn(24, 24, generator=torch.Generator().manual_seed(3)).double()
+    ).Q
     case.teacher_hidden_TE = case.student_hidden_TD @ basis_DD
     case.teacher_weight_VE = case.student_weight_VD @ basis_DD
     assert 0 <= fused(case.to(dtype)).per_token.max() < bound
@@ -83,7 +105,9 @@ def test_the_gradient_of_a_row_sums_to_zero() -> None:
 
 @pytest.mark.parametrize("num_tokens", [0, 5])
 @pytest.mark.parametrize(("divergence", "beta"), SIX)
-def test_nothing_to_do_keeps_the_graph(divergence: str, beta: float | None, num_tokens: int) -> None:
+def test_nothing_to_do_keeps_the_graph(
+    divergence: str, beta: float | None, num_tokens: int
+) -> None:
     out = fused(make_case(num_tokens, masked=num_tokens, divergence=divergence, beta=beta))
     assert out.per_token.shape == out.entropy.shape == (num_tokens,)
     assert out.hidden_grad.shape == (num_tokens, 24) and out.weight_grad.shape == (1003, 24)
@@ -97,7 +121,9 @@ def test_teacher_that_excludes_a_sampled_token_is_refused() -> None:
     case.options["teacher_bias"][17] = -INF
     hidden, weight = case.leaves()
     main_grad = torch.ones(1003, 24)
-    with pytest.raises(ValueError, match=r"-inf .* in 36 of 36 tokens with a weight \(first: row 1\)"):
+    with pytest.raises(
+        ValueError, match=r"-inf .* in 36 of 36 tokens with a weight \(first: row 1\)"
+    ):
         case.call(hidden, weight, weight_grad_accumulator=main_grad)
     assert bool((main_grad == 1).all())
     with pytest.raises(ValueError, match=r"-inf .* in 36 of 36"):
@@ -129,7 +155,9 @@ def test_floor_under_what_the_teacher_excludes(backend: str) -> None:
     hidden, weight = (tensor.double() for tensor in case.leaves())
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     log_p = (hidden @ weight.T).log_softmax(-1)
-    log_q = (case.teacher_hidden_TE.double() @ case.teacher_weight_VE.double().T + bias).log_softmax(-1)
+    log_q = (
+        case.teacher_hidden_TE.double() @ case.teacher_weight_VE.double().T + bias
+    ).log_softmax(-1)
     per_token = (log_p.exp() * (log_p - log_q.masked_fill(log_q == -INF, LOG_PROB_FLOOR))).sum(-1)
     (per_token * case.token_weight_T).sum().backward()
     actual = fused(case, teacher_neginf="floor", backend=backend, workspace_bytes=300_000)
@@ -157,8 +185,14 @@ def test_nan_logits_give_a_nan_loss() -> None:
         ),
         ({"beta": 0.5}, "beta=0.5: divergence='reverse_kl' takes no beta"),
         ({"divergence": "jsd"}, "beta=None: divergence='jsd' needs a beta with 0 < beta < 1"),
-        ({"divergence": "jsd", "beta": 0.0}, "the limits are 'forward_kl' at 0 and 'reverse_kl' at 1"),
-        ({"divergence": "jsd", "beta": 1.0}, "the limits are 'forward_kl' at 0 and 'reverse_kl' at 1"),
+        (
+            {"divergence": "jsd", "beta": 0.0},
+            "the limits are 'forward_kl' at 0 and 'reverse_kl' at 1",
+        ),
+        (
+            {"divergence": "jsd", "beta": 1.0},
+            "the limits are 'forward_kl' at 0 and 'reverse_kl' at 1",
+        ),
         ({"divergence": "skewed_reverse_kl", "beta": 0}, "the limit at 0 is 'reverse_kl'"),
         ({"divergence": "skewed_forward_kl", "beta": INF}, "the limit at 0 is 'forward_kl'"),
         ({"divergence": "tvd", "beta": 0.1}, "divergence='tvd' takes no beta"),
@@ -166,12 +200,18 @@ def test_nan_logits_give_a_nan_loss() -> None:
         ({"teacher_neginf": "clamp"}, "teacher_neginf='clamp' is unknown"),
         ({"backend": "liger"}, "backend='liger' is unknown"),
         ({"backend": "triton"}, "backend='triton' works on cuda, but the tensors are on cpu"),
-        ({"weight_grad_accumulator": torch.zeros(1003, 24)}, "student_weight does not require a gradient"),
+        (
+            {"weight_grad_accumulator": torch.zeros(1003, 24)},
+            "student_weight does not require a gradient",
+        ),
         (
             {"weight_grad_accumulator": torch.zeros(1003, 23)},
             r"\[1003, 23\] on cpu, but student_weight is \[1003, 24\]",
         ),
-        ({"weight_grad_accumulator": torch.zeros(1003, 24).bfloat16()}, "a contiguous torch.float32 buffer"),
+        (
+            {"weight_grad_accumulator": torch.zeros(1003, 24).bfloat16()},
+            "a contiguous torch.float32 buffer",
+        ),
         ({"weight_grad_accumulator": torch.zeros(24, 1003).T}, "a contiguous torch.float32 buffer"),
         ({"weight_grad_accumulator": 3}, "weight_grad_accumulator is int"),
         ({"temperature": 0.0}, "temperature is 0.0"),
@@ -181,11 +221,17 @@ def test_nan_logits_give_a_nan_loss() -> None:
         ({"vocab_size": 1004}, "vocab_size is 1004.*1003 rows"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"workspace_bytes": 0}, "workspace_bytes is 0"),
-        ({"token_weight": torch.ones(36)}, "student_hidden has 37, teacher_hidden has 37, token_weight has 36"),
+        (
+            {"token_weight": torch.ones(36)},
+            "student_hidden has 37, teacher_hidden has 37, token_weight has 36",
+        ),
         ({"token_weight": torch.ones(37, 1)}, r"token_weight has 2 dimensions \[37, 1\]"),
         ({"token_weight": torch.ones(37, dtype=torch.int64)}, "token_weight has dtype torch.int64"),
         ({"token_weight": torch.full((37,), float("nan"))}, "token_weight holds 37 NaN"),
-        ({"token_weight": torch.ones(37, device="meta")}, "token_weight is on meta, but student_hidden is on cpu"),
+        (
+            {"token_weight": torch.ones(37, device="meta")},
+            "token_weight is on meta, but student_hidden is on cpu",
+        ),
         ({"teacher_bias": torch.zeros(1000)}, "teacher_weight has 1003, teacher_bias has 1000"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -220,7 +266,9 @@ def test_mismatched_shapes_are_refused() -> None:
 
 
 class StorageMeter(TorchDispatchMode):
-    """Follows the storages that operations create: the largest one, and the most bytes alive at once."""
+    """Follows the storages that operations create: the largest one, and the most bytes alive at
+    once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +276,11 @@ class StorageMeter(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
@@ -236,7 +288,9 @@ class StorageMeter(TorchDispatchMode):
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.largest_bytes = max(self.largest_bytes, storage.nbytes())
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._alive.values()))
+        self.peak_bytes = max(
+            self.peak_bytes, sum(num_bytes for _, num_bytes in self._alive.values())
+        )
         return result
 
 
@@ -259,8 +313,13 @@ def metered(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["plain", "softcap", "jsd", "bf16"],
 )
 @pytest.mark.filterwarnings("ignore:logits='bf16'")
-def test_memory_does_not_grow_with_tokens_times_vocabulary(options: dict[str, Any], backend: str) -> None:
-    workspace_bytes, largest = (4 if backend == "cpu" else 16) << 20, []  # plain torch: rows in float64
+def test_memory_does_not_grow_with_tokens_times_vocabulary(
+    options: dict[str, Any], backend: str
+) -> None:
+    workspace_bytes, largest = (
+        (4 if backend == "cpu" else 16) << 20,
+        [],
+    )  # plain torch: rows in float64
     for num_tokens in (64, 2048):
         case = make_case(num_tokens, 15, 16, 8192, masked=0, **options)
         hidden, weight = case.leaves()
@@ -316,8 +375,12 @@ print(peak_growth(256), peak_growth(8192))
 
 
 def test_resident_memory_does_not_grow_with_tokens() -> None:
-    """Measured by the system in a process of its own, at a real vocabulary: T from 256 to 8192 adds nothing."""
-    done = subprocess.run([sys.executable, "-c", RESIDENT_MEMORY], capture_output=True, text=True, timeout=280)
+    """Measured by the system in a process of its own, at a real vocabulary: T from 256 to 8192 adds
+    nothing.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT_MEMORY], capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     few, many = map(int, done.stdout.split())
     weight_grad_bytes = 151936 * 64 * 4
@@ -346,7 +409,9 @@ def test_accumulator_takes_the_weight_gradient() -> None:
         out.loss.backward()
         assert weight.grad_added_to_main_grad is True
         assert weight.grad is not None and not weight.grad.any()
-        torch.testing.assert_close(main_grad, 0.25 + number * expected.weight_grad, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(
+            main_grad, 0.25 + number * expected.weight_grad, rtol=2e-6, atol=1e-6
+        )
         torch.testing.assert_close(hidden.grad, number * expected.hidden_grad, rtol=1e-5, atol=1e-7)
     assert bool((main_grad[990:] == 0.25).all())
 
@@ -362,7 +427,10 @@ def test_accumulator_is_written_only_when_a_gradient_is_wanted_and_once() -> Non
     with torch.no_grad():
         loss()
     assert not main_grad.any()
-    for scale, retain, message in ((2.0, False, "found 2"), (1.0, True, "found 1 and a retained graph")):
+    for scale, retain, message in (
+        (2.0, False, "found 2"),
+        (1.0, True, "found 1 and a retained graph"),
+    ):
         with pytest.raises(ValueError, match=message):
             (scale * loss()).backward(retain_graph=retain)
 
@@ -373,7 +441,9 @@ def test_accumulator_is_refused_under_recompute(use_reentrant: bool) -> None:
     hidden, weight = case.leaves()
     main_grad = torch.zeros(1003, 24)
 
-    def loss(hidden_TD: Tensor) -> Tensor:  # the last product keeps an input: backward has to run all of this again
+    def loss(
+        hidden_TD: Tensor,
+    ) -> Tensor:  # the last product keeps an input: backward has to run all of this again
         loss = case.call(hidden_TD, weight, weight_grad_accumulator=main_grad).loss
         return loss + (hidden_TD * hidden_TD).sum()
 

@@ -1,7 +1,9 @@
-"""The vocabulary split over spawned gloo ranks gives what one rank gives, and every rank gives the same.
+"""The vocabulary split over spawned gloo ranks gives what one rank gives, and every rank gives the
+same.
 
-The merge is exact algebra on sums over disjoint columns, so loss and gradients may not depend on the number of ranks
-beyond the rounding of another summation order.  Not exercised: NCCL, and the mapping that sums the hidden gradient.
+The merge is exact algebra on sums over disjoint columns, so loss and gradients may not depend on
+the number of ranks beyond the rounding of another summation order.  Not exercised: NCCL, and the
+mapping that sums the hidden gradient.
 """
 
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The checks of this folder fail for implementations that are wrong: each test breaks one thing and expects red."""
+"""The checks of this folder fail for implementations that are wrong: each test breaks one thing and
+expects red.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,26 @@ def zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def zero_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "add_gradient_times_hidden_", lambda total, *_, **__: total.zero_())
+    monkeypatch.setattr(
+        fused_linear, "add_gradient_times_hidden_", lambda total, *_, **__: total.zero_()
+    )
 
 
 def scaled_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     original = fused_linear._scaled
-    monkeypatch.setattr(fused_linear, "_scaled", lambda gradient, *rest: original(gradient, *rest).mul_(1.00001))
+    monkeypatch.setattr(
+        fused_linear, "_scaled", lambda gradient, *rest: original(gradient, *rest).mul_(1.00001)
+    )
 
 
-def with_teacher(monkeypatch: pytest.MonkeyPatch, change: Callable[[chunks.Head], chunks.Head]) -> None:
+def with_teacher(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[chunks.Head], chunks.Head]
+) -> None:
     original = chunks.Call.of
     monkeypatch.setattr(
-        chunks.Call, "of", lambda *tensors, **options: replace_teacher(original(*tensors, **options), change)
+        chunks.Call,
+        "of",
+        lambda *tensors, **options: replace_teacher(original(*tensors, **options), change),
     )
 
 
@@ -41,7 +51,10 @@ def replace_teacher(call: chunks.Call, change: Callable[[chunks.Head], chunks.He
 
 def transposed_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's head read as if its rows were columns."""
-    with_teacher(monkeypatch, lambda head: chunks.Head(head.hidden_TX, head.weight_vX.T.reshape(head.weight_vX.shape)))
+    with_teacher(
+        monkeypatch,
+        lambda head: chunks.Head(head.hidden_TX, head.weight_vX.T.reshape(head.weight_vX.shape)),
+    )
 
 
 def one_row_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +63,9 @@ def one_row_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def last_chunk_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     original = chunks.Call._chunks
-    monkeypatch.setattr(chunks.Call, "_chunks", lambda call, logits: iter(list(original(call, logits))[:-1]))
+    monkeypatch.setattr(
+        chunks.Call, "_chunks", lambda call, logits: iter(list(original(call, logits))[:-1])
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +80,9 @@ def last_chunk_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda mutant: mutant.__name__,
 )
-def test_whole_function(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_function(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case(distance=1.15)
     assert_as_good_as_dense(fused(case, workspace_bytes=200_000), case, 3e-6)
     mutant(monkeypatch)
@@ -82,14 +99,21 @@ class BrokenRows:
     def __init__(self, broken: str) -> None:
         self._broken = broken
 
-    def statistics(self, problem: rows.RowProblem, student_Cv: Tensor, teacher_Cv: Tensor) -> Tensor:
+    def statistics(
+        self, problem: rows.RowProblem, student_Cv: Tensor, teacher_Cv: Tensor
+    ) -> Tensor:
         statistics_9C = rows_cpu.KERNELS.statistics(problem, student_Cv, teacher_Cv)
         if self._broken == "difference of sums rounded":
-            by_sums_C = statistics_9C[rows.Statistic.TEACHER_SUM] - statistics_9C[rows.Statistic.STUDENT_SUM]
+            by_sums_C = (
+                statistics_9C[rows.Statistic.TEACHER_SUM]
+                - statistics_9C[rows.Statistic.STUDENT_SUM]
+            )
             statistics_9C[rows.Statistic.SUM_DIFFERENCE] = by_sums_C
         return statistics_9C
 
-    def merge(self, problem: rows.RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -> Tensor:
+    def merge(
+        self, problem: rows.RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor
+    ) -> Tensor:
         if self._broken == "weight forgotten":
             token_weight_C = torch.ones_like(token_weight_C)
         rows_9C = rows.merge(problem, statistics_R9C, token_weight_C)
@@ -98,9 +122,16 @@ class BrokenRows:
         return rows_9C
 
     def gradient(
-        self, problem: rows.RowProblem, student_Cv: Tensor, teacher_Cv: Tensor, rows_9C: Tensor, out_Cv: Tensor | None
+        self,
+        problem: rows.RowProblem,
+        student_Cv: Tensor,
+        teacher_Cv: Tensor,
+        rows_9C: Tensor,
+        out_Cv: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        value_C, mean_C = rows_cpu.KERNELS.gradient(problem, student_Cv, teacher_Cv, rows_9C, out_Cv)
+        value_C, mean_C = rows_cpu.KERNELS.gradient(
+            problem, student_Cv, teacher_Cv, rows_9C, out_Cv
+        )
         if out_Cv is not None and self._broken == "zero gradient":
             out_Cv.zero_()
         if out_Cv is not None and self._broken == "scaled gradient":
@@ -130,7 +161,9 @@ def test_transforms() -> None:
         """Takes the softcap's derivative for 1."""
 
         def gradient(self, problem: rows.RowProblem, *rest: Any) -> tuple[Tensor, Tensor]:
-            return super().gradient(rows.RowProblem(**{**vars(problem), "student": rows.LogitTransform()}), *rest)
+            return super().gradient(
+                rows.RowProblem(**{**vars(problem), "student": rows.LogitTransform()}), *rest
+            )
 
     with pytest.raises(AssertionError):
         check_transforms(NoSlope(""), "cpu")

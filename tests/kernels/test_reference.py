@@ -1,4 +1,6 @@
-"""The oracle itself, against numbers worked out by hand (spec 8.1), torch's own KL, and the definitions' identities."""
+"""The oracle itself, against numbers worked out by hand (spec 8.1), torch's own KL, and the
+definitions' identities.
+"""
 
 import math
 
@@ -7,7 +9,10 @@ import torch
 
 from mtopd.kernels.reference import divergence
 
-STUDENT, TEACHER = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64), torch.tensor([[1.0, 2.0, 2.5]]).double()
+STUDENT, TEACHER = (
+    torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64),
+    torch.tensor([[1.0, 2.0, 2.5]]).double(),
+)
 
 
 def test_direction_and_value() -> None:
@@ -16,7 +21,9 @@ def test_direction_and_value() -> None:
 
 
 def test_equals_torch_kl_div_between_the_stated_distributions() -> None:
-    student, teacher = torch.randn(2, 5, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student, teacher = torch.randn(
+        2, 5, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     log_p, log_q = (student / 0.7).log_softmax(-1), (teacher / 0.7).log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
 
@@ -29,7 +36,8 @@ def test_equals_torch_kl_div_between_the_stated_distributions() -> None:
         "forward_kl": kl(q, p),
         "skewed_reverse_kl": kl(p, beta * p + (1 - beta) * q),
         "skewed_forward_kl": kl(q, beta * q + (1 - beta) * p),
-        "jsd": beta * kl(q, beta * q + (1 - beta) * p) + (1 - beta) * kl(p, beta * q + (1 - beta) * p),
+        "jsd": beta * kl(q, beta * q + (1 - beta) * p)
+        + (1 - beta) * kl(p, beta * q + (1 - beta) * p),
         "tvd": (p - q).clamp(min=0).sum(-1),
     }
     for name, value in expected.items():
@@ -41,4 +49,6 @@ def test_symmetries_and_bounds() -> None:
     assert float(divergence("jsd", far, far.flip(1), 0.5)) == pytest.approx(math.log(2))
     assert float(divergence("tvd", far, far.flip(1))) == pytest.approx(1)
     for name in ("jsd", "tvd"):
-        torch.testing.assert_close(divergence(name, STUDENT, TEACHER, 0.5), divergence(name, TEACHER, STUDENT, 0.5))
+        torch.testing.assert_close(
+            divergence(name, STUDENT, TEACHER, 0.5), divergence(name, TEACHER, STUDENT, 0.5)
+        )

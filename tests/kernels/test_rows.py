@@ -54,13 +54,22 @@ def test_the_compiled_merge_is_the_plain_one(kind: rows.Kind) -> None:
         student_Cv = torch.randn(40, 33, generator=generator) * 4
         teacher_Cv = student_Cv + torch.randn(40, 33, generator=generator) * 0.1
         teacher_Cv[3, 4 : 4 + rank] = -math.inf
-        for row, excluded in ((5 + rank, student_Cv), (6 + rank, teacher_Cv), (30, student_Cv), (31, teacher_Cv)):
+        for row, excluded in (
+            (5 + rank, student_Cv),
+            (6 + rank, teacher_Cv),
+            (30, student_Cv),
+            (31, teacher_Cv),
+        ):
             excluded[row] = -math.inf if row < 30 or rank != 2 else excluded[row]
         parts.append(rows_cpu.KERNELS.statistics(of_rows, student_Cv, teacher_Cv))
     statistics_R9C = torch.stack([*parts, rows.no_columns(40, student_Cv)])
     weight_C = torch.rand(40, generator=generator)
-    found, wanted = (merge(of_rows, statistics_R9C, weight_C) for merge in (rows_cpu.KERNELS.merge, rows.merge))
-    assert bool((wanted[rows.Row.EXCLUDED_MASS] > 0).any()) and bool(wanted[:, :30].isfinite().all())
+    found, wanted = (
+        merge(of_rows, statistics_R9C, weight_C) for merge in (rows_cpu.KERNELS.merge, rows.merge)
+    )
+    assert bool((wanted[rows.Row.EXCLUDED_MASS] > 0).any()) and bool(
+        wanted[:, :30].isfinite().all()
+    )
     torch.testing.assert_close(found, wanted, rtol=3e-7, atol=0)
     for name in (rows.Statistic.STUDENT_MAX, rows.Statistic.TEACHER_SUM):
         damaged = statistics_R9C.clone()
@@ -112,30 +121,42 @@ def test_other_instruction_sets(capability: str, monkeypatch: pytest.MonkeyPatch
         check(kernels, "cpu")
 
 
-def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_of_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "mtopd.kernels.rows")
     rows.select_row_kernels.cache_clear()
     for _ in range(3):
         assert rows.select_row_kernels("auto", "cpu", torch.float32).NAME == "cpu"
         assert rows.select_row_kernels("auto", "cpu", torch.float64).NAME == "torch"
     assert len(caplog.messages) == 2, "once for each choice"
-    with pytest.raises(ValueError, match=r"backend='cpu' computes in float32, but an input is torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"backend='cpu' computes in float32, but an input is torch.float64"
+    ):
         rows.select_row_kernels("cpu", "cpu", torch.float64)
     with pytest.raises(ValueError, match="backend='cpu' works on cpu, but the tensors are on cuda"):
         rows.select_row_kernels("cpu", "cuda", torch.float32)
-    with pytest.raises(ValueError, match="backend='triton' works on cuda, but the tensors are on cpu"):
+    with pytest.raises(
+        ValueError, match="backend='triton' works on cuda, but the tensors are on cpu"
+    ):
         rows.select_row_kernels("triton", "cpu", torch.float32)
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path) -> None:
-    """Plain torch with one warning that says why; asking for the compiled kernels by name is refused."""
+def test_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path
+) -> None:
+    """Plain torch with one warning that says why; asking for the compiled kernels by name is
+    refused.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.delitem(__import__("sys").modules, "mtopd.kernels.rows_cpu")
     rows.select_row_kernels.cache_clear()
     for _ in range(3):
         assert rows.select_row_kernels("auto", "cpu", torch.float32).NAME == "torch"
-    (message,) = (record.getMessage() for record in caplog.records if record.name == "mtopd.kernels.rows")
+    (message,) = (
+        record.getMessage() for record in caplog.records if record.name == "mtopd.kernels.rows"
+    )
     assert "plain torch, which is slow, because the CPU row kernels cannot be compiled (" in message
     assert "no-such-compiler: not found" in message
     with pytest.raises(ValueError, match="a C\\+\\+ compiler and ninja are needed"):

@@ -19,7 +19,9 @@ def measure(case: Case, **options: Any) -> DistributionStatistics:
         logit_scale=found.get("student_logit_scale", 1.0),
         softcap=found.get("student_softcap"),
     )
-    teacher = output_logits(case.teacher_hidden_TE, case.teacher_weight_VE, bias=found.get("teacher_bias"))
+    teacher = output_logits(
+        case.teacher_hidden_TE, case.teacher_weight_VE, bias=found.get("teacher_bias")
+    )
     shared = {name: found[name] for name in ("temperature", "vocab_size") if name in found}
     return distribution_statistics(student, teacher, **shared, **options)
 
@@ -28,7 +30,9 @@ def expected(case: Case, k: int) -> list[Tensor]:
     student_TV, teacher_TV = dense_logits(case.to(torch.float64))
     log_p, log_q = (z.log_softmax(-1) for z in (student_TV, teacher_TV))
     p, q = log_p.exp(), log_q.exp()
-    top_p, top_q = (torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.topk(k).indices, True) for z in (p, q))
+    top_p, top_q = (
+        torch.zeros_like(z, dtype=torch.bool).scatter_(1, z.topk(k).indices, True) for z in (p, q)
+    )
     shared = top_p & top_q
     return [
         -(p * log_p).sum(-1),
@@ -47,7 +51,10 @@ def expected(case: Case, k: int) -> list[Tensor]:
     [
         {},
         {"temperature": 1.7, "student_logit_scale": -1.2, "student_softcap": 4.0},
-        {"vocab_size": 981, "teacher_bias": torch.randn(1003, generator=torch.Generator().manual_seed(1)) * 3},
+        {
+            "vocab_size": 981,
+            "teacher_bias": torch.randn(1003, generator=torch.Generator().manual_seed(1)) * 3,
+        },
     ],
     ids=["plain", "student", "teacher"],
 )
@@ -90,7 +97,9 @@ def test_same_distributions_and_small_vocabularies() -> None:
 def test_narrow_weights_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case().to(torch.bfloat16)
     whole = output_logits(case.student_hidden_TD, case.student_weight_VD)
-    torch.testing.assert_close(whole, case.student_hidden_TD.float() @ case.student_weight_VD.float().T)
+    torch.testing.assert_close(
+        whole, case.student_hidden_TD.float() @ case.student_weight_VD.float().T
+    )
     monkeypatch.setattr(statistics, "_UPCAST_BYTES", 1000)
     tiles = output_logits(case.student_hidden_TD, case.student_weight_VD)
     torch.testing.assert_close(tiles, whole, rtol=1e-6, atol=1e-6)
@@ -101,5 +110,7 @@ def test_refusals() -> None:
         measure(make_case(), k=0)
     with pytest.raises(ValueError, match="vocab_size is 2000"):
         distribution_statistics(torch.zeros(3, 8), torch.zeros(3, 8), vocab_size=2000)
-    with pytest.raises(ValueError, match=r"\[3, 8\] torch.float32 and \[3, 7\] torch.float32; both must be"):
+    with pytest.raises(
+        ValueError, match=r"\[3, 8\] torch.float32 and \[3, 7\] torch.float32; both must be"
+    ):
         distribution_statistics(torch.zeros(3, 8), torch.zeros(3, 7))

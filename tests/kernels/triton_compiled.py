@@ -1,4 +1,6 @@
-"""Run by test_rows_triton: compile every variant of the kernels for sm_90 without a GPU and print what came out."""
+"""Run by test_rows_triton: compile every variant of the kernels for sm_90 without a GPU and print
+what came out.
+"""
 
 import itertools
 import json
@@ -15,12 +17,18 @@ from mtopd.kernels import rows_triton
 from mtopd.kernels.rows import Kind
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLAGS = [f"{model}_{what}" for model in ("STUDENT", "TEACHER") for what in ("SCALED", "CAPPED", "BIASED")]
+FLAGS = [
+    f"{model}_{what}" for model in ("STUDENT", "TEACHER") for what in ("SCALED", "CAPPED", "BIASED")
+]
 
 
-def compile_kernel(function: triton.JITFunction, constants: dict[str, object], is_plain: bool) -> dict[str, object]:
+def compile_kernel(
+    function: triton.JITFunction, constants: dict[str, object], is_plain: bool
+) -> dict[str, object]:
     signature = {name: _type(name, constants) for name in function.arg_names}
-    aligned = [i for i, name in enumerate(function.arg_names) if re.search("_ptr|stride|num_columns", name)]
+    aligned = [
+        i for i, name in enumerate(function.arg_names) if re.search("_ptr|stride|num_columns", name)
+    ]
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -61,9 +69,13 @@ def _type(name: str, constants: dict[str, object]) -> str:
 def main() -> None:
     found = {}
     for is_plain in (True, False):
-        constants: dict[str, object] = dict.fromkeys(FLAGS, not is_plain) | {"BLOCK": rows_triton.MAX_BLOCK}
+        constants: dict[str, object] = dict.fromkeys(FLAGS, not is_plain) | {
+            "BLOCK": rows_triton.MAX_BLOCK
+        }
         kind_of_logits = "plain" if is_plain else "transformed"
-        found[f"statistics {kind_of_logits}"] = compile_kernel(rows_triton.statistics_kernel, constants, is_plain)
+        found[f"statistics {kind_of_logits}"] = compile_kernel(
+            rows_triton.statistics_kernel, constants, is_plain
+        )
         for kind, write in itertools.product(Kind, (True, False)):
             name = f"gradient {kind.name} {'write' if write else 'mean'} {kind_of_logits}"
             all_constants = constants | {"KIND": int(kind), "WRITE": write}

@@ -1,4 +1,6 @@
-"""Worker of test_checkpoint: trains small students, saves after three steps, goes on; or resumes and goes on."""
+"""Worker of test_checkpoint: trains small students, saves after three steps, goes on; or resumes
+and goes on.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,19 @@ SETTINGS = OptimizerSettings(
 def build(root: Path, job: dict[str, Any]) -> tuple[Trainer, Bridge]:
     layout = ParallelConfig(**job["parallel"])
     own = parallel.initialize(layout, seed=0)
-    hf_config, dtype = load_hf_config(root / job["kind"]), getattr(torch, job.get("dtype", "float32"))
+    hf_config, dtype = (
+        load_hf_config(root / job["kind"]),
+        getattr(torch, job.get("dtype", "float32")),
+    )
     fields = sort_fields({"adam_eps": 1e-5, **job.get("megatron", {})})
     overrides = config_overrides(own.device, fields.transformer, interleaved=layout.vpp > 1)
     bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=PADDED, overrides=overrides)
     chunks = build_chunks(
-        bridge.transformer_config, hf_config, own, rotary_base=rope_theta(hf_config), padded_vocab=PADDED
+        bridge.transformer_config,
+        hf_config,
+        own,
+        rotary_base=rope_theta(hf_config),
+        padded_vocab=PADDED,
     )
     bridge.load(chunks, root / job["kind"])
     return Trainer(chunks, own, SETTINGS, dtype, fields), bridge
@@ -66,7 +75,11 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
     samples = []
     for _ in range(BATCH):
         ids = rng.integers(3, VOCAB, 16)
-        samples.append(SimpleNamespace(prompt_ids=ids[:4], response_ids=ids[4:], loss_mask=np.ones(12, np.uint8)))
+        samples.append(
+            SimpleNamespace(
+                prompt_ids=ids[:4], response_ids=ids[4:], loss_mask=np.ones(12, np.uint8)
+            )
+        )
     mine = samples[own.dp_rank :: own.dp_size]
     batches = []
     for start in range(0, len(mine), 2):
@@ -79,7 +92,9 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
         ]
         weights = [1 / (12 * BATCH)] * len(part)
         payload = torch.tensor(labels, dtype=torch.long)
-        batches.append(pack_rows(part, weights, shape=(2, 16), packed=False, ranks=own, payload=payload))
+        batches.append(
+            pack_rows(part, weights, shape=(2, 16), packed=False, ranks=own, payload=payload)
+        )
     return batches
 
 
@@ -87,7 +102,9 @@ def train(trainer: Trainer, steps: range) -> list[float]:
     losses = []
     objective = CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
     for step in steps:
-        sums = trainer.reduce_metrics(trainer.forward_backward(micro_batches(trainer, step), objective), ["loss"])
+        sums = trainer.reduce_metrics(
+            trainer.forward_backward(micro_batches(trainer, step), objective), ["loss"]
+        )
         trainer.optimizer_step()
         losses.append(sums["loss"])
     return losses
@@ -164,7 +181,9 @@ def check_forgeries(trainer: Trainer, run: RunDir, iteration: int) -> list[str]:
 
     def no_tensor() -> Any:
         entries = pickle.loads(whole)
-        entries.state_dict_metadata[next(iter(entries.state_dict_metadata))] = BytesStorageMetadata()
+        entries.state_dict_metadata[next(iter(entries.state_dict_metadata))] = (
+            BytesStorageMetadata()
+        )
         return entries
 
     def elsewhere() -> Any:
@@ -241,7 +260,9 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = {"saved": state(trainer, bridge)}
         with slow_writer() as released:
             writer.save(3, {"shares": {"a": 1.5}})
-            losses = train(trainer, range(3, 6))  # weights and moments change before they are written
+            losses = train(
+                trainer, range(3, 6)
+            )  # weights and moments change before they are written
             writer.advance()
             assert checkpoint.newest(run) is None, "a save under way is no checkpoint"
             released.set()
@@ -262,7 +283,12 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     loaded = {"loaded": state(trainer, bridge), "plain": plain, "newest": checkpoint.newest(run)}
     losses = train(trainer, range(3, 6))
-    return {**loaded, "losses": losses, "state": state(trainer, bridge), "steps_done": trainer.steps_done}
+    return {
+        **loaded,
+        "losses": losses,
+        "state": state(trainer, bridge),
+        "steps_done": trainer.steps_done,
+    }
 
 
 if __name__ == "__main__":

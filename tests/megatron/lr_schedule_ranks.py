@@ -1,4 +1,6 @@
-"""Worker of test_lr_schedule: what the trainer says of the learning rate of each step, and how far a weight moves."""
+"""Worker of test_lr_schedule: what the trainer says of the learning rate of each step, and how far
+a weight moves.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,16 @@ def build(model: Path, config: OptimizerConfig, num_steps: int) -> Trainer:
     overrides = config_overrides(own.device, fields.transformer)
     bridge = Bridge(hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=overrides)
     rotary_base = rope_theta(hf_config)
-    chunks = build_chunks(bridge.transformer_config, hf_config, own, rotary_base=rotary_base, padded_vocab=128)
+    chunks = build_chunks(
+        bridge.transformer_config, hf_config, own, rotary_base=rotary_base, padded_vocab=128
+    )
     return Trainer(chunks, own, optimizer_settings(config, num_steps), torch.float32, fields)
 
 
 def step(trainer: Trainer) -> tuple[float, float]:
-    """(learning rate said, distance moved): under equal gradients in every step Adam moves a weight by exactly lr."""
+    """(learning rate said, distance moved): under equal gradients in every step Adam moves a weight
+    by exactly lr.
+    """
     weight = trainer.chunks[0].decoder.final_layernorm.weight
     weight.main_grad.fill_(1.0)
     with torch.no_grad():
@@ -42,7 +48,10 @@ def main() -> None:
     ranks.quiet_libraries()
     model, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for run in runs:
-        config, num_steps = OptimizerConfig(**run["optimizer"], weight_decay=0.0, clip_grad=0.0), run["num_steps"]
+        config, num_steps = (
+            OptimizerConfig(**run["optimizer"], weight_decay=0.0, clip_grad=0.0),
+            run["num_steps"],
+        )
         trainer = build(model, config, num_steps)
         found = [step(trainer) for _ in range(num_steps + 2)]
         resumed = build(model, config, num_steps)

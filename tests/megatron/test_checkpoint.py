@@ -1,4 +1,6 @@
-"""Checkpoints: the same numbers after a resume at any layout; nothing damaged is trusted, nothing foreign executes."""
+"""Checkpoints: the same numbers after a resume at any layout; nothing damaged is trusted, nothing
+foreign executes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from tests.small_models import save_model
 
 WORKER = Path(__file__).with_name("checkpoint_ranks.py")
 DISTRIBUTED = {"use_distributed_optimizer": True}
-# A job trains on, from the checkpoint of another job's layout; "save" makes one after three steps and trains on.
+# A job trains on, from the checkpoint of another job's layout; "save" makes one after three steps
+# and trains on.
 SAVED = {
     "dense": {"kind": "qwen3", "parallel": {"tp": 2, "pp": 2}},
     "bf16": {"kind": "qwen3", "dtype": "bfloat16", "parallel": {"tp": 2, "pp": 2}},
@@ -24,7 +27,11 @@ SAVED = {
     "experts": {"kind": "qwen3_moe", "parallel": {"pp": 2, "dp": 2, "ep": 2}},
     # The first stage has no experts: on it, their optimizer has no parameter and counts no step.
     "late experts": {"kind": "dense_first", "parallel": {"pp": 2, "dp": 2, "ep": 2}},
-    "late sharded": {"kind": "dense_first", "parallel": {"pp": 2, "dp": 2, "ep": 2}, "megatron": DISTRIBUTED},
+    "late sharded": {
+        "kind": "dense_first",
+        "parallel": {"pp": 2, "dp": 2, "ep": 2},
+        "megatron": DISTRIBUTED,
+    },
 }
 RESUMED = {
     4: [
@@ -34,7 +41,10 @@ RESUMED = {
         ("sharded", {"parallel": {"tp": 2, "dp": 2}, "megatron": DISTRIBUTED}),
         ("sharded", {"parallel": {"tp": 2, "pp": 2}, "megatron": DISTRIBUTED}),
         ("experts", {"parallel": {"pp": 2, "dp": 2, "ep": 2}}),
-        ("experts", {"parallel": {"tp": 2, "dp": 2, "ep": 4}, "megatron": {"sequence_parallel": True}}),
+        (
+            "experts",
+            {"parallel": {"tp": 2, "dp": 2, "ep": 4}, "megatron": {"sequence_parallel": True}},
+        ),
         ("late experts", {"parallel": {"pp": 2, "dp": 2, "ep": 2}}),
         ("late sharded", {"parallel": {"pp": 2, "dp": 2, "ep": 2}, "megatron": DISTRIBUTED}),
     ],
@@ -54,13 +64,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoint")
     save_model(root / "qwen3", seed=1, vocab=111)
     save_model(root / "qwen3_moe", seed=2, model_type="qwen3_moe", tied=False, vocab=111)
-    save_model(root / "dense_first", seed=3, model_type="deepseek_v3", tied=False, vocab=111, first_k_dense_replace=2)
+    save_model(
+        root / "dense_first",
+        seed=3,
+        model_type="deepseek_v3",
+        tied=False,
+        vocab=111,
+        first_k_dense_replace=2,
+    )
     return root
 
 
 def run_jobs(root: Path, world_size: int, jobs: list[dict]) -> list[dict]:
     output = run_ranks(world_size, WORKER, str(root), json.dumps(jobs), timeout=400.0)
-    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    found = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in output.splitlines()
+        if line.startswith("RESULT ")
+    ]
     assert len(found) == len(jobs), output
     return found
 
@@ -74,7 +95,9 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
     assert len(done) == len(SAVED) + len(RESUMED[4]) + len(RESUMED[2])
     for job in done:
         if "save" in job:
-            for said, wanted_word in zip(job["forgeries"], ("mkdir", "pickled objects", "../elsewhere"), strict=True):
+            for said, wanted_word in zip(
+                job["forgeries"], ("mkdir", "pickled objects", "../elsewhere"), strict=True
+            ):
                 assert wanted_word in said
             assert job["refused"] == job["damages"] > 4, "every damaged file was refused by name"
             continue
@@ -82,13 +105,23 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
             assert job["refuses"] in job["error"]
             continue
         saved = wanted[job["resume"]]
-        assert job["loaded"] == saved["saved"], "the weights are the saved ones at any layout, bit for bit"
+        assert job["loaded"] == saved["saved"], (
+            "the weights are the saved ones at any layout, bit for bit"
+        )
         same = job["parallel"] == saved["parallel"]
         errors = [abs(a - b) / b for a, b in zip(job["losses"], saved["losses"], strict=True)]
-        print(job["resume"], job["parallel"], f"worst loss {max(errors):.1e}", "state", job["state"][:12])
+        print(
+            job["resume"],
+            job["parallel"],
+            f"worst loss {max(errors):.1e}",
+            "state",
+            job["state"][:12],
+        )
         assert job["steps_done"] == 6
         if same:
-            assert job["losses"] == saved["losses"] and job["state"] == saved["state"], "bit for bit"
+            assert job["losses"] == saved["losses"] and job["state"] == saved["state"], (
+                "bit for bit"
+            )
         assert max(errors) <= 2e-6, job
         assert job["plain"] == {"shares": {"a": 1.5}}
 
@@ -132,12 +165,17 @@ class Executes:
     [
         (pickle.dumps(Executes()), "builtins.print"),
         (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
-        (b"ctorch.distributed.checkpoint.filesystem\nio\n.", "filesystem.io"),  # a module that the module imports
+        (
+            b"ctorch.distributed.checkpoint.filesystem\nio\n.",
+            "filesystem.io",
+        ),  # a module that the module imports
         (_by_dotted_name("torch.distributed.checkpoint.filesystem", "os.system"), "os.system"),
         (b"ctorch\nload\n.", "torch.load"),
     ],
 )
-def test_the_index_admits_no_foreign_names(pickled: bytes, named: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_index_admits_no_foreign_names(
+    pickled: bytes, named: str, capsys: pytest.CaptureFixture
+) -> None:
     import io
 
     with pytest.raises(MtopdError, match=named):

@@ -1,4 +1,6 @@
-"""The verbatim ``student.megatron`` table: a field reaches every Megatron dataclass that has it; no other passes."""
+"""The verbatim ``student.megatron`` table: a field reaches every Megatron dataclass that has it; no
+other passes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from mtopd.types import MtopdError
 
 def test_a_field_goes_to_every_dataclass_that_has_it() -> None:
     fields = sort_fields(
-        {"recompute_granularity": "full", "overlap_grad_reduce": True, "use_distributed_optimizer": True}
+        {
+            "recompute_granularity": "full",
+            "overlap_grad_reduce": True,
+            "use_distributed_optimizer": True,
+        }
     )
     assert fields.transformer == {"recompute_granularity": "full"}
     assert fields.ddp == {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
@@ -39,7 +45,11 @@ def test_yaml_strings_become_members_of_enumerations_and_dtypes() -> None:
     ("name", "value", "needs"),
     [
         ("adam_eps", "small", "needs a number, found 'small'"),
-        ("attention_backend", "flsh", "needs one of flash, fused, unfused, local, auto, found 'flsh'"),
+        (
+            "attention_backend",
+            "flsh",
+            "needs one of flash, fused, unfused, local, auto, found 'flsh'",
+        ),
         ("sequence_parallel", "on it", "needs true or false, found 'on it'"),
         ("main_grads_dtype", "fp32", "needs a dtype such as float32 or bfloat16, found 'fp32'"),
     ],
@@ -54,7 +64,9 @@ def test_what_a_later_start_may_change_are_fields_of_megatron() -> None:
     for pattern in FREE_MEGATRON:
         assert fnmatch.filter(known, pattern), pattern
     free = {name for pattern in FREE_MEGATRON for name in fnmatch.filter(known, pattern)}
-    assert not [name for name in free if name.startswith(("adam", "hidden", "moe_router", "moe_aux", "fp8"))]
+    assert not [
+        name for name in free if name.startswith(("adam", "hidden", "moe_router", "moe_aux", "fp8"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +87,13 @@ def test_unknown_fields_and_those_with_a_key_of_their_own_are_refused(name: str,
 
 def test_the_user_has_the_last_word_over_defaults_of_the_backend() -> None:
     assert config_overrides(torch.device("cpu"))["sequence_parallel"] is False
-    assert config_overrides(torch.device("cpu"), {"sequence_parallel": True})["sequence_parallel"] is True
-    plain, interleaved = (config_overrides(torch.device("cpu"), interleaved=i) for i in (False, True))
+    assert (
+        config_overrides(torch.device("cpu"), {"sequence_parallel": True})["sequence_parallel"]
+        is True
+    )
+    plain, interleaved = (
+        config_overrides(torch.device("cpu"), interleaved=i) for i in (False, True)
+    )
     assert (plain["batch_p2p_comm"], interleaved["batch_p2p_comm"]) == (True, False)
 
 
@@ -87,4 +104,6 @@ def test_what_megatron_refuses_is_the_users_error() -> None:
         pytest.raises(MtopdError, match=r"under student\.megatron: .*sequence"),
         megatron_refuses(),
     ):
-        TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2, sequence_parallel=True)
+        TransformerConfig(
+            num_layers=2, hidden_size=8, num_attention_heads=2, sequence_parallel=True
+        )

@@ -1,4 +1,6 @@
-"""The learning rate of every train step: warm-up, decay and what comes after, as the closed forms have them."""
+"""The learning rate of every train step: warm-up, decay and what comes after, as the closed forms
+have them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from tests.small_models import save_model
 WORKER = Path(__file__).with_name("lr_schedule_ranks.py")
 LR, MIN_LR = 1e-2, 1e-3
 RUNS = [
-    {"num_steps": num_steps, "optimizer": {"lr": LR, "min_lr": MIN_LR, "warmup_steps": warmup, "decay": decay}}
+    {
+        "num_steps": num_steps,
+        "optimizer": {"lr": LR, "min_lr": MIN_LR, "warmup_steps": warmup, "decay": decay},
+    }
     for num_steps, warmup, decay in (
         (10, 4, "linear"),
         (10, 4, "cosine"),
@@ -26,7 +31,9 @@ RUNS = [
 
 
 def closed_form(number: int, num_steps: int, warmup: int, decay: str) -> float:
-    """The learning rate of the step with this number, from 1: the first step moves, the last is at ``min_lr``."""
+    """The learning rate of the step with this number, from 1: the first step moves, the last is at
+    ``min_lr``.
+    """
     if number <= warmup:
         return LR * number / warmup
     if decay == "constant":
@@ -39,7 +46,11 @@ def closed_form(number: int, num_steps: int, warmup: int, decay: str) -> float:
 def test_every_step_moves_by_the_rate_of_its_schedule(tmp_path: Path) -> None:
     save_model(tmp_path, seed=0, layers=1, vocab=111)
     output = run_ranks(1, WORKER, str(tmp_path), json.dumps(RUNS))
-    results = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    results = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in output.splitlines()
+        if line.startswith("RESULT ")
+    ]
     for run, result in zip(RUNS, results, strict=True):
         options = run["num_steps"], run["optimizer"]["warmup_steps"], run["optimizer"]["decay"]
         wanted = [closed_form(number, *options) for number in range(1, run["num_steps"] + 3)]

@@ -1,4 +1,6 @@
-"""What a train step does for optimizers and schedules that this machine does not have, and for 16-bit models."""
+"""What a train step does for optimizers and schedules that this machine does not have, and for
+16-bit models.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +52,14 @@ def test_fresh_moments_have_the_names_that_this_adam_knows(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [FusedAdam, torch.optim.AdamW])
 def test_the_seal_counts_the_steps_of_every_optimizer(kind: Any) -> None:
     """Rank 0 may have written no count for the experts, or none of this kind of Adam."""
-    trainer: Any = SimpleNamespace(_adams=[adam_of(kind), adam_of(kind)], optimizer=Mock(), scheduler=Mock())
+    trainer: Any = SimpleNamespace(
+        _adams=[adam_of(kind), adam_of(kind)], optimizer=Mock(), scheduler=Mock()
+    )
     trainer.resume_schedule = partial(Trainer.resume_schedule, trainer)
     of_dense, of_experts = ({"state": {}, "param_groups": [{}]} for _ in range(2))
-    Trainer.load_optimizer(trainer, {0: {"optimizer": of_dense, "param_state": {}}, 1: of_experts}, 7)
+    Trainer.load_optimizer(
+        trainer, {0: {"optimizer": of_dense, "param_state": {}}, 1: of_experts}, 7
+    )
     for values in (of_dense, of_experts):
         counts = values["param_groups"][0].get("step"), values["state"].get("common_step")
         assert counts == ((7, None) if kind is FusedAdam else (None, 7))
@@ -86,26 +92,39 @@ def test_a_16_bit_model_keeps_its_routers_biases_in_float32() -> None:
 
 def run_jobs(root: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     output = run_ranks(2, WORKER, str(root), json.dumps(jobs))
-    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    found = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in output.splitlines()
+        if line.startswith("RESULT ")
+    ]
     assert len(found) == len(jobs), output
     return found
 
 
 def test_a_routers_own_loss_has_the_weight_that_megatron_gives_it(tmp_path: Path) -> None:
-    """Megatron multiplies it by a micro-batch's tokens and divides all gradients by the mini-batch's; ours are divided
-    by nothing."""
+    """Megatron multiplies it by a micro-batch's tokens and divides all gradients by the
+    mini-batch's; ours are divided by nothing.
+    """
     save_model(tmp_path / "qwen3_moe", seed=2, model_type="qwen3_moe", tied=False, vocab=111)
     layouts = [({"dp": 2}, {}), ({"pp": 2}, {}), ({"tp": 2}, {"sequence_parallel": True})]
     balanced = {"moe_router_load_balancing_type": "aux_loss"}
-    jobs = [{"parallel": parallel, "megatron": {**megatron, **balanced}} for parallel, megatron in layouts]
-    for job in run_jobs(tmp_path, [{"check": "router_loss", "kind": "qwen3_moe", **job} for job in jobs]):
+    jobs = [
+        {"parallel": parallel, "megatron": {**megatron, **balanced}}
+        for parallel, megatron in layouts
+    ]
+    for job in run_jobs(
+        tmp_path, [{"check": "router_loss", "kind": "qwen3_moe", **job} for job in jobs]
+    ):
         print(job["parallel"], f"error {job['error']:.1e}, effect {job['effect']:.2f}")
         assert job["error"] <= 2e-6 and 0.01 < job["effect"] < 1, job
 
 
 def test_a_context_parallel_rank_may_have_no_label(tmp_path: Path) -> None:
     save_model(tmp_path / "qwen3", seed=1, vocab=111)
-    jobs = [{"check": "one_answer", "kind": "qwen3", "parallel": parallel} for parallel in ({"cp": 2}, {"tp": 2})]
+    jobs = [
+        {"check": "one_answer", "kind": "qwen3", "parallel": parallel}
+        for parallel in ({"cp": 2}, {"tp": 2})
+    ]
     split, whole = run_jobs(tmp_path, jobs)
     assert split["tokens"] == whole["tokens"] == 4
     assert split["loss"] == pytest.approx(whole["loss"], rel=1e-6)

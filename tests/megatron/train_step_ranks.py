@@ -1,4 +1,6 @@
-"""Worker of test_train_step: a router's own loss by our normalisation and by Megatron's; a rank without labels."""
+"""Worker of test_train_step: a router's own loss by our normalisation and by Megatron's; a rank
+without labels.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,36 @@ from tests.megatron.checkpoint_ranks import VOCAB, build, micro_batches
 
 
 def router_gradients(trainer: Trainer) -> torch.Tensor:
-    trainer.forward_backward(micro_batches(trainer, 0), CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank))
-    found = [p for chunk in trainer.chunks for name, p in chunk.named_parameters() if ".router." in name]
+    trainer.forward_backward(
+        micro_batches(trainer, 0), CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
+    )
+    found = [
+        p for chunk in trainer.chunks for name, p in chunk.named_parameters() if ".router." in name
+    ]
     return torch.cat([p.main_grad.flatten().double() for p in found])
 
 
 def divided_by_megatron(trainer: Trainer) -> torch.Tensor:
     """The same where every position counts and Megatron divides all gradients by their number."""
     batches, normalised = micro_batches(trainer, 0), train_step._loss
-    total = sum(batch.input_ids_BS.numel() for batch in batches) * trainer.ranks.dp_size * trainer.ranks.cp_size
+    total = (
+        sum(batch.input_ids_BS.numel() for batch in batches)
+        * trainer.ranks.dp_size
+        * trainer.ranks.cp_size
+    )
 
     def loss(hidden: torch.Tensor, *, micro_batch: Any, **rest: Any) -> Any:
         value, _, metrics = normalised(hidden, micro_batch=micro_batch, **rest)
-        return value * total, torch.tensor(micro_batch.input_ids_BS.numel(), dtype=torch.int), metrics
+        return (
+            value * total,
+            torch.tensor(micro_batch.input_ids_BS.numel(), dtype=torch.int),
+            metrics,
+        )
 
-    ours, trainer.config.grad_scale_func = trainer.config.grad_scale_func, trainer.optimizer.scale_loss
+    ours, trainer.config.grad_scale_func = (
+        trainer.config.grad_scale_func,
+        trainer.optimizer.scale_loss,
+    )
     train_step._loss = loss
     try:
         return router_gradients(trainer)
@@ -49,7 +66,9 @@ def router_loss(root: Path, job: dict[str, Any]) -> dict[str, float]:
     ]
     without, ours = map(router_gradients, trainers)
     wanted = divided_by_megatron(trainers[1])
-    error, effect = ((found - other).norm() / other.norm() for found, other in ((ours, wanted), (ours, without)))
+    error, effect = (
+        (found - other).norm() / other.norm() for found, other in ((ours, wanted), (ours, without))
+    )
     return {"error": float(error), "effect": float(effect)}
 
 
@@ -58,7 +77,9 @@ def one_answer(root: Path, job: dict[str, Any]) -> dict[str, float]:
     trainer, _ = build(root, job)
     config: Any = SimpleNamespace(train=SimpleNamespace(micro_batch_size=1))
     student: Any = SimpleNamespace(trainer=trainer, ranks=trainer.ranks)
-    batches, _ = specialist.pack([SupervisedExample((1, 2, 3, 4, 5, 6), (7, 8, 9, 10))], config, student)
+    batches, _ = specialist.pack(
+        [SupervisedExample((1, 2, 3, 4, 5, 6), (7, 8, 9, 10))], config, student
+    )
     objective = CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
     return trainer.reduce_metrics(trainer.forward_backward(batches, objective), ["loss", "tokens"])
 
@@ -66,7 +87,9 @@ def one_answer(root: Path, job: dict[str, Any]) -> dict[str, float]:
 if __name__ == "__main__":
     ranks.quiet_libraries()
     for spec in json.loads(sys.argv[2]):
-        found = {"router_loss": router_loss, "one_answer": one_answer}[spec["check"]](Path(sys.argv[1]), spec)
+        found = {"router_loss": router_loss, "one_answer": one_answer}[spec["check"]](
+            Path(sys.argv[1]), spec
+        )
         if dist.get_rank() == 0:
             print("RESULT " + json.dumps({**spec, **found}), flush=True)
     dist.barrier()

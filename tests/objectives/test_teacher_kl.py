@@ -15,11 +15,19 @@ from mtopd.objectives.teacher_kl import STATISTICS, STATISTICS_TOKENS, TeacherKL
 
 
 def test_a_run_of_each_teacher_is_drawn_by_its_rows() -> None:
-    runs = [TeacherRun(0, 0, 10, []), TeacherRun(2, 10, 40, []), TeacherRun(0, 0, 30, []), TeacherRun(2, 30, 40, [])]
+    runs = [
+        TeacherRun(0, 0, 10, []),
+        TeacherRun(2, 10, 40, []),
+        TeacherRun(0, 0, 30, []),
+        TeacherRun(2, 30, 40, []),
+    ]
     times: Counter[TeacherRun] = Counter()
     for seed in range(4000):
         drawn = _draw(runs, seed)
-        assert sorted((run.teacher_index, of.num_rows) for run, of in drawn.items()) == [(0, 40), (2, 40)]
+        assert sorted((run.teacher_index, of.num_rows) for run, of in drawn.items()) == [
+            (0, 40),
+            (2, 40),
+        ]
         assert all(of.rows == list(range(run.stop - run.start)) for run, of in drawn.items())
         times.update(drawn.keys())
     assert [times[run] / 4000 for run in runs] == pytest.approx([0.25, 0.75, 0.75, 0.25], abs=0.03)
@@ -52,9 +60,13 @@ class Step:
             0: SimpleNamespace(weight_vE=randn(40, 8), scale=1.0, softcap=None),
             2: SimpleNamespace(weight_vE=randn(40, 6), scale=0.5, softcap=3.0),
         }
-        self.runs = [[TeacherRun(0, 0, rows, []), TeacherRun(2, rows, 2 * rows, [])] for _ in range(2)]
+        self.runs = [
+            [TeacherRun(0, 0, rows, []), TeacherRun(2, rows, 2 * rows, [])] for _ in range(2)
+        ]
         self.student_TD = [randn(2 * rows, 8) for _ in range(2)]
-        self.teacher_TE = {run: randn(rows, 8 if run.teacher_index == 0 else 6) for of in self.runs for run in of}
+        self.teacher_TE = {
+            run: randn(rows, 8 if run.teacher_index == 0 else 6) for of in self.runs for run in of
+        }
 
     def head(self, index: int) -> AbstractContextManager[Any]:
         return nullcontext(self.heads[index])
@@ -85,14 +97,18 @@ class Step:
         head = self.heads[index]
         student = self.student_TD[batch][run.start : run.stop].double() @ self.weight_VD.double().T
         teacher = head.scale * (self.teacher_TE[run].double() @ head.weight_vE.double().T)
-        teacher = teacher if head.softcap is None else head.softcap * (teacher / head.softcap).tanh()
+        teacher = (
+            teacher if head.softcap is None else head.softcap * (teacher / head.softcap).tanh()
+        )
         log_p, log_q = (logits[:, :37].log_softmax(1) for logits in (student, teacher))
         per_token = [-log_p.exp() * log_p, -log_q.exp() * log_q, log_q.exp() * (log_q - log_p)]
         return [value.sum(1).mean().detach() for value in per_token]
 
 
 @pytest.mark.parametrize("batch_tokens", [64, 256])  # every run is compared by itself; all together
-def test_sums_are_those_of_the_drawn_runs(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_are_those_of_the_drawn_runs(
+    batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(teacher_kl, "_STATISTICS_BATCH", batch_tokens)
     step = Step(rows=30)
     found = step.statistics()
@@ -101,11 +117,17 @@ def test_sums_are_those_of_the_drawn_runs(batch_tokens: int, monkeypatch: pytest
         (batch,) = (number for number, of_batch in enumerate(step.runs) if run in of_batch)
         wanted = [float(mean) * of_run.num_rows for mean in step.means(batch, run.teacher_index)]
         assert of_run.num_rows == 60
-        assert [found[f"{name}/{run.teacher_index}"] for name in STATISTICS[:3]] == pytest.approx(wanted, rel=1e-5)
+        assert [found[f"{name}/{run.teacher_index}"] for name in STATISTICS[:3]] == pytest.approx(
+            wanted, rel=1e-5
+        )
         assert found[f"measured/{run.teacher_index}"] == 30
     assert len(drawn) == 2 and not any(found[f"{name}/1"] for name in ("measured", *STATISTICS))
 
 
 def test_at_most_the_tokens_allowed_are_measured() -> None:
     found = Step(rows=100).statistics()
-    assert [found[f"measured/{index}"] for index in range(3)] == [STATISTICS_TOKENS, 0, STATISTICS_TOKENS]
+    assert [found[f"measured/{index}"] for index in range(3)] == [
+        STATISTICS_TOKENS,
+        0,
+        STATISTICS_TOKENS,
+    ]

@@ -1,4 +1,6 @@
-"""Worker of test_bad_steps: one run whose cache holds a NaN row, then whose student and gradients are poisoned."""
+"""Worker of test_bad_steps: one run whose cache holds a NaN row, then whose student and gradients
+are poisoned.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def main() -> None:
         except MtopdError as error:
             assert job.trainer.steps_done == done
             for name, tensor in job.student.weights().items():
-                assert torch.equal(tensor, before[name]) or tensor.isnan().any(), f"{name} was touched"
+                assert torch.equal(tensor, before[name]) or tensor.isnan().any(), (
+                    f"{name} was touched"
+                )
             return str(error)
         raise AssertionError("the step was not refused")
 
@@ -70,9 +74,15 @@ def main() -> None:
     say(said)
 
     # One such step is allowed: it is left out and counted, and the next is refused again.
-    job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"max_bad_steps": 1})})
+    job.config = job.config.model_copy(
+        update={"train": job.config.train.model_copy(update={"max_bad_steps": 1})}
+    )
     values = step(0)
-    assert values["bad_steps"] == 1 and wanted[:-1] in str(values["refused"]) and job.state()["bad_steps"] == 1
+    assert (
+        values["bad_steps"] == 1
+        and wanted[:-1] in str(values["refused"])
+        and job.state()["bad_steps"] == 1
+    )
     assert wanted in refusal(1)
     say("one step left out")
 
@@ -107,12 +117,16 @@ def main() -> None:
     assert f"gradients are NaN or inf on 1 of {job.ranks.world_size} ranks" in said, said
 
     # Left out, it leaves no trace: the next step is taken.
-    job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update={"max_bad_steps": 2})})
+    job.config = job.config.model_copy(
+        update={"train": job.config.train.model_copy(update={"max_bad_steps": 2})}
+    )
     assert step(2)["bad_steps"] == 2
     job.trainer.forward_backward = forward_backward
     before = job.trainer.steps_done
     values = step(3)
-    assert values["loss"] > 0 and values["grad_norm"] > 0 and set(values["head_loads"].values()) == {1}, values
+    assert (
+        values["loss"] > 0 and values["grad_norm"] > 0 and set(values["head_loads"].values()) == {1}
+    ), values
     assert job.trainer.steps_done == before + 1
 
     if job.trainer.chunks[0].pre_process:

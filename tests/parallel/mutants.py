@@ -1,4 +1,6 @@
-"""Ways to be silently wrong on some layout, by name: each must turn its row of the parity matrix red."""
+"""Ways to be silently wrong on some layout, by name: each must turn its row of the parity matrix
+red.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ def _sp_gather() -> None:
     from mtopd.megatron import train_step
 
     original = train_step.gather_from_sequence_parallel_region
-    train_step.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad: original(
-        x, tensor_parallel_output_grad=False
+    train_step.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad: (
+        original(x, tensor_parallel_output_grad=False)
     )
 
 
@@ -61,7 +63,9 @@ def _pack_rows(change: Callable[[list[float]], list[float]]) -> None:
     from mtopd.pipelines import train
 
     original = train.pack_rows
-    train.pack_rows = lambda samples, weights, **rest: original(samples, change(list(weights)), **rest)
+    train.pack_rows = lambda samples, weights, **rest: original(
+        samples, change(list(weights)), **rest
+    )
 
 
 def _exchanged(weights: list[float]) -> list[float]:
@@ -71,7 +75,9 @@ def _exchanged(weights: list[float]) -> list[float]:
 
 
 def _divided() -> None:
-    """Megatron divides the gradients by the tokens that the loss counts; the loss itself stays right."""
+    """Megatron divides the gradients by the tokens that the loss counts; the loss itself stays
+    right.
+    """
     import torch
 
     from mtopd.megatron import train_step
@@ -116,7 +122,9 @@ def _contiguous() -> None:
 
     def halves(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, slice]:
         chunk = seq_length // (2 * cp_size)
-        return tuple(slice((2 * cp_rank + i) * chunk, (2 * cp_rank + i + 1) * chunk) for i in range(2))
+        return tuple(
+            slice((2 * cp_rank + i) * chunk, (2 * cp_rank + i + 1) * chunk) for i in range(2)
+        )
 
     packing.zigzag_chunks = halves
 
@@ -126,8 +134,8 @@ def _cp_keys() -> None:
     from mtopd.megatron import without_te
 
     original = without_te.gather_from_sequence_parallel_region
-    without_te.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad, group: original(
-        x, tensor_parallel_output_grad=False, group=group
+    without_te.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad, group: (
+        original(x, tensor_parallel_output_grad=False, group=group)
     )
 
 
@@ -169,7 +177,9 @@ def _batched() -> None:
 
 
 def _late() -> None:
-    """The output weight is used before its gather has come; nobody waits before it is exported either."""
+    """The output weight is used before its gather has come; nobody waits before it is exported
+    either.
+    """
     from mtopd.megatron.train_step import Trainer
 
     Trainer.finish_param_sync = lambda trainer: None
@@ -207,7 +217,9 @@ def _recompute() -> None:
 
     def noisy(inputs: Any) -> Any:
         return tuple(
-            (x * 1.001).detach().requires_grad_(x.requires_grad) if getattr(x, "requires_grad", False) else x
+            (x * 1.001).detach().requires_grad_(x.requires_grad)
+            if getattr(x, "requires_grad", False)
+            else x
             for x in original(inputs)
         )
 
@@ -255,13 +267,17 @@ _INSTALL: dict[str, Callable[[], None]] = {
     "cp ranges not zigzag": _contiguous,
     "cp keys not gathered": _cp_keys,
     "packed samples see one another": lambda: _cuts(lambda cuts: [cuts[0], cuts[-1]]),
-    "packed cuts off by one": lambda: _cuts(lambda cuts: [cuts[0], *(c + 1 for c in cuts[1:-1]), cuts[-1]]),
+    "packed cuts off by one": lambda: _cuts(
+        lambda cuts: [cuts[0], *(c + 1 for c in cuts[1:-1]), cuts[-1]]
+    ),
     "tied gradients not summed over pp": _tied,
     "interleaved sends batched": _batched,
     "overlapped gather not waited for": _late,
     "shards reduced by no one": _unreduced,
     "router gradients not summed": lambda: _unmark(lambda name: ".router." in name),
-    "expert gradients averaged": lambda: _averaged(lambda parameter: not getattr(parameter, "allreduce", True)),
+    "expert gradients averaged": lambda: _averaged(
+        lambda parameter: not getattr(parameter, "allreduce", True)
+    ),
     "norms not summed under sp": lambda: _unmark(lambda name: "layernorm" in name),
     "down-projections not summed": lambda: _unmark(lambda name: "_down_proj." in name),
     "recompute of other inputs": _recompute,

@@ -1,12 +1,14 @@
-"""The parity matrix: one mini-batch under every layout, in one table.  ``python -m tests.parallel.parity`` prints it.
+"""The parity matrix: one mini-batch under every layout, in one table.  ``python -m
+tests.parallel.parity`` prints it.
 
-Each kind of student at tp1pp1 is held against transformers and autograd in float64, one sample at a time; every other
-row against its tp1pp1.  Megatron's gradients and weights come back through the weight map as HF tensors, so every
-parameter is compared, tied ones summed, and so is the first step's line of metrics: Adam hides a gradient norm that is
-wrong by a factor, and so a clip.  Three teachers of other widths and depths are streamed for each row anew.
+Each kind of student at tp1pp1 is held against transformers and autograd in float64, one sample at a
+time; every other row against its tp1pp1.  Megatron's gradients and weights come back through the
+weight map as HF tensors, so every parameter is compared, tied ones summed, and so is the first
+step's line of metrics: Adam hides a gradient norm that is wrong by a factor, and so a clip.  Three
+teachers of other widths and depths are streamed for each row anew.
 
-Near convergence gradients are small differences: there a row may be as far from tp1pp1 as four times the distance of
-two float32 summation orders at tp 1.
+Near convergence gradients are small differences: there a row may be as far from tp1pp1 as four
+times the distance of two float32 summation orders at tp 1.
 
 Each world size is started once; its worker runs all rows of that size.
 """
@@ -39,11 +41,20 @@ from tests.small_models import save_model, write_prompts
 WORKER = Path(__file__).with_name("parity_ranks.py")
 NUM_SAMPLES = 18
 WEIGHTS = [0.5, 0.3, 0.2]
-FAR, NEAR, SELF = ["t0", "t1", "t2"], ["near0", "near1", "near2"], ["self", "self-again", "self-anew"]
+FAR, NEAR, SELF = (
+    ["t0", "t1", "t2"],
+    ["near0", "near1", "near2"],
+    ["self", "self-again", "self-anew"],
+)
 SP = {"sequence_parallel": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SHARDED = {"use_distributed_optimizer": True}
-OVERLAP = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20000}
+OVERLAP = {
+    **SHARDED,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "bucket_size": 20000,
+}
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 PACKED = {"token_budget": 64}
 
@@ -63,7 +74,9 @@ class Row:
     dtype: str = "float32"
     cache_dtype: str = "auto"
     reordered: bool = False  # the samples' ids turned round
-    unsorted: bool = False  # samples in the order of their ids, teachers mixed: what the planner never makes
+    unsorted: bool = (
+        False  # samples in the order of their ids, teachers mixed: what the planner never makes
+    )
     batch_tokens: int = 40  # of a teacher's forward
 
     @property
@@ -74,7 +87,10 @@ class Row:
 
 def rows() -> list[Row]:
     def axes(text: str) -> dict[str, int]:
-        return {part.rstrip("0123456789"): int(part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in text.split()}
+        return {
+            part.rstrip("0123456789"): int(part.lstrip("abcdefghijklmnopqrstuvwxyz"))
+            for part in text.split()
+        }
 
     bases = [Row(kind, None, kind) for kind in STUDENTS]
     dense = [
@@ -93,7 +109,12 @@ def rows() -> list[Row]:
         Row("tp2cp2 +sp", "untied", "untied", axes("tp2 cp2"), SP),
         Row("pp2cp2", "untied", "untied", axes("pp2 cp2")),
         Row("recompute, full", "untied", "untied", megatron=FULL),
-        Row("recompute, selective", "untied", "untied", megatron={"recompute_granularity": "selective"}),
+        Row(
+            "recompute, selective",
+            "untied",
+            "untied",
+            megatron={"recompute_granularity": "selective"},
+        ),
         Row("packed", "untied", "untied", train=PACKED),
         Row("packed, tp2 +sp", "untied", "untied", axes("tp2"), SP, PACKED),
         Row("packed, pp2, full recompute", "untied", "untied", axes("pp2"), FULL, PACKED),
@@ -161,13 +182,28 @@ def rows() -> list[Row]:
         ),
     ]
     itself = [
-        Row("self", None, parallel=axes("tp2 pp2"), teachers=SELF, teacher_tp=2, cache_dtype="float32"),
-        Row("self, bf16 cache", None, parallel=axes("tp2 pp2"), teachers=SELF, teacher_tp=2, cache_dtype="bfloat16"),
+        Row(
+            "self",
+            None,
+            parallel=axes("tp2 pp2"),
+            teachers=SELF,
+            teacher_tp=2,
+            cache_dtype="float32",
+        ),
+        Row(
+            "self, bf16 cache",
+            None,
+            parallel=axes("tp2 pp2"),
+            teachers=SELF,
+            teacher_tp=2,
+            cache_dtype="bfloat16",
+        ),
     ]
     return [*bases, *dense, *tied, *experts, *order, *half, *near, *itself]
 
 
-# A student's HF fields.  The table of rows is larger than the tokenizer: ids beyond it must take no part anywhere.
+# A student's HF fields.  The table of rows is larger than the tokenizer: ids beyond it must take no
+# part anywhere.
 STUDENTS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tied": False},
@@ -179,11 +215,16 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def trajectories(vocab: int, *, reordered: bool) -> list[Trajectory]:
-    """Unequal lengths, masks with holes, one sample without trained tokens; ``reordered`` renumbers the same."""
+    """Unequal lengths, masks with holes, one sample without trained tokens; ``reordered`` renumbers
+    the same.
+    """
     rng = np.random.default_rng(7)
     samples = []
     for i in range(NUM_SAMPLES):
-        prompt, response = rng.integers(3, vocab, rng.integers(2, 9)), rng.integers(3, vocab, rng.integers(1, 12))
+        prompt, response = (
+            rng.integers(3, vocab, rng.integers(2, 9)),
+            rng.integers(3, vocab, rng.integers(1, 12)),
+        )
         mask = (rng.random(len(response)) < 0.8).astype(int) if i else np.zeros(len(response), int)
         samples.append((i % 3, prompt, response, mask))
     order = list(range(NUM_SAMPLES))[::-1] if reordered else range(NUM_SAMPLES)
@@ -207,11 +248,14 @@ def trajectories(vocab: int, *, reordered: bool) -> list[Trajectory]:
 def reference(
     student: torch.nn.Module, teachers: list[Any], samples: list[Trajectory], vocab: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(loss, gradients and the teachers' hidden states; the step's metrics), one sample at a time in float64 (states in
-    float32)."""
+    """(loss, gradients and the teachers' hidden states; the step's metrics), one sample at a time
+    in float64 (states in float32).
+    """
     student.config._experts_implementation = "eager"  # the grouped product has no float64
     student, doubles = student.double(), [t.double() for t in teachers]
-    tokens = [sum(sum(s.loss_mask) for s in samples if s.teacher_index == i) for i in range(len(teachers))]
+    tokens = [
+        sum(sum(s.loss_mask) for s in samples if s.teacher_index == i) for i in range(len(teachers))
+    ]
     loss, entropy = torch.zeros((), dtype=torch.float64), 0.0
     kl_sums, losses = [0.0] * len(teachers), [0.0] * len(teachers)
     for s in samples:
@@ -248,12 +292,16 @@ def reference(
         places = len(s.prompt_ids) - 1 + np.flatnonzero(s.loss_mask)
         with torch.no_grad():
             ids = torch.tensor([[*s.prompt_ids, *s.response_ids[:-1]]])
-            states[f"states/{s.prompt_id}"] = singles[s.teacher_index].model(ids).last_hidden_state[0, places]
+            states[f"states/{s.prompt_id}"] = (
+                singles[s.teacher_index].model(ids).last_hidden_state[0, places]
+            )
     return {"loss": loss.detach(), **gradients, **states}, metrics
 
 
 def by_stored_name(model: Any) -> dict[str, torch.Tensor]:
-    """Gradients under the names of the checkpoint's tensors: transformers keeps a layer's experts as one tensor."""
+    """Gradients under the names of the checkpoint's tensors: transformers keeps a layer's experts
+    as one tensor.
+    """
     from mtopd.hf_model import stored_names
 
     found = {}
@@ -267,8 +315,13 @@ def by_stored_name(model: Any) -> dict[str, torch.Tensor]:
 
 
 def build_workplace(root: Path) -> None:
-    """Students, teachers as stores, float64 references.  Teachers near the student are it with a little noise."""
-    students = {kind: save_model(root / kind, seed=1, vocab=111, **fields) for kind, fields in STUDENTS.items()}
+    """Students, teachers as stores, float64 references.  Teachers near the student are it with a
+    little noise.
+    """
+    students = {
+        kind: save_model(root / kind, seed=1, vocab=111, **fields)
+        for kind, fields in STUDENTS.items()
+    }
     teachers = [
         save_model(root / "t0", seed=2, hidden=96, layers=3, tied=True, vocab=107),
         save_model(root / "t1", seed=3, hidden=64, layers=2, tied=False),
@@ -290,7 +343,9 @@ def build_workplace(root: Path) -> None:
         found, metrics = reference(student, teachers, trajectories(vocab, reordered=False), vocab)
         kl = metrics["reverse_kl"]
         assert kl >= 1, f"the comparison needs models more than 1 nat apart, found {kl}"
-        save_file({k: v.contiguous() for k, v in found.items()}, root / f"{kind}.reference.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in found.items()}, root / f"{kind}.reference.safetensors"
+        )
         (root / f"{kind}.reference.json").write_text(json.dumps(metrics))
 
 
@@ -302,7 +357,8 @@ def prepare_run(root: Path, row: Row) -> dict[str, Any]:
             "model": str(root / row.student),
             "parallel": row.parallel,
             "dtype": row.dtype,
-            # With Adam's usual eps entries without gradient would move by lr in a direction that noise decides.
+            # With Adam's usual eps entries without gradient would move by lr in a direction that
+            # noise decides.
             "megatron": {"adam_eps": 1e-5, **row.megatron},
         },
         "teachers": [
@@ -323,7 +379,11 @@ def prepare_run(root: Path, row: Row) -> dict[str, Any]:
         "rollout": {"prompts_per_iteration": NUM_SAMPLES},
         "teacher_offload": {"batch_tokens": row.batch_tokens},
         "hidden_cache": {"dtype": row.cache_dtype},
-        "train": {"num_iterations": 1, **row.train, "optimizer": {"lr": 1e-3, "warmup_steps": 0, "decay": "constant"}},
+        "train": {
+            "num_iterations": 1,
+            **row.train,
+            "optimizer": {"lr": 1e-3, "warmup_steps": 0, "decay": "constant"},
+        },
     }
     config = validate(values, ConsolidateConfig, "parity")
     run = RunDir(config.run_dir)
@@ -331,9 +391,15 @@ def prepare_run(root: Path, row: Row) -> dict[str, Any]:
         prepare.consolidate(config, run, lambda text: None)
     vocab = vocab_size(load_tokenizer(root / "tied"))
     run.trajectories(0).mkdir(parents=True)
-    write_shard(run.trajectories(0), "given", trajectories(vocab, reordered=row.reordered), run.generation)
+    write_shard(
+        run.trajectories(0), "given", trajectories(vocab, reordered=row.reordered), run.generation
+    )
     run.seal(run.trajectories(0))
-    return {**asdict(row), "run": str(run.path), "reference": str(root / f"{row.student}.reference.safetensors")}
+    return {
+        **asdict(row),
+        "run": str(run.path),
+        "reference": str(root / f"{row.student}.reference.safetensors"),
+    }
 
 
 def run_rows(root: Path, chosen: list[Row], *, mutant: str = "", timeout: float = 400.0) -> str:
@@ -341,7 +407,9 @@ def run_rows(root: Path, chosen: list[Row], *, mutant: str = "", timeout: float 
     output = ""
     for world_size in sorted({row.world_size for row in chosen}):
         plan = root / f"plan-{world_size}.json"
-        plan.write_text(json.dumps([prepare_run(root, row) for row in chosen if row.world_size == world_size]))
+        plan.write_text(
+            json.dumps([prepare_run(root, row) for row in chosen if row.world_size == world_size])
+        )
         output += run_ranks(world_size, WORKER, str(plan), mutant, timeout=timeout)
     return output
 
@@ -356,7 +424,12 @@ class Result:
     @staticmethod
     def load(run: Path) -> Result:
         values = json.loads((run / "parity.json").read_text())
-        return Result(values["loss"], values["metrics"], values["checks"], load_file(run / "parity.safetensors"))
+        return Result(
+            values["loss"],
+            values["metrics"],
+            values["checks"],
+            load_file(run / "parity.safetensors"),
+        )
 
     @property
     def kl(self) -> float:
@@ -364,7 +437,9 @@ class Result:
 
 
 def metrics_distance(found: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """The worst relative difference of any number; of teachers only the order counts, near ones have other names."""
+    """The worst relative difference of any number; of teachers only the order counts, near ones
+    have other names.
+    """
     assert len(found) == len(wanted), (found, wanted)
     worst = 0.0
     for a, b in zip(found.values(), wanted.values(), strict=True):
@@ -372,15 +447,26 @@ def metrics_distance(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     return worst
 
 
-def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], prefix: str) -> tuple[float, float]:
-    """Relative L2 over all tensors of a prefix together, and of the worst alone; buffers have no gradient."""
-    names = sorted(name for name in wanted if name.startswith(prefix) and not name.endswith("e_score_correction_bias"))
+def distance(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], prefix: str
+) -> tuple[float, float]:
+    """Relative L2 over all tensors of a prefix together, and of the worst alone; buffers have no
+    gradient.
+    """
+    names = sorted(
+        name
+        for name in wanted
+        if name.startswith(prefix) and not name.endswith("e_score_correction_bias")
+    )
     assert len(names) > 15 and all(name in found for name in names), set(names) - found.keys()
 
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a.double() - b.double()).norm() / b.double().norm())
 
-    together = [torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (found, wanted)]
+    together = [
+        torch.cat([tensors[name].double().flatten() for name in names])
+        for tensors in (found, wanted)
+    ]
     return relative(*together), max(relative(found[name], wanted[name]) for name in names)
 
 
@@ -395,13 +481,17 @@ class Verdict:
 
     @property
     def failed(self) -> list[str]:
-        return [column for column, found in self.distances.items() if not found <= self.limits[column]]
+        return [
+            column for column, found in self.distances.items() if not found <= self.limits[column]
+        ]
 
 
 def judge_mutant(root: Path, row: Row, mutant: str) -> str:
-    """How the row's numbers fail under a mutant, "" if they pass; its base must have been run whole.
+    """How the row's numbers fail under a mutant, "" if they pass; its base must have been run
+    whole.
 
-    Raises where the row does not run: a mutant that is refused, or whose target is gone, shows nothing of the numbers.
+    Raises where the row does not run: a mutant that is refused, or whose target is gone, shows
+    nothing of the numbers.
     """
     shutil.rmtree(root / "runs" / row.name.replace(" ", "_"), ignore_errors=True)
     run_rows(root, [row], mutant=mutant, timeout=120.0)
@@ -415,17 +505,23 @@ def judge(root: Path, chosen: list[Row]) -> list[Verdict]:
     results = {row.name: Result.load(root / "runs" / row.name.replace(" ", "_")) for row in chosen}
     orders = 0.0
     if "near" in results:
-        orders = distance(results["near, another order"].tensors, results["near"].tensors, "gradients/")[0]
+        orders = distance(
+            results["near, another order"].tensors, results["near"].tensors, "gradients/"
+        )[0]
     verdicts = []
     for row in chosen:
         result = results[row.name]
         if row.teachers == SELF:
             limit = 1e-6 if row.cache_dtype == "float32" else 1e-4
-            verdicts.append(Verdict(row, {"loss": result.kl}, {"loss": limit}, 0.0, result.kl, result.checks))
+            verdicts.append(
+                Verdict(row, {"loss": result.kl}, {"loss": limit}, 0.0, result.kl, result.checks)
+            )
             continue
         if row.base is None:
             if row.teachers == NEAR:
-                assert 1e-7 < result.kl < 1e-3, f"near convergence is about 1e-5 nats, found {result.kl}"
+                assert 1e-7 < result.kl < 1e-3, (
+                    f"near convergence is about 1e-5 nats, found {result.kl}"
+                )
                 continue
             dense = load_file(root / f"{row.student}.reference.safetensors")
             metrics = json.loads((root / f"{row.student}.reference.json").read_text())
@@ -438,13 +534,23 @@ def judge(root: Path, chosen: list[Row]) -> list[Verdict]:
             of_gradients = 4e-6 if row.student == "latent" else 2e-6
             limits = {"loss": 1e-6, "gradients": of_gradients, "weights": 1e-5, "metrics": 1e-5}
         if row.dtype == "bfloat16":
-            limits = {"loss": 2e-3, "gradients": 2e-2, "weights": 4e-3, "metrics": 2e-2}  # a weight's rounding: 2^-8
+            limits = {
+                "loss": 2e-3,
+                "gradients": 2e-2,
+                "weights": 4e-3,
+                "metrics": 2e-2,
+            }  # a weight's rounding: 2^-8
             if row.base is None:
                 limits = {"loss": 1e-2, "gradients": 5e-2, "metrics": 5e-2}
-        if row.teachers == NEAR:  # a loss of differences: its own rounding is as large as its gradient's
+        if (
+            row.teachers == NEAR
+        ):  # a loss of differences: its own rounding is as large as its gradient's
             limits = {"loss": 1e-2, "gradients": 4 * orders, "weights": 1e-5, "metrics": 1e-2}
         gradients, worst = distance(result.tensors, against, "gradients/")
-        start = {f"weights/{n}": t for n, t in load_file(root / row.student / "model.safetensors").items()}
+        start = {
+            f"weights/{n}": t
+            for n, t in load_file(root / row.student / "model.safetensors").items()
+        }
         moved = distance(result.tensors, start, "weights/")[0]
         assert moved > 1e-3, f"{row.name}: three steps moved the weights by {moved} only"
         distances = {"loss": abs(result.loss - loss) / loss, "gradients": gradients}
@@ -456,16 +562,33 @@ def judge(root: Path, chosen: list[Row]) -> list[Verdict]:
 
 
 def table(verdicts: list[Verdict]) -> str:
-    heads = ("row", "against", "loss", "limit", "gradients", "limit", "worst one", "weights", "limit", "metrics", "KL")
+    heads = (
+        "row",
+        "against",
+        "loss",
+        "limit",
+        "gradients",
+        "limit",
+        "worst one",
+        "weights",
+        "limit",
+        "metrics",
+        "KL",
+    )
     widths = (32, 10, 8, 7, 9, 7, 9, 8, 7, 8, 8)
 
     def line(cells: Sequence[str]) -> str:
         pairs = zip(cells, widths, strict=True)
-        return "".join(f"{c:<{w + 1}}" if i < 2 else f"{c:>{w + 1}}" for i, (c, w) in enumerate(pairs)).rstrip()
+        return "".join(
+            f"{c:<{w + 1}}" if i < 2 else f"{c:>{w + 1}}" for i, (c, w) in enumerate(pairs)
+        ).rstrip()
 
     lines = [line(heads)]
     for v in verdicts:
-        of = {column: (f"{found:.1e}", f"{v.limits[column]:.0e}") for column, found in v.distances.items()}
+        of = {
+            column: (f"{found:.1e}", f"{v.limits[column]:.0e}")
+            for column, found in v.distances.items()
+        }
         loss, gradients, weights, metrics = (
             of.get(column, ("", "")) for column in ("loss", "gradients", "weights", "metrics")
         )
@@ -476,11 +599,14 @@ def table(verdicts: list[Verdict]) -> str:
     failed = sum(bool(v.failed) for v in verdicts)
     lines.append("weights: after three optimizer steps")
     lines.append(
-        "metrics: gradient norm, reverse KL, entropy, tokens, shares, by teacher; limits 1e-05, bfloat16 2e-02 "
+        "metrics: gradient norm, reverse KL, entropy, tokens, shares, by teacher; limits 1e-05, "
+        "bfloat16 2e-02 "
         "(float64 5e-02), near 1e-02"
     )
     lines.append(
-        f"{len(verdicts)} rows, {failed} failed" if failed else f"{len(verdicts)} rows, all within their limits"
+        f"{len(verdicts)} rows, {failed} failed"
+        if failed
+        else f"{len(verdicts)} rows, all within their limits"
     )
     return "\n".join(lines)
 

@@ -1,4 +1,6 @@
-"""Worker of the parity matrix: runs the rows of one world size, checks residency and states, saves the numbers."""
+"""Worker of the parity matrix: runs the rows of one world size, checks residency and states, saves
+the numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,26 @@ from mtopd.trajectories import read_metadata, sample_metadata
 from mtopd.types import MicroBatch, PlannedSample, SampleMetadata, TrainStepPlan
 from tests.parallel import mutants
 
-METRICS = ("grad_norm", "reverse_kl", "reverse_kl_by_teacher", "entropy", "share_by_teacher", "tokens")
+METRICS = (
+    "grad_norm",
+    "reverse_kl",
+    "reverse_kl_by_teacher",
+    "entropy",
+    "share_by_teacher",
+    "tokens",
+)
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def named_like_weights(job: Job, tensor_of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors in place of the weights, as HF tensors; on tied models the embedding's is the sum over its two uses."""
+def named_like_weights(
+    job: Job, tensor_of: Callable[[Any], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors in place of the weights, as HF tensors; on tied models the embedding's is the sum
+    over its two uses.
+    """
     of_chunks = []
     for chunk in job.trainer.chunks:
         pairs = []
@@ -49,7 +62,9 @@ def named_like_weights(job: Job, tensor_of: Callable[[Any], torch.Tensor]) -> di
 
 
 def gradients(job: Job) -> dict[str, torch.Tensor]:
-    """The accumulated gradients.  The distributed optimizer leaves each rank the sum of its shard only: join them."""
+    """The accumulated gradients.  The distributed optimizer leaves each rank the sum of its shard
+    only: join them.
+    """
     if job.trainer.distributed_optimizer:
         for module in job.trainer.ddp:
             for buffer in (*module.buffers, *module.expert_parallel_buffers):
@@ -61,10 +76,14 @@ def gradients(job: Job) -> dict[str, torch.Tensor]:
 
 
 def check_states(job: Job, reference: dict[str, torch.Tensor]) -> float:
-    """Streamed states in the cache against transformers' own, row by row; returns the worst relative error."""
+    """Streamed states in the cache against transformers' own, row by row; returns the worst
+    relative error.
+    """
     worst = 0.0
     metadata = read_metadata(job.run.trajectories(0))
-    names = dict(zip(metadata["sample_id"].to_pylist(), metadata["prompt_id"].to_pylist(), strict=True))
+    names = dict(
+        zip(metadata["sample_id"].to_pylist(), metadata["prompt_id"].to_pylist(), strict=True)
+    )
     with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
         for sample in sample_metadata(metadata):
             store = job.stores[sample.teacher_index]
@@ -74,7 +93,9 @@ def check_states(job: Job, reference: dict[str, torch.Tensor]) -> float:
             reader.read(entry, rows.numpy())
             wanted = reference[f"states/{names[sample.sample_id]}"]
             assert rows.shape == wanted.shape
-            for row, want in zip(rows, wanted, strict=True):  # each token on its own: a shifted row cannot hide
+            for row, want in zip(
+                rows, wanted, strict=True
+            ):  # each token on its own: a shifted row cannot hide
                 worst = max(worst, relative(row, want))
     return worst
 
@@ -101,35 +122,47 @@ class LiveHeads:
 
 
 class LiveLayers:
-    """Bytes of live storages that teacher weights were loaded into, by weak references; peak over all passes."""
+    """Bytes of live storages that teacher weights were loaded into, by weak references; peak over
+    all passes.
+    """
 
     def __init__(self) -> None:
         self.live: dict[int, int] = {}
         self.worst = 0.0  # peak bytes over what two layers and the largest other part take
         original = layer_stream.LayerStream._load
 
-        def load(stream: layer_stream.LayerStream, key: tuple, part: shares.Part, buffer: torch.Tensor) -> None:
+        def load(
+            stream: layer_stream.LayerStream, key: tuple, part: shares.Part, buffer: torch.Tensor
+        ) -> None:
             embedding, *layers, norm = (part.device_bytes for part in stream._parts)
             for held in (buffer, *stream._buffers):
                 storage = held.untyped_storage()
                 if id(storage) not in self.live:
                     self.live[id(storage)] = storage.nbytes()
                     weakref.finalize(storage, self.live.pop, id(storage))
-            self.worst = max(self.worst, sum(self.live.values()) / (2 * max(layers) + embedding + norm))
+            self.worst = max(
+                self.worst, sum(self.live.values()) / (2 * max(layers) + embedding + norm)
+            )
             original(stream, key, part, buffer)
 
         layer_stream.LayerStream._load = load
         bind = TeacherLayers.bind
 
-        def checked_bind(teacher: TeacherLayers, index: int, weights: dict[str, torch.Tensor]) -> None:
+        def checked_bind(
+            teacher: TeacherLayers, index: int, weights: dict[str, torch.Tensor]
+        ) -> None:
             bind(teacher, index, weights)
             storages = {id(p.untyped_storage()) for p in teacher.layer.parameters()}
-            assert len(storages) == 1 and storages <= self.live.keys(), "parameters are views of one buffer, no copies"
+            assert len(storages) == 1 and storages <= self.live.keys(), (
+                "parameters are views of one buffer, no copies"
+            )
 
         TeacherLayers.bind = checked_bind
 
 
-def unsorted(plan: TrainStepPlan, samples: Sequence[SampleMetadata], micro_batch_size: int | None) -> TrainStepPlan:
+def unsorted(
+    plan: TrainStepPlan, samples: Sequence[SampleMetadata], micro_batch_size: int | None
+) -> TrainStepPlan:
     """The plan's samples in the order of their ids, teachers mixed, in as full micro-batches."""
     ((*mine,),) = plan.micro_batches
     length = {s.sample_id: row_length(s) for s in samples}
@@ -143,7 +176,9 @@ def unsorted(plan: TrainStepPlan, samples: Sequence[SampleMetadata], micro_batch
 
 
 def allow_swaps(heads: head_slot.HeadSlot) -> None:
-    """The product refuses a step that loads a head twice: let it count each once, `LiveHeads` counts them all."""
+    """The product refuses a step that loads a head twice: let it count each once, `LiveHeads`
+    counts them all.
+    """
     take_counters = heads.take_counters
 
     def once() -> head_slot.HeadCounters:
@@ -154,18 +189,27 @@ def allow_swaps(heads: head_slot.HeadSlot) -> None:
 
 
 def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
-    # Of so small micro-batches every tp rank reads all states; in some rows they are shared out and gathered.
+    # Of so small micro-batches every tp rank reads all states; in some rows they are shared out and
+    # gathered.
     cached_states._SMALLEST_SHARE = 1 if "+sp" in row["name"] else 1 << 20
     job = Job(Path(row["run"]), 1)
     teacher_pass.run(job, 0)
     assert 0 < layers.worst <= 1, f"more than two layers were on the device: {layers.worst}"
     assert not layers.live, "a teacher's weights outlive its pass"
-    lines = [json.loads(line) for line in job.run.metrics.read_text().splitlines()] if job.ranks.rank == 0 else []
+    lines = (
+        [json.loads(line) for line in job.run.metrics.read_text().splitlines()]
+        if job.ranks.rank == 0
+        else []
+    )
     for line in lines:
         for name, values in line.get("teachers", {}).items():
             assert values["bytes_read"] == values["stored_bytes"], (name, values)
             assert values["waves"] == 1
-            store, mesh = next((s, m) for s, m in zip(job.stores, job.teacher_meshes, strict=True) if s.name == name)
+            store, mesh = next(
+                (s, m)
+                for s, m in zip(job.stores, job.teacher_meshes, strict=True)
+                if s.name == name
+            )
             assert values["relayouts"] == (0 if mesh.tp_size == 2 else store.num_layers), values
     samples = sample_metadata(read_metadata(job.run.trajectories(0)))
     tokens = job.tokens(0)
@@ -186,7 +230,9 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     for step in range(3):
         before = heads.made
         with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
-            assert (reader is not None) == job.ranks.is_last_stage, "other stages never open the cache"
+            assert (reader is not None) == job.ranks.is_last_stage, (
+                "other stages never open the cache"
+            )
             runs = train.runs_of_step(job, of_step, 0)
             results.append(train.train_step(job, of_step, runs, tokens, states, step))
         in_order = [run.teacher_index for of_batch in runs for run in of_batch]
@@ -198,7 +244,12 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     found |= {f"weights/{name}": tensor for name, tensor in job.student.weights().items()}
     values = results[0]
     rounded = row["cache_dtype"] == "bfloat16"
-    for index, floor in job.noise_floor.items():  # of a teacher held against itself the KL is what rounding makes it
+    for (
+        index,
+        floor,
+    ) in (
+        job.noise_floor.items()
+    ):  # of a teacher held against itself the KL is what rounding makes it
         kl = values["reverse_kl_by_teacher"][job.stores[index].name]
         assert kl / 4 < floor < kl * 4 if rounded else floor == 0, (floor, kl)
     assert values["below_10x_noise_floor"] == (row["teachers"] if rounded else [])
@@ -214,7 +265,9 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     check_off_device(job)
     assert job.probed == set(range(len(job.stores))), "every teacher was proved to be the right one"
     if job.ranks.rank == 0:
-        save_file({k: v.contiguous() for k, v in found.items()}, job.run.path / "parity.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in found.items()}, job.run.path / "parity.safetensors"
+        )
         metrics = {name: values[name] for name in METRICS}
         numbers = {"loss": values["loss"], "metrics": metrics, "checks": ", ".join(checks)}
         (job.run.path / "parity.json").write_text(json.dumps(numbers))
@@ -226,19 +279,38 @@ def check_metrics(job: Job, row: dict[str, Any], values: dict[str, Any]) -> None
     assert values["peak_resident_heads"] == 1
     assert sum(values["head_loads"].values()) == values["teachers_in_step"]
     for name, statistics in values["statistics"].items():
-        assert 0 < statistics["tokens"] <= 64 * job.ranks.dp_size * job.ranks.cp_size, (name, statistics)
-        assert 0 < statistics["teacher_overlap_mass"] <= 1 + 1e-5 and 0 < statistics["overlap_ratio"] <= 1, statistics
+        assert 0 < statistics["tokens"] <= 64 * job.ranks.dp_size * job.ranks.cp_size, (
+            name,
+            statistics,
+        )
+        assert (
+            0 < statistics["teacher_overlap_mass"] <= 1 + 1e-5
+            and 0 < statistics["overlap_ratio"] <= 1
+        ), statistics
         if row["teachers"][0] == "self":
-            assert statistics["forward_kl"] < 1e-4 and statistics["overlap_ratio"] > 0.95, statistics
+            assert statistics["forward_kl"] < 1e-4 and statistics["overlap_ratio"] > 0.95, (
+                statistics
+            )
         elif row["teachers"][0] == "t0":
             assert statistics["forward_kl"] > 1e-3 and statistics["entropy_gap"] > 1e-5, statistics
-    assert values["statistics"].keys() == values["reverse_kl_by_teacher"].keys() and values["statistics_s"] > 0
+    assert (
+        values["statistics"].keys() == values["reverse_kl_by_teacher"].keys()
+        and values["statistics_s"] > 0
+    )
 
 
 def check_off_device(job: Job) -> None:
-    """Gradients and optimizer state leave no byte on the device, and come back bit for bit, with all views."""
+    """Gradients and optimizer state leave no byte on the device, and come back bit for bit, with
+    all views.
+    """
     trainer = job.trainer
-    states = [t for adam in trainer._adams for s in adam.state.values() for t in s.values() if torch.is_tensor(t)]
+    states = [
+        t
+        for adam in trainer._adams
+        for s in adam.state.values()
+        for t in s.values()
+        if torch.is_tensor(t)
+    ]
     parameters = [p for chunk in trainer.chunks for p in chunk.parameters()]
     gradients = [p.main_grad for p in parameters]
     moved = [*states, *gradients]
@@ -254,13 +326,17 @@ def check_off_device(job: Job) -> None:
 
 
 def check_argmax(job: Job) -> str:
-    """Greedy answers of the exported HF model, teacher-forced through Megatron: the same argmax where it is clear."""
+    """Greedy answers of the exported HF model, teacher-forced through Megatron: the same argmax
+    where it is clear.
+    """
     folder = job.run.path / "export" / "check"
     job.student.export(job.run, folder)
     engine = job.student.new_engine()
     engine.update_weights(evaluate.read_weights(folder))
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
-    responses = engine.generate([Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, greedy=True)
+    responses = engine.generate(
+        [Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, greedy=True
+    )
     width = max(map(len, prompts)) + 12
     disagree, clear = torch.zeros(2), 0
     for start in range(0, 256, 64):
@@ -268,11 +344,16 @@ def check_argmax(job: Job) -> str:
             _Fields(p, r.response_ids)
             for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)
         ]
-        batch = packing.pack_rows(fields, [1.0] * 64, shape=(64, width), packed=False, ranks=job.ranks, payload=None)
+        batch = packing.pack_rows(
+            fields, [1.0] * 64, shape=(64, width), packed=False, ranks=job.ranks, payload=None
+        )
         wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
 
         def compare(
-            hidden_TD: torch.Tensor, weight_vD: torch.Tensor, _: object, wanted: torch.Tensor = wanted
+            hidden_TD: torch.Tensor,
+            weight_vD: torch.Tensor,
+            _: object,
+            wanted: torch.Tensor = wanted,
         ) -> tuple:
             local = (hidden_TD @ weight_vD.T).detach()
             shards = [torch.empty_like(local) for _ in range(job.ranks.tp_size)]
@@ -282,7 +363,9 @@ def check_argmax(job: Job) -> str:
             wrong = (is_clear & (top.indices[:, 0] != wanted)).sum().double()
             return hidden_TD.sum() * 0, {"wrong": wrong, "clear": is_clear.sum().double()}
 
-        sums = job.trainer.reduce_metrics(job.trainer.forward_backward([batch], compare), ["wrong", "clear"])
+        sums = job.trainer.reduce_metrics(
+            job.trainer.forward_backward([batch], compare), ["wrong", "clear"]
+        )
         disagree[0] += sums["wrong"]
         clear += int(sums["clear"])
     assert disagree[0] == 0 and clear > 1000, (disagree, clear)

@@ -1,4 +1,6 @@
-"""One process of tests/parallel/test_stream.py: a student at tp2 x pp2, a teacher streamed on meshes of its own."""
+"""One process of tests/parallel/test_stream.py: a student at tp2 x pp2, a teacher streamed on
+meshes of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from mtopd.pipelines.job import build_teacher_layers
 from mtopd.teacher_offload import store as store_module
 from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
-from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, plan_pass, run_teacher_pass
+from mtopd.teacher_offload.teacher_pass import (
+    PassResult,
+    TeacherSample,
+    plan_pass,
+    run_teacher_pass,
+)
 from mtopd.types import MtopdError
 
 store_module.BLOCK_BYTES = 4096  # as the stores were written: small models have many blocks
@@ -37,7 +44,11 @@ class Teacher:
         self.layers = build_teacher_layers(store, self.mesh, ranks.device)
 
     def run(
-        self, stream: TeacherStream, index: int, samples: list[np.ndarray], activation_budget: int = 1 << 30
+        self,
+        stream: TeacherStream,
+        index: int,
+        samples: list[np.ndarray],
+        activation_budget: int = 1 << 30,
     ) -> tuple[dict[int, torch.Tensor], PassResult]:
         plans = plan_pass(
             [len(ids) for ids in samples],
@@ -63,8 +74,12 @@ class Teacher:
 
 
 def count_ranges(streams: list[TeacherStream]) -> dict[str, int]:
-    """How this rank's ranges travel: by an all-gather, by broadcasts of their owners, or not at all."""
-    ranges = [r for stream in streams for teacher in stream.parts for part in teacher for r in part.ranges]
+    """How this rank's ranges travel: by an all-gather, by broadcasts of their owners, or not at
+    all.
+    """
+    ranges = [
+        r for stream in streams for teacher in stream.parts for part in teacher for r in part.ranges
+    ]
     gathered = sum(r.share_bytes is not None for r in ranges)
     alone = sum(len(r.owners) == 1 for r in ranges)
     return {"all-gathered": gathered, "broadcast": len(ranges) - gathered - alone, "alone": alone}
@@ -77,7 +92,9 @@ def total(value: int) -> int:
 
 
 def check_meshes(spec: dict[str, Any], student: parallel.Ranks) -> str:
-    """Every mesh, with deep and shallow budgets: states as transformers gives them, storage read once, then never."""
+    """Every mesh, with deep and shallow budgets: states as transformers gives them, storage read
+    once, then never.
+    """
     report, streams = [], []
     samples = [np.array(ids) for ids in spec["samples"]]
     for name, meshes in spec["meshes"].items():
@@ -86,14 +103,19 @@ def check_meshes(spec: dict[str, Any], student: parallel.Ranks) -> str:
         for tp, ep in meshes:
             teacher = Teacher(store, tp, ep, student)
             whole = store.pass_bytes()
-            stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=whole, reader_threads=2)
+            stream = TeacherStream(
+                [store], [teacher.mesh], student.device, host_budget=whole, reader_threads=2
+            )
             worst = 0.0
             for reading in (whole, 0):
                 stream.expect([0])
                 states, result = teacher.run(stream, 0, samples)
                 assert len(result.waves) == 1
                 reads = stream.take_counters()
-                assert total(reads.bytes_read) == reading and total(reads.bytes_kept) == whole - reading
+                assert (
+                    total(reads.bytes_read) == reading
+                    and total(reads.bytes_kept) == whole - reading
+                )
                 for i, rows_TE in states.items():
                     error = (rows_TE.double() - wanted[str(i)]).norm() / wanted[str(i)].norm()
                     worst = max(worst, float(error))
@@ -113,10 +135,14 @@ def check_waves(spec: dict[str, Any], student: parallel.Ranks) -> str:
     teacher = Teacher(store, 2, 1, student)
     embedding, *layers, _ = (
         p
-        for p in TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=1).parts[0]
+        for p in TeacherStream(
+            [store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=1
+        ).parts[0]
     )
     budget = max(p.host_bytes for p in (embedding, *layers))
-    stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=budget, reader_threads=3)
+    stream = TeacherStream(
+        [store], [teacher.mesh], student.device, host_budget=budget, reader_threads=3
+    )
     stream.expect([0])
     once, _ = teacher.run(stream, 0, samples)
     stream.take_counters()
@@ -142,10 +168,14 @@ def check_waves(spec: dict[str, Any], student: parallel.Ranks) -> str:
 
 
 def check_damage(spec: dict[str, Any], student: parallel.Ranks) -> str:
-    """A damaged block stops every rank with the same error that names the file; the others do not hang."""
+    """A damaged block stops every rank with the same error that names the file; the others do not
+    hang.
+    """
     store = open_store(Path(spec["stores"]) / "damaged")
     teacher = Teacher(store, 2, 1, student)
-    stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2)
+    stream = TeacherStream(
+        [store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2
+    )
     stream.expect([0])
     try:
         teacher.run(stream, 0, [np.array(spec["samples"][0])])
@@ -158,7 +188,9 @@ def check_damage(spec: dict[str, Any], student: parallel.Ranks) -> str:
 
 
 def check_resident(spec: dict[str, Any]) -> str:
-    """Bit for bit what a Megatron model with the same weights resident gives on the same mesh and batches (fp32)."""
+    """Bit for bit what a Megatron model with the same weights resident gives on the same mesh and
+    batches (fp32).
+    """
     student = parallel.build_groups(
         ParallelConfig(tp=2), rank=dist.get_rank(), world_size=4, device=torch.device("cpu"), seed=0
     )
@@ -172,14 +204,25 @@ def check_resident(spec: dict[str, Any]) -> str:
         overrides=config_overrides(student.device),
     )
     chunks = build_chunks(
-        bridge.transformer_config, hf_config, student, rotary_base=rope_theta(hf_config), padded_vocab=128
+        bridge.transformer_config,
+        hf_config,
+        student,
+        rotary_base=rope_theta(hf_config),
+        padded_vocab=128,
     )
     bridge.load(chunks, Path(spec["hf"]) / "qwen3")
     model = chunks[0].eval()
-    stream = TeacherStream([store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2)
+    stream = TeacherStream(
+        [store], [teacher.mesh], student.device, host_budget=1 << 30, reader_threads=2
+    )
     stream.expect([0] * 4)
     compared = 0
-    for length in (7, 16, 33, 64):  # below 4 tokens MKL takes another kernel for weights that stand transposed
+    for length in (
+        7,
+        16,
+        33,
+        64,
+    ):  # below 4 tokens MKL takes another kernel for weights that stand transposed
         ids = (np.arange(length) * 7 + 3) % 90
         states, _ = teacher.run(stream, 0, [ids, ids])  # one for each replica
         positions = torch.arange(length)[None]

@@ -1,4 +1,6 @@
-"""NaN or inf in a batch: the step is refused before the optimizer touches anything, and the samples are named."""
+"""NaN or inf in a batch: the step is refused before the optimizer touches anything, and the samples
+are named.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ WORKER = Path(__file__).with_name("bad_step_ranks.py")
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}])
-def test_a_step_with_nan_or_inf_is_refused_and_its_samples_named(tmp_path: Path, layout: dict[str, int]) -> None:
+def test_a_step_with_nan_or_inf_is_refused_and_its_samples_named(
+    tmp_path: Path, layout: dict[str, int]
+) -> None:
     save_model(tmp_path / "tied", seed=1, vocab=111)
     for i, name in enumerate(parity.FAR):
         save_model(tmp_path / name, seed=2 + i, hidden=64, layers=2)

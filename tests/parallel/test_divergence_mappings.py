@@ -1,7 +1,9 @@
-"""The fused divergence behind Megatron's two mappings, plain tensor and sequence parallel, over spawned gloo ranks.
+"""The fused divergence behind Megatron's two mappings, plain tensor and sequence parallel, over
+spawned gloo ranks.
 
-The function never reduces the gradient of the hidden states; the mapping in front of it does.  Student and teacher
-differ, so a rank's part of that gradient is not the whole, and the last rank holds nothing but padding in one case.
+The function never reduces the gradient of the hidden states; the mapping in front of it does.
+Student and teacher differ, so a rank's part of that gradient is not the whole, and the last rank
+holds nothing but padding in one case.
 """
 
 from __future__ import annotations
@@ -28,11 +30,20 @@ def run_rank(rank: int, world_size: int, store_path: str) -> None:
     cpu.install()
 
     store = dist.FileStore(store_path, world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
     for vocab_size in (None, 40 * (world_size - 1) - 3):
         for name, beta in SIX:
             case = make_case(
-                8 * world_size, 12, 16, 40 * world_size, distance=2.0, divergence=name, beta=beta, vocab_size=vocab_size
+                8 * world_size,
+                12,
+                16,
+                40 * world_size,
+                distance=2.0,
+                divergence=name,
+                beta=beta,
+                vocab_size=vocab_size,
             )
             for is_sequence_parallel in (False, True):
                 check(case, rank, world_size, is_sequence_parallel)
@@ -52,10 +63,14 @@ def check(case: Case, rank: int, world_size: int, is_sequence_parallel: bool) ->
     weight = case.student_weight_VD[rows].clone().requires_grad_()
     group = dist.group.WORLD
     if is_sequence_parallel:
-        mapped = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        mapped = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=group
+        )
     else:
         mapped = copy_to_tensor_model_parallel_region(hidden, group=group)
-    shard = Case(mapped, weight, case.teacher_hidden_TE, case.teacher_weight_VE[rows], case.token_weight_T)
+    shard = Case(
+        mapped, weight, case.teacher_hidden_TE, case.teacher_weight_VE[rows], case.token_weight_T
+    )
     out = shard.call(mapped, weight, tp_group=group, workspace_bytes=20_000, **case.options)
     out.loss.backward()
     oracle, plain = dense(case), dense(case, torch.float32)

@@ -30,7 +30,11 @@ def test_every_layout_gives_the_numbers_of_one_process(root: Path) -> None:
 @pytest.mark.timeout(1500)
 def test_every_mutant_turns_its_row_red(root: Path) -> None:
     by_name = {row.name: row for row in parity.rows()}
-    bases = [row for row in parity.rows() if row.base is None and row.teachers == parity.FAR and row.dtype == "float32"]
+    bases = [
+        row
+        for row in parity.rows()
+        if row.base is None and row.teachers == parity.FAR and row.dtype == "float32"
+    ]
     if not all((root / "runs" / row.name / "parity.json").exists() for row in bases):
         parity.run_rows(root, bases)
     survivors = []

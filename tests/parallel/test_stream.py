@@ -1,7 +1,7 @@
 """Teachers streamed on meshes of their own, under a student at tp2 x pp2 over the same four ranks.
 
-Small blocks make small models travel as big ones do: all-gathers with equal shares, broadcasts where there are fewer
-blocks than ranks, re-layouts where tp is below the slice count.
+Small blocks make small models travel as big ones do: all-gathers with equal shares, broadcasts
+where there are fewer blocks than ranks, re-layouts where tp is below the slice count.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
             add_teacher(name, root / "hf" / name, root / "stores" / name, slices=slices)
             model.eval()
             with torch.no_grad():
-                states = {str(i): model.model(torch.tensor([s])).last_hidden_state[0] for i, s in enumerate(samples)}
+                states = {
+                    str(i): model.model(torch.tensor([s])).last_hidden_state[0]
+                    for i, s in enumerate(samples)
+                }
             save_file({k: v.contiguous() for k, v in states.items()}, root / f"{name}.safetensors")
         add_teacher("damaged", root / "hf" / "qwen3", root / "stores" / "damaged", slices=4)
     layer = root / "stores" / "damaged" / "layers" / "00001.safetensors"
@@ -55,7 +58,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layer.write_bytes(content)
     values = {"hf": root / "hf", "stores": root / "stores", "references": root}
     path = root / "spec.json"
-    path.write_text(json.dumps({**{k: str(v) for k, v in values.items()}, "samples": samples, "meshes": MESHES}))
+    path.write_text(
+        json.dumps({**{k: str(v) for k, v in values.items()}, "samples": samples, "meshes": MESHES})
+    )
     return path
 
 

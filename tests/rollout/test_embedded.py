@@ -47,17 +47,25 @@ def test_every_coordinate_of_a_draw_matters_and_draws_are_uniform() -> None:
 
 
 def test_inverse_cdf_never_takes_a_token_of_probability_zero() -> None:
-    log_p = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)).expand(5, -1)
+    log_p = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]], dtype=torch.float64)).expand(
+        5, -1
+    )
     u = torch.tensor([0.0, 0.2499999, 0.25, 0.9999999, np.nextafter(1.0, 0.0)], dtype=torch.float64)
     assert inverse_cdf(log_p, u).tolist() == [1, 1, 3, 3, 3]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
-    # 120 rows for about 100 token ids: the rest must never be sampled, however likely the weights make them.
+    # 120 rows for about 100 token ids: the rest must never be sampled, however likely the weights
+    # make them.
     model = save_model(tmp_path_factory.mktemp("model") / "m", seed=5, layers=2, vocab=120)
     engine = EmbeddedEngine(
-        model.config, dtype=torch.float32, vocab_size=100, eos_id=1, pad_id=0, device=torch.device("cpu")
+        model.config,
+        dtype=torch.float32,
+        vocab_size=100,
+        eos_id=1,
+        pad_id=0,
+        device=torch.device("cpu"),
     )
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     weights["model.embed_tokens.weight"][100:] *= 8
@@ -69,7 +77,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
 
 def requests(count: int) -> list[Request]:
     rng = np.random.default_rng(0)
-    return [Request(f"p/{i}", tuple(rng.integers(3, 100, rng.integers(1, 9)).tolist())) for i in range(count)]
+    return [
+        Request(f"p/{i}", tuple(rng.integers(3, 100, rng.integers(1, 9)).tolist()))
+        for i in range(count)
+    ]
 
 
 def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
@@ -77,7 +88,9 @@ def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
     first = engine.generate(batch, max_response=16, seed=3, iteration=7)
     assert engine.generate(batch, max_response=16, seed=3, iteration=7) == first
     assert engine.generate(batch, max_response=16, seed=3, iteration=8) != first
-    assert {r.finish_reason for r in first} == {"stop", "length"}, "the test needs both kinds of ending"
+    assert {r.finish_reason for r in first} == {"stop", "length"}, (
+        "the test needs both kinds of ending"
+    )
     for response in first:
         assert max(response.response_ids) < 100
         assert (response.response_ids[-1] == 1) == (response.finish_reason == "stop")
@@ -86,25 +99,35 @@ def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
 
 
 def test_padding_cache_and_compaction_do_not_change_a_response(engine: EmbeddedEngine) -> None:
-    """Each answer of a ragged, compacted batch has the log-probs of a plain forward pass over that answer alone."""
+    """Each answer of a ragged, compacted batch has the log-probs of a plain forward pass over that
+    answer alone.
+    """
     batch = requests(24)
-    for request, response in zip(batch, engine.generate(batch, max_response=16, seed=3, iteration=7), strict=True):
+    for request, response in zip(
+        batch, engine.generate(batch, max_response=16, seed=3, iteration=7), strict=True
+    ):
         ids = torch.tensor([[*request.prompt_ids, *response.response_ids]])
         with torch.no_grad():
             logits = engine._model(ids).logits[0, len(request.prompt_ids) - 1 : -1, :100].double()
         wanted = torch.log_softmax(logits, -1)[
             torch.arange(len(response.response_ids)), ids[0, len(request.prompt_ids) :]
         ]
-        torch.testing.assert_close(torch.tensor(response.log_probs, dtype=torch.float64), wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            torch.tensor(response.log_probs, dtype=torch.float64), wanted, rtol=0, atol=2e-5
+        )
 
 
 def test_sampling_follows_the_models_distribution(engine: EmbeddedEngine) -> None:
-    """Chi-square of 4000 first tokens against the exact distribution; df = number of pooled cells - 1."""
+    """Chi-square of 4000 first tokens against the exact distribution; df = number of pooled cells -
+    1.
+    """
     prompt = (5, 9, 33)
     batch = [Request("same", prompt, sample) for sample in range(4000)]
     drawn = np.array([r.response_ids[0] for r in engine.generate(batch, max_response=1, seed=11)])
     with torch.no_grad():
-        p = torch.softmax(engine._model(torch.tensor([prompt])).logits[0, -1, :100].double(), -1).numpy()
+        p = torch.softmax(
+            engine._model(torch.tensor([prompt])).logits[0, -1, :100].double(), -1
+        ).numpy()
     likely = p * 4000 >= 5
     expected = np.append(p[likely], p[~likely].sum()) * 4000
     counts = np.bincount(drawn, minlength=100)
@@ -122,7 +145,9 @@ def test_greedy_takes_the_argmax(engine: EmbeddedEngine) -> None:
         ids.append(token)
 
 
-def test_missing_weights_are_not_filled_with_anything(engine: EmbeddedEngine, tmp_path: Path) -> None:
+def test_missing_weights_are_not_filled_with_anything(
+    engine: EmbeddedEngine, tmp_path: Path
+) -> None:
     weights = dict(engine._model.state_dict())
     del weights["model.norm.weight"]
     with pytest.raises(AssertionError, match=r"model\.norm\.weight"):

@@ -1,4 +1,6 @@
-"""Worker: prints by how many bytes this process grew at most while ``teachers add`` ran, after all imports."""
+"""Worker: prints by how many bytes this process grew at most while ``teachers add`` ran, after all
+imports.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Worker of test_architectures: every model on every mesh, under a student's tp 2 x pp 2, against transformers."""
+"""Worker of test_architectures: every model on every mesh, under a student's tp 2 x pp 2, against
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
 
 
-def joined(bridge: Bridge, tensors: Weights, layer: int, slices: int, mesh: parallel.TeacherMesh) -> Weights:
-    """This rank's weights of a layer, put together from the stored parts as the store's format says."""
+def joined(
+    bridge: Bridge, tensors: Weights, layer: int, slices: int, mesh: parallel.TeacherMesh
+) -> Weights:
+    """This rank's weights of a layer, put together from the stored parts as the store's format
+    says.
+    """
     layer_tensors, expert_tensors = layer_parts(bridge, tensors, layer, slices)
     count, by_name, weights = slices // mesh.tp_size, {}, {}
     for stored, tensor in layer_tensors:
@@ -51,7 +57,9 @@ def joined(bridge: Bridge, tensors: Weights, layer: int, slices: int, mesh: para
     return weights
 
 
-def resident(bridge: Bridge, hf_config: Any, tensors: Weights, mesh: parallel.TeacherMesh) -> torch.nn.Module:
+def resident(
+    bridge: Bridge, hf_config: Any, tensors: Weights, mesh: parallel.TeacherMesh
+) -> torch.nn.Module:
     """The whole teacher as a Megatron GPTModel of the same mesh."""
     config = bridge.transformer_config
     model = HiddenStateModel(
@@ -72,7 +80,9 @@ def resident(bridge: Bridge, hf_config: Any, tensors: Weights, mesh: parallel.Te
         weights = joined(bridge, tensors, layer, 1, mesh)
         state |= {f"decoder.layers.{layer}.{name}": tensor for name, tensor in weights.items()}
     result = model.load_state_dict(state, strict=False)
-    assert not result.unexpected_keys and all("_extra_state" in k for k in result.missing_keys), result
+    assert not result.unexpected_keys and all("_extra_state" in k for k in result.missing_keys), (
+        result
+    )
     return model.eval()
 
 
@@ -90,7 +100,10 @@ def check_mesh(mesh: parallel.TeacherMesh, tp: int, ep: int) -> None:
     )
     assert members(mesh.tp_group) == rows[tp] and members(mesh.peer_group) == columns[tp]
     assert (mesh.ep_rank, mesh.ep_size) == (rank % ep, ep)
-    assert members(mesh.expert_peer_group) == columns[ep] and len(columns[ep]) == mesh.num_expert_replicas
+    assert (
+        members(mesh.expert_peer_group) == columns[ep]
+        and len(columns[ep]) == mesh.num_expert_replicas
+    )
     assert columns[ep].index(rank) == mesh.expert_replica
     for name, group in vars(mesh.collection).items():
         expected = rows[tp] if name in ("tp", "tp_cp", "tp_dp_cp", "mp") else [rank]
@@ -104,7 +117,9 @@ def check_refusals(folder: Path) -> None:
     def layers(tp: int, ep: int) -> None:
         hf_config = load_hf_config(folder)
         fields = config_overrides(CPU)
-        bridge = Bridge(hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=fields, tp=tp, ep=ep)
+        bridge = Bridge(
+            hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=fields, tp=tp, ep=ep
+        )
         mesh = parallel.build_teacher_mesh(tp)
         TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), CPU)
 
@@ -125,18 +140,24 @@ def check_refusals(folder: Path) -> None:
 def held_bytes(layers: TeacherLayers) -> int:
     """Bytes of weights; tables of the rotary embedding are none."""
     values = [value for module in layers._modules for value in module.state_dict().values()]
-    return sum(value.untyped_storage().nbytes() for value in values if isinstance(value, torch.Tensor))
+    return sum(
+        value.untyped_storage().nbytes() for value in values if isinstance(value, torch.Tensor)
+    )
 
 
 @torch.no_grad()
 def check(
     folder: Path, mesh: parallel.TeacherMesh, slices: int, chunks: Weights, dtype: torch.dtype
 ) -> tuple[float, float, float]:
-    """Worst relative error against transformers over this rank's chunks, and to a resident model (0: skipped);
-    the difference that the probe, the last chunk, finds (0: another replica's)."""
+    """Worst relative error against transformers over this rank's chunks, and to a resident model
+    (0: skipped); the difference that the probe, the last chunk, finds (0: another replica's).
+    """
     hf_config = load_hf_config(folder)
-    # Cloned: the BLAS sums in another order where a matrix is not aligned, and the resident model's are.
-    tensors = {k: v.to(dtype, copy=True) for k, v in load_file(folder / "model.safetensors").items()}
+    # Cloned: the BLAS sums in another order where a matrix is not aligned, and the resident model's
+    # are.
+    tensors = {
+        k: v.to(dtype, copy=True) for k, v in load_file(folder / "model.safetensors").items()
+    }
     bridge = Bridge(
         hf_config,
         dtype=dtype,
@@ -149,7 +170,9 @@ def check(
     assert held_bytes(layers) == 0, "weights are held before any is bound"
     ids = [chunks[f"ids/{i}"] for i in range(len(chunks) // 2)]
     mine = [i for i in range(len(ids)) if i % mesh.num_replicas == mesh.replica]
-    hidden = [torch.nn.functional.embedding(ids[i].T, tensors["model.embed_tokens.weight"]) for i in mine]
+    hidden = [
+        torch.nn.functional.embedding(ids[i].T, tensors["model.embed_tokens.weight"]) for i in mine
+    ]
     while len(hidden) < -(-len(ids) // mesh.num_replicas):
         hidden.append(
             torch.zeros(1, 1, hf_config.hidden_size, dtype=dtype)
@@ -160,7 +183,9 @@ def check(
         pointers = {t.data_ptr() for t in weights.values()}
         bound = [m for m in layers._modules if any(p.numel() for p in m.parameters())]
         assert bound == [layers.layer], "a layer of another kind still holds weights"
-        assert {p.data_ptr() for p in layers.layer.parameters()} <= pointers, "bound parameters are views, not copies"
+        assert {p.data_ptr() for p in layers.layer.parameters()} <= pointers, (
+            "bound parameters are views, not copies"
+        )
         hidden = [layers.forward_layer(h) for h in hidden]
     layers.bind_norm(tensors["model.norm.weight"])
     states = [layers.forward_norm(h).transpose(0, 1) for h in hidden]
@@ -168,7 +193,10 @@ def check(
     assert held_bytes(layers) == 0, f"a released teacher holds {held_bytes(layers)} bytes"
     wanted = [chunks[f"states/{i}"] for i in mine]
     worst = max(
-        (float((s.float() - w).norm(dim=-1).div(w.norm(dim=-1)).max()) for s, w in zip(states, wanted, strict=False)),
+        (
+            float((s.float() - w).norm(dim=-1).div(w.norm(dim=-1)).max())
+            for s, w in zip(states, wanted, strict=False)
+        ),
         default=0.0,
     )
     difference = 0.0
@@ -180,12 +208,17 @@ def check(
             difference = max(difference, float((found - state).abs().max()))
     probed = 0.0
     if len(ids) - 1 in mine:
-        probe, vocab = json.loads(folder.with_suffix(".probe.json").read_text()), vocab_size(load_tokenizer(folder))
+        probe, vocab = (
+            json.loads(folder.with_suffix(".probe.json").read_text()),
+            vocab_size(load_tokenizer(folder)),
+        )
         head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
         logits = states[mine.index(len(ids) - 1)][0].float() @ head[:vocab].float().T
         log_probs = torch.log_softmax(logits, -1).gather(-1, torch.tensor(probe["targets"]))
         name = str(dtype).removeprefix("torch.")
-        probed = check_probe(probe, log_probs.numpy(), name=folder.name, vocab_size=vocab, dtype=name)
+        probed = check_probe(
+            probe, log_probs.numpy(), name=folder.name, vocab_size=vocab, dtype=name
+        )
     return worst, difference, probed
 
 
@@ -197,14 +230,20 @@ def main() -> None:
     check_refusals(root / "qwen2")
     for name, slices, sizes in plan:
         chunks = load_file(root / f"{name}.chunks.safetensors")
-        for tp, ep, dtype in [(*size, torch.float32) for size in sizes] + [(*sizes[-1], torch.bfloat16)]:
+        for tp, ep, dtype in [(*size, torch.float32) for size in sizes] + [
+            (*sizes[-1], torch.bfloat16)
+        ]:
             mesh = parallel.build_teacher_mesh(tp, ep)
             check_mesh(mesh, tp, ep)
             errors = torch.tensor(check(root / name, mesh, slices, chunks, dtype))
             dist.all_reduce(errors, op=dist.ReduceOp.MAX)
             if dist.get_rank() == 0:
                 kind = str(dtype).removeprefix("torch.")
-                print(f"RESULT {name} {tp} {ep} {kind}", *(f"{e:.2e}" for e in errors.tolist()), flush=True)
+                print(
+                    f"RESULT {name} {tp} {ep} {kind}",
+                    *(f"{e:.2e}" for e in errors.tolist()),
+                    flush=True,
+                )
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,5 @@
-"""SIGKILL at random instants over ``teachers add``: what is half-written is never a store, what is finished is reused.
+"""SIGKILL at random instants over ``teachers add``: what is half-written is never a store, what is
+finished is reused.
 
 Run ``python -m tests.teacher_offload.kill_add --kills 20``; ``run`` raises on any violation.
 """
@@ -25,11 +26,14 @@ _LAYERS = 12
 
 
 def run(kills: int, folder: Path, seed: int) -> str:
-    """Kill ``kills`` runs of ``teachers add``, each followed by others until one finishes; one line of results."""
+    """Kill ``kills`` runs of ``teachers add``, each followed by others until one finishes; one line
+    of results.
+    """
     chance = random.Random(seed)
     save_model(folder / "hf", seed=1, hidden=128, layers=_LAYERS, tied=False)
     target = folder / "stores" / "t"
-    # In this process, so that children need not import the libraries again: most of their time is writing.
+    # In this process, so that children need not import the libraries again: most of their time is
+    # writing.
     wanted = add_teacher("t", folder / "hf", folder / "undisturbed", slices=2).fingerprint
     started = time.perf_counter()
     assert _add(folder / "hf", folder / "timed", None) == 0
@@ -43,12 +47,16 @@ def run(kills: int, folder: Path, seed: int) -> str:
         killed += status == -signal.SIGKILL
         assert status in (0, -signal.SIGKILL), f"teachers add ended with {status}"
         if status == 0:
-            assert target.is_dir() and not adding_folder(target).exists(), "a finished run left no store"
+            assert target.is_dir() and not adding_folder(target).exists(), (
+                "a finished run left no store"
+            )
         place = target if target.exists() else adding_folder(target)
         # Every file that had its record before this run is the very file that is there now.
         for path, identity in expected.items():
             if place.exists():
-                assert _identity(place / path) == identity, f"{path} was finished before the kill and written again"
+                assert _identity(place / path) == identity, (
+                    f"{path} was finished before the kill and written again"
+                )
                 reused += 1
         if target.exists():
             store = open_store(target)
@@ -70,7 +78,8 @@ def run(kills: int, folder: Path, seed: int) -> str:
             recorded += len(expected)
     assert finished and (kills < 5 or reused), "no kill hit a run that had finished a file"
     return (
-        f"teachers add: {killed} SIGKILLs, {finished} stores finished, all equal to an undisturbed one and whole; "
+        f"teachers add: {killed} SIGKILLs, {finished} stores finished, all equal to an undisturbed "
+        "one and whole; "
         f"{reused} files finished before a kill were reused, none written again"
     )
 

@@ -1,4 +1,6 @@
-"""Worker of test_pass_again: one whole pass, then caches that lack some of its samples, filled again and again."""
+"""Worker of test_pass_again: one whole pass, then caches that lack some of its samples, filled
+again and again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from mtopd import hidden_cache
 from mtopd.pipelines import ranks, teacher_pass
 from mtopd.pipelines.job import Job
 
-Rows = dict[hidden_cache.Request, tuple[int, np.ndarray]]  # teacher index and rows by what names them
+Rows = dict[
+    hidden_cache.Request, tuple[int, np.ndarray]
+]  # teacher index and rows by what names them
 
 
 def cached_rows(job: Job) -> Rows:
@@ -22,7 +26,9 @@ def cached_rows(job: Job) -> Rows:
     found = {}
     with hidden_cache.HiddenCacheReader(job.run.hidden_cache(0)) as reader:
         for entry in reader.entries():
-            assert len(reader.copies(entry.request)) == 1, "a sample that was there was written again"
+            assert len(reader.copies(entry.request)) == 1, (
+                "a sample that was there was written again"
+            )
             rows_NE = np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
             reader.read(entry, rows_NE)
             found[entry.request] = teachers[entry.layout.teacher_fingerprint], rows_NE
@@ -34,7 +40,9 @@ def leave(job: Job, kept: Rows) -> None:
     if job.ranks.rank == 0:
         root = job.run.hidden_cache(0)
         hidden_cache.remove(root)
-        with hidden_cache.HiddenCacheWriter(root, writer="killed", generation=1, hidden_dtype="float32") as writer:
+        with hidden_cache.HiddenCacheWriter(
+            root, writer="killed", generation=1, hidden_dtype="float32"
+        ) as writer:
             for request, (teacher, rows_NE) in kept.items():
                 store = job.stores[teacher]
                 writer.put(store.fingerprint, store.hidden_size, *request, rows_NE)
@@ -48,7 +56,9 @@ def told(job: Job, visited: int) -> dict[str, list[int]]:
     lines = [json.loads(line) for line in job.run.metrics.read_text().splitlines()]
     passes = [values for line in lines for values in line.get("teachers", {}).values()][-visited:]
     for values in passes:
-        assert values["bytes_read"] + values["bytes_kept"] == values["waves"] * values["stored_bytes"], values
+        assert (
+            values["bytes_read"] + values["bytes_kept"] == values["waves"] * values["stored_bytes"]
+        ), values
     return {key: [values[key] for values in passes] for key in ("samples", "tokens", "waves")}
 
 
@@ -71,7 +81,11 @@ def main() -> None:
         whole = cached_rows(job)
         longest_first = sorted(whole, key=lambda request: -len(whole[request][1]))
         of_first = [request for request in longest_first if whole[request][0] == 0]
-        losses = {"the shortest": longest_first[-3:], "every third": longest_first[::3], "one": of_first[9:10]}
+        losses = {
+            "the shortest": longest_first[-3:],
+            "every third": longest_first[::3],
+            "one": of_first[9:10],
+        }
         report(job, {"budget": budget, "lost": "all", **told(job, 2)})
         for name, lost in losses.items():
             leave(job, {request: rows for request, rows in whole.items() if request not in lost})
@@ -79,7 +93,16 @@ def main() -> None:
             found = cached_rows(job)
             differ = [r.sample_id for r in whole if found[r][1].tobytes() != whole[r][1].tobytes()]
             visited = len({whole[request][0] for request in lost})
-            report(job, {"budget": budget, "lost": name, "num": len(lost), "differ": differ, **told(job, visited)})
+            report(
+                job,
+                {
+                    "budget": budget,
+                    "lost": name,
+                    "num": len(lost),
+                    "differ": differ,
+                    **told(job, visited),
+                },
+            )
     job.close()
 
 

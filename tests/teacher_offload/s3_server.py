@@ -1,4 +1,6 @@
-"""A real S3-protocol server (moto's, in a process of its own, with IAM on) and a user who may read one bucket."""
+"""A real S3-protocol server (moto's, in a process of its own, with IAM on) and a user who may read
+one bucket.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class S3Server:
         client = self.client()
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
+                client.upload_file(
+                    str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}"
+                )
 
     def stop(self) -> None:
         self.process.kill()
@@ -55,16 +59,31 @@ class S3Server:
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Server]:
     environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": str(_SETUP_ACTIONS)}
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]  # port 0: any that is free
+    command = [
+        sys.executable,
+        "-m",
+        "moto.server",
+        "-H",
+        "127.0.0.1",
+        "-p",
+        "0",
+    ]  # port 0: any that is free
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None
         lines = iter(process.stderr)
-        url = next(found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-        threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()  # its log must not fill the pipe
+        url = next(
+            found[0] for line in lines if (found := re.search(r"http://127\.0\.0\.1:\d+", line))
+        )
+        threading.Thread(
+            target=lambda: [None for _ in lines], daemon=True
+        ).start()  # its log must not fill the pipe
         iam = _client("iam", url, "setup", "setup")
         iam.create_user(UserName="reader")
-        allow = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+        allow = {
+            "Version": "2012-10-17",
+            "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+        }
         iam.put_user_policy(UserName="reader", PolicyName="all", PolicyDocument=json.dumps(allow))
         key = iam.create_access_key(UserName="reader")["AccessKey"]
         server = S3Server(process, url, key["AccessKeyId"], key["SecretAccessKey"])
@@ -83,5 +102,9 @@ def _client(service: str, url: str, key: str, secret: str) -> Any:
     import boto3
 
     return boto3.client(
-        service, endpoint_url=url, region_name=_REGION, aws_access_key_id=key, aws_secret_access_key=secret
+        service,
+        endpoint_url=url,
+        region_name=_REGION,
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
     )

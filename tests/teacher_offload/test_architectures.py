@@ -1,7 +1,9 @@
-"""Teachers of every architecture on meshes of their own, against transformers and a resident Megatron model.
+"""Teachers of every architecture on meshes of their own, against transformers and a resident
+Megatron model.
 
-The probe that stops a wrong teacher passes on every mesh in float32, and in bfloat16.  No streamer: the parts of a
-store are joined by hand.  Four gloo ranks run all models under a student's tp 2 x pp 2.
+The probe that stops a wrong teacher passes on every mesh in float32, and in bfloat16.  No streamer:
+the parts of a store are joined by hand.  Four gloo ranks run all models under a student's tp 2 x pp
+2.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ MODELS: dict[str, tuple[dict, int, list[tuple[int, int]]]] = {
 def test_every_architecture_on_every_mesh_gives_the_states_of_transformers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for seed, (name, (fields, _, _)) in enumerate(MODELS.items()):
-        model = save_model(tmp_path / name, seed=seed, model_type=name.partition("-")[0], vocab=128, **fields).eval()
+        model = save_model(
+            tmp_path / name, seed=seed, model_type=name.partition("-")[0], vocab=128, **fields
+        ).eval()
         chunks = {}
         probe = transformers_probe(tmp_path / name, HFTensors(tmp_path / name))
         (tmp_path / f"{name}.probe.json").write_text(json.dumps(probe))
@@ -64,14 +68,18 @@ def test_every_architecture_on_every_mesh_gives_the_states_of_transformers(tmp_p
         (m[1], int(m[2]), int(m[3]), m[4]): tuple(map(float, m.groups()[4:]))
         for m in re.finditer(r"RESULT (\S+) (\d) (\d) (\S+) (\S+) (\S+) (\S+)", output)
     }
-    expected = {(name, *mesh, "float32") for name, (_, _, meshes) in MODELS.items() for mesh in meshes}
+    expected = {
+        (name, *mesh, "float32") for name, (_, _, meshes) in MODELS.items() for mesh in meshes
+    }
     expected |= {(name, *meshes[-1], "bfloat16") for name, (_, _, meshes) in MODELS.items()}
     assert results.keys() == expected, output
     print(*(f"{key}: {values}" for key, values in results.items()), sep="\n")
-    assert max(error for error, *_ in results.values()) > 0, "something else was compared with itself"
+    assert max(error for error, *_ in results.values()) > 0, (
+        "something else was compared with itself"
+    )
     for (*_, dtype), (error, difference, probed) in results.items():
         assert difference == 0, results  # the resident model: bit for bit
-        # In bfloat16 rounding may send a token to another expert: the probe's mean is what bounds it.
-        # Both attend by the same torch function: at tp 1 a dense model may agree bit for bit.
+        # In bfloat16 rounding may send a token to another expert: the probe's mean is what bounds
+        # it. Both attend by the same torch function: at tp 1 a dense model may agree bit for bit.
         assert error <= (LIMIT if dtype == "float32" else 1.0), results
         assert probed <= (1e-5 if dtype == "float32" else 0.5), results

@@ -1,4 +1,6 @@
-"""The head slot: one head, measured from live storages; right rows; refuses a second while one is held."""
+"""The head slot: one head, measured from live storages; right rows; refuses a second while one is
+held.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from tests.small_models import save_model
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.nn.Module, TeacherStore]]:
+def teachers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[torch.nn.Module, TeacherStore]]:
     root = tmp_path_factory.mktemp("teachers")
     made = []
     for i, (hidden, tied, vocab) in enumerate(((64, True, 109), (96, False, 111))):
@@ -26,7 +30,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.nn.Mo
 def test_a_head_is_the_students_vocabulary_rows(
     teachers: list[tuple[torch.nn.Module, TeacherStore]], first: int, count: int
 ) -> None:
-    slot = HeadSlot([s for _, s in teachers], first_row=first, num_rows=count, device=torch.device("cpu"))
+    slot = HeadSlot(
+        [s for _, s in teachers], first_row=first, num_rows=count, device=torch.device("cpu")
+    )
     for index, (model, _) in enumerate(teachers):
         whole = torch.nn.functional.pad(model.lm_head.weight.detach(), (0, 0, 0, 256))
         with slot.lease(index) as head:
@@ -44,9 +50,13 @@ def use(slot: HeadSlot, index: int) -> torch.Size:
         return head.weight_vE.shape
 
 
-@pytest.mark.parametrize("kept_bytes", [1 << 20, 0])  # small rows stay in host memory, large ones are read again
+@pytest.mark.parametrize(
+    "kept_bytes", [1 << 20, 0]
+)  # small rows stay in host memory, large ones are read again
 def test_a_head_is_loaded_once_until_it_is_dropped(
-    teachers: list[tuple[torch.nn.Module, TeacherStore]], kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+    teachers: list[tuple[torch.nn.Module, TeacherStore]],
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(head_slot, "_KEPT_BYTES", kept_bytes)
     slot = open_slot(teachers)
@@ -63,7 +73,9 @@ def test_a_head_is_loaded_once_until_it_is_dropped(
 
 @pytest.mark.parametrize("kept_bytes", [1 << 20, 0])
 def test_the_next_expected_head_waits_in_host_memory(
-    teachers: list[tuple[torch.nn.Module, TeacherStore]], kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+    teachers: list[tuple[torch.nn.Module, TeacherStore]],
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(head_slot, "_KEPT_BYTES", kept_bytes)
     slot = open_slot(teachers)
@@ -94,7 +106,10 @@ def test_a_second_head_is_refused_while_one_is_leased(
     teachers: list[tuple[torch.nn.Module, TeacherStore]],
 ) -> None:
     slot = open_slot(teachers)
-    with slot.lease(0), pytest.raises(AssertionError, match="a head is leased while teacher 1's is asked for"):
+    with (
+        slot.lease(0),
+        pytest.raises(AssertionError, match="a head is leased while teacher 1's is asked for"),
+    ):
         use(slot, 1)
     assert use(slot, 1) == (64, 96)
 

@@ -1,7 +1,8 @@
-"""A pass that was killed half-way is finished with the bits of one that was not: invariant 8 for very unequal lengths.
+"""A pass that was killed half-way is finished with the bits of one that was not: invariant 8 for
+very unequal lengths.
 
-The last bits of a hidden state depend on the shape of its batch (attention on CPU works in blocks of the padded
-length), so samples that are computed again must stand among the same neighbours.
+The last bits of a hidden state depend on the shape of its batch (attention on CPU works in blocks
+of the padded length), so samples that are computed again must stand among the same neighbours.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ SAMPLES = 60
 
 
 def make_run(root: Path) -> RunDir:
-    """Two replicas of a dense teacher and of one whose experts both share; given trajectories of 5 to 127 tokens."""
+    """Two replicas of a dense teacher and of one whose experts both share; given trajectories of 5
+    to 127 tokens.
+    """
     save_model(root / "student", seed=1, layers=2)
     kinds = ["qwen3", "qwen3_moe"]
     for i, kind in enumerate(kinds):
@@ -36,7 +39,12 @@ def make_run(root: Path) -> RunDir:
         "run_dir": str(root / "run"),
         "student": {"model": str(root / "student"), "parallel": {"dp": 2}},
         "teachers": [
-            {"name": kind, "store": str(root / "stores" / kind), "route": {"domain": domain}, "parallel": {"ep": ep}}
+            {
+                "name": kind,
+                "store": str(root / "stores" / kind),
+                "route": {"domain": domain},
+                "parallel": {"ep": ep},
+            }
             for kind, domain, ep in zip(kinds, "ab", (1, 2), strict=True)
         ],
         "data": {
@@ -56,11 +64,23 @@ def make_run(root: Path) -> RunDir:
     trajectories = []
     for i in range(SAMPLES):
         prompt, response = (
-            tuple(draw.randrange(3, vocab) for _ in range(n)) for n in (draw.randint(4, 27), draw.randint(1, 100))
+            tuple(draw.randrange(3, vocab) for _ in range(n))
+            for n in (draw.randint(4, 27), draw.randint(1, 100))
         )
         mask, log_probs = (1,) * len(response), (-1.0,) * len(response)
         trajectories.append(
-            Trajectory(i, f"words/{i}", {"domain": "ab"[i % 2]}, i % 2, prompt, response, mask, log_probs, 0, "stop")
+            Trajectory(
+                i,
+                f"words/{i}",
+                {"domain": "ab"[i % 2]},
+                i % 2,
+                prompt,
+                response,
+                mask,
+                log_probs,
+                0,
+                "stop",
+            )
         )
     run.trajectories(0).mkdir(parents=True)
     write_shard(run.trajectories(0), "given", trajectories, run.generation)
@@ -70,12 +90,20 @@ def make_run(root: Path) -> RunDir:
 
 def test_what_a_killed_pass_lacks_is_computed_with_the_same_bits(tmp_path: Path) -> None:
     output = run_ranks(2, WORKER, str(make_run(tmp_path).path))
-    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    found = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in output.splitlines()
+        if line.startswith("RESULT ")
+    ]
     for result in found:
         print(result)
     (once, *rests_of_once), (thrice, *rests_of_thrice) = found[:4], found[4:]
     assert once["waves"] == [1, 1] and min(thrice["waves"]) >= 3 and len(found) == 8
     for result in (*rests_of_once, *rests_of_thrice):
         assert result["differ"] == [], result
-        assert sum(result["samples"]) == result["num"], "only what was lacking is kept, of teachers that lack something"
-        assert result["lost"] == "every third" or set(result["waves"]) == {1}, "what is left fits in one wave"
+        assert sum(result["samples"]) == result["num"], (
+            "only what was lacking is kept, of teachers that lack something"
+        )
+        assert result["lost"] == "every third" or set(result["waves"]) == {1}, (
+            "what is left fits in one wave"
+        )

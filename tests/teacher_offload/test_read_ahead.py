@@ -1,4 +1,6 @@
-"""Reading ahead: the right bytes in order, memory within the budget, kept shares read once, errors in their place."""
+"""Reading ahead: the right bytes in order, memory within the budget, kept shares read once, errors
+in their place.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def test_shares_that_fit_are_read_once_and_then_kept(parts: list[list[Part]]) ->
 
 
 @pytest.mark.parametrize("shares", [1, 2, 4, 9, 10])
-def test_a_small_budget_is_kept_and_every_byte_is_right(parts: list[list[Part]], shares: int) -> None:
+def test_a_small_budget_is_kept_and_every_byte_is_right(
+    parts: list[list[Part]], shares: int
+) -> None:
     budget = shares * max(sizes(parts))
     assert budget < sum(sizes(parts))
     reads = open_reads(parts, budget)
@@ -106,7 +110,9 @@ def test_reading_runs_ahead_over_layers_and_teachers(parts: list[list[Part]]) ->
     for share in reads._ahead:
         for read in share.reads:
             read.result(timeout=30)
-    assert [share.key[0] for share in reads._ahead] == [0] * 6 + [1] * 9, "nothing but memory bounds the look-ahead"
+    assert [share.key[0] for share in reads._ahead] == [0] * 6 + [1] * 9, (
+        "nothing but memory bounds the look-ahead"
+    )
     reads.close()
 
 
@@ -146,8 +152,12 @@ def test_a_damaged_block_is_an_error_of_its_own_part_and_can_be_mended(
     assert os.path.getsize(path) == len(whole)
 
 
-@given(st.integers(1, 40), st.lists(st.integers(0, 30), max_size=60), st.randoms(use_true_random=False))
-def test_the_ring_never_hands_out_memory_twice(size: int, requests: list[int], random: object) -> None:
+@given(
+    st.integers(1, 40), st.lists(st.integers(0, 30), max_size=60), st.randoms(use_true_random=False)
+)
+def test_the_ring_never_hands_out_memory_twice(
+    size: int, requests: list[int], random: object
+) -> None:
     ring, live = _Ring(size), []
     for request in requests:
         start = ring.allocate(request)
@@ -158,7 +168,9 @@ def test_the_ring_never_hands_out_memory_twice(size: int, requests: list[int], r
                 live.pop(0)
         else:
             assert start >= 0 and start + request <= size
-            assert all(start >= stop or start + request <= first for first, stop in live if stop > first), live
+            assert all(
+                start >= stop or start + request <= first for first, stop in live if stop > first
+            ), live
             live.append((start, start + request))
         assert ring.used == sum(stop - first for first, stop in live) <= size
 

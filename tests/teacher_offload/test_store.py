@@ -1,4 +1,6 @@
-"""The teacher store: exact tensors for every tp, checksums, fingerprints, and what a damaged store is refused for."""
+"""The teacher store: exact tensors for every tp, checksums, fingerprints, and what a damaged store
+is refused for.
+"""
 
 from __future__ import annotations
 
@@ -39,32 +41,56 @@ def tensor(store: TeacherStore, path: str, name: str) -> torch.Tensor:
     return torch.from_numpy(np.array(data)).view(torch.float32).view(entry.shape)
 
 
-def test_slices_join_to_the_checkpoints_tensors(model_and_store: tuple[torch.nn.Module, TeacherStore]) -> None:
+def test_slices_join_to_the_checkpoints_tensors(
+    model_and_store: tuple[torch.nn.Module, TeacherStore],
+) -> None:
     model, store = model_and_store
     hf = dict(model.named_parameters())
 
     def joined(path: str, name: str) -> torch.Tensor:
         return torch.cat([tensor(store, path, f"slice.{i:04d}/{name}") for i in range(2)])
 
-    assert torch.equal(joined(LAYER, "mlp.linear_fc1.weight.gate"), hf["model.layers.1.mlp.gate_proj.weight"])
-    assert torch.equal(joined(LAYER, "mlp.linear_fc1.weight.up"), hf["model.layers.1.mlp.up_proj.weight"])
-    assert torch.equal(joined(LAYER, "mlp.linear_fc2.weight.T").T, hf["model.layers.1.mlp.down_proj.weight"])
     assert torch.equal(
-        joined(LAYER, "self_attention.linear_proj.weight.T").T, hf["model.layers.1.self_attn.o_proj.weight"]
+        joined(LAYER, "mlp.linear_fc1.weight.gate"), hf["model.layers.1.mlp.gate_proj.weight"]
     )
-    qkv = joined(LAYER, "self_attention.linear_qkv.weight").view(2, 64, 64)  # 2 groups of 2 q heads, k, v of 16
+    assert torch.equal(
+        joined(LAYER, "mlp.linear_fc1.weight.up"), hf["model.layers.1.mlp.up_proj.weight"]
+    )
+    assert torch.equal(
+        joined(LAYER, "mlp.linear_fc2.weight.T").T, hf["model.layers.1.mlp.down_proj.weight"]
+    )
+    assert torch.equal(
+        joined(LAYER, "self_attention.linear_proj.weight.T").T,
+        hf["model.layers.1.self_attn.o_proj.weight"],
+    )
+    qkv = joined(LAYER, "self_attention.linear_qkv.weight").view(
+        2, 64, 64
+    )  # 2 groups of 2 q heads, k, v of 16
     assert torch.equal(qkv[:, 32:48].reshape(-1, 64), hf["model.layers.1.self_attn.k_proj.weight"])
     assert torch.equal(qkv[:, :32].reshape(-1, 64), hf["model.layers.1.self_attn.q_proj.weight"])
     head = joined("head.safetensors", "weight")
-    assert head.shape[0] == 110 and torch.equal(head[:109], hf["lm_head.weight"]) and not head[109:].any()
-    assert torch.equal(tensor(store, "final_norm.safetensors", "common/weight"), hf["model.norm.weight"])
+    assert (
+        head.shape[0] == 110
+        and torch.equal(head[:109], hf["lm_head.weight"])
+        and not head[109:].any()
+    )
+    assert torch.equal(
+        tensor(store, "final_norm.safetensors", "common/weight"), hf["model.norm.weight"]
+    )
 
 
-def test_a_ranks_part_is_one_range_of_whole_blocks(model_and_store: tuple[torch.nn.Module, TeacherStore]) -> None:
+def test_a_ranks_part_is_one_range_of_whole_blocks(
+    model_and_store: tuple[torch.nn.Module, TeacherStore],
+) -> None:
     _, store = model_and_store
     for path in store.files:
         file = store.files[path]
-        for section in (file.section("common"), file.slices(0, 1), file.slices(1, 1), file.slices(0, 2)):
+        for section in (
+            file.section("common"),
+            file.slices(0, 1),
+            file.slices(1, 1),
+            file.slices(0, 2),
+        ):
             if section:
                 assert [a.stop for a in section[:-1]] == [b.start for b in section[1:]]
                 blocks = file.blocks_of(section[0].start, section[-1].stop)
@@ -76,7 +102,9 @@ def test_a_ranks_part_is_one_range_of_whole_blocks(model_and_store: tuple[torch.
 def test_the_tied_matrix_stands_once(tmp_path: Path) -> None:
     save_model(tmp_path / "hf", seed=1, layers=2, tied=True)
     store = add_teacher("t", tmp_path / "hf", tmp_path / "t", slices=1)
-    assert "head.safetensors" not in store.files and store.head is store.files["embedding.safetensors"]
+    assert (
+        "head.safetensors" not in store.files and store.head is store.files["embedding.safetensors"]
+    )
 
 
 def test_the_fingerprint_names_the_bytes(tmp_path: Path) -> None:
@@ -88,7 +116,9 @@ def test_the_fingerprint_names_the_bytes(tmp_path: Path) -> None:
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
-def test_a_flipped_bit_is_found_when_its_block_is_read(model_and_store: tuple[torch.nn.Module, TeacherStore]) -> None:
+def test_a_flipped_bit_is_found_when_its_block_is_read(
+    model_and_store: tuple[torch.nn.Module, TeacherStore],
+) -> None:
     _, store = model_and_store
     file = store.files[LAYER]
     with open(file.label, "r+b") as handle:
@@ -103,8 +133,12 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(model_and_store: tuple[to
         read_blocks(store.files[LAYER], [last], np.empty(last.stop - last.start, np.uint8))
 
 
-def test_opening_reads_headers_alone_and_many_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a storage where every request takes 50 ms, opening 14 files does not take 28 requests one after another."""
+def test_opening_reads_headers_alone_and_many_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a storage where every request takes 50 ms, opening 14 files does not take 28 requests one
+    after another.
+    """
     save_model(tmp_path / "hf", seed=1, layers=12)
     add_teacher("t", tmp_path / "hf", tmp_path / "t", slices=2)
     request_s, read = 0.05, 0

@@ -21,7 +21,13 @@ from mtopd.convert.teacher import HFTensors, add_teacher
 from mtopd.pipelines import cli
 from mtopd.safetensors_file import read_header
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
-from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, experts_path, open_store, read_range
+from mtopd.teacher_offload.store import (
+    TeacherStore,
+    damaged_blocks,
+    experts_path,
+    open_store,
+    read_range,
+)
 from mtopd.teacher_offload.store_writer import StoreWriter, adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
 from tests.conftest import REPOSITORY, on_small_disk
@@ -51,7 +57,9 @@ def interrupted(source: Path, target: Path, files: int) -> dict[str, int]:
 
 
 def unchanged(target: Path, before: dict[str, int]) -> set[str]:
-    return {path for path, changed in before.items() if (target / path).stat().st_mtime_ns == changed}
+    return {
+        path for path, changed in before.items() if (target / path).stat().st_mtime_ns == changed
+    }
 
 
 @pytest.fixture
@@ -67,9 +75,13 @@ def test_an_interrupted_add_goes_on_where_it_was(source: Path, tmp_path: Path) -
     assert len(before) == 3
     assert add_teacher("t", source, target, slices=2).fingerprint == whole.fingerprint
     assert unchanged(target, before) == set(before)
-    assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in target.iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
     again = {path: (target / path).stat().st_mtime_ns for path in before}
-    assert add_teacher("t", source, target, slices=2).fingerprint == whole.fingerprint  # the same command once more
+    assert (
+        add_teacher("t", source, target, slices=2).fingerprint == whole.fingerprint
+    )  # the same command once more
     assert unchanged(target, again) == set(again)
 
 
@@ -86,7 +98,9 @@ def test_a_finished_file_that_was_damaged_is_written_again(source: Path, tmp_pat
 
 @pytest.mark.parametrize("change", ["weights", "slices", "softcap"])
 def test_another_source_starts_over(source: Path, tmp_path: Path, change: str) -> None:
-    """Weights of the same shapes under the same path are another source: two teachers' files never mix."""
+    """Weights of the same shapes under the same path are another source: two teachers' files never
+    mix.
+    """
     target = tmp_path / "stores" / "t"
     before = interrupted(source, target, 3)
     options: dict[str, float] = {"slices": 2}
@@ -102,7 +116,9 @@ def test_another_source_starts_over(source: Path, tmp_path: Path, change: str) -
         add_teacher("t", source, target, slices=2, logit_scale=0.5)
 
 
-@pytest.mark.parametrize("options", [{"logit_scale": 0.0}, {"softcap": -1.0}, {"softcap": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"logit_scale": 0.0}, {"softcap": -1.0}, {"softcap": float("nan")}]
+)
 def test_a_head_transform_that_makes_no_sense_is_refused(
     source: Path, tmp_path: Path, options: dict[str, float]
 ) -> None:
@@ -122,7 +138,9 @@ def test_one_writer_at_a_time(source: Path, tmp_path: Path) -> None:
 def test_a_writer_that_is_overtaken_locks_the_folder_that_is_there_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the lock file and locking it, another writer publishes: its folder is not ours to write."""
+    """Between opening the lock file and locking it, another writer publishes: its folder is not
+    ours to write.
+    """
     moved, real = tmp_path / "moved", fcntl.flock
 
     def flock(descriptor: int, operation: int) -> None:
@@ -142,19 +160,31 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
 
 
 def worker(name: str, *arguments: Path, before: tuple[str, ...] = ()) -> str:
-    command = [*before, sys.executable, "-W", "ignore", "-m", f"tests.teacher_offload.{name}", *map(str, arguments)]
+    command = [
+        *before,
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        f"tests.teacher_offload.{name}",
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 def test_memory_is_bounded_by_one_layer(source: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "large", seed=1, hidden=640, layers=10)
-    # glibc maps tensors of a real layer (from 32 MiB on) one by one; make it do so with these small ones, or its heap's
-    # fragments are measured.
+    # glibc maps tensors of a real layer (from 32 MiB on) one by one; make it do so with these small
+    # ones, or its heap's fragments are measured.
     small_maps = ("env", "MALLOC_MMAP_THRESHOLD_=65536")
-    grown = int(worker("add_memory", source, tmp_path / "large", tmp_path / "stores", before=small_maps))
+    grown = int(
+        worker("add_memory", source, tmp_path / "large", tmp_path / "stores", before=small_maps)
+    )
     store = open_store(tmp_path / "stores" / "large")
     layer = max(file.blocks[-1].stop for file in store.files.values())
     assert store.pass_bytes() > 9 * layer
@@ -168,31 +198,45 @@ def test_a_full_disk_leaves_no_store_and_spares_the_others(source: Path, tmp_pat
     assert said.startswith("full disk: refused twice")
 
 
-# -- experts and mixed dtypes -----------------------------------------------------------------------------------------
+# -- experts and mixed dtypes ----------------------------------------------------------------------
 
 
-def with_experts(bridge: Bridge, tensors: HFTensors, layer: int, slices: int) -> tuple[Parts, Parts]:
-    """A dense layer's parts, and for layers from 1 on three experts and a float32 router bias beside bfloat16."""
+def with_experts(
+    bridge: Bridge, tensors: HFTensors, layer: int, slices: int
+) -> tuple[Parts, Parts]:
+    """A dense layer's parts, and for layers from 1 on three experts and a float32 router bias
+    beside bfloat16.
+    """
     parts, _ = layer_parts(bridge, tensors, layer, slices)
     parts = [(name, tensor.to(torch.bfloat16)) for name, tensor in parts]
     if layer == 0:
         return parts, []
     generator = torch.Generator().manual_seed(layer)
-    odd = ("common/odd", torch.randn(3, generator=generator).to(torch.bfloat16))  # what follows it is not aligned
+    odd = (
+        "common/odd",
+        torch.randn(3, generator=generator).to(torch.bfloat16),
+    )  # what follows it is not aligned
     bias = ("common/mlp.router.expert_bias", torch.randn(3, generator=generator))
     experts = [
-        (f"expert.{i:04d}/linear_fc{n}.weight", torch.randn(24, 5, generator=generator).to(torch.bfloat16))
+        (
+            f"expert.{i:04d}/linear_fc{n}.weight",
+            torch.randn(24, 5, generator=generator).to(torch.bfloat16),
+        )
         for i in range(3)
         for n in (1, 2)
     ]
     return [odd, bias, *parts], experts
 
 
-def test_experts_are_ranges_of_their_own_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_ranges_of_their_own_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(teacher_module, "layer_parts", with_experts)
     target = tmp_path / "t"
     interrupted(source, target, 3)
-    (adding_folder(target) / experts_path(1)).unlink()  # a layer is reused with its experts or not at all
+    (
+        adding_folder(target) / experts_path(1)
+    ).unlink()  # a layer is reused with its experts or not at all
     store = add_teacher("t", source, target, slices=2)
     assert store.num_experts == 3 and store.experts(0) is None
     file = store.experts(1)
@@ -205,7 +249,12 @@ def test_experts_are_ranges_of_their_own_file(source: Path, tmp_path: Path, monk
         blocks = file.blocks_of(part[0].start, part[-1].stop)
         assert (blocks[0].start, blocks[-1].stop) == (part[0].start, part[-1].stop)
         assert all(a.stop == b.start for a, b in pairwise(part))
-    dense = sum(e.stop - e.start for p, f in store.files.items() if p[:4] not in ("expe", "head") for e in f.entries)
+    dense = sum(
+        e.stop - e.start
+        for p, f in store.files.items()
+        if p[:4] not in ("expe", "head")
+        for e in f.entries
+    )
     assert store.pass_bytes() == dense + 3 * 3 * 2 * 24 * 5 * 2
 
 
@@ -221,7 +270,9 @@ def test_each_tensor_keeps_its_dtype_and_is_aligned(
     monkeypatch.setattr(teacher_module, "layer_parts", with_experts)
     store = add_teacher("t", source, tmp_path / "t", slices=2)
     bias = dict(with_experts_tensors(source))["common/mlp.router.expert_bias"]
-    assert torch.equal(value(store, "layers/00001.safetensors", "common/mlp.router.expert_bias"), bias)
+    assert torch.equal(
+        value(store, "layers/00001.safetensors", "common/mlp.router.expert_bias"), bias
+    )
     for file in store.files.values():
         for entry in read_header(Path(file.label)):
             assert entry.start % (4 if entry.dtype == "F32" else 2) == 0, entry
@@ -235,7 +286,7 @@ def with_experts_tensors(source: Path) -> Parts:
     return with_experts(bridge, HFTensors(source), 1, 2)[0]
 
 
-# -- removing and listing ---------------------------------------------------------------------------------------------
+# -- removing and listing --------------------------------------------------------------------------
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -248,7 +299,10 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_rm_removes_a_store_and_what_an_add_left_and_nothing_else(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stores = tmp_path / "stores"
     add_teacher("t", source, stores / "t", slices=2)
@@ -269,12 +323,17 @@ def test_rm_removes_a_store_and_what_an_add_left_and_nothing_else(
 def test_stores_are_written_and_removed_in_folders_only(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in (("add", "t", "--from", source, "--to", "s3://bucket/t"), ("rm", "s3://bucket/t", "--yes")):
+    for arguments in (
+        ("add", "t", "--from", source, "--to", "s3://bucket/t"),
+        ("rm", "s3://bucket/t", "--yes"),
+    ):
         assert command(monkeypatch, *arguments) == 2
         assert "that store's own tool" in capsys.readouterr().err
 
 
-def test_a_killed_rm_leaves_what_can_be_removed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_rm_leaves_what_can_be_removed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever file the deletion dies at, what is left bears the mark and is no store."""
     add_teacher("t", source, tmp_path / "t", slices=2)
     calls = 0
@@ -298,7 +357,10 @@ def test_a_killed_rm_leaves_what_can_be_removed(source: Path, tmp_path: Path, mo
 
 
 def test_ls_names_stores_and_what_cannot_be_read(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     stores = tmp_path / "stores"
     good = add_teacher("good", source, stores / "good", slices=2)

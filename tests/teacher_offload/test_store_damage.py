@@ -1,4 +1,6 @@
-"""Truncated, emptied, missing, flipped and swapped files: each is found and named, when opened or when read."""
+"""Truncated, emptied, missing, flipped and swapped files: each is found and named, when opened or
+when read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PATHS = ("embedding.safetensors", LAYER, "final_norm.safetensors", "head.safeten
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("originals")
-    for seed, name in enumerate(("t", "u")):  # one architecture: their files differ in nothing but values
+    for seed, name in enumerate(
+        ("t", "u")
+    ):  # one architecture: their files differ in nothing but values
         save_model(root / f"hf-{name}", seed=seed, layers=2, tied=False)
         add_teacher(name, root / f"hf-{name}", root / name, slices=2)
     return root
@@ -74,7 +78,11 @@ def test_a_wrong_size_is_found_when_opened(
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["flipped", "swapped"])
 def test_wrong_bytes_are_found_when_read(
-    stores: Path, path: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stores: Path,
+    path: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     damaged = [stores / "t"]
     assert verify(monkeypatch, stores / "t") == 0
@@ -92,7 +100,9 @@ def test_wrong_bytes_are_found_when_read(
         capsys.readouterr()
         assert verify(monkeypatch, folder) == 2
         said = capsys.readouterr().err
-        assert said.count("do not match their checksum") == said.count(f"{folder}/{path}: bytes") >= 1
+        assert (
+            said.count("do not match their checksum") == said.count(f"{folder}/{path}: bytes") >= 1
+        )
 
 
 def test_a_file_cut_while_it_is_read_is_named(stores: Path) -> None:

@@ -1,4 +1,6 @@
-"""A store behind a URL, read from a real S3-protocol server: same bytes, same checks, errors without secrets."""
+"""A store behind a URL, read from a real S3-protocol server: same bytes, same checks, errors
+without secrets.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def credentials(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_remote_store_holds_the_same_bytes(local: TeacherStore) -> None:
     remote = open_store(URL)
     assert (
-        remote.location == URL and remote.fingerprint == local.fingerprint and list(remote.files) == list(local.files)
+        remote.location == URL
+        and remote.fingerprint == local.fingerprint
+        and list(remote.files) == list(local.files)
     )
     for path, file in remote.files.items():
         there, count = read_range(file, 0, file.blocks[-1].stop)
@@ -77,16 +81,28 @@ def test_many_threads_read_at_once(local: TeacherStore) -> None:
     assert whole == Path(local.files["embedding.safetensors"].label).read_bytes() * 4
 
 
-def test_verify_names_the_damaged_object(local: TeacherStore, server: S3Server, tmp_path: Path) -> None:
+def test_verify_names_the_damaged_object(
+    local: TeacherStore, server: S3Server, tmp_path: Path
+) -> None:
     server.upload(Path(local.location), "stores/damaged")
     data = bytearray(Path(local.files[LAYER].label).read_bytes())
     data[-7] ^= 4
     server.client().put_object(Bucket=BUCKET, Key=f"stores/damaged/{LAYER}", Body=bytes(data))
     for name, code in (("t", 0), ("damaged", 2)):
-        command = [sys.executable, "-m", "mtopd.pipelines.cli", "teachers", "verify", f"s3://{BUCKET}/stores/{name}"]
+        command = [
+            sys.executable,
+            "-m",
+            "mtopd.pipelines.cli",
+            "teachers",
+            "verify",
+            f"s3://{BUCKET}/stores/{name}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
         assert done.returncode == code, done.stderr
-    assert f"{BUCKET}/stores/damaged/{LAYER}: bytes" in done.stderr and "1 damaged blocks" in done.stderr
+    assert (
+        f"{BUCKET}/stores/damaged/{LAYER}: bytes" in done.stderr
+        and "1 damaged blocks" in done.stderr
+    )
     server.client().put_object(Bucket=BUCKET, Key=f"stores/damaged/{LAYER}", Body=bytes(data[:-1]))
     with pytest.raises(MtopdError, match=rf"damaged/{LAYER} has \d+ bytes"):
         open_store(f"s3://{BUCKET}/stores/damaged")
@@ -105,17 +121,28 @@ def refusal(url: str, *secrets: str) -> str:
     return text
 
 
-def test_a_wrong_key_is_refused(local: TeacherStore, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_is_refused(
+    local: TeacherStore, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     line = refusal(URL, "wrong-secret", server.key)
-    assert f"cannot read {URL}/teacher.json: access was denied (the server said SignatureDoesNotMatch)" in line
+    assert (
+        f"cannot read {URL}/teacher.json: access was denied (the server said SignatureDoesNotMatch)"
+        in line
+    )
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAUNKNOWNKEY")
-    assert "access was denied (the server said InvalidAccessKeyId)" in refusal(URL, "AKIAUNKNOWNKEY", "wrong-secret")
+    assert "access was denied (the server said InvalidAccessKeyId)" in refusal(
+        URL, "AKIAUNKNOWNKEY", "wrong-secret"
+    )
 
 
 def test_a_missing_bucket_or_store_is_named(local: TeacherStore) -> None:
-    assert "cannot read s3://no-such/t/teacher.json: the bucket does not exist" in refusal("s3://no-such/t")
-    assert f"there is no teacher store at s3://{BUCKET}/stores/u" in refusal(f"s3://{BUCKET}/stores/u")
+    assert "cannot read s3://no-such/t/teacher.json: the bucket does not exist" in refusal(
+        "s3://no-such/t"
+    )
+    assert f"there is no teacher store at s3://{BUCKET}/stores/u" in refusal(
+        f"s3://{BUCKET}/stores/u"
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +158,9 @@ def test_what_is_no_plain_url_is_refused(url: str, said: str) -> None:
     assert said in refusal(url, "hunter2", "AKIAKEY")
 
 
-def test_a_server_that_is_gone_ends_in_an_error_soon(local: TeacherStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_gone_ends_in_an_error_soon(
+    local: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with s3_server() as other:
         for name, value in other.environment.items():
             monkeypatch.setenv(name, value)
@@ -139,7 +168,9 @@ def test_a_server_that_is_gone_ends_in_an_error_soon(local: TeacherStore, monkey
         store = open_store(URL)
         other.stop()
         started = time.perf_counter()
-        with pytest.raises(MtopdError, match=rf"cannot read {URL}/{LAYER}: the request failed.* retries") as caught:
+        with pytest.raises(
+            MtopdError, match=rf"cannot read {URL}/{LAYER}: the request failed.* retries"
+        ) as caught:
             read_range(store.files[LAYER], 0, 4096)
         assert time.perf_counter() - started < 30
         assert other.key not in str(caught.value) and other.secret not in str(caught.value)
