@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from mtopd.hidden_cache import CacheMiss, HiddenCacheReader, Read, as_rows
 from mtopd.objectives.teacher_kl import TeacherRun
-from mtopd.pipelines.job import Job
-from mtopd.pipelines.packing import rows_here
 from mtopd.types import MicroBatch, SampleMetadata, TrainStepPlan
+
+from .job import Job
+from .packing import rows_here
 
 _SMALLEST_SHARE = 1 << 20  # bytes, about a chunk
 

@@ -79,8 +79,9 @@ def _run(
     config: Any, prepare: Callable[..., None], target: str, final: Callable[[Any], Path]
 ) -> bool:
     """Lock the run directory, prepare it, run the ranks.  False when the run was finished before."""
-    from mtopd.pipelines import ranks
     from mtopd.run_dir import RunDir, is_sealed
+
+    from . import ranks
 
     run = RunDir(config.run_dir)
     if ranks.under_torchrun():
@@ -103,8 +104,8 @@ def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], tar
 
     import torch.distributed as dist
 
-    from mtopd.pipelines import ranks
-    from mtopd.pipelines.prepare import check_world
+    from . import ranks
+    from .prepare import check_world
 
     check_world(config.student)
     store, _, _ = next(dist.rendezvous("env://"))
@@ -138,7 +139,8 @@ def consolidate(
     import functools
 
     from mtopd.config import ConsolidateConfig, load_config
-    from mtopd.pipelines import prepare, report
+
+    from . import prepare, report
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
@@ -153,7 +155,8 @@ def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJso
     store.
     """
     from mtopd.config import SpecialistConfig, load_config
-    from mtopd.pipelines import prepare, stores
+
+    from . import prepare, stores
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
     final = loaded.run_dir / "export" / "final"
@@ -170,8 +173,9 @@ def _logging(log_json: bool) -> list[str]:
 
 def _phase(run_dir: Path, phase: str, iteration: int | None, log_json: bool) -> None:
     from mtopd.config import ConsolidateConfig, load_config
-    from mtopd.pipelines import prepare, ranks
     from mtopd.run_dir import RunDir
+
+    from . import prepare, ranks
 
     if not (run_dir / "config.yaml").is_file():
         raise MtopdError(
@@ -218,7 +222,7 @@ def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson 
 @app.command()
 def report(run_dir: RunDirectory) -> None:
     """Write report.json and report.html of a run, finished or not, and print its table."""
-    from mtopd.pipelines import report as report_pipeline
+    from . import report as report_pipeline
 
     report_pipeline.write(run_dir, Console())
 
@@ -244,7 +248,7 @@ def teachers_add(
     ] = None,
 ) -> None:
     """Write the teacher store TO/NAME from an HF checkpoint; start again to resume."""
-    from mtopd.pipelines import stores
+    from . import stores
 
     folder = stores.local_folder(to) / name
     stores.add(
@@ -259,7 +263,7 @@ def teachers_ls(
     ),
 ) -> None:
     """List the teacher stores of a folder; what cannot be read is named with its cause."""
-    from mtopd.pipelines import stores
+    from . import stores
 
     Console(soft_wrap=True, highlight=False).print(stores.table(folder))
 
@@ -267,7 +271,7 @@ def teachers_ls(
 @teachers_app.command("verify")
 def teachers_verify(store: StorePath) -> None:
     """Read every byte of a store and name each block that is damaged."""
-    from mtopd.pipelines import stores
+    from . import stores
 
     stores.verify(store, _console)
 
@@ -277,7 +281,7 @@ def teachers_rm(
     store: StorePath, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
 ) -> None:
     """Remove a teacher store, and what an interrupted `teachers add` of it left."""
-    from mtopd.pipelines import stores
+    from . import stores
 
     for folder in stores.removable(stores.local_folder(store)):
         if yes or typer.confirm(f"remove {folder}?", err=True, abort=True):
@@ -288,7 +292,7 @@ def teachers_rm(
 @cache_app.command("ls")
 def cache_ls(run_dir: RunDirectory) -> None:
     """Samples, rows, bytes, segments and damaged files by iteration and teacher."""
-    from mtopd.pipelines import caches
+    from . import caches
 
     Console(soft_wrap=True, highlight=False).print(caches.table(run_dir))
 
@@ -296,7 +300,7 @@ def cache_ls(run_dir: RunDirectory) -> None:
 @cache_app.command("verify")
 def cache_verify(run_dir: RunDirectory) -> None:
     """Read all rows and name every damaged sample with its cause; exit code 2 if there is one."""
-    from mtopd.pipelines import caches
+    from . import caches
 
     caches.verify(run_dir, _console)
 
@@ -306,7 +310,7 @@ def cache_gc(run_dir: RunDirectory) -> None:
     """Delete what crashes left and segments that were computed again; refused while the run is in
     use.
     """
-    from mtopd.pipelines import caches
+    from . import caches
 
     caches.gc(run_dir, _console)
 
@@ -314,7 +318,7 @@ def cache_gc(run_dir: RunDirectory) -> None:
 @app.command()
 def doctor() -> None:
     """Say what this machine has and which path each part will take."""
-    from mtopd.pipelines import doctor as doctor_pipeline
+    from . import doctor as doctor_pipeline
 
     doctor_pipeline.print_report(Console())
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtopd.pipelines import evaluate, rollout, teacher_pass, train
-from mtopd.pipelines.job import Job
+from . import evaluate, rollout, teacher_pass, train
+from .job import Job
 
 
 def main(run_dir: Path, generation: int) -> None:

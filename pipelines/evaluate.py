@@ -12,12 +12,13 @@ import torch.distributed as dist
 from mtopd.convert.bridge import load_hf_config
 from mtopd.convert.teacher import HFTensors
 from mtopd.megatron.parallel import Ranks
-from mtopd.pipelines.job import Job, is_further_head, write_evaluation
-from mtopd.pipelines.prompts import Prompts
 from mtopd.planning import plan_batches
 from mtopd.rollout.embedded import EmbeddedEngine, Request
 from mtopd.tokenizer import decode_response
 from mtopd.types import MtopdError
+
+from .job import Job, is_further_head, write_evaluation
+from .prompts import Prompts
 
 _CORRECT = 0.999
 _BATCH = 64

@@ -31,8 +31,6 @@ from mtopd.megatron.model import (
 )
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
-from mtopd.pipelines.progress import Progress
-from mtopd.pipelines.prompts import Prompts
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
@@ -41,6 +39,9 @@ from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.trajectories import TokenStore
 from mtopd.types import SampleMetadata
+
+from .progress import Progress
+from .prompts import Prompts
 
 
 class Student:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtopd.megatron import checkpoint
-from mtopd.pipelines import rollout, teacher_pass, train
-from mtopd.pipelines.job import Job
 from mtopd.types import MtopdError
+
+from . import rollout, teacher_pass, train
+from .job import Job
 
 
 def main(run_dir: Path, generation: int, phase: str, iteration: str) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
 from mtopd.megatron.parallel import check_layout
-from mtopd.pipelines import prompts
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.run_dir import RunDir, is_sealed, remove_tree, sweep
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
+
+from . import prompts
 
 # Options that make a train step depend on how tokens meet in batches, not the same numbers on
 # another layout; with what each may be, the default first.  A kind of balancing that is a loss does

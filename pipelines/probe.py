@@ -16,12 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.pipelines.job import Job
 from mtopd.run_dir import read_json, write_json
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
 from mtopd.teacher_offload.probe import check_probe
 from mtopd.teacher_offload.store import TeacherStore, read_range
+
+from .job import Job
 
 # of a probe that we draw ourselves; each position's targets are its neighbours in the vocabulary
 _OWN_TOKENS = 16

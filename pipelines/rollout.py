@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from mtopd import trajectories
-from mtopd.pipelines.job import Job
 from mtopd.planning import plan_batches, select_prompts
 from mtopd.rollout.embedded import Request
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt, Trajectory
+
+from .job import Job
 
 
 def run(job: Job, iteration: int) -> None:

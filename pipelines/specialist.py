@@ -21,13 +21,14 @@ from mtopd.megatron import checkpoint
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics import MetricsWriter
-from mtopd.pipelines.evaluate import accuracy
-from mtopd.pipelines.job import Student, write_evaluation
-from mtopd.pipelines.packing import pack_rows, rows_here
-from mtopd.pipelines.progress import Progress
-from mtopd.pipelines.prompts import Prompts
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
+
+from .evaluate import accuracy
+from .job import Student, write_evaluation
+from .packing import pack_rows, rows_here
+from .progress import Progress
+from .prompts import Prompts
 
 _CHECKPOINT_EVERY = 100  # train steps
 _CHECKPOINTS_KEPT = 2

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 
 from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover
-from mtopd.pipelines.job import Job
-from mtopd.pipelines.probe import Probe
 from mtopd.run_dir import is_sealed
 from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.teacher_pass import (
@@ -25,6 +23,9 @@ from mtopd.teacher_offload.teacher_pass import (
 )
 from mtopd.trajectories import TokenStore
 from mtopd.types import SampleMetadata
+
+from .job import Job
+from .probe import Probe
 
 logger = logging.getLogger(__name__)
 

@@ -17,14 +17,15 @@ from mtopd.convert.bridge import architecture
 from mtopd.megatron import cpu
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
-from mtopd.pipelines.cached_states import CachedStates, open_cache, runs_of_step
-from mtopd.pipelines.job import Job
-from mtopd.pipelines.packing import pack_rows
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.teacher_offload.head_slot import HeadCounters, TeacherHead
 from mtopd.trajectories import TokenStore
 from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
+
+from .cached_states import CachedStates, open_cache, runs_of_step
+from .job import Job
+from .packing import pack_rows
 
 
 def run(job: Job, iteration: int) -> None:
