@@ -55,6 +55,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtopd.dtypes import dtype_name
 from mtopd.kernels import fused_linear_divergence
 from mtopd.kernels.reference import divergence
 
@@ -655,7 +656,7 @@ def measure_accuracy(
         for target_kl in TARGET_KLS:
             case = make_accuracy_case(used, device, dtype, target_kl)
             common = {
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "target_kl": target_kl,
                 "kl": float(case.loss),
             }
@@ -733,7 +734,7 @@ def measure_shape(shape: Shape, settings: Settings) -> dict[str, Any]:
         results[name]["accuracy"] = cases
     return {
         "shape": shape._asdict(),
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "dtype": dtype_name(settings.dtype),
         "floor": floor_record,
         "accuracy_shape": accuracy_shape._asdict(),
         "providers": results,

@@ -46,6 +46,7 @@ from typing import Any
 
 import numpy as np
 
+from mtopd.dtypes import item_size, numpy_dtype
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
@@ -62,7 +63,6 @@ PROCESSES = 4
 # torch again.
 _CHILDREN = multiprocessing.get_context("forkserver")
 _CHILDREN.set_forkserver_preload(["mtopd.hidden_cache", "numpy"])
-DTYPES = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
 TARGETS = {
     "write": 0.7,
     "read_whole_warm": 0.35,
@@ -84,7 +84,7 @@ class Spec:
 
     @property
     def row_bytes(self) -> int:
-        return self.hidden_size * DTYPES[self.hidden_dtype].itemsize
+        return self.hidden_size * item_size(self.hidden_dtype)
 
 
 class Samples:
@@ -97,7 +97,7 @@ class Samples:
         lengths = draw.integers(100, 1301, spec.num_samples)
         pool_rows = max(1300 + spec.num_samples, 32 * MIB // spec.row_bytes)
         bits = draw.integers(0, 256, pool_rows * spec.row_bytes, np.uint8)
-        pool_NE = bits.view(DTYPES[spec.hidden_dtype]).reshape(pool_rows, spec.hidden_size)
+        pool_NE = bits.view(numpy_dtype(spec.hidden_dtype)).reshape(pool_rows, spec.hidden_size)
         starts = draw.choice(pool_rows - 1300, spec.num_samples, replace=False)
         self.spec = spec
         self.ids = list(range(first, first + spec.num_samples))
@@ -157,7 +157,7 @@ class Reading:
         ]
         self.wholes = [(0, n) for n in lengths]
         rows = max(spec.buffer_mib * MIB // spec.row_bytes, 1300)
-        self.buffer_NE = np.full((rows, spec.hidden_size), 1, DTYPES[spec.hidden_dtype])
+        self.buffer_NE = np.full((rows, spec.hidden_size), 1, numpy_dtype(spec.hidden_dtype))
         self.reader = HiddenCacheReader(root)
         found = [self.reader.lookup(*samples.request(index)) for index in range(len(lengths))]
         self.entries = [entry for entry in found if entry is not None]
@@ -365,7 +365,7 @@ def measure_memory(what: str, spec: Spec, folder: Path) -> int:
     remove(warm)
     if what == "read":
         rows = max(spec.buffer_mib * MIB // spec.row_bytes, 1300)
-        out_NE = np.full((rows, spec.hidden_size), 1, DTYPES[spec.hidden_dtype])
+        out_NE = np.full((rows, spec.hidden_size), 1, numpy_dtype(spec.hidden_dtype))
         before = reset_peak()
         with HiddenCacheReader(root) as reader:
             reads, at = list[Read](), 0

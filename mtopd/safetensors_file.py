@@ -14,22 +14,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from mtopd.dtypes import is_safetensors_name, item_size
 from mtopd.types import MtopdError
 
 MAX_HEADER_BYTES = 100 << 20
-ITEM_SIZE = {
-    "F64": 8,
-    "F32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +82,9 @@ def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
                 value["data_offsets"],
             )
             well_formed = (
-                dtype in ITEM_SIZE
+                is_safetensors_name(dtype)
                 and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-                and stop - start == prod(shape) * ITEM_SIZE[dtype]
+                and stop - start == prod(shape) * item_size(dtype)
             )
         except (TypeError, KeyError, ValueError):
             well_formed = False
@@ -127,7 +115,7 @@ def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
     """
     table, offset = {}, 0
     for name, dtype, shape in tensors:
-        stop = offset + prod(shape) * ITEM_SIZE[dtype]
+        stop = offset + prod(shape) * item_size(dtype)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
     text = json.dumps(table, separators=(",", ":")).encode()

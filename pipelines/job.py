@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load_config
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
 from mtopd.convert.teacher import HFTensors
+from mtopd.dtypes import torch_dtype
 from mtopd.hidden_cache import sample_key
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
@@ -34,7 +35,7 @@ from mtopd.metrics import MetricsWriter
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
-from mtopd.teacher_offload.layer_stream import TORCH_DTYPE, TeacherStream
+from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.trajectories import TokenStore
@@ -55,7 +56,7 @@ class Student:
         self.ranks = parallel.initialize(config.parallel, seed=seed)
         self.folder, self.mtp = config.model, config.mtp
         self.hf_config: Any = load_hf_config(config.model)
-        self.dtype = getattr(torch, config.dtype)
+        self.dtype = torch_dtype(config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vocab_size = vocab_size(self.tokenizer)
         padded = padded_vocab_size(self.hf_config.vocab_size, self.ranks.tp_size)
@@ -165,7 +166,7 @@ def build_teacher_layers(
     hf_config = hf_config_from_dict(store.manifest["architecture"])
     bridge = Bridge(
         hf_config,
-        dtype=TORCH_DTYPE[store.dtype],
+        dtype=torch_dtype(store.dtype),
         padded_vocab_size=hf_config.vocab_size,
         overrides=config_overrides(device),
         tp=mesh.tp_size,
@@ -255,7 +256,7 @@ class Job:
     def cache_dtype(self, store: TeacherStore) -> str:
         """hidden_dtype of this teacher's cached states."""
         wanted = self.config.hidden_cache.dtype
-        return str(TORCH_DTYPE[store.dtype]).removeprefix("torch.") if wanted == "auto" else wanted
+        return store.dtype if wanted == "auto" else wanted
 
     def _noise_floor_path(self, index: int) -> Path:
         store = self.stores[index]

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mtopd.dtypes import item_size, torch_dtype
 from mtopd.run_dir import read_json, write_json
-from mtopd.safetensors_file import ITEM_SIZE
-from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
 from mtopd.teacher_offload.probe import check_probe
 from mtopd.teacher_offload.store import TeacherStore, read_range
 
@@ -54,12 +53,12 @@ class Probe:
             found,
             name=store.name,
             vocab_size=store.vocab_size,
-            dtype=str(TORCH_DTYPE[store.dtype]).removeprefix("torch."),
+            dtype=store.dtype,
         )
         if reference["by"] == "self" and self._job.ranks.rank == 0 and not self._path.exists():
             self._path.parent.mkdir(exist_ok=True)
             write_json(self._path, reference)
-        cached_TE = rows_TE.to(getattr(torch, self._job.cache_dtype(store))).to(rows_TE.dtype)
+        cached_TE = rows_TE.to(torch_dtype(self._job.cache_dtype(store))).to(rows_TE.dtype)
         floor = 0.0 if torch.equal(cached_TE, rows_TE) else noise_floor(store, rows_TE, cached_TE)
         self._job.keep_noise_floor(self._index, floor)
         self._job.probed.add(self._index)
@@ -141,7 +140,7 @@ def _logits_by_chunk(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     bounds = [store.vocab_size * r // world_size for r in (rank, rank + 1)]
-    row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
+    row_bytes = store.hidden_size * item_size(store.dtype)
     start = store.head.slices(0, store.slices)[0].start
     head = store.manifest["head"]
     step = max(1, _CHUNK_BYTES // row_bytes)
@@ -149,7 +148,7 @@ def _logits_by_chunk(
         last = min(first + step, bounds[1])
         data, _ = read_range(store.head, start + first * row_bytes, start + last * row_bytes)
         weight_vE = (
-            torch.from_numpy(data).view(TORCH_DTYPE[store.dtype]).view(-1, store.hidden_size)
+            torch.from_numpy(data).view(torch_dtype(store.dtype)).view(-1, store.hidden_size)
         )
 
         def logits(rows_TE: torch.Tensor, weight_vE: torch.Tensor = weight_vE) -> torch.Tensor:

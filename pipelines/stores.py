@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from mtopd.dtypes import safetensors_name
 from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
@@ -98,7 +99,14 @@ def _cells(path: Path, store: TeacherStore) -> tuple[str, ...]:
     total = sum(int(entry["size"]) for entry in store.manifest["files"].values())
     architecture = str(store.manifest["architecture"]["model_type"])
     sizes = map(str, (store.num_layers, store.hidden_size, store.slices))
-    return (path.name, architecture, *sizes, store.dtype, f"{total:,}", store.fingerprint[:16])
+    return (
+        path.name,
+        architecture,
+        *sizes,
+        safetensors_name(store.dtype),
+        f"{total:,}",
+        store.fingerprint[:16],
+    )
 
 
 def verify(location: str, console: Console) -> None:

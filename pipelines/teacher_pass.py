@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mtopd.dtypes import item_size
 from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover
 from mtopd.run_dir import is_sealed
-from mtopd.safetensors_file import ITEM_SIZE
 from mtopd.teacher_offload.teacher_pass import (
     PassResult,
     TeacherSample,
@@ -116,7 +116,7 @@ def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
                 [s.metadata.prompt_len + s.metadata.response_len - 1 for s in own],
                 job.teacher_meshes[index].num_replicas,
                 batch_tokens=offload.batch_tokens,
-                token_bytes=store.hidden_size * ITEM_SIZE[store.dtype],
+                token_bytes=store.hidden_size * item_size(store.dtype),
                 activation_budget=offload.activation_budget,
                 wanted={i for i, s in enumerate(own) if s.metadata.sample_id in lacking},
             )

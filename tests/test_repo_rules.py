@@ -28,6 +28,7 @@ LOWER = {
     "report",
     "tokenizer",
     "safetensors_file",
+    "dtypes",
     "hf_model",
 }
 BOTTOM = {"config", "types"}

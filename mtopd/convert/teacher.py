@@ -17,25 +17,13 @@ import torch
 from mtopd.convert.bridge import Bridge, load_hf_config
 from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.probe import transformers_probe
+from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.teacher_offload.store import TeacherStore, experts_path, layer_path, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
 from mtopd.types import MtopdError
 
-_TORCH_DTYPE = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_STORABLE = ("float32", "bfloat16")
 
 
 class HFTensors(Mapping[str, torch.Tensor]):
@@ -68,7 +56,7 @@ class HFTensors(Mapping[str, torch.Tensor]):
                 f"{self._folder} has no tensor {name!r}, which its config.json calls for"
             )
         path, entry = self._entries[name]
-        tensor = torch.empty(entry.shape, dtype=_TORCH_DTYPE[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(entry.start)
@@ -126,12 +114,8 @@ def add_teacher(
             f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows "
             "for them"
         )
-    dtype = (
-        getattr(torch, str(hf_config.dtype).removeprefix("torch."))
-        if hf_config.dtype
-        else torch.float32
-    )
-    if dtype not in _STORED:
+    dtype = torch_dtype(dtype_name(hf_config.dtype or "float32"))
+    if dtype_name(dtype) not in _STORABLE:
         raise MtopdError(f"{source} is stored as {dtype}; float32 and bfloat16 can be stored")
     bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=hf_config.vocab_size, tp=1)
     tensors = HFTensors(source)
@@ -143,7 +127,7 @@ def add_teacher(
         "hidden_size": hf_config.hidden_size,
         "num_layers": hf_config.num_hidden_layers,
         "slices": slices,
-        "stored_dtype": _STORED[dtype],
+        "stored_dtype": safetensors_name(dtype),
         "tied_embeddings": bool(hf_config.tie_word_embeddings),
         "head": {"scale": logit_scale, "softcap": softcap, "bias": False},
         "base": None,
@@ -245,7 +229,7 @@ def _row_slices(matrix_VE: torch.Tensor, slices: int) -> Parts:
 
 
 def _stored(parts: Parts) -> list[Tensor]:
-    return [(name, _bits(tensor), _STORED[tensor.dtype]) for name, tensor in parts]
+    return [(name, _bits(tensor), safetensors_name(tensor.dtype)) for name, tensor in parts]
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mtopd.hidden_cache.durable import PARTIAL, make_dirs, publish_if_absent
-from mtopd.hidden_cache.layout import NUMPY_DTYPES, SegmentLayout
+from mtopd.hidden_cache.layout import HIDDEN_DTYPES, SegmentLayout
 from mtopd.types import MtopdError
 
 _MARK_NAME = "FORMAT.json"
@@ -93,7 +93,7 @@ def load_teacher(folder: Path) -> SegmentLayout:
         sound = (
             type(layout.hidden_size) is int
             and layout.hidden_size > 0
-            and layout.hidden_dtype in NUMPY_DTYPES
+            and layout.hidden_dtype in HIDDEN_DTYPES
         )
         named = (
             _FINGERPRINT.fullmatch(layout.teacher_fingerprint)

@@ -14,15 +14,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from mtopd.dtypes import numpy_dtype
 from mtopd.types import MtopdError
 
 LAYOUT_VERSION = 1
 CHUNKS_PER_SHARD = 64
 CRC_BYTES = 4
-NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype("<u2"),
-    "float32": np.dtype("<f4"),
-}  # bfloat16: its bits
+HIDDEN_DTYPES = ("bfloat16", "float32")
 _TARGET_CHUNK_BYTES = 1 << 20
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1024
 _ABSENT = (
@@ -38,11 +36,11 @@ class SegmentLayout:
 
     teacher_fingerprint: str
     hidden_size: int
-    hidden_dtype: str  # a key of NUMPY_DTYPES
+    hidden_dtype: str  # one of HIDDEN_DTYPES
 
     @cached_property
-    def dtype(self) -> np.dtype[Any]:
-        return NUMPY_DTYPES[self.hidden_dtype]
+    def dtype(self) -> np.dtype:
+        return numpy_dtype(self.hidden_dtype)
 
     @cached_property
     def row_bytes(self) -> int:
@@ -120,9 +118,9 @@ class SegmentLayout:
 
 
 def check_hidden_dtype(hidden_dtype: str) -> None:
-    if hidden_dtype not in NUMPY_DTYPES:
+    if hidden_dtype not in HIDDEN_DTYPES:
         raise MtopdError(
-            f"hidden dtype is {hidden_dtype!r}, needed one of {', '.join(NUMPY_DTYPES)}"
+            f"hidden dtype is {hidden_dtype!r}, needed one of {', '.join(HIDDEN_DTYPES)}"
         )
 
 

@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mtopd.dtypes import torch_dtype
 from mtopd.megatron import without_te
 from mtopd.megatron.parallel import Ranks
 from mtopd.megatron.without_te import have_transformer_engine
@@ -129,7 +130,7 @@ def _coerce(value: Any, default: Any, name: str) -> Any:
             return type(default)[value]
         if isinstance(default, torch.dtype):
             needed = "a dtype such as float32 or bfloat16"
-            return _DTYPES[value]
+            return torch_dtype(value)
         if isinstance(default, bool):
             needed = "true or false"
             return {"true": True, "false": False}[value.lower()]
@@ -138,9 +139,6 @@ def _coerce(value: Any, default: Any, name: str) -> Any:
         return float(value) if isinstance(default, float) else value
     except (ValueError, KeyError):
         raise MtopdError(f"student.megatron.{name} needs {needed}, found {value!r}") from None
-
-
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 def config_overrides(

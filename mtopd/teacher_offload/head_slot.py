@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mtopd.safetensors_file import ITEM_SIZE
-from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
+from mtopd.dtypes import item_size, torch_dtype
 from mtopd.teacher_offload.store import TeacherStore, read_blocks
 
 
@@ -169,7 +168,7 @@ class HeadSlot:
 
     def _read(self, teacher_index: int) -> _Staged:
         store = self._stores[teacher_index]
-        row_bytes = store.hidden_size * ITEM_SIZE[store.dtype]
+        row_bytes = store.hidden_size * item_size(store.dtype)
         entries = store.head.slices(0, store.slices)
         stored_rows = sum(e.shape[0] for e in entries)
         first, last = (
@@ -187,7 +186,7 @@ class HeadSlot:
         else:
             buffer = self._host[:needed]
         skip = start - blocks[0].start if blocks else 0
-        rows_vE = buffer[skip : skip + (last - first) * row_bytes].view(TORCH_DTYPE[store.dtype])
+        rows_vE = buffer[skip : skip + (last - first) * row_bytes].view(torch_dtype(store.dtype))
         read = self._reader.submit(read_blocks, store.head, blocks, buffer.numpy())
         staged = _Staged(teacher_index, rows_vE.view(-1, store.hidden_size), read)
         if is_small:

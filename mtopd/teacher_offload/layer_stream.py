@@ -25,13 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtopd.safetensors_file import ITEM_SIZE, TensorEntry
+from mtopd.dtypes import torch_dtype
+from mtopd.safetensors_file import TensorEntry
 from mtopd.teacher_offload.read_ahead import Key, ReadAhead, ReadCounters
 from mtopd.teacher_offload.shares import JOIN_ALIGNMENT, Mesh, Part, Range, teacher_parts
 from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
-
-TORCH_DTYPE = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -317,8 +316,7 @@ class _Arena:
 
 def _view(buffer: torch.Tensor, entry: TensorEntry, offset: int) -> torch.Tensor:
     nbytes = entry.stop - entry.start
-    assert nbytes % ITEM_SIZE[entry.dtype] == 0
-    return buffer[offset : offset + nbytes].view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
+    return buffer[offset : offset + nbytes].view(torch_dtype(entry.dtype)).view(entry.shape)
 
 
 def _raise_together(

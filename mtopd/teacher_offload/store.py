@@ -38,6 +38,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from mtopd.dtypes import dtype_name
 from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, parse_header
 from mtopd.teacher_offload.storage import Storage, open_storage
 from mtopd.types import MtopdError
@@ -154,10 +155,10 @@ class TeacherStore:
 
     @property
     def dtype(self) -> str:
-        """The dtype the teacher computes in, which its embedding and head have: "F32" or "BF16"
-        (safetensors).
+        """The dtype the teacher computes in, which its embedding and head have: "float32" or
+        "bfloat16".
         """
-        return str(self.manifest["stored_dtype"])
+        return dtype_name(self.manifest["stored_dtype"])
 
     def layer(self, index: int) -> StoreFile:
         return self.files[layer_path(index)]

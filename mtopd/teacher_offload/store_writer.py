@@ -27,8 +27,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from mtopd.dtypes import item_size
 from mtopd.run_dir import fsync_dir, publish_tree, read_json, write_json
-from mtopd.safetensors_file import ITEM_SIZE, header_bytes, parse_header
+from mtopd.safetensors_file import header_bytes, parse_header
 from mtopd.teacher_offload.storage import FolderStorage
 from mtopd.teacher_offload.store import (
     SCHEMA,
@@ -224,13 +225,13 @@ def write_store_file(path: Path, tensors: Sequence[Tensor]) -> dict[str, Any]:
     for tensor in tensors:
         sections.setdefault(tensor[0].partition("/")[0], []).append(tensor)
     ordered = [
-        t for part in sections.values() for t in sorted(part, key=lambda t: -ITEM_SIZE[t[2]])
+        t for part in sections.values() for t in sorted(part, key=lambda t: -item_size(t[2]))
     ]
     header = header_bytes([(name, dtype, array.shape) for name, array, dtype in ordered])
     size = len(header) + sum(array.nbytes for _, array, _ in ordered)
     entries = parse_header(str(path), header, size)
     for entry in entries:
-        if entry.start % ITEM_SIZE[entry.dtype]:
+        if entry.start % item_size(entry.dtype):
             raise MtopdError(
                 f"{path}: tensor {entry.name!r} would not be aligned; its section mixes dtypes "
                 "unevenly"

@@ -14,6 +14,7 @@ import torch
 import zarr
 from cache_samples import CODE, MATH, fill, get, open_writer, put, request_of, rows_of, snapshot
 
+from mtopd.dtypes import dtype_name
 from mtopd.hidden_cache import (
     CacheMiss,
     HiddenCacheReader,
@@ -31,7 +32,7 @@ def test_tensors_round_trip_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> N
     hidden_NE = torch.randn(5000, 8).to(dtype)
     hidden_NE[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     request = request_of(0)
-    with open_writer(tmp_path / "c", hidden_dtype=str(dtype).removeprefix("torch.")) as writer:
+    with open_writer(tmp_path / "c", hidden_dtype=dtype_name(dtype)) as writer:
         writer.put(MATH, 8, *request, as_rows(hidden_NE[::2]))  # not contiguous
     with HiddenCacheReader(tmp_path / "c") as reader:
         entry = reader.lookup(*request)

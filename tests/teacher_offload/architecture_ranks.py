@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mtopd.config import ParallelConfig
 from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
 from mtopd.convert.layer_parts import layer_parts
+from mtopd.dtypes import dtype_name
 from mtopd.megatron import parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import HiddenStateModel, block_spec, config_overrides
@@ -215,7 +216,7 @@ def check(
         head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
         logits = states[mine.index(len(ids) - 1)][0].float() @ head[:vocab].float().T
         log_probs = torch.log_softmax(logits, -1).gather(-1, torch.tensor(probe["targets"]))
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         probed = check_probe(
             probe, log_probs.numpy(), name=folder.name, vocab_size=vocab, dtype=name
         )
@@ -238,7 +239,7 @@ def main() -> None:
             errors = torch.tensor(check(root / name, mesh, slices, chunks, dtype))
             dist.all_reduce(errors, op=dist.ReduceOp.MAX)
             if dist.get_rank() == 0:
-                kind = str(dtype).removeprefix("torch.")
+                kind = dtype_name(dtype)
                 print(
                     f"RESULT {name} {tp} {ep} {kind}",
                     *(f"{e:.2e}" for e in errors.tolist()),

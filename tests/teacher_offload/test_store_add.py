@@ -18,9 +18,9 @@ from mtopd.convert import teacher as teacher_module
 from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.teacher import HFTensors, add_teacher
+from mtopd.dtypes import torch_dtype
 from mtopd.pipelines import cli
 from mtopd.safetensors_file import read_header
-from mtopd.teacher_offload.layer_stream import TORCH_DTYPE
 from mtopd.teacher_offload.store import (
     TeacherStore,
     damaged_blocks,
@@ -261,7 +261,7 @@ def test_experts_are_ranges_of_their_own_file(
 def value(store: TeacherStore, path: str, name: str) -> torch.Tensor:
     (entry,) = [e for e in store.files[path].entries if e.name == name]
     data, _ = read_range(store.files[path], entry.start, entry.stop)
-    return torch.from_numpy(np.array(data)).view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
+    return torch.from_numpy(np.array(data)).view(torch_dtype(entry.dtype)).view(entry.shape)
 
 
 def test_each_tensor_keeps_its_dtype_and_is_aligned(
