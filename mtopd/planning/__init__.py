@@ -1,0 +1,37 @@
+"""Planning: who does what and in which order, decided from metadata before any work begins.
+
+Every planner is a pure function: numbers and metadata in, a plan out.  All ranks call it with the
+same arguments and get the same plan without talking to one another, and a resumed run gets the plan
+it had before.  Nothing in this package sees a token, a tensor, a file or a process group, and none
+of its imports does.
+
+    prompts           which prompts an iteration rolls out, and which rank
+    train_steps       which rank trains on which sample, in which micro-batch, with which weight
+    stages            what a model computes, and its layers over the pipeline stages
+"""
+
+from mtopd.planning.prompts import plan_batches, select_prompts
+from mtopd.planning.stages import (
+    MAX_STAGE_IMBALANCE,
+    Architecture,
+    SampleCost,
+    StageSplit,
+    expressible_splits,
+    price_stages,
+    propose_split,
+)
+from mtopd.planning.train_steps import plan_train_steps, row_length
+
+__all__ = [
+    "MAX_STAGE_IMBALANCE",
+    "Architecture",
+    "SampleCost",
+    "StageSplit",
+    "expressible_splits",
+    "plan_batches",
+    "plan_train_steps",
+    "price_stages",
+    "propose_split",
+    "row_length",
+    "select_prompts",
+]

@@ -1,0 +1,54 @@
+"""The selection of prompts and their batches: the planner's sentences, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtopd.planning import plan_batches, select_prompts
+from mtopd.types import MtopdError
+
+
+@given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_batches_belong_to_rank_b_modulo_ranks(
+    num_items: int, batch_size: int, num_ranks: int
+) -> None:
+    dealt = plan_batches(num_items, batch_size, num_ranks)
+    assert len(dealt) == num_ranks
+    assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(num_items))
+    for rank, batches in enumerate(dealt):
+        for batch in batches:
+            b = batch.start // batch_size
+            assert b % num_ranks == rank
+            assert batch == range(b * batch_size, min((b + 1) * batch_size, num_items))
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_prompts_come_once_in_an_epoch_and_resume_needs_no_state(
+    num_prompts: int, count: int, seed: int
+) -> None:
+    num_iterations = 3 * num_prompts
+    rows = [
+        row for i in range(num_iterations) for row in select_prompts(num_prompts, count, i, seed)
+    ]
+    assert len(rows) == num_iterations * count
+    for start in range(0, len(rows), num_prompts):
+        assert sorted(rows[start : start + num_prompts]) == list(range(num_prompts))
+
+
+def test_prompt_order_depends_on_seed_and_epoch() -> None:
+    first, second = select_prompts(50, 50, 0, seed=3), select_prompts(50, 50, 1, seed=3)
+    assert first != second != sorted(second)
+    assert select_prompts(50, 50, 0, seed=4) not in (first, second)
+    assert select_prompts(50, 7, 2, seed=3) == first[14:21]
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 0, 0), (1, 0, 0, 0), (1, 1, -1, 0)])
+def test_impossible_selections_are_refused(arguments: tuple[int, int, int, int]) -> None:
+    with pytest.raises(MtopdError, match="at least one prompt"):
+        select_prompts(*arguments)
+    with pytest.raises(MtopdError, match="in batches of 0"):
+        plan_batches(4, 0, 1)
