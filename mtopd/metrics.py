@@ -1,9 +1,9 @@
 """metrics.jsonl and TensorBoard: rank 0 appends one line for each thing that happened.
 
-A line has a ``kind`` and the iteration; a train step also its number, and a ``part`` tells apart
-what may happen more than once in an iteration (the pass of each teacher, a phase of each start).
-What ran again after a resume writes its line again: readers take the last line of each (kind,
-iteration, step, part).
+A line has a ``kind`` (a class of `mtopd.metrics_lines`) and the iteration; a train step also its
+number, and a ``part`` tells apart what may happen more than once in an iteration (the pass of each
+teacher, a phase of each start). What ran again after a resume writes its line again: readers take
+the last line of each (kind, iteration, step, part).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtopd.metrics_lines import Line
 from mtopd.types import MtopdError
 
 
@@ -30,15 +31,14 @@ class MetricsWriter:
         if enabled:
             from torch.utils.tensorboard import FileWriter
 
-            _mend_last_line(path)
+            _cut_half_line(path)
             self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
             self._board = FileWriter(str(path.parent / "tensorboard"))
 
     def write(
         self,
-        kind: str,
+        line: Line,
         iteration: int,
-        values: Mapping[str, Any],
         *,
         step: int | None = None,
         part: str | None = None,
@@ -48,15 +48,17 @@ class MetricsWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         which = {k: v for k, v in (("step", step), ("part", part)) if v is not None}
-        line = {"kind": kind, "iteration": iteration, **which, **values}
-        text = json.dumps(line, allow_nan=False) + "\n"
+        values = line.values()
+        fields = {"kind": line.kind, "iteration": iteration, **which, **values}
+        text = json.dumps(fields, allow_nan=False) + "\n"
         self._file.write(text)
         if self._echo:
             sys.stdout.write(text)
             sys.stdout.flush()
         # One event for the line: an event for each of its scalars would cost several milliseconds.
         scalars = [
-            Summary.Value(tag=name, simple_value=value) for name, value in _scalars(values, kind)
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in _scalars(values, line.kind)
         ]
         self._board.add_summary(Summary(value=scalars), iteration if step is None else step)
 
@@ -74,7 +76,7 @@ def _scalars(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
             yield f"{prefix}/{name}", float(value)
 
 
-def _mend_last_line(path: Path) -> None:
+def _cut_half_line(path: Path) -> None:
     """A killed run may have left half a line: cut it off, so that the next line starts clean."""
     if path.exists():
         data = path.read_bytes()

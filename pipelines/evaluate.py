@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mtopd.convert.bridge import load_hf_config
 from mtopd.convert.teacher import HFTensors
 from mtopd.megatron.parallel import Ranks
+from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches
 from mtopd.rollout.embedded import EmbeddedEngine, Request
 from mtopd.tokenizer import decode_response
@@ -36,7 +37,7 @@ def run(job: Job, iteration: int) -> None:
         )
         if job.ranks.rank == 0:
             write_evaluation(job.run, f"{iteration:06d}", found)
-    job.metrics.write("evaluation", iteration, {"accuracy": found})
+    job.metrics.write(EvaluationLine(found), iteration)
     job.progress.note(
         f"iteration {iteration}: "
         + "  ".join(f"{name} {value:.3f}" for name, value in found.items())

@@ -32,6 +32,7 @@ from mtopd.megatron.model import (
 )
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
+from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
 from mtopd.teacher_offload.head_slot import HeadSlot
@@ -373,7 +374,7 @@ class Job:
         seconds = time.perf_counter() - started
         # Time that a killed start spent was spent, too: every start has its own line.
         self.metrics.write(
-            f"phase/{phase}", iteration, {"wall_s": seconds}, part=f"start {self.run.generation}"
+            PhaseLine(phase, seconds), iteration, part=f"start {self.run.generation}"
         )
 
     def finish(self) -> None:
@@ -386,9 +387,7 @@ class Job:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        self.metrics.write(
-            "memory", self.config.train.num_iterations, {"peak_host_bytes": int(peaks[0])}
-        )
+        self.metrics.write(MemoryLine(int(peaks[0])), self.config.train.num_iterations)
         self.checkpoints.close()
         for name in ("teacher_stream", "heads"):
             if (opened := self.__dict__.get(name)) is not None:

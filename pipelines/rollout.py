@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd import trajectories
+from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import plan_batches, select_prompts
 from mtopd.rollout.embedded import Request
 from mtopd.run_dir import is_sealed
@@ -46,9 +47,7 @@ def run(job: Job, iteration: int) -> None:
     dist.all_reduce(tokens)
     count, samples, stopped = (int(n) for n in tokens.tolist())
     # The line first: a kill in between writes it twice, the other order would lose it.
-    job.metrics.write(
-        "rollout", iteration, {"tokens": count, "samples": samples, "stopped": stopped}
-    )
+    job.metrics.write(RolloutLine(tokens=count, samples=samples, stopped=stopped), iteration)
     if job.ranks.rank == 0:
         job.run.seal(folder)
     dist.barrier()

@@ -21,6 +21,7 @@ from mtopd.megatron import checkpoint
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics import MetricsWriter
+from mtopd.metrics_lines import EvaluationLine, SupervisedStepLine
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
@@ -73,14 +74,10 @@ def main(run_dir: Path, generation: int) -> None:
             ) from None
         progress.advance(tokens=num_tokens)
         seconds = time.perf_counter() - started
-        values = {
-            "loss": sums["loss"],
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens": num_tokens,
-            "wall_s": seconds,
-        }
-        metrics.write("train_step", step, values, step=step)
+        line = SupervisedStepLine(
+            loss=sums["loss"], grad_norm=grad_norm, lr=lr, tokens=num_tokens, wall_s=seconds
+        )
+        metrics.write(line, step, step=step)
         if _reached_target(config, student, prompts, shares, step, metrics):
             progress.note(f"every source is at its target accuracy after {step + 1} steps")
             break
@@ -202,7 +199,7 @@ def _reached_target(
     found = accuracy(
         student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response
     )
-    metrics.write("evaluation", step, {"accuracy": found, "shares": shares})
+    metrics.write(EvaluationLine(found, shares), step)
     below = {name: max(stop.accuracy - value, 0.0) for name, value in found.items()}
     floor = max(stop.min_share, 1e-9)  # all sources above: equal shares
     shares.update(

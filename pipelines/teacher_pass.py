@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mtopd.dtypes import item_size
 from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover
+from mtopd.metrics_lines import PassMetrics, TeacherPassLine, from_values
 from mtopd.run_dir import is_sealed
 from mtopd.teacher_offload.teacher_pass import (
     PassResult,
@@ -73,7 +74,8 @@ def run(job: Job, iteration: int) -> None:
     for visit in visits:
         name = job.stores[visit.teacher].name
         done = _one_teacher(job, iteration, visit, tokens)
-        job.metrics.write("teacher_pass", iteration, {"teachers": {name: done}}, part=name)
+        line = TeacherPassLine({name: from_values(PassMetrics, done)})
+        job.metrics.write(line, iteration, part=name)
     if job.ranks.rank == 0 and (visits or not is_sealed(folder)):
         if folder.exists():
             merge_index(folder)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mtopd.convert.bridge import architecture
 from mtopd.megatron import cpu
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
+from mtopd.metrics_lines import BadStepLine, TrainStepLine, from_values
 from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
@@ -49,9 +50,8 @@ def run(job: Job, iteration: int) -> None:
                 states.prefetch(ahead)
             step = iteration * len(plans) + number
             values = train_step(job, of_step, runs[number], tokens, states, step)
-            job.metrics.write(
-                "bad_step" if "refused" in values else "train_step", iteration, values, step=step
-            )
+            kind = BadStepLine if "refused" in values else TrainStepLine
+            job.metrics.write(from_values(kind, values), iteration, step=step)
             job.progress.advance(tokens=sum(of_step.num_tokens.values()))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtopd.metrics import MetricsWriter, read_metrics
+from mtopd.metrics_lines import EvaluationLine, Line, RolloutLine, SupervisedStepLine
 from mtopd.types import MtopdError
 
 
@@ -16,41 +17,52 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
-def append(path: Path, *lines: tuple[str, int, dict, int | None]) -> None:
+def append(path: Path, *lines: tuple[Line, int, int | None]) -> None:
     writer = MetricsWriter(path, enabled=True)
-    for kind, iteration, values, step in lines:
-        writer.write(kind, iteration, values, step=step)
+    for line, iteration, step in lines:
+        writer.write(line, iteration, step=step)
     writer.close()
 
 
+def step_line(loss: float) -> SupervisedStepLine:
+    return SupervisedStepLine(loss=loss, grad_norm=0.5, lr=0.1, tokens=5, wall_s=1.0)
+
+
+def losses(path: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(path)]
+
+
 def test_lines_are_read_as_they_were_written(path: Path) -> None:
-    append(
-        path, ("rollout", 0, {"tokens": 5}, None), ("train_step", 0, {"head_loads": {"rot": 1}}, 3)
-    )
+    append(path, (RolloutLine(tokens=5, samples=2, stopped=1), 0, None), (step_line(1.0), 0, 3))
     assert read_metrics(path) == [
-        {"kind": "rollout", "iteration": 0, "tokens": 5},
-        {"kind": "train_step", "iteration": 0, "step": 3, "head_loads": {"rot": 1}},
+        {"kind": "rollout", "iteration": 0, "tokens": 5, "samples": 2, "stopped": 1},
+        {
+            "kind": "train_step",
+            "iteration": 0,
+            "step": 3,
+            **{"loss": 1.0, "grad_norm": 0.5, "lr": 0.1, "tokens": 5, "wall_s": 1.0},
+        },
     ]
 
 
 def test_the_last_line_of_a_step_stands_in_the_place_of_the_first(path: Path) -> None:
-    append(path, ("train_step", 0, {"loss": 1.0}, 0), ("train_step", 0, {"loss": 2.0}, 1))
-    append(path, ("train_step", 0, {"loss": 3.0}, 0), ("phase/train", 0, {"loss": 4.0}, None))
-    assert [line["loss"] for line in read_metrics(path)] == [3.0, 2.0, 4.0]
+    append(path, (step_line(1.0), 0, 0), (step_line(2.0), 0, 1))
+    append(path, (step_line(3.0), 0, 0), (step_line(4.0), 1, 0))
+    assert losses(path) == [3.0, 2.0, 4.0]
 
 
 def test_half_a_last_line_is_not_read_and_the_next_start_cuts_it_off(path: Path) -> None:
-    append(path, ("train_step", 0, {"loss": 1.0}, 0), ("train_step", 0, {"loss": 2.0}, 1))
+    append(path, (step_line(1.0), 0, 0), (step_line(2.0), 0, 1))
     path.write_bytes(
         path.read_bytes()[:-1]
     )  # even a line that lacks only its end may be half a number
-    assert [line["loss"] for line in read_metrics(path)] == [1.0]
-    append(path, ("train_step", 0, {"loss": 2.5}, 1))
+    assert losses(path) == [1.0]
+    append(path, (step_line(2.5), 0, 1))
     assert [json.loads(text)["loss"] for text in path.read_text().splitlines()] == [1.0, 2.5]
 
 
 def test_a_damaged_line_is_refused_by_file_and_number(path: Path) -> None:
-    append(path, ("train_step", 0, {"loss": 1.0}, 0))
+    append(path, (step_line(1.0), 0, 0))
     whole = path.read_bytes()
     for damage in (b"\0\0\0\n", b"[1]\n", b"{}\n", b'{"kind": "train_step"}\n', b"\xff\n"):
         path.write_bytes(whole + damage + whole)
@@ -60,7 +72,7 @@ def test_a_damaged_line_is_refused_by_file_and_number(path: Path) -> None:
 
 def test_no_file_is_no_lines_and_other_ranks_write_none(path: Path) -> None:
     writer = MetricsWriter(path, enabled=False)
-    writer.write("train_step", 0, {"loss": 1.0}, step=0)
+    writer.write(step_line(1.0), 0, step=0)
     writer.close()
     assert list(path.parent.iterdir()) == []
     assert read_metrics(path) == []
@@ -69,7 +81,7 @@ def test_no_file_is_no_lines_and_other_ranks_write_none(path: Path) -> None:
 def test_not_a_number_is_never_written(path: Path) -> None:
     writer = MetricsWriter(path, enabled=True)
     with pytest.raises(ValueError, match="JSON"):
-        writer.write("train_step", 0, {"loss": float("nan")}, step=0)
+        writer.write(step_line(float("nan")), 0, step=0)
     writer.close()
     assert path.read_text() == ""
 
@@ -77,7 +89,12 @@ def test_not_a_number_is_never_written(path: Path) -> None:
 def test_numbers_go_to_tensorboard_under_their_kind(path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    append(path, ("train_step", 0, {"kl": {"rot": 0.5}, "sound": True}, 7))
+    append(path, (EvaluationLine({"rot": 0.5}), 3, None), (step_line(2.0), 0, 7))
     board = EventAccumulator(str(path.parent / "tensorboard")).Reload()
-    assert board.Tags()["scalars"] == ["train_step/kl/rot"]
-    assert [(event.step, event.value) for event in board.Scalars("train_step/kl/rot")] == [(7, 0.5)]
+    names = ("loss", "grad_norm", "lr", "tokens", "wall_s")
+    assert board.Tags()["scalars"] == [
+        "evaluation/accuracy/rot",
+        *(f"train_step/{name}" for name in names),
+    ]
+    for tag, expected in (("evaluation/accuracy/rot", (3, 0.5)), ("train_step/loss", (7, 2.0))):
+        assert [(event.step, event.value) for event in board.Scalars(tag)] == [expected]

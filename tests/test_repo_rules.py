@@ -25,6 +25,7 @@ LOWER = {
     "trajectories",
     "run_dir",
     "metrics",
+    "metrics_lines",
     "report",
     "tokenizer",
     "safetensors_file",

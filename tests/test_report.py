@@ -15,6 +15,16 @@ from rich.console import Console
 
 from mtopd.config import ConsolidateConfig, resolved, to_yaml, validate
 from mtopd.metrics import MetricsWriter
+from mtopd.metrics_lines import (
+    BadStepLine,
+    MemoryLine,
+    PassMetrics,
+    PhaseLine,
+    RolloutLine,
+    TeacherPassLine,
+    TrainStepLine,
+    from_values,
+)
 from mtopd.pipelines import report as pipeline
 from mtopd.report import build_report, check_rows, in_bytes, read_run, recovery, result_rows
 from mtopd.run_dir import RunDir, write_json
@@ -22,6 +32,7 @@ from mtopd.types import MtopdError
 
 HOSTILE = "<script>alert(1)</script>"
 TEACHERS = ("rot", "rev", "spir")
+ROLLOUT = RolloutLine(tokens=100, samples=192, stopped=180)
 STORED = {"rot": 1000, "rev": 1100, "spir": 1200}
 BASELINES = {
     "models": {
@@ -58,7 +69,7 @@ def config_of(run_dir: Path, num_iterations: int, **changes) -> ConsolidateConfi
     return validate({**values, **changes}, ConsolidateConfig, "test")
 
 
-def step_values(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> dict:
+def step_line(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> TrainStepLine:
     """A train step whose reverse KL is 1 / (step + 1) over step + 1 tokens."""
     values = {
         "loss": 1.0,
@@ -73,10 +84,10 @@ def step_values(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> dict
         "stall_s": 0.25,
         "wall_s": 1.0,
     }
-    return {**values, **changes}
+    return from_values(TrainStepLine, {**values, **changes})
 
 
-def pass_values(name: str, **changes) -> dict:
+def pass_metrics(name: str, **changes) -> PassMetrics:
     stored = STORED.get(name, 1000)
     values = {
         "bytes_read": stored,
@@ -87,29 +98,24 @@ def pass_values(name: str, **changes) -> dict:
         "samples": 5,
         "waves": 1,
         "stall_s": 0.5,
-    }
-    return {
-        **values,
         "peak_device_bytes": stored // 2,
         "peak_host_bytes": stored // 4,
         "relayouts": 0,
-        **changes,
     }
+    return PassMetrics(**{**values, **changes})
 
 
 def write_iteration(
     metrics: MetricsWriter, iteration: int, names: tuple[str, ...] = TEACHERS, **changes
 ) -> None:
-    metrics.write("rollout", iteration, {"tokens": 100, "samples": 192, "stopped": 180})
-    metrics.write("phase/rollout", iteration, {"wall_s": 2.0})
-    metrics.write(
-        "teacher_pass", iteration, {"teachers": {name: pass_values(name) for name in names}}
-    )
-    metrics.write("phase/teacher_pass", iteration, {"wall_s": 3.0})
+    metrics.write(ROLLOUT, iteration)
+    metrics.write(PhaseLine("rollout", 2.0), iteration)
+    metrics.write(TeacherPassLine({name: pass_metrics(name) for name in names}), iteration)
+    metrics.write(PhaseLine("teacher_pass", 3.0), iteration)
     for step in (2 * iteration, 2 * iteration + 1):
-        metrics.write("train_step", iteration, step_values(step, names, **changes), step=step)
-    metrics.write("phase/train", iteration, {"wall_s": 4.0})
-    metrics.write("phase/update_weights", iteration, {"wall_s": 0.5})
+        metrics.write(step_line(step, names, **changes), iteration, step=step)
+    metrics.write(PhaseLine("train", 4.0), iteration)
+    metrics.write(PhaseLine("update_weights", 0.5), iteration)
 
 
 def start_run(
@@ -136,10 +142,10 @@ def run(tmp_path: Path) -> RunDir:
     """A finished run of 15 iterations, that is 30 train steps."""
     run = start_run(tmp_path / "run", config_of(tmp_path / "run", 15))
     metrics = MetricsWriter(run.metrics, enabled=True)
-    metrics.write("phase/baselines", 0, {"wall_s": 7.0})
+    metrics.write(PhaseLine("baselines", 7.0), 0)
     for iteration in range(15):
         write_iteration(metrics, iteration)
-    metrics.write("memory", 15, {"peak_host_bytes": 5000})
+    metrics.write(MemoryLine(5000), 15)
     metrics.close()
     write_json(run.path / "evaluations" / "baselines.json", BASELINES)
     write_json(run.evaluation(0), {"rot": 0.4, "rev": 0.5, "spir": 0.6})
@@ -295,7 +301,7 @@ def test_checks_hold(run: RunDir) -> None:
 )
 def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: dict) -> None:
     metrics = MetricsWriter(run.metrics, enabled=True)
-    metrics.write("train_step", 4, step_values(8, **changes), step=8)
+    metrics.write(step_line(8, **changes), 4, step=8)
     metrics.close()
     report = report_of(run)
     assert [name for name, found in report["checks"].items() if not found["ok"]] == [check]
@@ -304,10 +310,10 @@ def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: di
 
 def test_a_train_step_that_was_left_out_and_never_taken_shows(run: RunDir) -> None:
     metrics = MetricsWriter(run.metrics, enabled=True)
-    metrics.write(
-        "bad_step", 4, {"refused": "the loss is nan", "bad_steps": 1}, step=8
-    )  # taken by another start
-    metrics.write("bad_step", 14, {"refused": "the loss is nan", "bad_steps": 2}, step=30)
+    for iteration, step in ((4, 8), (14, 30)):  # the first is taken by another start
+        metrics.write(
+            from_values(BadStepLine, {"refused": "the loss is nan"}), iteration, step=step
+        )
     metrics.close()
     report = report_of(run)
     assert report["checks"]["train_steps_left_out"] == {"found": 1, "at_most": 0, "ok": False}
@@ -325,7 +331,7 @@ def test_a_train_step_that_was_left_out_and_never_taken_shows(run: RunDir) -> No
 )
 def test_every_byte_is_read_once_a_wave(run: RunDir, changes: dict, ok: bool) -> None:
     metrics = MetricsWriter(run.metrics, enabled=True)
-    metrics.write("teacher_pass", 3, {"teachers": {"rot": pass_values("rot", **changes)}})
+    metrics.write(TeacherPassLine({"rot": pass_metrics("rot", **changes)}), 3)
     metrics.close()
     report = report_of(run)
     assert report["checks"]["bytes_streamed"]["ok"] is ok
@@ -367,7 +373,7 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came(tmp_path: Path) -> None
     metrics = MetricsWriter(run.metrics, enabled=True)
     for iteration in range(3):
         write_iteration(metrics, iteration)
-    metrics.write("rollout", 3, {"tokens": 100, "samples": 192, "stopped": 180})
+    metrics.write(ROLLOUT, 3)
     metrics.close()
     report, lines, page = written(run)
     assert (report["finished"], report["iterations"]) == (False, {"done": 3, "planned": 8})
@@ -404,7 +410,7 @@ def test_a_number_that_is_not_finite_becomes_null(run: RunDir) -> None:
                     "kind": "train_step",
                     "iteration": 15,
                     "step": 30,
-                    **step_values(30, reverse_kl=math.nan),
+                    **step_line(30, reverse_kl=math.nan).values(),
                 }
             )
         )
@@ -480,8 +486,8 @@ def hostile_run(tmp_path: Path) -> RunDir:
     run = start_run(config.run_dir, config, (name, *TEACHERS))
     metrics = MetricsWriter(run.metrics, enabled=True)
     write_iteration(metrics, 0, (name, *TEACHERS))
-    metrics.write(f"phase/{name}", 0, {"wall_s": 1.0})
-    metrics.write("phase/$\\frac{$", 0, {"wall_s": 1.0})  # short enough to reach a plot whole
+    metrics.write(PhaseLine(name, 1.0), 0)
+    metrics.write(PhaseLine("$\\frac{$", 1.0), 0)  # short enough to reach a plot whole
     metrics.close()
     write_json(
         run.path / "evaluations" / "baselines.json",
