@@ -17,8 +17,9 @@ from typing import Any
 
 from mtopd.config import ConsolidateConfig, SourceConfig
 from mtopd.data import route
+from mtopd.files import read_json
 from mtopd.metrics import read_metrics
-from mtopd.run_dir import SCHEMA, RunDir, is_sealed, read_json
+from mtopd.run_dir import SCHEMA, RunDir, is_sealed
 from mtopd.types import MtopdError
 
 Accuracy = Mapping[str, float | None]  # by source name

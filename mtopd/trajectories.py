@@ -51,7 +51,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mtopd.run_dir import read_json, write_atomic, write_json
+from mtopd.files import read_json, write_atomic, write_json
 from mtopd.types import MtopdError, SampleMetadata, Trajectory
 
 SCHEMA_VERSION = 1

@@ -20,8 +20,9 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from mtopd.files import read_json
 from mtopd.hidden_cache import HiddenCacheReader, collect_garbage
-from mtopd.run_dir import RunDir, is_sealed, read_json
+from mtopd.run_dir import RunDir, is_sealed
 from mtopd.trajectories import read_metadata
 from mtopd.types import MtopdError
 

@@ -20,7 +20,9 @@ from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load
 from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
 from mtopd.convert.teacher import HFTensors
 from mtopd.dtypes import torch_dtype
+from mtopd.files import publish_tree, read_json, remove_tree, write_json
 from mtopd.hidden_cache import sample_key
+from mtopd.manifest import check_accepted
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import (
@@ -34,7 +36,7 @@ from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.rollout.embedded import EmbeddedEngine
-from mtopd.run_dir import RunDir, is_sealed, publish_tree, read_json, remove_tree, write_json
+from mtopd.run_dir import RunDir, is_sealed
 from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -315,7 +317,8 @@ class Job:
 
     def restore(self, iteration: int) -> int:
         state = checkpoint.load(self.trainer, self.run, iteration)
-        self.run.check_accepted(self.run.checkpoint(iteration), state["taught_by"], self.taught_by)
+        folder = self.run.checkpoint(iteration)
+        check_accepted(self.run, folder, state["taught_by"], self.taught_by)
         self.bad_steps = int(state["bad_steps"])
         self.student.update_weights()
         return iteration

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
+from mtopd.files import remove_tree, sweep
+from mtopd.manifest import start_run
+from mtopd.megatron.options import FREE_MEGATRON
 from mtopd.megatron.parallel import check_layout
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
-from mtopd.run_dir import RunDir, is_sealed, remove_tree, sweep
+from mtopd.run_dir import RunDir, is_sealed
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
@@ -138,7 +141,7 @@ def _start(
     *,
     accept_changed: bool = False,
 ) -> list[str]:
-    sweep(run)
+    sweep(run.path)
 
     def drop_unfinished() -> None:
         """What was made for the former teachers: routed prompts, iterations that no checkpoint
@@ -156,10 +159,12 @@ def _start(
             if int(path.stem) > finished:
                 path.unlink()
 
-    return run.start(
+    return start_run(
+        run,
         resolved(config),
         manifest,
         to_yaml(config),
+        free=[("config", "student", "megatron", option) for option in FREE_MEGATRON],
         accept_changed=accept_changed,
         drop_unfinished=drop_unfinished,
     )

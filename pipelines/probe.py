@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd.dtypes import item_size, torch_dtype
-from mtopd.run_dir import read_json, write_json
+from mtopd.files import read_json, write_json
 from mtopd.teacher_offload.probe import check_probe
 from mtopd.teacher_offload.store import TeacherStore, read_range
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from mtopd import data
 from mtopd.config import DataConfig, SourceConfig
-from mtopd.run_dir import RunDir, write_atomic
+from mtopd.files import write_atomic
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError, Prompt
 
 FILE = "prompts.arrow"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mtopd.run_dir import write_atomic
+from mtopd.files import write_atomic
 from mtopd.types import MtopdError
 
 logger = logging.getLogger(__name__)

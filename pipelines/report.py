@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtopd.config import ConsolidateConfig, load_config
+from mtopd.files import read_json, write_atomic, write_json
 from mtopd.report import (
     RunRecord,
     build_report,
@@ -30,7 +31,7 @@ from mtopd.report import (
     result_rows,
     verdict,
 )
-from mtopd.run_dir import RunDir, read_json, write_atomic, write_json
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:

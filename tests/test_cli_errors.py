@@ -18,6 +18,7 @@ import yaml
 
 from mtopd.convert.teacher import add_teacher
 from mtopd.hidden_cache import HiddenCacheWriter, sample_key
+from mtopd.manifest import start_run
 from mtopd.pipelines import cli, ranks
 from mtopd.run_dir import RunDir
 from mtopd.trajectories import write_shard
@@ -299,7 +300,7 @@ def cached_run(tmp_path: Path) -> RunDir:
         {"index": i, "name": n, "fingerprint": f} for i, (n, f) in enumerate(FINGERPRINTS.items())
     ]
     with run.lock():
-        run.start({}, {"teachers": teachers}, "{}")
+        start_run(run, {}, {"teachers": teachers}, "{}")
     for iteration in range(2):
         with open_writer(run, iteration) as writer:
             for fingerprint in FINGERPRINTS.values():

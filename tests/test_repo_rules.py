@@ -24,6 +24,8 @@ LOWER = {
     "data",
     "trajectories",
     "run_dir",
+    "manifest",
+    "files",
     "metrics",
     "metrics_lines",
     "report",

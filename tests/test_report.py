@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mtopd import manifest
 from mtopd.config import ConsolidateConfig, resolved, to_yaml, validate
+from mtopd.files import write_json
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import (
     BadStepLine,
@@ -27,7 +29,7 @@ from mtopd.metrics_lines import (
 )
 from mtopd.pipelines import report as pipeline
 from mtopd.report import build_report, check_rows, in_bytes, read_run, recovery, result_rows
-from mtopd.run_dir import RunDir, write_json
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 HOSTILE = "<script>alert(1)</script>"
@@ -127,7 +129,7 @@ def start_run(
         {"index": i, "name": n, "fingerprint": f"{i}" * 64, "weight": 1 / len(names)}
         for i, n in enumerate(names)
     ]
-    run.start(resolved(config), {"teachers": table}, to_yaml(config))
+    manifest.start_run(run, resolved(config), {"teachers": table}, to_yaml(config))
     (run_dir / "evaluations").mkdir(exist_ok=True)
     return run
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mtopd.run_dir import fsync_dir
+from mtopd.files import fsync_dir
 from mtopd.types import MtopdError
 
 PARTIAL = ".partial"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mtopd.files import fsync_dir
 from mtopd.hidden_cache import folder as cache_folder
 from mtopd.hidden_cache.durable import PARTIAL, full_disk_raises, publish
 from mtopd.hidden_cache.index import IndexRow, dump_index
@@ -25,7 +26,6 @@ from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, SegmentLayout, crc32c, s
 from mtopd.hidden_cache.reader import HiddenCacheReader, load_teacher_index
 from mtopd.hidden_cache.segment import partial_shard
 from mtopd.hidden_cache.writer import HiddenCacheWriter
-from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
 logger = logging.getLogger(__name__)

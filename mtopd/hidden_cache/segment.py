@@ -31,6 +31,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from mtopd.files import fsync_dir
 from mtopd.hidden_cache.durable import PARTIAL, lost_file_raises, make_dirs, publish
 from mtopd.hidden_cache.layout import (
     CHUNKS_PER_SHARD,
@@ -39,7 +40,6 @@ from mtopd.hidden_cache.layout import (
     crc32c,
     joined_crc32c,
 )
-from mtopd.run_dir import fsync_dir
 from mtopd.types import MtopdError
 
 _MAX_METADATA_BYTES = 1 << 24  # 12 for each chunk

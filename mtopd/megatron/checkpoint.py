@@ -34,8 +34,9 @@ from megatron.core.dist_checkpointing.strategies.common import (
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
+from mtopd.files import remove_tree, replace_tree
 from mtopd.megatron.train_step import Trainer
-from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal, remove_tree, replace_tree
+from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
 from mtopd.types import MtopdError
 
 # Results of a write stay in this process: no manager process, which would outlive a killed rank.

@@ -28,7 +28,7 @@ import google_crc32c
 import numpy as np
 
 from mtopd.dtypes import item_size
-from mtopd.run_dir import fsync_dir, publish_tree, read_json, write_json
+from mtopd.files import fsync_dir, publish_tree, read_json, write_json
 from mtopd.safetensors_file import header_bytes, parse_header
 from mtopd.teacher_offload.storage import FolderStorage
 from mtopd.teacher_offload.store import (

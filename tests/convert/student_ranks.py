@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, StudentConfig
+from mtopd.files import write_json
 from mtopd.pipelines import ranks
 from mtopd.pipelines.evaluate import read_weights
 from mtopd.pipelines.job import Student
 from mtopd.rollout.embedded import Request
-from mtopd.run_dir import RunDir, write_json
+from mtopd.run_dir import RunDir
 
 BIAS = "e_score_correction_bias"  # chooses experts: float32 whatever the model is
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from cache_samples import MATH, fill, flip
 
+from mtopd.files import write_json
 from mtopd.pipelines import cli
-from mtopd.run_dir import RunDir, write_json
+from mtopd.run_dir import RunDir
 
 
 def mtopd(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -25,13 +25,14 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from mtopd.config import ParallelConfig
 from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.files import write_json
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
 from mtopd.pipelines import ranks
 from mtopd.pipelines.packing import pack_rows, rows_here
-from mtopd.run_dir import RunDir, write_json
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 VOCAB, PADDED, BATCH = 100, 128, 8

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mtopd.files import sweep
 from mtopd.megatron.checkpoint import _IndexUnpickler, prune, sealed
-from mtopd.run_dir import RunDir, sweep
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 from tests.conftest import run_ranks
 from tests.small_models import save_model
@@ -133,7 +134,7 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_former_checkpoint(root: Pat
     folder = root / "runs" / "dying" / "checkpoints"
     assert list(folder.glob(".000006.tmp/*.distcp")), "it died in the save"
     saved = json.loads((folder.parent / "before.json").read_text())
-    sweep(RunDir(root / "runs" / "dying"))
+    sweep(root / "runs" / "dying")
     assert [path.name for path in folder.iterdir()] == ["000003"]
     (job,) = run_jobs(root, 2, [{"resume": "dying", **dense}])
     assert (job["newest"], job["loaded"], job["losses"]) == (3, saved["saved"], saved["losses"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mtopd.megatron.model import KINDS, config_overrides, megatron_refuses, sort_fields
-from mtopd.run_dir import FREE_MEGATRON
+from mtopd.megatron.options import FREE_MEGATRON
 from mtopd.types import MtopdError
 
 

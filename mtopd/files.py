@@ -1,0 +1,120 @@
+"""Files and folders that appear whole or not at all: JSON, atomic writes, folders that take a name in
+one rename.
+
+A file gets its name last: temporary name, fsync, rename, fsync of the folder.  What a kill leaves
+under temporary names, ``sweep`` removes at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mtopd.types import MtopdError
+
+_ASIDE = ".aside"  # ending of what waits until its successor has its name
+
+
+def fsync_dir(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, after a
+    crash too.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(
+        path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; raises MtopdError that names the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MtopdError(
+            f"{path} is not valid JSON ({error}); it was damaged or edited: remove it and run again"
+        ) from None
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder of this run in one visible step: renamed first, so that a crash leaves no
+    half of it.
+    """
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.removed")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def publish_tree(partial: Path, target: Path) -> None:
+    """Give a complete folder its final name: everything in it durable first, then one rename."""
+    _make_durable(partial)
+    os.replace(partial, target)
+    fsync_dir(target.parent)
+
+
+def replace_tree(partial: Path, target: Path) -> None:
+    """Publish a folder of this run in place of another, if there is one; that one goes last.
+
+    A crash between the two renames leaves it aside, from where ``sweep`` puts it back.
+    """
+    aside = target.with_name(f".{target.name}{_ASIDE}")
+    _make_durable(partial)
+    if target.exists():
+        os.replace(target, aside)
+    os.replace(partial, target)
+    fsync_dir(target.parent)
+    remove_tree(aside)
+
+
+def _make_durable(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            fsync_dir(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def sweep(folder: Path) -> None:
+    """Clean up what a killed start left anywhere below ``folder``: a folder whose successor did not
+    come takes its name again; temporary files and half-removed folders go.
+    """
+    for aside in list(folder.rglob(f".*{_ASIDE}")):
+        target = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
+        if target.exists():
+            remove_tree(aside)
+        else:
+            os.replace(aside, target)
+            fsync_dir(target.parent)
+    for pattern in (".*.tmp", ".*.removed"):
+        for path in list(folder.rglob(pattern)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,136 @@
+"""``manifest.json`` of a run: which run this is, and what a later start of it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mtopd.files import read_json, write_atomic, write_json
+from mtopd.run_dir import SCHEMA, RunDir, read_seal
+from mtopd.types import MtopdError
+
+Keys = tuple[str | int, ...]
+
+# Keys of manifest.json by what a later start may do with them; * stands for any place in a list.
+FREE: tuple[Keys, ...] = (  # how the run is computed
+    ("config", "student", "parallel"),
+    ("config", "teachers", "*", "parallel"),
+    ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
+    ("config", "teacher_offload"),
+    ("config", "checkpoint"),
+    ("config", "log_json"),
+    ("config", "evaluation", "every"),
+    ("config", "train", "micro_batch_size"),
+    ("config", "train", "token_budget"),
+    ("config", "train", "max_bad_steps"),
+)
+ACCEPTABLE: tuple[Keys, ...] = (
+    ("config", "teachers"),
+    ("teachers",),
+    ("tokenizer_hash",),
+)  # who teaches what
+
+
+def start_run(
+    run: RunDir,
+    config: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    config_yaml: str,
+    *,
+    free: Sequence[Keys] = (),
+    accept_changed: bool = False,
+    drop_unfinished: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Write or check config and manifest, and take the next generation number.  The caller holds
+    the lock.
+
+    Layout and sizing (``FREE`` and the patterns in ``free``) may differ from the former start's.
+    Teachers, routes and tokenizer (``ACCEPTABLE``) only with ``accept_changed``: then
+    ``drop_unfinished`` is called before the new ones are written down, and the changes are
+    returned.  Raises MtopdError for any other change: that is another run.
+    """
+    known = {"schema": SCHEMA, "config": dict(config), **manifest}
+    accepted: list[dict[str, Any]] = []
+    changes: list[str] = []
+    if run.manifest.exists():
+        previous = read_json(run.manifest)
+        accepted = previous.pop("accepted_changes", [])
+        found = [
+            (path, text)
+            for path, text in differences(previous, known)
+            if not _matches(path, (*FREE, *free))
+        ]
+        for path, text in found:
+            if not _matches(path, ACCEPTABLE):
+                raise MtopdError(
+                    f"run directory {run.path} belongs to another run: {text}; "
+                    "choose another run_dir, or remove this one to start over"
+                )
+        changes = [text for _, text in found]
+        if changes and not accept_changed:
+            raise MtopdError(
+                f"the teachers, routes or tokenizer of {run.path} have changed: {changes[0]}; "
+                "start with --accept-changed to go on from the newest checkpoint with the new "
+                "ones, or choose another run_dir"
+            )
+        if changes:
+            drop_unfinished()
+    start = run.current_generation() + 1
+    accepted += [{"start": start, "change": text} for text in changes]
+    write_atomic(run.config, config_yaml.encode())
+    write_json(run.manifest, {**known, "accepted_changes": accepted})
+    run.take_generation()
+    return changes
+
+
+def check_accepted(
+    run: RunDir, folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raise MtopdError when ``found``, noted in a sealed folder, is not ``expected`` and no start
+    since accepted it.
+    """
+    accepted = max(
+        (change["start"] for change in read_json(run.manifest)["accepted_changes"]), default=0
+    )
+    if accepted > read_seal(folder)["generation"]:
+        return
+    for _, text in differences(found, expected):
+        raise MtopdError(
+            f"{folder} was made with other teachers than {run.manifest} names: {text}, no "
+            "start accepted that; put the manifest back, or remove the folder"
+        )
+
+
+def _matches(path: Keys, patterns: Sequence[Keys]) -> bool:
+    return any(
+        len(path) >= len(pattern)
+        and all(fnmatchcase(str(part), str(p)) for p, part in zip(pattern, path, strict=False))
+        for pattern in patterns
+    )
+
+
+def differences(found: Any, expected: Any, path: Keys = ()) -> Iterator[tuple[Keys, str]]:
+    """Every place where two JSON values differ, with "key: found X, needed Y"."""
+    where = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path
+    ).removeprefix(".")
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            if key not in found or key not in expected:
+                inner = f"{where}.{key}" if where else str(key)
+                yield (
+                    (*path, key),
+                    (
+                        f"{inner} is only in "
+                        f"{'this config' if key not in found else 'the run directory'}"
+                    ),
+                )
+            else:
+                yield from differences(found[key], expected[key], (*path, key))
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(a, b, (*path, i))
+    elif found != expected:
+        yield path, f"{where} is {found!r} there and {expected!r} here"

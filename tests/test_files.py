@@ -1,0 +1,86 @@
+"""Files and folders appear whole or not at all, and what a kill leaves is cleaned up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mtopd.files import remove_tree, replace_tree, sweep, write_atomic
+from mtopd.run_dir import SEAL, RunDir
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    write_atomic(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_sweep_takes_leftovers_only(tmp_path: Path) -> None:
+    for name in (
+        ".a.json.12-ab.tmp",
+        "kept.json",
+        "iterations/.000001.abcd.removed/x",
+        "checkpoints/.000002.tmp/y",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    sweep(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "kept.json"
+    ]
+
+
+def test_remove_tree_goes_in_one_visible_step(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    remove_tree(tmp_path / "folder")
+    remove_tree(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _kill_at_rename(number: int) -> None:
+    """SIGKILL instead of this process's rename number ``number``, from 0."""
+    rename, done = os.replace, iter(range(number))
+
+    def replace(*paths: Path) -> None:
+        if next(done, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.replace = replace
+
+
+@pytest.mark.parametrize(("number", "survives"), [(0, "old"), (1, "old"), (2, "new"), (3, "new")])
+def test_a_checkpoint_that_is_replaced_survives_a_kill_or_its_successor_does(
+    tmp_path: Path, number: int, survives: str
+) -> None:
+    run = RunDir(tmp_path, generation=1)
+    target, partial = run.checkpoint(3), run.checkpoint(3).with_name(".000003.tmp")
+    for folder, text in ((target, "old"), (partial, "new")):
+        folder.mkdir(parents=True)
+        (folder / SEAL).write_text(text)
+    child = os.fork()
+    if not child:
+        try:
+            _kill_at_rename(number)
+            replace_tree(partial, target)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) == (number < 3), "three renames: aside, into place, out of sight"
+    for _ in range(2):
+        sweep(tmp_path)
+        assert [path.name for path in target.parent.iterdir()] == ["000003"] and (
+            target / SEAL
+        ).read_text() == survives
