@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtopd.dtypes import safetensors_name
+from mtopd.teacher_offload.names import MANIFEST
 from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
@@ -86,7 +87,7 @@ def table(folder: Path) -> Group:
                     "removes it"
                 )
             )
-        if path.name.startswith(".") or not (path / "teacher.json").exists():
+        if path.name.startswith(".") or not (path / MANIFEST).exists():
             continue
         try:
             rows.add_row(*map(escape, _cells(path, open_store(path))))

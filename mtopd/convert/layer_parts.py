@@ -6,6 +6,16 @@ import torch
 
 from mtopd.convert.bridge import Bridge
 from mtopd.hf_model import Tensors
+from mtopd.teacher_offload.names import (
+    COMMON,
+    GATE,
+    TRANSPOSED,
+    UP,
+    expert_section,
+    expert_weight,
+    slice_section,
+    stored_name,
+)
 from mtopd.types import MtopdError
 
 Parts = list[tuple[str, torch.Tensor]]
@@ -58,21 +68,22 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
         if name.endswith(_BY_HEAD):
             cut(name, weight, *heads)
         elif name == "self_attention.linear_proj.weight":
-            cut(f"{name}.T", weight.T, *heads)
+            cut(name + TRANSPOSED, weight.T, *heads)
         elif name.endswith("linear_fc1.weight"):
-            for suffix, half in zip(("gate", "up"), weight.chunk(2), strict=True):
-                cut(f"{name}.{suffix}", half, half.shape[0], "rows")
+            for suffix, half in zip((GATE, UP), weight.chunk(2), strict=True):
+                cut(name + suffix, half, half.shape[0], "rows")
         elif name.endswith("linear_fc2.weight"):
-            cut(f"{name}.T", weight.T, weight.shape[1], "columns")
+            cut(name + TRANSPOSED, weight.T, weight.shape[1], "columns")
         else:
-            common.append(
-                (f"common/{name}", weight.float() if name.endswith("expert_bias") else weight)
-            )
+            kept = weight.float() if name.endswith("expert_bias") else weight
+            common.append((stored_name(COMMON, name), kept))
     layer_tensors = common + [
-        (f"slice.{i:04d}/{name}", piece) for i, part in enumerate(sliced) for name, piece in part
+        (stored_name(slice_section(i), name), piece)
+        for i, part in enumerate(sliced)
+        for name, piece in part
     ]
     expert_tensors = [
-        (f"expert.{e:04d}/{name}", load(f"mlp.experts.local_experts.{e}.{name}"))
+        (stored_name(expert_section(e), name), load(expert_weight(e, name)))
         for e in range(bridge.num_experts(layer))
         for name in ("linear_fc1.weight", "linear_fc2.weight")
     ]

@@ -19,7 +19,8 @@ from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.probe import transformers_probe
 from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
 from mtopd.safetensors_file import TensorEntry, read_header
-from mtopd.teacher_offload.store import TeacherStore, experts_path, layer_path, open_store
+from mtopd.teacher_offload import names
+from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
 from mtopd.types import MtopdError
 
@@ -146,7 +147,7 @@ def add_teacher(
 def _finished(target: Path, identity: str) -> TeacherStore:
     """The store at ``target``, if it came from the same source: the same command was given again."""
     advice = "remove it first with `mtopd teachers rm`, or choose another name"
-    if not (target / "teacher.json").is_file():
+    if not (target / names.MANIFEST).is_file():
         raise MtopdError(f"{target} exists and is no teacher store; {advice}")
     store = open_store(target)
     if store.manifest.get("source") != identity:
@@ -196,22 +197,24 @@ def _write_files(
             writer.write(path, _stored(_row_slices(tensors[name].to(dtype), slices)))
         step()
 
-    matrix("embedding.safetensors", "model.embed_tokens.weight")
+    matrix(names.EMBEDDING, "model.embed_tokens.weight")
     for layer in range(hf_config.num_hidden_layers):
-        if layer_path(layer) not in writer:
+        if names.layer_path(layer) not in writer:
             parts, experts = layer_parts(bridge, tensors, layer, slices)
             if experts:  # before the layer's file: its record stands for both
-                writer.write(experts_path(layer), _stored(experts))
-            writer.write(layer_path(layer), _stored(parts))
+                writer.write(names.experts_path(layer), _stored(experts))
+            writer.write(names.layer_path(layer), _stored(parts))
             del parts, experts
-        num_experts = max(num_experts, writer.num_sections(experts_path(layer)))
+        num_experts = max(num_experts, writer.num_sections(names.experts_path(layer)))
         step()
-    if "final_norm.safetensors" not in writer:
+    if names.FINAL_NORM not in writer:
         weight = tensors["model.norm.weight"].to(dtype)
-        writer.write("final_norm.safetensors", _stored([("common/weight", weight)]))
+        writer.write(
+            names.FINAL_NORM, _stored([(names.stored_name(names.COMMON, "weight"), weight)])
+        )
     step()
     if not hf_config.tie_word_embeddings:
-        matrix("head.safetensors", "lm_head.weight")
+        matrix(names.HEAD, "lm_head.weight")
     return num_experts
 
 
@@ -225,7 +228,9 @@ def _row_slices(matrix_VE: torch.Tensor, slices: int) -> Parts:
         part if len(part) == rows else torch.cat([part, part.new_zeros(rows - len(part), width)])
         for part in parts
     ]
-    return [(f"slice.{i:04d}/weight", part) for i, part in enumerate(padded)]
+    return [
+        (names.stored_name(names.slice_section(i), "weight"), part) for i, part in enumerate(padded)
+    ]
 
 
 def _stored(parts: Parts) -> list[Tensor]:

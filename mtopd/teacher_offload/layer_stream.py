@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from mtopd.dtypes import torch_dtype
 from mtopd.safetensors_file import TensorEntry
+from mtopd.teacher_offload.names import GATE, TRANSPOSED, UP, local_name
 from mtopd.teacher_offload.read_ahead import Key, ReadAhead, ReadCounters
 from mtopd.teacher_offload.shares import JOIN_ALIGNMENT, Mesh, Part, Range, teacher_parts
 from mtopd.teacher_offload.store import TeacherStore
@@ -116,6 +117,7 @@ class LayerStream:
         store, mesh = self.stream.stores[self.teacher], self.stream.meshes[self.teacher]
         self.device = self.stream.device
         self._parts = self.stream.parts[self.teacher]
+        self._first_expert = mesh.ep_rank * store.num_experts // mesh.ep_size
         self._joins = store.slices != mesh.tp_size
         layer_bytes = max(part.device_bytes for part in self._parts[1:-1])
         self._buffers = [
@@ -244,18 +246,21 @@ class LayerStream:
         views.
         """
         by_name: dict[str, list[torch.Tensor]] = {}
-        for name, entry, offset in loaded.part.tensors:
+        for entry, offset in loaded.part.tensors:
+            name = local_name(entry.name, self._first_expert)
             by_name.setdefault(name, []).append(_view(loaded.buffer, entry, offset))
         arena = _Arena(out)
         joined: dict[str, torch.Tensor] = {}
         for name, parts in by_name.items():
-            if name.endswith(".up"):
+            if name.endswith(UP):
                 continue
-            if name.endswith(".gate"):
-                name = name.removesuffix(".gate")
-                parts = parts + by_name[name + ".up"]
+            if name.endswith(GATE):
+                name = name.removesuffix(GATE)
+                parts = parts + by_name[name + UP]
             tensor = arena.join(parts)
-            joined[name.removesuffix(".T")] = tensor.T if name.endswith(".T") else tensor
+            joined[name.removesuffix(TRANSPOSED)] = (
+                tensor.T if name.endswith(TRANSPOSED) else tensor
+            )
         return joined
 
     def _resident(self, extra: int) -> None:

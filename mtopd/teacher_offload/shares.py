@@ -16,7 +16,6 @@ more than an eighth of the memory, each owner broadcasts its blocks.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +28,6 @@ from mtopd.teacher_offload.store import Block, StoreFile, TeacherStore
 _ALIGNMENT = 256  # bytes; every dtype can be viewed at a range's start
 # bytes; of each tensor in the joined layout: MKL rounds otherwise where memory is not aligned
 JOIN_ALIGNMENT = 64
-_EXPERT = re.compile(r"expert\.(\d+)/(.*)")
 
 
 class Mesh(Protocol):
@@ -98,9 +96,7 @@ class Part:
     """What is on the device at one time, on this rank."""
 
     ranges: tuple[Range, ...]
-    tensors: tuple[
-        tuple[str, TensorEntry, int], ...
-    ]  # stored name without its section, entry, offset on the device
+    tensors: tuple[tuple[TensorEntry, int], ...]  # and its offset on the device
     device_bytes: int  # holds the ranges, and the joined layout, too
 
     @property
@@ -127,9 +123,9 @@ def teacher_parts(store: TeacherStore, mesh: Mesh, everyone: dist.ProcessGroup) 
         _part(store, mesh, everyone, store.layer(i), store.experts(i), turn=i + 1)
         for i in range(store.num_layers)
     ]
-    ends = [store.files[f"{name}.safetensors"] for name in ("embedding", "final_norm")]
     embedding, norm = (
-        _part(store, mesh, everyone, file, None, turn=i) for i, file in enumerate(ends)
+        _part(store, mesh, everyone, file, None, turn=i)
+        for i, file in enumerate((store.embedding, store.final_norm))
     )
     return [embedding, *layers, norm]
 
@@ -143,7 +139,7 @@ def _part(
     turn: int,
 ) -> Part:
     ranges: list[Range] = []
-    tensors: list[tuple[str, TensorEntry, int]] = []
+    tensors: list[tuple[TensorEntry, int]] = []
     used = 0
 
     def add(
@@ -159,15 +155,13 @@ def _part(
         blocks = source.blocks_of(entries[0].start, entries[-1].stop)
         owners, share_bytes = _owners(blocks, size, turn)
         ranges.append(Range(source, blocks, used, group, owners, position, share_bytes))
-        tensors.extend(
-            (entry.name, entry, used + entry.start - blocks[0].start) for entry in entries
-        )
+        tensors.extend((entry, used + entry.start - blocks[0].start) for entry in entries)
         used += -(-ranges[-1].device_bytes // _ALIGNMENT) * _ALIGNMENT
 
     count = store.slices // mesh.tp_size
     add(
         file,
-        file.section("common"),
+        file.common(),
         everyone,
         dist.get_rank(everyone),
         dist.get_world_size(everyone),
@@ -183,12 +177,10 @@ def _part(
         held = store.num_experts // mesh.ep_size
         mine = experts.experts(mesh.ep_rank * held, held)
         add(experts, mine, mesh.expert_peer_group, mesh.expert_replica, mesh.num_expert_replicas)
-    first_expert = mesh.ep_rank * store.num_experts // mesh.ep_size
     joined_bytes = sum(
-        -(-(e.stop - e.start) // JOIN_ALIGNMENT) * JOIN_ALIGNMENT for _, e, _ in tensors
+        -(-(e.stop - e.start) // JOIN_ALIGNMENT) * JOIN_ALIGNMENT for e, _ in tensors
     )
-    named = tuple((_name(n, first_expert), e, at) for n, e, at in tensors)
-    return Part(tuple(ranges), named, max(used, joined_bytes))
+    return Part(tuple(ranges), tuple(tensors), max(used, joined_bytes))
 
 
 def _owners(
@@ -210,10 +202,3 @@ def _owners(
         (borders[(r + turn) % num_ranks], borders[(r + turn) % num_ranks + 1])
         for r in range(num_ranks)
     ), None
-
-
-def _name(stored: str, first_expert: int) -> str:
-    """Megatron's local-spec name, up to the suffixes .gate, .up and .T of stored slices."""
-    if expert := _EXPERT.fullmatch(stored):
-        return f"mlp.experts.local_experts.{int(expert[1]) - first_expert}.{expert[2]}"
-    return stored.partition("/")[2]

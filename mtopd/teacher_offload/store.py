@@ -40,6 +40,7 @@ import numpy as np
 
 from mtopd.dtypes import dtype_name
 from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, parse_header
+from mtopd.teacher_offload import names
 from mtopd.teacher_offload.storage import Storage, open_storage
 from mtopd.types import MtopdError
 
@@ -80,20 +81,25 @@ class StoreFile:
     def _sections(self) -> dict[str, tuple[TensorEntry, ...]]:
         sections: dict[str, list[TensorEntry]] = {}
         for entry in self.entries:
-            sections.setdefault(entry.name.partition("/")[0], []).append(entry)
-        return {prefix: tuple(entries) for prefix, entries in sections.items()}
+            sections.setdefault(names.section_of(entry.name), []).append(entry)
+        return {section: tuple(entries) for section, entries in sections.items()}
 
-    def section(self, prefix: str) -> tuple[TensorEntry, ...]:
-        """Entries whose name starts with "<prefix>/", in file order."""
-        return self._sections.get(prefix, ())
+    @property
+    def num_sections(self) -> int:
+        return len(self._sections)
+
+    def common(self) -> tuple[TensorEntry, ...]:
+        """Tensors that tp replicates, in file order."""
+        return self._sections.get(names.COMMON, ())
 
     def slices(self, first: int, count: int) -> tuple[TensorEntry, ...]:
-        return tuple(e for i in range(first, first + count) for e in self.section(f"slice.{i:04d}"))
+        return self._joined(map(names.slice_section, range(first, first + count)))
 
     def experts(self, first: int, count: int) -> tuple[TensorEntry, ...]:
-        return tuple(
-            e for i in range(first, first + count) for e in self.section(f"expert.{i:04d}")
-        )
+        return self._joined(map(names.expert_section, range(first, first + count)))
+
+    def _joined(self, sections: Iterable[str]) -> tuple[TensorEntry, ...]:
+        return tuple(e for section in sections for e in self._sections.get(section, ()))
 
     def blocks_of(self, start: int, stop: int) -> tuple[Block, ...]:
         """Blocks that touch [start, stop)."""
@@ -161,15 +167,23 @@ class TeacherStore:
         return dtype_name(self.manifest["stored_dtype"])
 
     def layer(self, index: int) -> StoreFile:
-        return self.files[layer_path(index)]
+        return self.files[names.layer_path(index)]
 
     def experts(self, layer: int) -> StoreFile | None:
         """The experts' file of a layer; None for a dense layer."""
-        return self.files.get(experts_path(layer))
+        return self.files.get(names.experts_path(layer))
+
+    @property
+    def embedding(self) -> StoreFile:
+        return self.files[names.EMBEDDING]
+
+    @property
+    def final_norm(self) -> StoreFile:
+        return self.files[names.FINAL_NORM]
 
     @property
     def head(self) -> StoreFile:
-        return self.files.get("head.safetensors", self.files["embedding.safetensors"])
+        return self.files.get(names.HEAD, self.embedding)
 
     def pass_bytes(self) -> int:
         """Bytes one teacher pass needs: tensors of embedding, layers, experts and final norm; not
@@ -178,7 +192,7 @@ class TeacherStore:
         return sum(
             e.stop - e.start
             for path, file in self.files.items()
-            if path != "head.safetensors"
+            if path != names.HEAD
             for e in file.entries
         )
 
@@ -189,7 +203,7 @@ class TeacherStore:
         """
         with tempfile.TemporaryDirectory(prefix="mtopd-tokenizer-") as temporary:
             for path, sha256 in self.manifest["tokenizer_sha256"].items():
-                stored = f"tokenizer/{_relative(self.location, path)}"
+                stored = names.tokenizer_path(_relative(self.location, path))
                 data = self.storage.read(stored, _TOKENIZER_FILE_LIMIT)
                 if data is None or hashlib.sha256(data).hexdigest() != sha256:
                     raise MtopdError(
@@ -201,14 +215,6 @@ class TeacherStore:
             yield Path(temporary)
 
 
-def layer_path(index: int) -> str:
-    return f"layers/{index:05d}.safetensors"
-
-
-def experts_path(layer: int) -> str:
-    return f"experts/{layer:05d}.safetensors"
-
-
 # -- checksums -------------------------------------------------------------------------------------
 
 
@@ -218,7 +224,7 @@ def block_ranges(entries: Sequence[TensorEntry], header: int) -> list[tuple[int,
     """
     bounds, section = [(0, header)], None
     for entry in entries:
-        prefix = entry.name.partition("/")[0]
+        prefix = names.section_of(entry.name)
         if prefix == section:
             bounds[-1] = (bounds[-1][0], entry.stop)
         else:
@@ -252,8 +258,8 @@ def open_store(location: str | Path) -> TeacherStore:
     No tensor is read.  Raises MtopdError that names the store, what is wrong and what to do.
     """
     storage = open_storage(location)
-    where = f"{storage.location}/teacher.json"
-    text = storage.read("teacher.json", _MANIFEST_LIMIT)
+    where = f"{storage.location}/{names.MANIFEST}"
+    text = storage.read(names.MANIFEST, _MANIFEST_LIMIT)
     if text is None:
         raise MtopdError(
             f"there is no teacher store at {storage.location} (no teacher.json); write one with "
@@ -277,9 +283,9 @@ def open_store(location: str | Path) -> TeacherStore:
             opened = pool.map(lambda item: open_file(storage, *item), manifest["files"].items())
             store = TeacherStore(storage, manifest, {file.path: file for file in opened})
         needed = {
-            "embedding.safetensors",
-            "final_norm.safetensors",
-            *map(layer_path, range(store.num_layers)),
+            names.EMBEDDING,
+            names.FINAL_NORM,
+            *map(names.layer_path, range(store.num_layers)),
         }
         if missing := needed - set(store.files):
             raise MtopdError(
@@ -292,10 +298,9 @@ def open_store(location: str | Path) -> TeacherStore:
                 "store again"
             )
         for path, file in store.files.items():
-            if path.startswith("experts/") and len(file._sections) != store.num_experts:
+            if names.is_experts_path(path) and file.num_sections != store.num_experts:
                 raise MtopdError(
-                    f"{where} tells of {store.num_experts} experts, {path} has "
-                    f"{len(file._sections)}"
+                    f"{where} tells of {store.num_experts} experts, {path} has {file.num_sections}"
                 )
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, MtopdError):

@@ -30,6 +30,7 @@ import numpy as np
 from mtopd.dtypes import item_size
 from mtopd.files import fsync_dir, publish_tree, read_json, write_json
 from mtopd.safetensors_file import header_bytes, parse_header
+from mtopd.teacher_offload.names import MANIFEST, section_of
 from mtopd.teacher_offload.storage import FolderStorage
 from mtopd.teacher_offload.store import (
     SCHEMA,
@@ -154,16 +155,14 @@ class StoreWriter:
 
     def num_sections(self, path: str) -> int:
         """Sections of a written file, the header not counted; 0 when there is no such file."""
-        return len(
-            {name.partition("/")[0] for name, *_ in self._files.get(path, {}).get("tensors", ())}
-        )
+        return len({section_of(name) for name, *_ in self._files.get(path, {}).get("tensors", ())})
 
     def publish(self, manifest: Mapping[str, Any]) -> TeacherStore:
         """Write teacher.json, give the folder its name, open it.  ``tokenizer/`` was put there by
         the caller.
         """
         write_json(
-            self.folder / "teacher.json",
+            self.folder / MANIFEST,
             {
                 "schema": SCHEMA,
                 "source": self.source,
@@ -223,7 +222,7 @@ def write_store_file(path: Path, tensors: Sequence[Tensor]) -> dict[str, Any]:
     """
     sections: dict[str, list[Tensor]] = {}
     for tensor in tensors:
-        sections.setdefault(tensor[0].partition("/")[0], []).append(tensor)
+        sections.setdefault(section_of(tensor[0]), []).append(tensor)
     ordered = [
         t for part in sections.values() for t in sorted(part, key=lambda t: -item_size(t[2]))
     ]
@@ -288,7 +287,7 @@ def bears_mark(folder: Path) -> bool:
     """Whether ``folder`` is a teacher store of any version, or what a killed ``teachers add`` or
     ``rm`` left.
     """
-    for name in ("teacher.json", _RECORDS):
+    for name in (MANIFEST, _RECORDS):
         try:
             schema = json.loads((folder / name).read_text())["schema"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -312,6 +311,6 @@ def remove_store(folder: Path) -> None:
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.removed")
         os.replace(folder, doomed)
     # The marks go last: what a kill leaves here can be removed by the same rule.
-    for path in sorted(doomed.iterdir(), key=lambda p: p.name in ("teacher.json", _RECORDS)):
+    for path in sorted(doomed.iterdir(), key=lambda p: p.name in (MANIFEST, _RECORDS)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     doomed.rmdir()

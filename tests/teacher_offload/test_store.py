@@ -86,7 +86,7 @@ def test_a_ranks_part_is_one_range_of_whole_blocks(
     for path in store.files:
         file = store.files[path]
         for section in (
-            file.section("common"),
+            file.common(),
             file.slices(0, 1),
             file.slices(1, 1),
             file.slices(0, 2),

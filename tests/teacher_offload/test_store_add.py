@@ -21,10 +21,10 @@ from mtopd.convert.teacher import HFTensors, add_teacher
 from mtopd.dtypes import torch_dtype
 from mtopd.pipelines import cli
 from mtopd.safetensors_file import read_header
+from mtopd.teacher_offload.names import experts_path
 from mtopd.teacher_offload.store import (
     TeacherStore,
     damaged_blocks,
-    experts_path,
     open_store,
     read_range,
 )
