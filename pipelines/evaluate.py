@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtopd.convert.bridge import load_hf_config
-from mtopd.convert.teacher import HFTensors
+from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches

@@ -17,10 +17,15 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load_config
-from mtopd.convert.bridge import Bridge, hf_config_from_dict, load_hf_config, rope_theta
-from mtopd.convert.teacher import HFTensors
+from mtopd.convert.bridge import Bridge, rope_theta
 from mtopd.dtypes import torch_dtype
-from mtopd.files import publish_tree, read_json, remove_tree, write_json
+from mtopd.files import read_json, remove_tree, write_json
+from mtopd.hf_checkpoint import (
+    HFTensors,
+    hf_config_from_dict,
+    load_hf_config,
+    write_hf_checkpoint,
+)
 from mtopd.hidden_cache import sample_key
 from mtopd.manifest import check_accepted
 from mtopd.megatron import checkpoint, parallel
@@ -109,10 +114,8 @@ class Student:
 
     def export(self, run: RunDir, folder: Path) -> None:
         """Write a normal HF checkpoint, whole or not at all, and seal it.  Collective."""
-        from safetensors.torch import save_file
-
         tensors = self.weights()
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 and not is_sealed(folder):
             stored = HFTensors(self.folder)
             further = [
                 name
@@ -122,21 +125,9 @@ class Student:
             tensors |= {name: stored[name] for name in further}
             if not further and hasattr(self.hf_config, "num_nextn_predict_layers"):
                 self.hf_config.num_nextn_predict_layers = 0
-        if self.ranks.rank == 0 and not is_sealed(folder):
-            partial = folder.with_name(f".{folder.name}.tmp")
-            for leftover in (partial, folder):
-                remove_tree(leftover)
-            partial.mkdir(parents=True)
-            save_file(
-                {n: t.cpu().contiguous() for n, t in tensors.items()},
-                partial / "model.safetensors",
-                {"format": "pt"},
+            write_hf_checkpoint(
+                folder, tensors, self.hf_config, self.tokenizer, dtype=self.dtype, seal=run.seal
             )
-            self.hf_config.dtype = self.dtype
-            self.hf_config.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
-            run.seal(partial)
-            publish_tree(partial, folder)
         dist.barrier()
 
 

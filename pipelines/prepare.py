@@ -81,7 +81,8 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
     """Where the output layers make the other pipeline stages wait: by how much, and which split is
     better.
     """
-    from mtopd.convert.bridge import architecture, load_hf_config
+    from mtopd.convert.bridge import architecture
+    from mtopd.hf_checkpoint import load_hf_config
 
     parallel = config.student.parallel
     if UNEVEN_SPLIT & config.student.megatron.keys():
@@ -245,8 +246,7 @@ def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -
 
 def check_hf_folder(folder: Path) -> Any:
     """The HF config of a checkpoint whose weight files are whole."""
-    from mtopd.convert.bridge import load_hf_config
-    from mtopd.convert.teacher import HFTensors
+    from mtopd.hf_checkpoint import HFTensors, load_hf_config
 
     hf_config = load_hf_config(folder)
     HFTensors(folder)

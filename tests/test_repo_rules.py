@@ -32,7 +32,7 @@ LOWER = {
     "tokenizer",
     "safetensors_file",
     "dtypes",
-    "hf_model",
+    "hf_checkpoint",
 }
 BOTTOM = {"config", "types"}
 # Part -> other parts it may import: the stated exceptions.

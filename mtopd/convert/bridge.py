@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,45 +17,6 @@ import torch
 
 from mtopd.planning import Architecture
 from mtopd.types import MtopdError
-
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
-
-
-def load_hf_config(folder: Path) -> Any:
-    """The HF config of a checkpoint folder; never runs code from it.
-
-    Raises MtopdError when the folder has no readable config.json or its architecture is not
-    supported.
-    """
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MtopdError(f"{folder} is not an HF checkpoint: it has no config.json")
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise MtopdError(f"{path} is not a valid HF config ({error})") from None
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise MtopdError(
-            f"{path} has model_type {model_type!r}; supported are "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def hf_config_from_dict(values: Mapping[str, Any]) -> Any:
-    """The HF config object of an architecture that a teacher store describes."""
-    from transformers import AutoConfig
-
-    values = dict(values)
-    model_type = values.pop("model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise MtopdError(
-            f"architecture has model_type {model_type!r}; supported are "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    return AutoConfig.for_model(model_type, **values)
 
 
 def rope_theta(hf_config: Any) -> float:

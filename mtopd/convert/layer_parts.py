@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtopd.convert.bridge import Bridge
-from mtopd.hf_model import Tensors
+from mtopd.hf_checkpoint import Tensors
 from mtopd.teacher_offload.names import (
     COMMON,
     GATE,

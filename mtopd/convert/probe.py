@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtopd.convert.bridge import load_hf_config
-from mtopd.hf_model import Tensors, fill, stored_names
+from mtopd.hf_checkpoint import Tensors, fill, load_hf_config, stored_names
 from mtopd.types import MtopdError
 
 NUM_TOKENS = 16

@@ -7,81 +7,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mtopd.convert.bridge import Bridge, load_hf_config
+from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.probe import transformers_probe
 from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
-from mtopd.safetensors_file import TensorEntry, read_header
+from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
 from mtopd.types import MtopdError
 
 _STORABLE = ("float32", "bfloat16")
-
-
-class HFTensors(Mapping[str, torch.Tensor]):
-    """Tensors of an HF folder by name, one at a time, each read anew.  Every file's header is
-    checked at the start.
-
-    They are read, not mapped: pages of a mapped file count as this process's memory for as long as
-    it is open.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise MtopdError(
-                f"{folder} has no safetensors files; other weight formats can run code and are not "
-                "read"
-            )
-        self._entries = {entry.name: (path, entry) for path in paths for entry in read_header(path)}
-        self._folder = folder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._entries:
-            raise MtopdError(
-                f"{self._folder} has no tensor {name!r}, which its config.json calls for"
-            )
-        path, entry = self._entries[name]
-        tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-        try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(entry.start)
-                _fill(file, tensor.reshape(-1).view(torch.uint8).numpy())
-        except OSError as error:
-            raise MtopdError(
-                f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again"
-            ) from None
-        return tensor
-
-    def identity(self) -> Any:
-        """What tells this checkpoint from another: every file's tensors, size and time of change."""
-        files: dict[Path, list[TensorEntry]] = {}
-        for path, entry in self._entries.values():
-            files.setdefault(path, []).append(entry)
-        return [
-            [
-                path.name,
-                path.stat().st_size,
-                path.stat().st_mtime_ns,
-                [[e.name, e.dtype, e.shape, e.start] for e in es],
-            ]
-            for path, es in sorted(files.items())
-        ]
 
 
 def add_teacher(
@@ -239,15 +182,6 @@ def _stored(parts: Parts) -> list[Tensor]:
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _fill(file: Any, out: np.ndarray) -> None:
-    done = 0
-    while done < len(out):
-        got = file.readinto(out[done:])
-        if not got:
-            raise OSError("it ends early")
-        done += got
 
 
 def _sha256(data: bytes) -> str:

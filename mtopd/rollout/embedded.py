@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtopd.hf_model import fill, stored_names
+from mtopd.hf_checkpoint import fill, stored_names
 from mtopd.rollout.philox import uniform
 
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.convert.bridge import Bridge, rope_theta
 from mtopd.convert.layer_parts import layer_parts
+from mtopd.hf_checkpoint import load_hf_config
 from mtopd.types import MtopdError
 from tests.small_models import MODEL_TYPES, save_model
 

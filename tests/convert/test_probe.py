@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtopd.convert.probe import transformers_probe
-from mtopd.convert.teacher import HFTensors
+from mtopd.hf_checkpoint import HFTensors
 from mtopd.teacher_offload.probe import TOLERANCE, check_probe
 from mtopd.tokenizer import load_tokenizer, vocab_size
 from mtopd.types import MtopdError
@@ -110,7 +110,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from mtopd.convert.probe import transformers_probe
-from mtopd.convert.teacher import HFTensors
+from mtopd.hf_checkpoint import HFTensors
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -24,8 +24,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from mtopd.config import ParallelConfig
-from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.convert.bridge import Bridge, rope_theta
 from mtopd.files import write_json
+from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, ParallelConfig
-from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
 from mtopd.megatron.train_step import Trainer

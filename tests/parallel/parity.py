@@ -302,7 +302,7 @@ def by_stored_name(model: Any) -> dict[str, torch.Tensor]:
     """Gradients under the names of the checkpoint's tensors: transformers keeps a layer's experts
     as one tensor.
     """
-    from mtopd.hf_model import stored_names
+    from mtopd.hf_checkpoint import stored_names
 
     found = {}
     for name, parameter in model.named_parameters():

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mtopd.config import ParallelConfig
-from mtopd.convert.bridge import Bridge, hf_config_from_dict, rope_theta
+from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides
 from mtopd.pipelines import ranks

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mtopd.config import ParallelConfig
-from mtopd.convert.bridge import Bridge, load_hf_config, rope_theta
+from mtopd.convert.bridge import Bridge, rope_theta
 from mtopd.convert.layer_parts import layer_parts
 from mtopd.dtypes import dtype_name
+from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.model import HiddenStateModel, block_spec, config_overrides

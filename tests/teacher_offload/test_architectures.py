@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from mtopd.convert.probe import transformers_probe
-from mtopd.convert.teacher import HFTensors
+from mtopd.hf_checkpoint import HFTensors
 from tests.conftest import run_ranks
 from tests.small_models import save_model
 

@@ -17,8 +17,9 @@ import torch
 from mtopd.convert import teacher as teacher_module
 from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import Parts, layer_parts
-from mtopd.convert.teacher import HFTensors, add_teacher
+from mtopd.convert.teacher import add_teacher
 from mtopd.dtypes import torch_dtype
+from mtopd.hf_checkpoint import HFTensors
 from mtopd.pipelines import cli
 from mtopd.safetensors_file import read_header
 from mtopd.teacher_offload.names import experts_path
@@ -279,7 +280,7 @@ def test_each_tensor_keeps_its_dtype_and_is_aligned(
 
 
 def with_experts_tensors(source: Path) -> Parts:
-    from mtopd.convert.bridge import load_hf_config
+    from mtopd.hf_checkpoint import load_hf_config
 
     config = load_hf_config(source)
     bridge = Bridge(config, dtype=torch.float32, padded_vocab_size=config.vocab_size, tp=1)
