@@ -501,7 +501,7 @@ def run_section(section: str, spec: dict[str, Any], folder: Path, timeout: float
 def worker(path: Path) -> None:
     import torch.distributed as dist
 
-    from mtopd.pipelines.ranks import quiet_libraries
+    from mtopd.progress import quiet_libraries
 
     quiet_libraries()
     spec = json.loads(path.read_text())

@@ -248,10 +248,11 @@ def worker(path: Path) -> None:
 
     import torch.distributed as dist
 
-    from mtopd.pipelines import ranks, rollout, teacher_pass, train
+    from mtopd.pipelines import rollout, teacher_pass, train
     from mtopd.pipelines.job import Job
+    from mtopd.progress import quiet_libraries
 
-    ranks.quiet_libraries()
+    quiet_libraries()
     wrap_parts(clock)
     job = Job(Path(spec["run"]), 1)
     rollout.run(job, 0)
@@ -383,7 +384,7 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker)
         return
-    from mtopd.pipelines.ranks import quiet_libraries
+    from mtopd.progress import quiet_libraries
 
     quiet_libraries()
     layouts = {"tp1pp1": {"tp": 1, "pp": 1}, "tp2pp2": {"tp": 2, "pp": 2}}

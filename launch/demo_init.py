@@ -19,7 +19,7 @@ def main(folder: Path, config_path: Path, seed: int) -> None:
 
     from mtopd.config import SpecialistConfig, load_config
     from mtopd.pipelines.prompts import load_source
-    from mtopd.pipelines.ranks import quiet_libraries
+    from mtopd.progress import quiet_libraries
     from mtopd.tokenizer import build_char_tokenizer, vocab_size
 
     quiet_libraries()

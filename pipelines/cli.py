@@ -1,21 +1,26 @@
-"""The command line: ``mtopd``.  Checks what can be checked, starts the ranks, maps their exit code.
+"""The command line: ``mtopd``.  Reads arguments, calls the verb's body, maps errors to exit codes.
 
 A user's mistake is one clear line and exit code 2; the traceback is shown with --debug.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
+from mtopd.progress import console, is_first, print_error, say
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
+
+from . import start
 
 app = typer.Typer(
     name="mtopd",
@@ -32,7 +37,6 @@ cache_app = typer.Typer(
     help="Hidden caches of a run: teachers' last hidden states on disk.", no_args_is_help=True
 )
 app.add_typer(cache_app, name="cache")
-_console = Console(stderr=True)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
 Overrides = Annotated[
@@ -61,69 +65,8 @@ Iteration = Annotated[
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    os.environ.setdefault(
-        "TRANSFORMERS_OFFLINE", "1"
-    )  # models and tokenizers come from folders, never from a hub
-
-
-def _say(text: str) -> None:
-    if _is_first():
-        _console.print(text, style="dim", highlight=False, markup=False)
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _run(
-    config: Any, prepare: Callable[..., None], target: str, final: Callable[[Any], Path]
-) -> bool:
-    """Lock the run directory, prepare it, run the ranks.  False when the run was finished before."""
-    from mtopd.run_dir import RunDir, is_sealed
-
-    from . import ranks
-
-    run = RunDir(config.run_dir)
-    if ranks.under_torchrun():
-        return _run_under_torchrun(config, run, prepare, target)
-    with run.lock():
-        prepare(config, run, _say)
-        if is_sealed(final(run)):
-            _say(f"{run.path} is finished; remove it to start over")
-            return False
-        _say(f"starting {config.student.parallel.world_size} ranks")
-        ranks.launch(config.student.parallel.world_size, target, run.path, run.generation)
-    return True
-
-
-def _run_under_torchrun(config: Any, run: Any, prepare: Callable[..., None], target: str) -> bool:
-    """An outer torchrun started one process per rank: rank 0 locks and prepares, the others wait
-    for its word.
-    """
-    import contextlib
-
-    import torch.distributed as dist
-
-    from . import ranks
-    from .prepare import check_world
-
-    check_world(config.student)
-    store, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore("mtopd", store)
-    with run.lock() if _is_first() else contextlib.nullcontext():
-        if _is_first():
-            try:
-                prepare(config, run, _say)
-            except MtopdError as error:
-                store.set("start", f"error {error}")
-                raise
-            store.set("start", f"generation {run.generation}")
-        word, _, rest = store.get("start").decode().partition(" ")
-        if word == "error":
-            raise MtopdError(rest)
-        ranks.quiet_libraries()
-        ranks.resolve(target)(run.path, int(rest))
-    return _is_first()
+    # models and tokenizers come from folders, never from a hub
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
 @app.command()
@@ -133,74 +76,38 @@ def consolidate(
     accept_changed: AcceptChanged = False,
     log_json: LogJson = False,
 ) -> None:
-    """Distil all teachers of a config into one student; start again to resume, at another layout
-    too.
-    """
-    import functools
-
-    from mtopd.config import ConsolidateConfig, load_config
-
+    """Distil all teachers into one student; start again to resume, at another layout too."""
     from . import prepare, report
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
-    _run(loaded, prepared, "consolidate:main", lambda run: run.export(loaded.train.num_iterations))
-    if _is_first():
-        report.write(loaded.run_dir, _console if loaded.log_json else Console())
+    run = RunDir(loaded.run_dir)
+    final = run.export(loaded.train.num_iterations)
+    start.run(run, loaded, prepared, "consolidate:main", final=final)
+    if is_first():
+        report.write(loaded.run_dir, console if loaded.log_json else Console())
 
 
 @app.command()
 def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJson = False) -> None:
-    """Train one model on supervised examples; writes an HF checkpoint and, if asked, a teacher
-    store.
-    """
-    from mtopd.config import SpecialistConfig, load_config
-
+    """Train one model on supervised examples: an HF checkpoint and, if asked, a teacher store."""
     from . import prepare, stores
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
-    final = loaded.run_dir / "export" / "final"
-    _run(loaded, prepare.specialist, "specialist:main", lambda run: final)
-    if _is_first() and loaded.store is not None:
-        stores.add(
-            loaded.store.name, final, loaded.store.path, _console, slices=loaded.store.slices
-        )
+    run, final = RunDir(loaded.run_dir), loaded.run_dir / "export" / "final"
+    start.run(run, loaded, prepare.specialist, "specialist:main", final=final)
+    if is_first() and loaded.store is not None:
+        stores.add(loaded.store.name, final, loaded.store.path, console, slices=loaded.store.slices)
 
 
 def _logging(log_json: bool) -> list[str]:
     return ["log_json=true"] if log_json else []
 
 
-def _phase(run_dir: Path, phase: str, iteration: int | None, log_json: bool) -> None:
-    from mtopd.config import ConsolidateConfig, load_config
-    from mtopd.run_dir import RunDir
-
-    from . import prepare, ranks
-
-    if not (run_dir / "config.yaml").is_file():
-        raise MtopdError(
-            f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a "
-            "consolidation"
-        )
-    loaded = load_config(run_dir / "config.yaml", _logging(log_json), ConsolidateConfig)
-    run = RunDir(run_dir)
-    with run.lock():
-        prepare.consolidate(loaded, run, _say)
-        chosen = "newest" if iteration is None else str(iteration)
-        ranks.launch(
-            loaded.student.parallel.world_size,
-            "phase:main",
-            run.path,
-            run.generation,
-            phase,
-            chosen,
-        )
-
-
 @app.command()
 def rollout(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
     """Phase 1 alone: sample the iteration's trajectories with the checkpoint of that iteration."""
-    _phase(run_dir, "rollout", iteration, log_json)
+    start.phase(run_dir, "rollout", iteration, _logging(log_json))
 
 
 @app.command("teacher-pass")
@@ -208,15 +115,13 @@ def teacher_pass(
     run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False
 ) -> None:
     """Phase 2 alone: fill the hidden cache from the iteration's sealed trajectories."""
-    _phase(run_dir, "teacher_pass", iteration, log_json)
+    start.phase(run_dir, "teacher_pass", iteration, _logging(log_json))
 
 
 @app.command()
 def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
-    """Phase 3 alone: the iteration's train steps from its sealed trajectories and cache; ends in a
-    checkpoint.
-    """
-    _phase(run_dir, "train", iteration, log_json)
+    """Phase 3 alone: train steps from sealed trajectories and cache; ends in a checkpoint."""
+    start.phase(run_dir, "train", iteration, _logging(log_json))
 
 
 @app.command()
@@ -227,9 +132,8 @@ def report(run_dir: RunDirectory) -> None:
     report_pipeline.write(run_dir, Console())
 
 
-StorePath = Annotated[
-    str, typer.Argument(metavar="STORE", help="Folder or URL of a teacher store.")
-]
+StoreFolder = Annotated[Path, typer.Argument(help="Folder that holds the stores.")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A teacher store: folder or URL.")]
 
 
 @teachers_app.command("add")
@@ -252,16 +156,12 @@ def teachers_add(
 
     folder = stores.local_folder(to) / name
     stores.add(
-        name, source, folder, _console, slices=slices, logit_scale=logit_scale, softcap=softcap
+        name, source, folder, console, slices=slices, logit_scale=logit_scale, softcap=softcap
     )
 
 
 @teachers_app.command("ls")
-def teachers_ls(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds the stores.")] = Path(
-        "teachers"
-    ),
-) -> None:
+def teachers_ls(folder: StoreFolder = Path("teachers")) -> None:
     """List the teacher stores of a folder; what cannot be read is named with its cause."""
     from . import stores
 
@@ -273,7 +173,7 @@ def teachers_verify(store: StorePath) -> None:
     """Read every byte of a store and name each block that is damaged."""
     from . import stores
 
-    stores.verify(store, _console)
+    stores.verify(store, console)
 
 
 @teachers_app.command("rm")
@@ -286,7 +186,7 @@ def teachers_rm(
     for folder in stores.removable(stores.local_folder(store)):
         if yes or typer.confirm(f"remove {folder}?", err=True, abort=True):
             stores.remove_store(folder)
-            _say(f"removed {folder}")
+            say(f"removed {folder}")
 
 
 @cache_app.command("ls")
@@ -302,17 +202,15 @@ def cache_verify(run_dir: RunDirectory) -> None:
     """Read all rows and name every damaged sample with its cause; exit code 2 if there is one."""
     from . import caches
 
-    caches.verify(run_dir, _console)
+    caches.verify(run_dir, console)
 
 
 @cache_app.command("gc")
 def cache_gc(run_dir: RunDirectory) -> None:
-    """Delete what crashes left and segments that were computed again; refused while the run is in
-    use.
-    """
+    """Delete what crashes left, and segments computed again; refused while the run is in use."""
     from . import caches
 
-    caches.gc(run_dir, _console)
+    caches.gc(run_dir, console)
 
 
 @app.command()
@@ -325,36 +223,26 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: user errors become one line and exit code 2."""
-    import warnings
-
-    warnings.filterwarnings(
-        "ignore"
-    )  # of libraries, about backends this machine lacks; `mtopd doctor` says it once
+    # of libraries, about backends this machine lacks; `mtopd doctor` says it once
+    warnings.filterwarnings("ignore")
     try:
         app(standalone_mode=False)
+        return
     except MtopdError as error:
         if "--debug" in sys.argv:
             raise
-        _error(str(error))
-        sys.exit(2)
+        message, code = str(error), 2
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _error("stopped; start the same command again to go on")
-        sys.exit(130)
+        message, code = "stopped; start the same command again to go on", 130
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        _error(error.format_message())  # usage errors of the command line
-        sys.exit(2)
-
-
-def _error(text: str) -> None:
-    if _is_first():
-        line = " ".join(text.split())  # one line, whatever the message holds
-        _console.print(
-            f"[bold red]error:[/bold red] {escape(line)}", highlight=False, soft_wrap=True
-        )
+        message, code = error.format_message(), 2  # usage errors of the command line
+    if is_first():
+        print_error(message)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

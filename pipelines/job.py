@@ -40,6 +40,7 @@ from mtopd.megatron.model import (
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
+from mtopd.progress import Progress
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.teacher_offload.head_slot import HeadSlot
@@ -49,7 +50,6 @@ from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.trajectories import TokenStore
 from mtopd.types import SampleMetadata
 
-from .progress import Progress
 from .prompts import Prompts
 
 

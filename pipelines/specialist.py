@@ -22,13 +22,13 @@ from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import EvaluationLine, SupervisedStepLine
+from mtopd.progress import Progress
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 from .evaluate import accuracy
 from .job import Student, write_evaluation
 from .packing import pack_rows, rows_here
-from .progress import Progress
 from .prompts import Prompts
 
 _CHECKPOINT_EVERY = 100  # train steps

@@ -19,7 +19,7 @@ import yaml
 from mtopd.convert.teacher import add_teacher
 from mtopd.hidden_cache import HiddenCacheWriter, sample_key
 from mtopd.manifest import start_run
-from mtopd.pipelines import cli, ranks
+from mtopd.pipelines import cli, start
 from mtopd.run_dir import RunDir
 from mtopd.trajectories import write_shard
 from mtopd.types import Trajectory
@@ -76,7 +76,7 @@ def refused(
     def launch(*_: object) -> None:
         raise AssertionError("the ranks were started in spite of bad input")
 
-    monkeypatch.setattr(ranks, "launch", launch)
+    monkeypatch.setattr(start, "launch", launch)
     monkeypatch.setattr(
         sys, "argv", ["mtopd", *(arguments or ("consolidate", str(root / "config.yaml")))]
     )
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_to_trust(
 def test_a_run_directory_of_another_config_is_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "launch", lambda *_: None)
+    monkeypatch.setattr(start, "launch", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml")])
     with pytest.raises(SystemExit):  # the report finds no train step: the ranks did nothing
         cli.main()
@@ -205,7 +205,7 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     """A sample is scored by the bytes it was routed to: the run remembers its teachers'
     fingerprints.
     """
-    monkeypatch.setattr(ranks, "launch", lambda *_: None)
+    monkeypatch.setattr(start, "launch", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml")])
     with pytest.raises(SystemExit):
         cli.main()
@@ -232,7 +232,7 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     assert all(path.exists() for path in (*kept, *unfinished)), "a refusal changes nothing"
     before = json.loads((run / "manifest.json").read_text())["teachers"][0]["fingerprint"]
 
-    monkeypatch.setattr(ranks, "launch", lambda *_: None)
+    monkeypatch.setattr(start, "launch", lambda *_: None)
     monkeypatch.setattr(
         sys, "argv", ["mtopd", "consolidate", str(workplace / "config.yaml"), "--accept-changed"]
     )

@@ -29,6 +29,7 @@ LOWER = {
     "metrics",
     "metrics_lines",
     "report",
+    "progress",
     "tokenizer",
     "safetensors_file",
     "dtypes",
@@ -158,6 +159,6 @@ def test_environment_is_not_configuration() -> None:
         "mtopd/megatron/parallel.py",
         "mtopd/megatron/cpu.py",
         "mtopd/kernels/rows_cpu.py",
-    } | {f"pipelines/{n}.py" for n in ("ranks", "cli", "prepare", "doctor")}
+    } | {f"pipelines/{n}.py" for n in ("start", "cli", "prepare", "doctor")}
     users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
     assert users <= allowed, users - allowed

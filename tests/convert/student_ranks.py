@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, StudentConfig
 from mtopd.files import write_json
-from mtopd.pipelines import ranks
 from mtopd.pipelines.evaluate import read_weights
 from mtopd.pipelines.job import Student
+from mtopd.progress import quiet_libraries
 from mtopd.rollout.embedded import Request
 from mtopd.run_dir import RunDir
 
@@ -77,7 +77,7 @@ def check_answers(root: Path, kind: str, student: Student) -> None:
 
 
 if __name__ == "__main__":
-    ranks.quiet_libraries()
+    quiet_libraries()
     seen: set[str] = set()
     for spec in json.loads(sys.argv[2]):
         run_job(Path(sys.argv[1]), spec, spec["kind"] not in seen)

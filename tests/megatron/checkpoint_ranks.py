@@ -31,8 +31,8 @@ from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
-from mtopd.pipelines import ranks
 from mtopd.pipelines.packing import pack_rows, rows_here
+from mtopd.progress import quiet_libraries
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
@@ -294,7 +294,7 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    ranks.quiet_libraries()
+    quiet_libraries()
     for spec in json.loads(sys.argv[2]):
         found = run_job(Path(sys.argv[1]), spec)
         if dist.get_rank() == 0:

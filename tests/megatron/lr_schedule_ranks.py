@@ -17,8 +17,8 @@ from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
 from mtopd.megatron.train_step import Trainer
-from mtopd.pipelines import ranks
 from mtopd.pipelines.job import optimizer_settings
+from mtopd.progress import quiet_libraries
 
 
 def build(model: Path, config: OptimizerConfig, num_steps: int) -> Trainer:
@@ -46,7 +46,7 @@ def step(trainer: Trainer) -> tuple[float, float]:
 
 
 def main() -> None:
-    ranks.quiet_libraries()
+    quiet_libraries()
     model, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for run in runs:
         config, num_steps = (

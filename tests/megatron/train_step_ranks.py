@@ -17,7 +17,8 @@ from mtopd.data import SupervisedExample
 from mtopd.megatron import train_step
 from mtopd.megatron.cross_entropy import CrossEntropy
 from mtopd.megatron.train_step import Trainer
-from mtopd.pipelines import ranks, specialist
+from mtopd.pipelines import specialist
+from mtopd.progress import quiet_libraries
 from tests.megatron.checkpoint_ranks import VOCAB, build, micro_batches
 
 
@@ -85,7 +86,7 @@ def one_answer(root: Path, job: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    ranks.quiet_libraries()
+    quiet_libraries()
     for spec in json.loads(sys.argv[2]):
         found = {"router_loss": router_loss, "one_answer": one_answer}[spec["check"]](
             Path(sys.argv[1]), spec

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from mtopd.hidden_cache import HiddenCacheWriter
-from mtopd.pipelines import ranks, teacher_pass, train
+from mtopd.pipelines import teacher_pass, train
 from mtopd.pipelines.job import Job
+from mtopd.progress import quiet_libraries
 from mtopd.trajectories import read_metadata, sample_metadata
 from mtopd.types import MtopdError
 
@@ -35,7 +36,7 @@ def poison_cache(job: Job, victim: int) -> None:
 
 
 def main() -> None:
-    ranks.quiet_libraries()
+    quiet_libraries()
     spec = json.loads(sys.argv[1])
     job = Job(Path(spec["run"]), 1)
     tokens = job.tokens(0)

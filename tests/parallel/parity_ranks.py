@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from mtopd.hidden_cache import HiddenCacheReader
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.pipelines import cached_states, evaluate, packing, ranks, teacher_pass, train
+from mtopd.pipelines import cached_states, evaluate, packing, teacher_pass, train
 from mtopd.pipelines.job import Job
 from mtopd.planning import row_length
+from mtopd.progress import quiet_libraries
 from mtopd.rollout.embedded import Request
 from mtopd.teacher_offload import head_slot, layer_stream, shares
 from mtopd.trajectories import read_metadata, sample_metadata
@@ -381,7 +382,7 @@ class _Fields:
 
 
 if __name__ == "__main__":
-    ranks.quiet_libraries()
+    quiet_libraries()
     if sys.argv[2]:
         mutants.install(sys.argv[2])
     live, live_layers = LiveHeads(), LiveLayers()

@@ -20,8 +20,8 @@ from mtopd.convert.bridge import Bridge, rope_theta
 from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides
-from mtopd.pipelines import ranks
 from mtopd.pipelines.job import build_teacher_layers
+from mtopd.progress import quiet_libraries
 from mtopd.teacher_offload import store as store_module
 from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -238,7 +238,7 @@ def check_resident(spec: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    ranks.quiet_libraries()
+    quiet_libraries()
     spec = json.loads(Path(sys.argv[1]).read_text())
     student = parallel.initialize(ParallelConfig(tp=2, pp=2), seed=0)
     checks: list[Callable[[], str]] = [

@@ -13,8 +13,9 @@ import numpy as np
 import torch.distributed as dist
 
 from mtopd import hidden_cache
-from mtopd.pipelines import ranks, teacher_pass
+from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.job import Job
+from mtopd.progress import quiet_libraries
 
 Rows = dict[
     hidden_cache.Request, tuple[int, np.ndarray]
@@ -69,7 +70,7 @@ def report(job: Job, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    ranks.quiet_libraries()
+    quiet_libraries()
     job = Job(Path(sys.argv[1]), 1)
     offload = job.config.teacher_offload
     # All batches in one wave; then in several, of which what is lacking needs fewer.

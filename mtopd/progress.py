@@ -1,18 +1,22 @@
-"""The progress display of rank 0: one bar over the iterations, the phase, tokens per second of
-training.
+"""What a run says on the terminal: rank 0's progress display, single lines, errors.
 
-On a terminal it is a rich bar; elsewhere a line every few seconds, so that logs stay readable.
+The display is one bar over the iterations, the phase, tokens per second of training.  On a terminal
+it is a rich bar; elsewhere a line every few seconds, so that logs stay readable.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import warnings
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+console = Console(stderr=True)
 _LINE_EVERY_S = 15.0
 
 
@@ -60,3 +64,32 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def is_first() -> bool:
+    """This process speaks for the run: it is rank 0, or the only one there is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A line to the user about what is going on, once whatever the number of ranks."""
+    if is_first():
+        console.print(text, style="dim", highlight=False, markup=False)
+
+
+def print_error(text: str) -> None:
+    line = " ".join(text.split())  # one line, whatever the message holds
+    console.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from printing what is of no use to the reader of a run's output."""
+    for module in ("megatron", "mbridge", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.filterwarnings("ignore", message=".*[Aa]pex.*")
+    # The distributed optimizer looks at gradients of views.
+    warnings.filterwarnings("ignore", message=".*a Tensor that is not a leaf.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,221 @@
+"""Start the ranks of a run on this node with torchrun's library, or take part in an outer torchrun.
+
+Every verb that runs ranks comes here: `run` locks the run directory, lets the verb check and write
+what its ranks read, and then calls one function on every rank.
+
+A rank that was started here dies with its launcher: the kernel sends it SIGKILL
+(PR_SET_PDEATHSIG), so nothing is left behind however the launcher ends.  On one node rendezvous
+and gloo are bound to loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
+from mtopd.files import write_atomic
+from mtopd.progress import is_first, print_error, quiet_libraries, say
+from mtopd.run_dir import RunDir, is_sealed
+from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+Config = TypeVar("Config", ConsolidateConfig, SpecialistConfig)
+_PR_SET_PDEATHSIG = 1
+
+
+def run(
+    run: RunDir,
+    config: Config,
+    prepare: Callable[[Config, RunDir, Callable[[str], None]], None],
+    target: str,
+    *arguments: str,
+    final: Path | None = None,
+) -> None:
+    """Call ``target`` ("module:function" of pipelines) on every rank, with the run directory, the
+    number of this start and ``arguments``.
+
+    ``prepare`` is called before, once, under the lock.  Where ``final`` is sealed the run was
+    finished before, and nothing is started.
+    """
+
+    def is_ready() -> bool:
+        prepare(config, run, say)
+        if final is None or not is_sealed(final):
+            return True
+        say(f"{run.path} is finished; remove it to start over")
+        return False
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _take_part(run, is_ready, target, *arguments)
+        return
+    with run.lock():
+        if is_ready():
+            say(f"starting {config.student.parallel.world_size} ranks")
+            launch(config.student.parallel.world_size, target, run.path, run.generation, *arguments)
+
+
+def phase(run_dir: Path, name: str, iteration: int | None, overrides: list[str]) -> None:
+    """Run one phase alone, with the settings that the run directory keeps and ``overrides``."""
+    from . import prepare
+
+    if not (run_dir / "config.yaml").is_file():
+        raise MtopdError(
+            f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a "
+            "consolidation"
+        )
+    config = load_config(run_dir / "config.yaml", overrides, ConsolidateConfig)
+    chosen = "newest" if iteration is None else str(iteration)
+    run(RunDir(run_dir), config, prepare.consolidate, "phase:main", name, chosen)
+
+
+def _take_part(run: RunDir, is_ready: Callable[[], bool], target: str, *arguments: str) -> None:
+    """One rank of an outer torchrun.  Rank 0 locks and prepares; the others wait for its word."""
+    import torch.distributed as dist
+
+    rendezvous, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("mtopd", rendezvous)
+    with contextlib.ExitStack() as held:
+        if is_first():
+            try:
+                held.enter_context(run.lock())
+                word = f"generation {run.generation}" if is_ready() else "finished"
+            except MtopdError as error:
+                store.set("start", f"error {error}")
+                raise
+            store.set("start", word)
+        word, _, rest = store.get("start").decode().partition(" ")
+        if word == "error":
+            raise MtopdError(rest)
+        if word == "finished":
+            return
+        try:
+            _call(target, run.path, int(rest), *arguments)
+        except MtopdError as error:
+            if store.add("failed", 1) > 1:
+                sys.exit(2)  # another rank has said why
+            if not is_first():  # what rank 0 raises is printed by the command line
+                print_error(str(error))
+            raise
+
+
+def launch(world_size: int, target: str, run_dir: Path, generation: int, *arguments: str) -> None:
+    """Run ``python -m mtopd.pipelines.start <target> ...`` on ``world_size`` processes and wait.
+
+    Raises MtopdError with the message of the rank that failed first; an unforeseen failure leaves
+    its traceback in ``run_dir/failure.txt``.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="mtopd-") as folder:
+        error_path = Path(folder) / "error"
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id="mtopd",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.2,
+        )
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.update(GLOO_SOCKET_IFNAME="lo", TORCHDYNAMO_DISABLE="1")
+        # our one line says it
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        entry = ["-u", "-m", "mtopd.pipelines.start"]
+        rank = [target, str(run_dir), str(generation), str(error_path), *arguments]
+        try:
+            elastic_launch(config, sys.executable)(*entry, *rank)
+        except SignalException as stop:
+            raise MtopdError(
+                f"stopped by {stop.sigval.name}; start the same command again to go on"
+            ) from None
+        except ChildFailedError as error:
+            raise MtopdError(_why(error, error_path, run_dir)) from None
+
+
+def _why(error: ChildFailedError, error_path: Path, run_dir: Path) -> str:
+    """One line for a failed run.  A killed rank is the cause; what the others said then only
+    follows from it.
+    """
+    killed = [
+        (rank, f.exitcode)
+        for rank, f in error.failures.items()
+        if f.exitcode < 0 and f.exitcode != -signal.SIGTERM
+    ]
+    if killed:
+        rank, code = killed[0]
+        how = f"was killed by {signal.Signals(-code).name}"
+    elif error_path.exists():
+        message, _, trace = error_path.read_text().partition("\n")
+        if not trace:
+            return message
+        write_atomic(run_dir / "failure.txt", trace.encode())
+        return f"{message} (unforeseen; the traceback is in {run_dir / 'failure.txt'})"
+    else:
+        rank, failure = error.get_first_failure()
+        how = f"ended with exit code {failure.exitcode}"
+    return f"rank {rank} {how}; what was sealed is kept: start the same command again to go on"
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request was made
+        os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """One rank that `launch` started."""
+    die_with_parent()
+    target, run_dir, generation, error_path, *rest = arguments
+    try:
+        _call(target, Path(run_dir), int(generation), *rest)
+    except MtopdError as error:
+        _report(Path(error_path), " ".join(str(error).split()))
+        return 2
+    except Exception as error:
+        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        _report(Path(error_path), f"{summary}\n{traceback.format_exc()}")
+        return 1
+    return 0
+
+
+def _call(target: str, run_dir: Path, generation: int, *arguments: str) -> None:
+    """The body of a rank, however it was started."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if is_first():
+        # which row kernels were chosen, and why
+        logging.getLogger("mtopd.kernels").setLevel(logging.INFO)
+    quiet_libraries()
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(f"mtopd.pipelines.{module}"), function)(
+        run_dir, generation, *arguments
+    )
+
+
+def _report(path: Path, message: str) -> None:
+    """The first rank that fails says why: one line, then the traceback if it was unforeseen."""
+    with contextlib.suppress(FileExistsError), open(path, "x") as file:
+        file.write(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""A phase verb under an outer torchrun: it takes part with the ranks there are, and starts none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+from mtopd.convert.teacher import add_teacher
+from mtopd.run_dir import RunDir, is_sealed
+from tests.conftest import REPOSITORY
+from tests.small_models import save_model, write_prompts
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The run directory of a consolidation on two ranks that has its config and nothing else."""
+    root = tmp_path_factory.mktemp("start")
+    save_model(root / "student", seed=1, layers=2)
+    save_model(root / "t0", seed=2, layers=2)
+    add_teacher("t0", root / "t0", root / "stores" / "t0", slices=1)
+    write_prompts(root / "prompts.jsonl")
+    config = {
+        "run_dir": str(root / "run"),
+        "student": {"model": str(root / "student"), "parallel": {"dp": 2}},
+        "teachers": [{"name": "t0", "store": str(root / "stores" / "t0"), "route": {}}],
+        "data": {
+            "sources": [{"name": "words", "path": str(root / "prompts.jsonl")}],
+            "context_length": 64,
+            "max_response": 16,
+        },
+        "rollout": {"prompts_per_iteration": 8},
+        "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
+    }
+    (root / "run").mkdir()
+    (root / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    return RunDir(root / "run")
+
+
+def under_torchrun(run: RunDir, *arguments: str) -> tuple[int, str, set[int]]:
+    """Exit code of torchrun, its standard error, and the processes of mtopd it had below it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    command += ["-m", "mtopd.pipelines.cli", arguments[0], str(run.path), *arguments[1:]]
+    errors = run.path.parent / "stderr"
+    ranks = set()
+    with open(errors, "w") as file:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=file)
+        while process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                try:
+                    if any("mtopd.pipelines" in word for word in child.cmdline()):
+                        ranks.add(child.pid)
+                except psutil.Error:
+                    pass  # it ended while we looked
+            time.sleep(0.05)
+    return process.returncode, errors.read_text(), ranks
+
+
+def test_a_phase_verb_runs_on_the_ranks_of_an_outer_torchrun(run: RunDir) -> None:
+    code, errors, ranks = under_torchrun(run, "rollout")
+    assert code == 0, errors
+    assert len(ranks) == 2, f"torchrun started two ranks, there were {len(ranks)} processes"
+    assert is_sealed(run.trajectories(0))
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["kind"] for line in lines].count("rollout") == 1
+    assert errors.count("prompts") <= 1, "only rank 0 says what it prepares"
+
+
+@pytest.mark.parametrize("cause", ["iteration", "lock"])
+def test_a_user_error_there_is_one_line(run: RunDir, cause: str) -> None:
+    """Found by every rank once it runs, or by rank 0 alone before: the other ranks end as well."""
+    if cause == "iteration":
+        code, errors, ranks = under_torchrun(run, "train", "--iteration", "7")
+        said = "has no checkpoint of iteration 7"
+    else:
+        with run.lock():
+            code, errors, ranks = under_torchrun(run, "teacher-pass")
+        said = "in use"
+    lines = [line for line in errors.splitlines() if "error:" in line]
+    assert code != 0 and len(ranks) == 2
+    assert len(lines) == 1 and said in lines[0], errors
+    assert "exitcode  : 2" in errors and "Traceback" not in lines[0]
