@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from mtopd.megatron import cpu
-from mtopd.megatron.parallel import Ranks, zigzag_chunks
+from mtopd.megatron.context_parallel import zigzag_chunks
+from mtopd.megatron.parallel import Ranks
 from mtopd.megatron.train_step import PackedMicroBatch
 
 

@@ -9,13 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mtopd.data import SupervisedExample
-from mtopd.megatron.parallel import zigzag_chunks
 from mtopd.pipelines import specialist
 from mtopd.pipelines.packing import pack_rows, rows_here
 
@@ -106,14 +104,6 @@ def test_a_packed_row_is_cut_into_its_samples_and_the_padding(
         assert batch.position_ids_BS[0, start:stop].tolist() == list(range(stop - start)), (
             "positions begin anew"
         )
-
-
-@pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_zigzag_ranges_tile_the_row_and_cost_every_rank_the_same(cp_size: int) -> None:
-    parts = [zigzag_chunks(48, rank, cp_size) for rank in range(cp_size)]
-    positions = [np.concatenate([np.arange(48)[chunk] for chunk in part]) for part in parts]
-    assert sorted(np.concatenate(positions).tolist()) == list(range(48))
-    assert len({int(p.sum()) for p in positions}) == 1  # causal attention of position p costs p + 1
 
 
 def test_labels_of_a_cp_rank_without_any_are_token_ids_all_the_same() -> None:

@@ -1,5 +1,5 @@
 """What Transformer Engine would bring, for machines without it, with a GPU or not: norm, attention,
-and mends of Megatron's code that takes it for there.
+and repairs of Megatron code that assumes Transformer Engine is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mtopd.megatron.parallel import zigzag_chunks
+from mtopd.megatron.context_parallel import zigzag_chunks
 from mtopd.types import MtopdError
 
 
