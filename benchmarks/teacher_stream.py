@@ -170,7 +170,8 @@ class Bench:
 
     def plan(self, tokens: int, length: int, batch_tokens: int) -> tuple[dict[int, Any], list[Any]]:
         """Samples of one length, random ids, dealt to this replica in one wave."""
-        from mtopd.teacher_offload.teacher_pass import TeacherSample, plan_pass
+        from mtopd.planning import plan_pass
+        from mtopd.teacher_offload.teacher_pass import TeacherSample
 
         lengths = [length] * (tokens // length)
         plans = plan_pass(
@@ -457,7 +458,7 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
         "stall_share_with_stragglers": {
             f"{n}_layers_of_prefetch": spread(found) for n, found in stalls.items()
         },
-        "reads": sum(-(-r.own_bytes // REQUEST) for part in free.parts[0] for r in part.ranges),
+        "reads": sum(-(-r.local_bytes // REQUEST) for part in free.parts[0] for r in part.ranges),
         "stored_mib": bench.store.pass_bytes() / MIB,
     }
 

@@ -14,14 +14,9 @@ import torch.distributed as dist
 from mtopd.dtypes import item_size
 from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover
 from mtopd.metrics_lines import PassMetrics, TeacherPassLine, from_values
+from mtopd.planning import Wave, plan_pass
 from mtopd.run_dir import is_sealed
-from mtopd.teacher_offload.teacher_pass import (
-    PassResult,
-    TeacherSample,
-    Wave,
-    plan_pass,
-    run_teacher_pass,
-)
+from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, run_teacher_pass
 from mtopd.trajectories import TokenStore
 from mtopd.types import SampleMetadata
 
@@ -120,7 +115,7 @@ def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
                 batch_tokens=offload.batch_tokens,
                 token_bytes=store.hidden_size * item_size(store.dtype),
                 activation_budget=offload.activation_budget,
-                wanted={i for i, s in enumerate(own) if s.metadata.sample_id in lacking},
+                requested={i for i, s in enumerate(own) if s.metadata.sample_id in lacking},
             )
             visits.append(_Visit(index, own, lacking, waves))
     return visits

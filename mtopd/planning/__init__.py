@@ -8,9 +8,12 @@ of its imports does.
     prompts           which prompts an iteration rolls out, and which rank
     train_steps       which rank trains on which sample, in which micro-batch, with which weight
     stages            what a model computes, and its layers over the pipeline stages
+    teacher_passes    which replica of a teacher runs which samples, in which batches and waves
+    shares            which bytes of a teacher each rank reads, and where they stand on the device
 """
 
 from mtopd.planning.prompts import plan_batches, select_prompts
+from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Part, Range, plan_parts
 from mtopd.planning.stages import (
     MAX_STAGE_IMBALANCE,
     Architecture,
@@ -20,15 +23,23 @@ from mtopd.planning.stages import (
     price_stages,
     propose_split,
 )
+from mtopd.planning.teacher_passes import Wave, plan_pass
 from mtopd.planning.train_steps import plan_train_steps, row_length
 
 __all__ = [
+    "JOIN_ALIGNMENT",
     "MAX_STAGE_IMBALANCE",
     "Architecture",
+    "Group",
+    "Part",
+    "Range",
     "SampleCost",
     "StageSplit",
+    "Wave",
     "expressible_splits",
     "plan_batches",
+    "plan_parts",
+    "plan_pass",
     "plan_train_steps",
     "price_stages",
     "propose_split",

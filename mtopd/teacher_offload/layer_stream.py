@@ -2,7 +2,7 @@
 
 What is promised:
 * Every byte of a part is read from storage by exactly one rank of the job and verified there
-  (`shares`), ahead of its use and bounded by ``host_budget`` (`read_ahead`).
+  (`planning.shares`), ahead of its use and bounded by ``host_budget`` (`read_ahead`).
 * At most two layers are on the device: two flat buffers, allocated once for the largest layer of a
   teacher.
 * The caller never reads, copies or joins shares: a thread does, with process groups and a CUDA
@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 
 from mtopd.dtypes import torch_dtype
+from mtopd.megatron.parallel import TeacherMesh
+from mtopd.planning import JOIN_ALIGNMENT, Group, Part, Range, plan_parts
 from mtopd.safetensors_file import TensorEntry
 from mtopd.teacher_offload.names import GATE, TRANSPOSED, UP, local_name
 from mtopd.teacher_offload.read_ahead import Key, ReadAhead, ReadCounters
-from mtopd.teacher_offload.shares import JOIN_ALIGNMENT, Mesh, Part, Range, teacher_parts
 from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
 
@@ -51,22 +52,19 @@ class TeacherStream:
     def __init__(
         self,
         stores: Sequence[TeacherStore],
-        meshes: Sequence[Mesh],
+        meshes: Sequence[TeacherMesh],
         device: torch.device,
         *,
         host_budget: int,
         reader_threads: int,
     ) -> None:
         self.stores, self.meshes, self.device = stores, meshes, device
-        self.everyone = (
-            dist.new_group()
-        )  # the loading thread's own: the default group is the caller's
-        self.parts = [
-            teacher_parts(s, m, self.everyone) for s, m in zip(stores, meshes, strict=True)
-        ]
+        # of all ranks, for the loading thread alone: the default group is the caller's
+        self.everyone = dist.new_group()
+        self.parts = [plan_parts(s, m) for s, m in zip(stores, meshes, strict=True)]
         self.reads = ReadAhead(
             self.parts,
-            names=[s.name for s in stores],
+            stores=stores,
             budget=host_budget,
             threads=reader_threads,
             pinned=device.type == "cuda",
@@ -223,20 +221,27 @@ class LayerStream:
             self._ready.put(error)
 
     def _load(self, key: Key, part: Part, buffer: torch.Tensor) -> None:
-        """Fill ``buffer`` with a part on every rank: own share from the host, the others' from
+        """Fill ``buffer`` with a part on every rank: its share from the host, the others' from
         their ranks.
         """
-        own: list[torch.Tensor] = []
+        shares: list[torch.Tensor] = []
         error = None
         try:
-            found, own = self.stream.reads.take()
+            found, shares = self.stream.reads.take()
             assert found == key, (found, key)
         except MtopdError as failure:
             error = failure
         _raise_together(error, self.stream.everyone, self.device)
+        mesh = self.stream.meshes[self.teacher]
+        groups: dict[Group, dist.ProcessGroup] = {
+            "everyone": self.stream.everyone,
+            "tp_peers": mesh.peer_group,
+            "expert_peers": mesh.expert_peer_group,
+        }
         pending = []
-        for r, mine in zip(part.ranges, own, strict=True):
-            pending += _exchange(r, mine, buffer[r.offset : r.offset + r.device_bytes])
+        for r, share in zip(part.ranges, shares, strict=True):
+            view = buffer[r.offset : r.offset + r.device_bytes]
+            pending += _exchange(r, groups[r.group], share, view)
         for work in pending:
             work.wait()
 
@@ -268,26 +273,25 @@ class LayerStream:
         self.counters.peak_device_bytes = max(self.counters.peak_device_bytes, held)
 
 
-def _exchange(r: Range, own: torch.Tensor, view: torch.Tensor) -> list[Any]:
-    """Start the collectives that fill ``view`` on every rank of the range's group.  Returns what to
-    wait for.
+def _exchange(
+    r: Range, group: dist.ProcessGroup, share: torch.Tensor, view: torch.Tensor
+) -> list[Any]:
+    """Start the collectives that fill ``view`` on every rank of ``group``.  Returns what to wait
+    for.
     """
     if r.share_bytes is not None:
-        mine = view[r.position * r.share_bytes : (r.position + 1) * r.share_bytes]
-        mine[: own.nbytes].copy_(own, non_blocking=True)
-        return [dist.all_gather_single(view, mine, group=r.group, async_op=True)]
+        mine = view[r.group_rank * r.share_bytes : (r.group_rank + 1) * r.share_bytes]
+        mine[: share.nbytes].copy_(share, non_blocking=True)
+        return [dist.all_gather_single(view, mine, group=group, async_op=True)]
     works = []
-    for owner, (first, last) in enumerate(r.owners):
-        if first < last:
-            start, stop = (
-                r.blocks[first].start - r.blocks[0].start,
-                r.blocks[last - 1].stop - r.blocks[0].start,
-            )
-            piece = view[start:stop]
-            if owner == r.position:
-                piece.copy_(own, non_blocking=True)
+    for owner in range(len(r.owners)):
+        start, stop = r.bytes_of(owner)
+        if start < stop:
+            piece = view[start - r.borders[0] : stop - r.borders[0]]
+            if owner == r.group_rank:
+                piece.copy_(share, non_blocking=True)
             if len(r.owners) > 1:
-                works.append(dist.broadcast(piece, group=r.group, group_src=owner, async_op=True))
+                works.append(dist.broadcast(piece, group=group, group_src=owner, async_op=True))
     return works
 
 

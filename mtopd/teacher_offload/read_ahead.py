@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mtopd.teacher_offload.shares import Part, num_bytes
-from mtopd.teacher_offload.store import Block, StoreFile, read_blocks
+from mtopd.planning import Part
+from mtopd.teacher_offload.store import Block, StoreFile, TeacherStore, read_blocks
 from mtopd.types import MtopdError
 
 _WINDOW_SHARES = 8  # of the largest share: what the ring gets when not everything can be kept
@@ -56,12 +56,12 @@ class ReadAhead:
         self,
         parts: Sequence[Sequence[Part]],
         *,
-        names: Sequence[str],
+        stores: Sequence[TeacherStore],
         budget: int,
         threads: int,
         pinned: bool,
     ) -> None:
-        self._parts, self._pinned = parts, pinned
+        self._parts, self._stores, self._pinned = parts, stores, pinned
         sizes = {
             (t, p): part.host_bytes
             for t, teacher in enumerate(parts)
@@ -71,7 +71,7 @@ class ReadAhead:
         if sizes[largest] > budget:
             raise MtopdError(
                 f"teacher_offload.host_budget is {budget} bytes, but one share of teacher "
-                f"{names[largest[0]]!r} takes "
+                f"{stores[largest[0]].name!r} takes "
                 f"{sizes[largest]}; raise it to at least that"
             )
         self._keeps = _choose_kept(sizes, budget, sizes[largest])
@@ -111,7 +111,7 @@ class ReadAhead:
             share.reads = []
             self._kept[share.key] = share
         ranges = self._parts[share.key[0]][share.key[1]].ranges
-        return share.key, list(torch.split(share.memory, [r.own_bytes for r in ranges]))
+        return share.key, list(torch.split(share.memory, [r.local_bytes for r in ranges]))
 
     def release(self) -> None:
         """The part last taken is no longer used; its memory may be read into again."""
@@ -142,7 +142,7 @@ class ReadAhead:
                         break
                     reads = [
                         self._readers.submit(read_blocks, *request)
-                        for request in _requests(part, memory)
+                        for request in _requests(self._stores[key[0]], part, memory)
                     ]
                     share = _Share(key, memory, reads, in_ring=key not in self._keeps)
                 self._expected.popleft()
@@ -195,14 +195,15 @@ def _choose_kept(sizes: dict[Key, int], budget: int, largest: int) -> set[Key]:
 
 
 def _requests(
-    part: Part, memory: torch.Tensor
+    store: TeacherStore, part: Part, memory: torch.Tensor
 ) -> Iterator[tuple[StoreFile, Sequence[Block], np.ndarray]]:
     """Reads of about ``request_bytes`` each, cut at block borders, with the memory they fill."""
     start = 0
     for r in part.ranges:
-        for blocks in r.file.requests(r.own):
-            size = num_bytes(blocks)
-            yield r.file, blocks, memory[start : start + size].numpy()
+        file = store.files[r.path]
+        for blocks in file.requests(file.blocks_of(*r.bytes_of(r.group_rank))):
+            size = blocks[-1].stop - blocks[0].start
+            yield file, blocks, memory[start : start + size].numpy()
             start += size
 
 

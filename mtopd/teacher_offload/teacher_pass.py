@@ -1,14 +1,13 @@
 """Forward one teacher over its own trajectories, layer-major: a layer is loaded, all tokens go
 through, it goes.
 
-The activations of all waiting batches are bounded by ``activation_budget``.  When they do not fit,
-the pass runs in *waves*: each streams the whole teacher once for a part of the batches.
+Where the activations of all batches do not fit, the plan (`planning.teacher_passes`) has several
+*waves*: each streams the whole teacher once for a part of the batches.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from mtopd.megatron.layers import TeacherLayers
+from mtopd.planning import Wave
 from mtopd.teacher_offload.layer_stream import StreamCounters, TeacherStream
-from mtopd.types import MtopdError
 
 
 @dataclass(frozen=True)
@@ -33,86 +32,9 @@ class TeacherSample:
 
 
 @dataclass(frozen=True)
-class Wave:
-    """Batches of sample indices of one replica.  ``num_batches``: what every replica runs, with
-    empty ones if need be.
-
-    Experts of all ranks take part in every batch: a rank that ran fewer would leave the others
-    waiting.
-    """
-
-    batches: list[list[int]]
-    num_batches: int
-
-
-@dataclass(frozen=True)
 class PassResult:
     waves: list[StreamCounters]
     tokens: int  # of this replica
-
-
-def plan_pass(
-    lengths: Sequence[int],
-    num_replicas: int,
-    *,
-    batch_tokens: int,
-    token_bytes: int,
-    activation_budget: int,
-    wanted: Set[int] | None = None,
-) -> list[list[Wave]]:
-    """Which replica runs which samples, in which batches and waves: ``result[replica]``.  Pure.
-
-    ``wanted``: the samples whose states are asked for, None for all; the others may run beside
-    them.  The last bits of a state depend on how long and how many its neighbours in the batch are
-    and, where experts are shared, on the batches of the other replicas at its side.  So what a
-    killed pass lacks is run in the batches of the whole pass.
-
-    Promises:
-
-    - Every sample is in one batch of one replica; the k-th batches of all replicas are a round and
-      run side by side.
-    - Replicas are balanced by tokens: longest first onto the least loaded.
-    - A batch holds neighbours in length; its padded tokens stay within ``batch_tokens`` unless it
-      is a single sample.
-    - A round without a wanted sample is left out; all others are the same for any ``wanted``.
-    - The padded tokens of a wave's batches, times ``token_bytes``, stay within
-      ``activation_budget``.
-    - A wave ends after the same round on all replicas, and only where the next would exceed the
-      budget of one.
-
-    Raises MtopdError when one sample alone exceeds the budget.
-    """
-    if lengths and max(lengths) * token_bytes > activation_budget:
-        raise MtopdError(
-            f"teacher_offload.activation_budget is {activation_budget} bytes, but one sample of "
-            f"{max(lengths)} tokens "
-            f"takes {max(lengths) * token_bytes}; raise it to at least that"
-        )
-    wave_tokens = activation_budget // token_bytes
-    parts = [
-        _length_sorted_batches(part, lengths, min(batch_tokens, wave_tokens))
-        for part in _split_over_replicas(lengths, num_replicas)
-    ]
-    waves: list[list[tuple[list[int], ...]]] = [[]]  # rounds of each
-    held = [0] * num_replicas
-    for batches in itertools.zip_longest(*parts, fillvalue=[]):
-        if wanted is not None and all(wanted.isdisjoint(batch) for batch in batches):
-            continue
-        padded = [len(batch) * lengths[batch[0]] if batch else 0 for batch in batches]
-        if any(h + p > wave_tokens for h, p in zip(held, padded, strict=True)):
-            waves.append([])
-            held = [0] * num_replicas
-        waves[-1].append(batches)
-        held = [h + p for h, p in zip(held, padded, strict=True)]
-    # A replica that has run out of batches has none in any later round: its empty ones are the last
-    # of a wave.
-    return [
-        [
-            Wave([batches[replica] for batches in wave if batches[replica]], len(wave))
-            for wave in waves
-        ]
-        for replica in range(num_replicas)
-    ]
 
 
 @torch.no_grad()
@@ -162,29 +84,6 @@ def run_teacher_pass(
             layers.release()
         done.append(weights.counters)
     return PassResult(done, sum(len(s.input_ids) for s in samples.values()))
-
-
-def _split_over_replicas(lengths: Sequence[int], num_replicas: int) -> list[list[int]]:
-    """Indices of samples for each replica: longest first onto the least loaded."""
-    loads, parts = [0] * num_replicas, [[] for _ in range(num_replicas)]  # type: tuple[list[int], list[list[int]]]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        replica = min(range(num_replicas), key=lambda r: (loads[r], r))
-        loads[replica] += lengths[i]
-        parts[replica].append(i)
-    return parts
-
-
-def _length_sorted_batches(
-    part: Sequence[int], lengths: Sequence[int], batch_tokens: int
-) -> list[list[int]]:
-    """Batches of neighbours in length, longest first (as ``part`` is)."""
-    batches: list[list[int]] = []
-    for i in part:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def _pad(batch: Sequence[TeacherSample]) -> np.ndarray:

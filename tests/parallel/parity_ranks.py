@@ -21,10 +21,10 @@ from mtopd.hidden_cache import HiddenCacheReader
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.pipelines import cached_states, evaluate, packing, teacher_pass, train
 from mtopd.pipelines.job import Job
-from mtopd.planning import row_length
+from mtopd.planning import Part, row_length
 from mtopd.progress import quiet_libraries
 from mtopd.rollout.embedded import Request
-from mtopd.teacher_offload import head_slot, layer_stream, shares
+from mtopd.teacher_offload import head_slot, layer_stream
 from mtopd.trajectories import read_metadata, sample_metadata
 from mtopd.types import MicroBatch, PlannedSample, SampleMetadata, TrainStepPlan
 from tests.parallel import mutants
@@ -133,7 +133,7 @@ class LiveLayers:
         original = layer_stream.LayerStream._load
 
         def load(
-            stream: layer_stream.LayerStream, key: tuple, part: shares.Part, buffer: torch.Tensor
+            stream: layer_stream.LayerStream, key: tuple, part: Part, buffer: torch.Tensor
         ) -> None:
             embedding, *layers, norm = (part.device_bytes for part in stream._parts)
             for held in (buffer, *stream._buffers):

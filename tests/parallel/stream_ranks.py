@@ -21,16 +21,12 @@ from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides
 from mtopd.pipelines.job import build_teacher_layers
+from mtopd.planning import plan_pass
 from mtopd.progress import quiet_libraries
 from mtopd.teacher_offload import store as store_module
 from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
-from mtopd.teacher_offload.teacher_pass import (
-    PassResult,
-    TeacherSample,
-    plan_pass,
-    run_teacher_pass,
-)
+from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, run_teacher_pass
 from mtopd.types import MtopdError
 
 store_module.BLOCK_BYTES = 4096  # as the stores were written: small models have many blocks

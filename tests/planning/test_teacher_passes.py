@@ -1,4 +1,4 @@
-"""The sentences of `plan_pass` as properties."""
+"""The promises of `plan_pass` as properties."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtopd.teacher_offload.teacher_pass import Wave, plan_pass
+from mtopd.planning import Wave, plan_pass
 from mtopd.types import MtopdError
 
 TOKEN_BYTES = 8
@@ -49,11 +49,13 @@ def test_every_promise_holds(
 def test_what_is_lacking_runs_in_the_rounds_of_the_whole_pass(
     lengths: list[int], num_replicas: int, wave_tokens: int, data: st.DataObject
 ) -> None:
-    wanted = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
+    requested = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
     options = {"batch_tokens": 64, "token_bytes": 1, "activation_budget": wave_tokens}
     whole = plan_pass(lengths, num_replicas, **options)
-    rest = plan_pass(lengths, num_replicas, **options, wanted=wanted)
-    assert rounds(rest) == [batches for batches in rounds(whole) if wanted & set().union(*batches)]
+    rest = plan_pass(lengths, num_replicas, **options, requested=requested)
+    assert rounds(rest) == [
+        batches for batches in rounds(whole) if requested & set().union(*batches)
+    ]
     assert len(rest[0]) <= len(whole[0])
     for waves in rest:
         for wave in waves:
@@ -87,7 +89,7 @@ def test_waves_are_as_few_as_the_fullest_replica_needs() -> None:
     (waves,) = plan_pass([10] * 9, 1, batch_tokens=20, token_bytes=1, activation_budget=40)
     assert [[len(b) for b in w.batches] for w in waves] == [[2, 2], [2, 2], [1]]
     (waves,) = plan_pass(
-        [10] * 9, 1, batch_tokens=20, token_bytes=1, activation_budget=40, wanted={0, 5, 8}
+        [10] * 9, 1, batch_tokens=20, token_bytes=1, activation_budget=40, requested={0, 5, 8}
     )
     assert [w.batches for w in waves] == [[[0, 1], [4, 5]], [[8]]]
 
