@@ -12,10 +12,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from mtopd.metrics_lines import Line
+from mtopd.metrics_lines import Line, line_of
 from mtopd.types import MtopdError
+
+L = TypeVar("L", bound=Line)
 
 
 class MetricsWriter:
@@ -86,22 +88,32 @@ def _cut_half_line(path: Path) -> None:
                 file.truncate(len(whole))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+class Entry(NamedTuple, Generic[L]):
+    """A line, and when it was written."""
+
+    iteration: int
+    step: int | None
+    line: L
+
+
+def read_metrics(path: Path) -> list[Entry[Line]]:
     """The last line of each (kind, iteration, step, part), in order of first appearance; half a
-    last line is left out.
+    last line is left out, as are lines of unknown kinds.
 
     Raises MtopdError that names file and line where another line is damaged.
     """
-    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    entries: dict[tuple[Any, ...], Entry[Line]] = {}
     for number, text in enumerate(
         path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1
     ):
         try:
-            line = json.loads(text)
-            lines[line["kind"], line["iteration"], line.get("step"), line.get("part")] = line
-        except (ValueError, TypeError, KeyError):
+            values = json.loads(text)
+            kind, iteration, step = values["kind"], values["iteration"], values.get("step")
+            if (line := line_of(kind, values)) is not None:
+                entries[kind, iteration, step, values.get("part")] = Entry(iteration, step, line)
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise MtopdError(
                 f"{path}, line {number}: not a line of metrics; the file was damaged: remove the "
                 "line"
             ) from None
-    return list(lines.values())
+    return list(entries.values())

@@ -77,7 +77,7 @@ def consolidate(
     log_json: LogJson = False,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
-    from . import prepare, report
+    from . import prepare
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
@@ -85,7 +85,9 @@ def consolidate(
     final = run.export(loaded.train.num_iterations)
     start.run(run, loaded, prepared, "consolidate:main", final=final)
     if is_first():
-        report.write(loaded.run_dir, console if loaded.log_json else Console())
+        from mtopd.report import write_report
+
+        write_report(loaded.run_dir, console if loaded.log_json else Console())
 
 
 @app.command()
@@ -127,9 +129,9 @@ def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson 
 @app.command()
 def report(run_dir: RunDirectory) -> None:
     """Write report.json and report.html of a run, finished or not, and print its table."""
-    from . import report as report_pipeline
+    from mtopd.report import write_report
 
-    report_pipeline.write(run_dir, Console())
+    write_report(run_dir, Console())
 
 
 StoreFolder = Annotated[Path, typer.Argument(help="Folder that holds the stores.")]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from mtopd.metrics import MetricsWriter, read_metrics
-from mtopd.metrics_lines import EvaluationLine, Line, RolloutLine, SupervisedStepLine
+from mtopd.metrics_lines import EvaluationLine, Line, PhaseLine, RolloutLine, SupervisedStepLine
 from mtopd.types import MtopdError
+
+TABLE = b'{"kind": "teacher_pass", "iteration": 0, "teachers": [1]}\n'  # that is none
 
 
 @pytest.fixture
@@ -29,12 +31,13 @@ def step_line(loss: float) -> SupervisedStepLine:
 
 
 def losses(path: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(path)]
+    return [entry.line.loss for entry in read_metrics(path)]
 
 
 def test_lines_are_read_as_they_were_written(path: Path) -> None:
-    append(path, (RolloutLine(tokens=5, samples=2, stopped=1), 0, None), (step_line(1.0), 0, 3))
-    assert read_metrics(path) == [
+    rollout = RolloutLine(tokens=5, samples=2, stopped=1)
+    append(path, (rollout, 0, None), (step_line(1.0), 0, 3))
+    assert [json.loads(text) for text in path.read_text().splitlines()] == [
         {"kind": "rollout", "iteration": 0, "tokens": 5, "samples": 2, "stopped": 1},
         {
             "kind": "train_step",
@@ -43,6 +46,26 @@ def test_lines_are_read_as_they_were_written(path: Path) -> None:
             **{"loss": 1.0, "grad_norm": 0.5, "lr": 0.1, "tokens": 5, "wall_s": 1.0},
         },
     ]
+    first, second = read_metrics(path)
+    assert first == (0, None, rollout)
+    assert second[:2] == (0, 3) and second.line.loss == 1.0 and second.line.wall_s == 1.0
+
+
+def test_lines_of_one_step_are_told_apart_by_their_part(path: Path) -> None:
+    writer = MetricsWriter(path, enabled=True)
+    for seconds, part in ((1.0, "start 1"), (2.0, "start 2"), (3.0, "start 1")):
+        writer.write(PhaseLine("train", seconds), 0, part=part)
+    writer.close()
+    assert [entry.line for entry in read_metrics(path)] == [
+        PhaseLine("train", 3.0),
+        PhaseLine("train", 2.0),
+    ]
+
+
+def test_lines_of_an_unknown_kind_are_left_out(path: Path) -> None:
+    append(path, (step_line(1.0), 0, 0))
+    path.write_text('{"kind": "newer", "iteration": 0}\n' + path.read_text())
+    assert losses(path) == [1.0]
 
 
 def test_the_last_line_of_a_step_stands_in_the_place_of_the_first(path: Path) -> None:
@@ -64,7 +87,7 @@ def test_half_a_last_line_is_not_read_and_the_next_start_cuts_it_off(path: Path)
 def test_a_damaged_line_is_refused_by_file_and_number(path: Path) -> None:
     append(path, (step_line(1.0), 0, 0))
     whole = path.read_bytes()
-    for damage in (b"\0\0\0\n", b"[1]\n", b"{}\n", b'{"kind": "train_step"}\n', b"\xff\n"):
+    for damage in (b"\0\0\0\n", b"[1]\n", b"{}\n", b'{"kind": "train_step"}\n', b"\xff\n", TABLE):
         path.write_bytes(whole + damage + whole)
         with pytest.raises(MtopdError, match=r"metrics\.jsonl, line 2"):
             read_metrics(path)

@@ -49,7 +49,8 @@ ONE_PLACE = {  # library -> where it may be imported
     "reasoning_gym": r"mtopd/data\.py",
     "transformer_engine": r"mtopd/megatron/.*",
     "triton": r"mtopd/kernels/rows_triton\.py",
-    "matplotlib": r"(mtopd|pipelines)/report.*\.py",
+    "jinja2": r"mtopd/report/page\.py",
+    "matplotlib": r"mtopd/report/plots\.py",
     "obstore": r"mtopd/teacher_offload/storage\.py",
     "typer": r"pipelines/cli\.py",
 }

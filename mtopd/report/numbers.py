@@ -1,0 +1,167 @@
+"""What a run did, as numbers: the contents of report.json. What was not measured is null."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mtopd.config import SourceConfig
+from mtopd.metrics_lines import BadStepLine, MemoryLine, PhaseLine, RolloutLine, TrainStepLine
+from mtopd.report.record import Accuracy, RunRecord
+from mtopd.run_dir import SCHEMA
+
+Report = Mapping[str, Any]  # as JSON has it
+
+_KL_STEPS = 10  # train steps at either end of the run that reverse_kl is taken over
+_MIN_GAIN = 0.05  # where the teacher is less than this above the base, recovery says nothing
+_LAST_PHASE = "update_weights"  # ends an iteration
+
+
+def build_report(record: RunRecord) -> Report:
+    """report.json, schema 1."""
+    steps, passes = record.lines(TrainStepLine), [metrics for _, metrics in record.passes]
+    memory = record.lines(MemoryLine)
+    wall_s: dict[str, list[float]] = defaultdict(list)
+    for phase in record.lines(PhaseLine):
+        wall_s[phase.name].append(phase.wall_s)
+    domains = {source.name: _domain(record, source) for source in record.config.data.sources}
+    recovered = [d["recovery"] for d in domains.values() if d["recovery"] is not None]
+    resident = _peak(s.heads.peak_resident_heads for s in steps)
+    heads = _peak(s.heads.peak_head_bytes for s in steps)
+    average = record.weight_average or {}
+    taken = {entry.step for entry in record.entries(TrainStepLine)}
+    # A step with NaN or inf may be taken by a later start.
+    left_out = len({entry.step for entry in record.entries(BadStepLine)} - taken)
+    allowed = record.config.train.max_bad_steps
+    report = {
+        "schema": SCHEMA,
+        "finished": record.finished,
+        "iterations": {
+            "done": len({e.iteration for e in record.entries(PhaseLine) if e.line.name == _LAST_PHASE}),
+            "planned": record.config.train.num_iterations,
+        },
+        "wall_s": {name: _total(seconds) for name, seconds in wall_s.items()},
+        "stall_s": {"teacher_pass": _total(p.stall_s for p in passes),
+                    "train": _total(s.heads.stall_s for s in steps)},
+        "train_steps": len(steps),
+        "rollout_tokens": _total(line.tokens for line in record.lines(RolloutLine)),
+        "waves": _peak(p.waves for p in passes),
+        "teachers": [_teacher(record, steps, teacher) for teacher in record.teachers],
+        "peak_resident_heads": resident,
+        "peak_head_bytes": heads,
+        "peak_device_bytes": max(heads, _peak(p.peak_device_bytes for p in passes)),
+        "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
+        "reverse_kl": {"first": _token_mean_kl(steps[:_KL_STEPS]), "last": _token_mean_kl(steps[-_KL_STEPS:])},
+        "domains": domains,
+        "worst_recovery": min(recovered, default=None),
+        "mean_recovery": sum(recovered) / len(recovered) if recovered else None,
+        "baselines": {
+            "weight_average": average,
+            "specialists": {name: accuracy for name, accuracy in record.models.items() if name != "base"},
+        },
+        "weight_average_worst_recovery": worst_recovery(domains, average),
+        "checks": {
+            "head_loads": _check(sum(_total(s.heads.head_loads.get(t["name"]) for s in steps) for t in record.teachers),
+                                 _total(s.heads.teachers_in_step for s in steps)),
+            # In a wave every stored byte is read once over all ranks, or it was kept in host memory
+            # since it was read.
+            "bytes_streamed": _check(_total(p.bytes_read for p in passes) + _total(p.bytes_kept for p in passes),
+                                     sum(p.waves * p.stored_bytes for p in passes)),
+            "peak_resident_heads": {"found": resident, "at_most": 1, "ok": resident <= 1},
+            "train_steps_left_out": {"found": left_out, "at_most": allowed, "ok": left_out <= allowed},
+        },
+    }  # fmt: skip
+    return _finite(report)
+
+
+def _teacher(
+    record: RunRecord, steps: Sequence[TrainStepLine], teacher: Mapping[str, Any]
+) -> dict[str, Any]:
+    name = teacher["name"]
+    passes = [metrics for of, metrics in record.passes if of == name]
+    return {
+        "name": name,
+        "fingerprint": teacher["fingerprint"],
+        "route": next((dict(t.route) for t in record.config.teachers if t.name == name), None),
+        "passes": len(passes),
+        "tokens": _total(p.tokens for p in passes),
+        "head_loads": _total(s.heads.head_loads.get(name) for s in steps),
+        "head_bytes_read": _total(s.heads.head_bytes_read.get(name) for s in steps),
+        "bytes_read": _total(p.bytes_read for p in passes),
+        "bytes_kept": _total(p.bytes_kept for p in passes),
+        "probe": next((p.probe for p in reversed(passes) if p.probe is not None), None),
+        "stored_bytes": passes[-1].stored_bytes if passes else None,
+        "peak_device_bytes": _peak(p.peak_device_bytes for p in passes),
+        "peak_host_bytes": _peak(p.peak_host_bytes for p in passes),
+    }
+
+
+def _domain(record: RunRecord, source: SourceConfig) -> dict[str, float | None]:
+    models = (record.models.get("base"), record.models.get(record.teacher_of(source) or ""))
+    newest = record.evaluations[max(record.evaluations)] if record.evaluations else None
+    base, teacher, student = (
+        _number(model.get(source.name)) if model else None for model in (*models, newest)
+    )
+    return {
+        "base": base,
+        "teacher": teacher,
+        "student": student,
+        "recovery": recovery(base, teacher, student),
+    }
+
+
+def recovery(base: float | None, teacher: float | None, student: float | None) -> float | None:
+    """The share of the teacher's gain over the base that the student has; None where there is no
+    gain to speak of.
+    """
+    if base is None or teacher is None or student is None or teacher - base < _MIN_GAIN:
+        return None
+    return (student - base) / (teacher - base)
+
+
+def worst_recovery(
+    domains: Mapping[str, Mapping[str, float | None]], accuracy: Accuracy
+) -> float | None:
+    """The lowest recovery over the domains of a model with this accuracy."""
+    found = [
+        recovery(d["base"], d["teacher"], _number(accuracy.get(name)))
+        for name, d in domains.items()
+    ]
+    return min((r for r in found if r is not None), default=None)
+
+
+def _token_mean_kl(steps: Sequence[TrainStepLine]) -> float | None:
+    tokens = _total(s.tokens for s in steps)
+    return sum(s.reverse_kl * s.tokens for s in steps) / tokens if tokens else None
+
+
+def _check(found: float, expected: float) -> dict[str, Any]:
+    return {"found": found, "expected": expected, "ok": found == expected}
+
+
+def _numbers(values: Iterable[object]) -> Iterator[float]:
+    """The numbers among what lines say; older ones lack some."""
+    return (v for v in values if isinstance(v, int | float) and math.isfinite(v))
+
+
+def _total(values: Iterable[object]) -> float:
+    return sum(_numbers(values))
+
+
+def _peak(values: Iterable[object]) -> float:
+    return max(_numbers(values), default=0)
+
+
+def _number(value: object) -> float | None:
+    return next(map(float, _numbers([value])), None)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return _number(value) if isinstance(value, float) else value

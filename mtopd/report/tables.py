@@ -1,0 +1,109 @@
+"""The report's tables and lines as text, for the console and for the page."""
+
+from __future__ import annotations
+
+import math
+
+from mtopd.report.numbers import Report, worst_recovery
+
+
+def result_columns(report: Report) -> list[str]:
+    return ["", *report["domains"], "worst recovery"]
+
+
+def result_rows(report: Report) -> list[list[str]]:
+    """Cells of the result table: label, accuracy of each domain, worst recovery."""
+    domains, baselines = report["domains"], report["baselines"]
+    models = {
+        "base": {name: d["base"] for name, d in domains.items()},
+        **baselines["specialists"],
+        "weight average": baselines["weight_average"],
+        "student": {name: d["student"] for name, d in domains.items()},
+    }
+    rows = [
+        [
+            label,
+            *(percent(accuracy.get(name)) for name in domains),
+            number(worst_recovery(domains, accuracy)),
+        ]
+        for label, accuracy in models.items()
+    ]
+    return [
+        *rows,
+        [
+            "recovery",
+            *(number(d["recovery"]) for d in domains.values()),
+            number(report["worst_recovery"]),
+        ],
+    ]
+
+
+def check_rows(report: Report) -> list[list[str]]:
+    """Cells of the table of checks: what, found, wanted, verdict."""
+    rows = []
+    for name, check in report["checks"].items():
+        wanted = f"{check['expected']:,}" if "expected" in check else f"at most {check['at_most']}"
+        rows.append(
+            [
+                name.replace("_", " "),
+                f"{check['found']:,}",
+                wanted,
+                "ok" if check["ok"] else "WRONG",
+            ]
+        )
+    return rows
+
+
+def teacher_rows(report: Report) -> list[list[str]]:
+    """Cells of the table of teachers: label, one column for each teacher."""
+    teachers = report["teachers"]
+    counts = {"passes": "passes", "tokens in passes": "tokens", "head loads": "head_loads"}
+    sizes = {
+        "size of a pass": "stored_bytes",
+        "read in passes": "bytes_read",
+        "kept in memory instead": "bytes_kept",
+        "read for heads": "head_bytes_read",
+    }
+    return [
+        *([label, *(f"{t[key]:,}" for t in teachers)] for label, key in counts.items()),
+        *([label, *(in_bytes(t[key]) for t in teachers)] for label, key in sizes.items()),
+        ["fingerprint", *(t["fingerprint"][:8] for t in teachers)],
+        ["log-probs checked against", *(t["probe"] or "-" for t in teachers)],
+    ]
+
+
+def verdict(report: Report) -> str:
+    """The run in one line."""
+    kl = report["reverse_kl"]
+    ratio = f" ({kl['first'] / kl['last']:.0f}x)" if kl["first"] is not None and kl["last"] else ""
+    return (
+        f"{'consolidated' if report['finished'] else 'unfinished, ' + progress(report)}: "
+        f"worst recovery {number(report['worst_recovery'])}, mean "
+        f"{number(report['mean_recovery'])}, "
+        f"reverse KL {nats(kl['first'])} -> {nats(kl['last'])}{ratio}"
+    )
+
+
+def progress(report: Report) -> str:
+    return f"{report['iterations']['done']} of {report['iterations']['planned']} iterations"
+
+
+def number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def nats(value: float | None) -> str:
+    """A divergence, which may be near 1 or far below."""
+    return "n/a" if value is None else f"{value:.2g}"
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1%}"
+
+
+def in_bytes(count: float | None) -> str:
+    """A number of bytes as text with a unit."""
+    if count is None:
+        return "n/a"
+    power = min(int(math.log2(max(count, 1)) // 10), 4)
+    return f"{round(count / 1024**power, 1):g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

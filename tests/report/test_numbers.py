@@ -1,0 +1,165 @@
+"""The report's numbers follow from the run directory."""
+
+import pytest
+
+from mtopd.metrics import MetricsWriter
+from mtopd.metrics_lines import BadStepLine, TeacherPassLine, from_values
+from mtopd.report import build_report, read_run
+from mtopd.report.numbers import recovery
+from mtopd.report.tables import check_rows
+from mtopd.run_dir import RunDir
+from tests.report.runs import BASELINES, TEACHERS, config_of, pass_metrics, report_of, step_line
+
+
+def test_totals(run: RunDir) -> None:
+    report = report_of(run)
+    assert report["schema"] == 1
+    assert report["wall_s"] == {
+        "baselines": 7,
+        "rollout": 30,
+        "teacher_pass": 45,
+        "train": 60,
+        "update_weights": 7.5,
+    }
+    assert report["stall_s"] == {"teacher_pass": 15 * 3 * 0.5, "train": 30 * 0.25}
+    assert (report["train_steps"], report["rollout_tokens"], report["waves"]) == (30, 1500, 1)
+    assert (report["finished"], report["iterations"]) == (True, {"done": 15, "planned": 15})
+    assert (
+        report["peak_resident_heads"],
+        report["peak_device_bytes"],
+        report["peak_host_bytes"],
+    ) == (1, 600, 5000)
+
+
+def test_teachers(run: RunDir) -> None:
+    teachers = report_of(run)["teachers"]
+    assert [t["name"] for t in teachers] == list(TEACHERS)
+    wanted = {
+        "fingerprint": "1" * 64,
+        "head_loads": 30,
+        "bytes_read": 15 * 1100,
+        "stored_bytes": 1100,
+        "passes": 15,
+    }
+    wanted |= {"bytes_kept": 0, "probe": "transformers"}
+    assert (
+        teachers[1].items()
+        >= {**wanted, "head_bytes_read": 30 * 64, "route": {"domain": "rev"}}.items()
+    )
+
+
+def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
+    # KL times tokens is 1 in every step: ten steps over their tokens
+    kl = report_of(run)["reverse_kl"]
+    assert kl == pytest.approx({"first": 10 / sum(range(1, 11)), "last": 10 / sum(range(21, 31))})
+
+
+def test_recovery(run: RunDir) -> None:
+    report = report_of(run)
+    assert report["domains"]["rev"] == pytest.approx(
+        {"base": 0.5, "teacher": 0.9, "student": 0.84, "recovery": 0.85}
+    )
+    assert report["domains"]["spir"]["recovery"] is None  # the teacher is only 0.04 above the base
+    assert report["worst_recovery"] == pytest.approx(0.85)
+    assert report["mean_recovery"] == pytest.approx(0.9)
+    assert report["weight_average_worst_recovery"] == pytest.approx(-0.5)
+    assert report["baselines"]["weight_average"] == BASELINES["weight_average"]
+    assert report["baselines"]["specialists"].keys() == set(TEACHERS)
+
+
+@pytest.mark.parametrize(
+    ("base", "teacher", "student", "expected"),
+    [
+        (0.0, 0.5, 0.25, 0.5),
+        (0.5, 0.75, 0.25, -1.0),
+        (0.5, 0.5, 0.5, None),
+        (None, 1.0, 1.0, None),
+        (0.0, 1.0, None, None),
+    ],
+)
+def test_recovery_of_numbers(base: float, teacher: float, student: float, expected: float) -> None:
+    assert recovery(base, teacher, student) == expected
+
+
+def test_the_teacher_of_a_domain_is_the_one_its_prompts_are_routed_to(run: RunDir) -> None:
+    sources = [
+        {"name": "rot", "path": "a.jsonl", "fields": {"domain": "rev"}},
+        {"name": "rev", "path": "b.jsonl", "fields": {"domain": "nobody's"}},
+    ]
+    data = {"context_length": 48, "max_response": 20, "sources": sources}
+    domains = build_report(read_run(run.path, config_of(run.path, 15, data=data)))["domains"]
+    assert domains["rot"]["teacher"] == BASELINES["models"]["rev"]["rot"]
+    assert domains["rev"]["teacher"] is None
+
+
+def test_without_baselines_recovery_is_null(run: RunDir) -> None:
+    (run.path / "evaluations" / "baselines.json").unlink()
+    report = report_of(run)
+    assert report["domains"]["rot"] == {
+        "base": None,
+        "teacher": None,
+        "student": 0.97,
+        "recovery": None,
+    }
+    assert (
+        report["worst_recovery"]
+        is report["mean_recovery"]
+        is report["weight_average_worst_recovery"]
+        is None
+    )
+    assert report["baselines"] == {"weight_average": {}, "specialists": {}}
+
+
+def test_checks_hold(run: RunDir) -> None:
+    checks = report_of(run)["checks"]
+    assert checks["head_loads"] == {"found": 90, "expected": 90, "ok": True}
+    assert checks["bytes_streamed"] == {"found": 15 * 3300, "expected": 15 * 3300, "ok": True}
+    assert checks["peak_resident_heads"] == {"found": 1, "at_most": 1, "ok": True}
+
+
+@pytest.mark.parametrize(
+    ("check", "changes"),
+    [
+        ("head_loads", {"head_loads": {"rot": 2, "rev": 1, "spir": 1}}),
+        ("head_loads", {"teachers_in_step": 2}),
+        ("peak_resident_heads", {"peak_resident_heads": 2}),
+    ],
+)
+def test_a_broken_promise_of_training_shows(run: RunDir, check: str, changes: dict) -> None:
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    metrics.write(step_line(8, **changes), 4, step=8)
+    metrics.close()
+    report = report_of(run)
+    assert [name for name, found in report["checks"].items() if not found["ok"]] == [check]
+    assert [row[0] for row in check_rows(report) if row[-1] != "ok"] == [check.replace("_", " ")]
+
+
+def test_a_train_step_that_was_left_out_and_never_taken_shows(run: RunDir) -> None:
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for iteration, step in ((4, 8), (14, 30)):  # the first is taken by another start
+        metrics.write(
+            from_values(BadStepLine, {"refused": "the loss is nan"}), iteration, step=step
+        )
+    metrics.close()
+    report = report_of(run)
+    assert report["checks"]["train_steps_left_out"] == {"found": 1, "at_most": 0, "ok": False}
+    assert check_rows(report)[-1] == ["train steps left out", "1", "at most 0", "WRONG"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ok"),
+    [
+        ({"bytes_read": 1001}, False),
+        ({"bytes_read": 2000, "waves": 2}, True),
+        ({"bytes_read": 400, "bytes_kept": 600}, True),
+        ({"bytes_read": 400, "bytes_kept": 500}, False),
+    ],
+)
+def test_every_byte_is_read_once_a_wave(run: RunDir, changes: dict, ok: bool) -> None:
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    metrics.write(TeacherPassLine({"rot": pass_metrics("rot", **changes)}), 3)
+    metrics.close()
+    report = report_of(run)
+    assert report["checks"]["bytes_streamed"]["ok"] is ok
+    assert report["waves"] == changes.get("waves", 1)
+    assert [t["passes"] for t in report["teachers"]] == [15, 14, 14]
