@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from mtopd.dtypes import is_safetensors_name, item_size
 from mtopd.types import MtopdError
@@ -71,28 +72,40 @@ def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
         raise refuse("its header is not JSON") from None
     if not isinstance(header, dict):
         raise refuse("its header is not a table")
-    base, entries = len(data), []
+    rows = []
     for name, value in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (start, stop) = (
-                value["dtype"],
-                tuple(value["shape"]),
-                value["data_offsets"],
-            )
+            rows.append((name, value["dtype"], value["shape"], *value["data_offsets"]))
+        except (TypeError, KeyError):
+            raise refuse(f"the entry of tensor {name!r} is malformed: {str(value)[:200]}") from None
+    return checked_entries(rows, len(data), size, refuse)
+
+
+def checked_entries(
+    rows: Iterable[Sequence[Any]], header: int, size: int, refuse: Callable[[str], MtopdError]
+) -> list[TensorEntry]:
+    """Entries in file order from (name, dtype, shape, start, stop), bytes counted after the header
+    of ``header`` bytes.  Raises what ``refuse`` makes of the reason unless they fill a file of
+    ``size``.
+    """
+    entries = []
+    for row in rows:
+        try:
+            name, dtype, shape, start, stop = row
             well_formed = (
                 is_safetensors_name(dtype)
                 and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
                 and stop - start == prod(shape) * item_size(dtype)
             )
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, ValueError):
             well_formed = False
         if not well_formed:
-            raise refuse(f"the entry of tensor {name!r} is malformed: {str(value)[:200]}")
-        entries.append(TensorEntry(name, dtype, shape, base + start, base + stop))
+            raise refuse(f"the entry of tensor {row[0]!r} is malformed: {str(row)[:200]}")
+        entries.append(TensorEntry(name, dtype, tuple(shape), header + start, header + stop))
     entries.sort(key=lambda e: (e.start, e.stop))
-    expected = base
+    expected = header
     for entry in entries:
         if entry.start != expected:
             raise refuse(

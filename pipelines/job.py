@@ -190,7 +190,12 @@ class Job:
         )
         self.vocab_size = self.student.vocab_size
         self.prompts = Prompts.load(self.run, self.config.data)
-        self.stores = [open_store(t.store) for t in self.config.teachers]
+        self.stores = [
+            open_store(teacher.store, expected=started["fingerprint"])
+            for teacher, started in zip(
+                self.config.teachers, read_json(self.run.manifest)["teachers"], strict=True
+            )
+        ]
         self.teacher_meshes = self._build_teacher_meshes()
         first, as_json = self.ranks.rank == 0, self.config.log_json
         self.metrics = MetricsWriter(self.run.metrics, enabled=first, echo=as_json)

@@ -16,7 +16,7 @@ from mtopd.megatron.options import FREE_MEGATRON
 from mtopd.megatron.parallel import check_layout
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.run_dir import RunDir, is_sealed
-from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 
@@ -54,7 +54,7 @@ def consolidate(
     """
     tokenizer = check_student(config.student, deterministic=config.deterministic)
     check_world(config.student)
-    stores = [open_store(t.store) for t in config.teachers]
+    stores = [check_files(open_store(t.store)) for t in config.teachers]
     for i, (store, teacher) in enumerate(zip(stores, config.teachers, strict=True)):
         check_teacher(teacher.name, store, tokenizer, config.student.model)
         check_mesh(teacher.name, store, config.teacher_tp(i), teacher.parallel.ep)

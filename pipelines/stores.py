@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mtopd.dtypes import safetensors_name
 from mtopd.teacher_offload.names import MANIFEST
-from mtopd.teacher_offload.store import TeacherStore, damaged_blocks, open_store
+from mtopd.teacher_offload.store import TeacherStore, check_files, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
 
@@ -90,14 +90,14 @@ def table(folder: Path) -> Group:
         if path.name.startswith(".") or not (path / MANIFEST).exists():
             continue
         try:
-            rows.add_row(*map(escape, _cells(path, open_store(path))))
+            rows.add_row(*map(escape, _cells(path, check_files(open_store(path)))))
         except MtopdError as error:
             notes.append(Text(f"{path.name} cannot be read: {error}", style="red"))
     return Group(rows, *notes)
 
 
 def _cells(path: Path, store: TeacherStore) -> tuple[str, ...]:
-    total = sum(int(entry["size"]) for entry in store.manifest["files"].values())
+    total = sum(file.size for file in store.files.values())
     architecture = str(store.manifest["architecture"]["model_type"])
     sizes = map(str, (store.num_layers, store.hidden_size, store.slices))
     return (
@@ -114,7 +114,7 @@ def verify(location: str, console: Console) -> None:
     """Read all bytes of a store.  Raises MtopdError that counts the damaged blocks, each named on a
     line before.
     """
-    store = open_store(location)
+    store = check_files(open_store(location))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -124,7 +124,7 @@ def verify(location: str, console: Console) -> None:
     damaged: list[str] = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(
-            f"teacher {store.name}", total=sum(f.blocks[-1].stop for f in store.files.values())
+            f"teacher {store.name}", total=sum(f.size for f in store.files.values())
         )
         for file in store.files.values():
             for message in damaged_blocks(file, lambda count: progress.advance(task, count)):

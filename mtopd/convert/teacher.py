@@ -20,7 +20,7 @@ from mtopd.convert.probe import transformers_probe
 from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.teacher_offload import names
-from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
 from mtopd.types import MtopdError
 
@@ -92,7 +92,7 @@ def _finished(target: Path, identity: str) -> TeacherStore:
     advice = "remove it first with `mtopd teachers rm`, or choose another name"
     if not (target / names.MANIFEST).is_file():
         raise MtopdError(f"{target} exists and is no teacher store; {advice}")
-    store = open_store(target)
+    store = check_files(open_store(target))
     if store.manifest.get("source") != identity:
         raise MtopdError(
             f"{target} exists and holds another teacher ({store.name!r}, or of another source); "

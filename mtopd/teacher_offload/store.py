@@ -39,7 +39,7 @@ import google_crc32c
 import numpy as np
 
 from mtopd.dtypes import dtype_name
-from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, parse_header
+from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, checked_entries, parse_header
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.storage import Storage, open_storage
 from mtopd.types import MtopdError
@@ -48,7 +48,7 @@ SCHEMA = "mtopd.teacher_store/2"
 BLOCK_BYTES = 4 << 20
 _MANIFEST_LIMIT = 256 << 20
 _TOKENIZER_FILE_LIMIT = 256 << 20
-_OPENING_THREADS = 16  # headers are small: their time is round trips
+_CHECKING_THREADS = 16  # headers are small: their time is round trips
 
 
 class DamagedBlock(MtopdError):
@@ -76,6 +76,10 @@ class StoreFile:
     @property
     def label(self) -> str:
         return f"{self.storage.location}/{self.path}"
+
+    @property
+    def size(self) -> int:
+        return self.blocks[-1].stop
 
     @cached_property
     def _sections(self) -> dict[str, tuple[TensorEntry, ...]]:
@@ -251,11 +255,13 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def open_store(location: str | Path) -> TeacherStore:
-    """Open a store, a folder or a URL, after checking its manifest, every file's size and every
-    header.
+def open_store(location: str | Path, *, expected: str | None = None) -> TeacherStore:
+    """Open a store, a folder or a URL, after checking that its manifest agrees with itself.
 
-    No tensor is read.  Raises MtopdError that names the store, what is wrong and what to do.
+    Only the manifest is read: the bytes of the files are checked block by block when they are, and
+    whether they are all there by ``check_files``, once before the ranks start.  ``expected``: the
+    fingerprint it has to have.  Raises MtopdError that names the store, what is wrong and what to
+    do.
     """
     storage = open_storage(location)
     where = f"{storage.location}/{names.MANIFEST}"
@@ -279,9 +285,11 @@ def open_store(location: str | Path) -> TeacherStore:
             "`mtopd teachers add`"
         )
     try:
-        with ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="open-store") as pool:
-            opened = pool.map(lambda item: open_file(storage, *item), manifest["files"].items())
-            store = TeacherStore(storage, manifest, {file.path: file for file in opened})
+        files = {
+            path: file_in_manifest(storage, path, entry)
+            for path, entry in manifest["files"].items()
+        }
+        store = TeacherStore(storage, manifest, files)
         needed = {
             names.EMBEDDING,
             names.FINAL_NORM,
@@ -308,32 +316,29 @@ def open_store(location: str | Path) -> TeacherStore:
         raise MtopdError(
             f"{where} is malformed ({type(error).__name__}: {error}); write the store again"
         ) from None
+    if expected is not None and store.fingerprint != expected:
+        raise MtopdError(
+            f"{store.location} holds the fingerprint {store.fingerprint[:16]}, the run began with "
+            f"{expected[:16]}: the store was replaced; start the same command again"
+        )
     return store
 
 
-def open_file(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFile:
-    """One file of a store after its size and its header were checked against its entry of the
-    manifest.
-    """
+def file_in_manifest(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFile:
+    """One file of a store by its entry of the manifest, which has to agree with itself."""
     label = f"{storage.location}/{_relative(storage.location, path)}"
-    size, header = storage.size(path), int(entry["header_bytes"])
-    if size is None:
-        raise MtopdError(
-            f"teacher store {storage.location} lacks {path}; copy it again or write it with `mtopd "
-            "teachers add`"
-        )
-    if size != entry["size"] or not 0 < header <= min(size, 8 + MAX_HEADER_BYTES):
-        raise MtopdError(
-            f"{label} has {size} bytes, its manifest says {entry['size']} (truncated?); copy the "
-            "store again"
-        )
-    data = np.empty(header, np.uint8)
-    storage.read_into(path, 0, data)
-    entries = tuple(parse_header(label, data.tobytes(), size))
-    if [[e.name, e.dtype, list(e.shape), e.start, e.stop] for e in entries] != entry["tensors"]:
-        raise MtopdError(
-            f"{label} holds other tensors than its manifest says; copy the store again"
-        )
+    size, header = int(entry["size"]), int(entry["header_bytes"])
+
+    def refuse(what: str) -> MtopdError:
+        return MtopdError(f"{label}: the manifest is malformed: {what}; copy the store again")
+
+    if not 0 < header <= min(size, 8 + MAX_HEADER_BYTES):
+        raise refuse(f"a header of {header} bytes in a file of {size}")
+    rows = (
+        (name, dtype, shape, start - header, stop - header)
+        for name, dtype, shape, start, stop in entry["tensors"]
+    )
+    entries = tuple(checked_entries(rows, header, size, refuse))
     ranges, crcs = block_ranges(entries, header), entry["block_crc32c"]
     if len(ranges) != len(crcs):
         raise MtopdError(
@@ -345,6 +350,37 @@ def open_file(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFil
             f"{label}: the manifest's block checksums do not match its sha256; copy the store again"
         )
     return StoreFile(storage, path, entries, blocks)
+
+
+def check_files(store: TeacherStore) -> TeacherStore:
+    """The store, after every file's size and header were compared with its manifest.
+
+    No tensor is read.  Raises MtopdError that names the file.
+    """
+    with ThreadPoolExecutor(_CHECKING_THREADS, thread_name_prefix="check-store") as pool:
+        list(pool.map(check_file, store.files.values()))
+    return store
+
+
+def check_file(file: StoreFile) -> None:
+    """Raises MtopdError unless the file is there and its size and header are as in the manifest."""
+    location, size = file.storage.location, file.storage.size(file.path)
+    if size is None:
+        raise MtopdError(
+            f"teacher store {location} lacks {file.path}; copy it again or write it with `mtopd "
+            "teachers add`"
+        )
+    if size != file.size:
+        raise MtopdError(
+            f"{file.label} has {size} bytes, its manifest says {file.size} (truncated?); copy the "
+            "store again"
+        )
+    data = np.empty(file.entries[0].start, np.uint8)
+    file.storage.read_into(file.path, 0, data)
+    if tuple(parse_header(file.label, data.tobytes(), size)) != file.entries:
+        raise MtopdError(
+            f"{file.label} holds other tensors than its manifest says; copy the store again"
+        )
 
 
 def _relative(location: str, path: str) -> str:

@@ -38,9 +38,11 @@ from mtopd.teacher_offload.store import (
     TeacherStore,
     block_ranges,
     block_table_sha256,
+    check_file,
+    check_files,
     damaged_blocks,
+    file_in_manifest,
     fingerprint,
-    open_file,
     open_store,
 )
 from mtopd.types import MtopdError
@@ -130,7 +132,9 @@ class StoreWriter:
 
     def _whole(self, path: str, entry: Mapping[str, Any]) -> bool:
         try:
-            return not damaged_blocks(open_file(FolderStorage(self.folder), path, entry))
+            file = file_in_manifest(FolderStorage(self.folder), path, entry)
+            check_file(file)
+            return not damaged_blocks(file)
         except MtopdError:
             return False
 
@@ -174,7 +178,7 @@ class StoreWriter:
         publish_tree(self.folder, self.target)
         for name in (_RECORDS, _LOCK):
             (self.target / name).unlink()
-        return open_store(self.target)
+        return check_files(open_store(self.target))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtopd.convert.teacher import add_teacher
-from mtopd.teacher_offload.store import damaged_blocks, open_store
+from mtopd.teacher_offload.store import check_files, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, remove_store
 from mtopd.types import MtopdError
 
@@ -27,7 +27,7 @@ def main(disk: Path, source: Path) -> None:
         ):
             add_teacher("second", source, disk / "second", slices=2)
         assert not (disk / "second").exists()
-        again = open_store(disk / "first")
+        again = check_files(open_store(disk / "first"))
         assert again.fingerprint == first.fingerprint
         assert not [text for file in again.files.values() for text in damaged_blocks(file)]
     _full_at_the_tokenizer(disk, source)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from mtopd.convert.teacher import add_teacher
-from mtopd.teacher_offload.store import damaged_blocks, open_store
+from mtopd.teacher_offload.store import check_files, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder
 from mtopd.types import MtopdError
 from tests.small_models import save_model
@@ -59,7 +59,7 @@ def run(kills: int, folder: Path, seed: int) -> str:
                 )
                 reused += 1
         if target.exists():
-            store = open_store(target)
+            store = check_files(open_store(target))
             assert store.fingerprint == wanted, "another store than an undisturbed run's"
             damage = [text for file in store.files.values() for text in damaged_blocks(file)]
             assert not damage, damage
@@ -68,7 +68,7 @@ def run(kills: int, folder: Path, seed: int) -> str:
             shutil.rmtree(target)
         else:
             try:
-                open_store(target)
+                check_files(open_store(target))
             except MtopdError:
                 pass
             else:

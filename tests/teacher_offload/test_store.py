@@ -17,7 +17,13 @@ from mtopd.convert.teacher import add_teacher
 from mtopd.safetensors_file import read_header
 from mtopd.teacher_offload import store as store_module
 from mtopd.teacher_offload.storage import FolderStorage
-from mtopd.teacher_offload.store import TeacherStore, open_store, read_blocks, read_range
+from mtopd.teacher_offload.store import (
+    TeacherStore,
+    check_files,
+    open_store,
+    read_blocks,
+    read_range,
+)
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
@@ -133,10 +139,10 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(
         read_blocks(store.files[LAYER], [last], np.empty(last.stop - last.start, np.uint8))
 
 
-def test_opening_reads_headers_alone_and_many_at_once(
+def test_checking_files_reads_headers_alone_and_many_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a storage where every request takes 50 ms, opening 14 files does not take 28 requests one
+    """On a storage where every request takes 50 ms, checking 14 files does not take 28 requests one
     after another.
     """
     save_model(tmp_path / "hf", seed=1, layers=12)
@@ -156,7 +162,7 @@ def test_opening_reads_headers_alone_and_many_at_once(
 
     monkeypatch.setattr(store_module, "open_storage", Far)
     started = time.perf_counter()
-    store = open_store(tmp_path / "t")
+    store = check_files(open_store(tmp_path / "t"))
     elapsed = time.perf_counter() - started
     assert len(store.files) == 14 and elapsed < 14 * 2 * request_s / 2
     assert read == sum(entry["header_bytes"] for entry in store.manifest["files"].values())
@@ -180,6 +186,13 @@ def spoil_manifest(folder: Path, change: object) -> None:
         (lambda m: m["files"].update({"/etc/hostname": m["files"][LAYER]}), "inside its folder"),
         (lambda m: m["files"].update({"../t/" + LAYER: m["files"][LAYER]}), "inside its folder"),
         (lambda m: m.pop("num_layers"), "malformed"),
+        (lambda m: m["files"][LAYER].update(size=7), "malformed"),
+        (lambda m: m["files"][LAYER].update(header_bytes=-8), "malformed"),
+        (lambda m: m["files"][LAYER]["tensors"].pop(1), "starts at byte"),
+        (lambda m: m["files"][LAYER]["tensors"][0].__setitem__(1, "F7"), "malformed"),
+        (lambda m: m["files"][LAYER]["tensors"][0].__setitem__(2, [3]), "malformed"),
+        (lambda m: m["files"][LAYER]["tensors"][0].__setitem__(3, "8"), "malformed"),
+        (lambda m: m["files"][LAYER].update(tensors=[]), "malformed"),
     ],
 )
 def test_a_changed_manifest_is_refused(
@@ -199,7 +212,65 @@ def test_a_link_out_of_the_store_is_refused(
     os.replace(Path(store.location) / LAYER, outside)
     (Path(store.location) / LAYER).symlink_to(outside)
     with pytest.raises(MtopdError, match="link out of the store"):
-        open_store(store.location)
+        check_files(open_store(store.location))
+    last = store.files[LAYER].blocks[-1]
+    with pytest.raises(MtopdError, match="link out of the store"):  # a rank's read, too
+        read_range(open_store(store.location).files[LAYER], last.start, last.stop)
+
+
+def test_other_tensors_than_the_headers_are_refused_before_the_ranks_start(
+    model_and_store: tuple[torch.nn.Module, TeacherStore],
+) -> None:
+    _, store = model_and_store
+
+    def swap(manifest: dict) -> None:
+        tensors = manifest["files"][LAYER]["tensors"]
+        first, second, *_ = (i for i, t in enumerate(tensors) if t[0].endswith((".gate", ".up")))
+        tensors[first][0], tensors[second][0] = tensors[second][0], tensors[first][0]
+
+    spoil_manifest(Path(store.location), swap)
+    with pytest.raises(MtopdError, match=f"{LAYER} holds other tensors than its manifest says"):
+        check_files(open_store(store.location))
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_a_rank_opens_a_store_by_one_read_however_many_files_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int
+) -> None:
+    save_model(tmp_path / "hf", seed=1, layers=layers)
+    store = add_teacher("t", tmp_path / "hf", tmp_path / "t", slices=2)
+    touched: list[str] = []
+
+    class Counting:
+        """A storage that notes which file every call is about."""
+
+        def __init__(self, folder: Path) -> None:
+            self._storage = FolderStorage(folder)
+
+        def __getattr__(self, name: str) -> object:
+            found = getattr(self._storage, name)
+            return (
+                (lambda path, *rest: (touched.append(path), found(path, *rest))[1])
+                if callable(found)
+                else found
+            )
+
+    monkeypatch.setattr(store_module, "open_storage", Counting)
+    opened = open_store(tmp_path / "t", expected=store.fingerprint)
+    assert touched == ["teacher.json"]
+    assert {p: (f.entries, f.blocks) for p, f in opened.files.items()} == {
+        p: (f.entries, f.blocks) for p, f in store.files.items()
+    }
+    check_files(opened)
+    assert set(touched) == {"teacher.json", *opened.files} and len(opened.files) == layers + 2
+
+
+def test_another_store_than_the_run_began_with_is_refused(
+    model_and_store: tuple[torch.nn.Module, TeacherStore],
+) -> None:
+    _, store = model_and_store
+    with pytest.raises(MtopdError, match=f"holds the fingerprint {store.fingerprint[:16]}"):
+        open_store(store.location, expected="0" * 64)
 
 
 def test_a_failed_add_leaves_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import cli
-from mtopd.teacher_offload.store import open_store, read_range
+from mtopd.teacher_offload.store import check_files, open_store, read_range
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
@@ -65,14 +65,14 @@ def verify(monkeypatch: pytest.MonkeyPatch, store: Path) -> int:
     ],
     ids=["truncated", "emptied", "missing"],
 )
-def test_a_wrong_size_is_found_when_opened(
+def test_a_wrong_size_is_found_before_the_ranks_start(
     stores: Path, path: str, damage: Callable[[Path], object], said: str
 ) -> None:
     damage(stores / "t" / path)
     with pytest.raises(MtopdError, match=said) as caught:
-        open_store(stores / "t")
+        check_files(open_store(stores / "t"))
     assert path in str(caught.value)
-    open_store(stores / "u")
+    check_files(open_store(stores / "u"))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -16,7 +16,13 @@ import pytest
 
 from mtopd.convert.teacher import add_teacher
 from mtopd.teacher_offload.storage import open_storage
-from mtopd.teacher_offload.store import TeacherStore, open_store, read_blocks, read_range
+from mtopd.teacher_offload.store import (
+    TeacherStore,
+    check_files,
+    open_store,
+    read_blocks,
+    read_range,
+)
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash
 from mtopd.types import MtopdError
 from tests.conftest import REPOSITORY
@@ -105,10 +111,10 @@ def test_verify_names_the_damaged_object(
     )
     server.client().put_object(Bucket=BUCKET, Key=f"stores/damaged/{LAYER}", Body=bytes(data[:-1]))
     with pytest.raises(MtopdError, match=rf"damaged/{LAYER} has \d+ bytes"):
-        open_store(f"s3://{BUCKET}/stores/damaged")
+        check_files(open_store(f"s3://{BUCKET}/stores/damaged"))
     server.client().delete_object(Bucket=BUCKET, Key=f"stores/damaged/{LAYER}")
     with pytest.raises(MtopdError, match=f"lacks {LAYER}"):
-        open_store(f"s3://{BUCKET}/stores/damaged")
+        check_files(open_store(f"s3://{BUCKET}/stores/damaged"))
 
 
 def refusal(url: str, *secrets: str) -> str:
