@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from mtopd.dtypes import torch_dtype
+from mtopd.families import FAMILIES
 from mtopd.files import publish_tree, remove_tree
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3")
 
 
 # -- config ----------------------------------------------------------------------------------------
@@ -56,10 +55,9 @@ def hf_config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _check_model_type(where: str, model_type: object) -> None:
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if model_type not in FAMILIES:
         raise MtopdError(
-            f"{where} has model_type {model_type!r}; supported are "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{where} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}"
         )
 
 

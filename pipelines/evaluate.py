@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mtopd.families import model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
@@ -17,7 +18,7 @@ from mtopd.rollout.embedded import EmbeddedEngine, Request
 from mtopd.tokenizer import decode_response
 from mtopd.types import MtopdError
 
-from .job import Job, is_further_head, write_evaluation
+from .job import Job, write_evaluation
 from .prompts import Prompts
 
 _CORRECT = 0.999
@@ -80,8 +81,8 @@ def _evaluate(
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an HF checkpoint that answering takes."""
-    stored, hf_config = HFTensors(folder), load_hf_config(folder)
-    return {name: stored[name] for name in stored if not is_further_head(name, hf_config)}
+    stored, facts = HFTensors(folder), model_facts(load_hf_config(folder))
+    return {name: stored[name] for name in stored if not facts.is_further_head(name)}
 
 
 def accuracy(

@@ -5,7 +5,6 @@ weights, timing.
 from __future__ import annotations
 
 import contextlib
-import re
 import resource
 import time
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import ConsolidateConfig, OptimizerConfig, StudentConfig, load_config
-from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.convert.bridge import Bridge
 from mtopd.dtypes import torch_dtype
+from mtopd.families import drop_further_heads, model_facts
 from mtopd.files import read_json, remove_tree, write_json
 from mtopd.hf_checkpoint import (
     HFTensors,
@@ -63,11 +63,12 @@ class Student:
     ) -> None:
         self.ranks = parallel.initialize(config.parallel, seed=seed)
         self.folder, self.mtp = config.model, config.mtp
-        self.hf_config: Any = load_hf_config(config.model)
+        self.hf_config = load_hf_config(config.model)
+        self.facts = model_facts(self.hf_config)
         self.dtype = torch_dtype(config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vocab_size = vocab_size(self.tokenizer)
-        padded = padded_vocab_size(self.hf_config.vocab_size, self.ranks.tp_size)
+        padded = padded_vocab_size(self.facts.vocab_size, self.ranks.tp_size)
         fields = sort_fields(config.megatron)
         with megatron_refuses():
             self.bridge = Bridge(
@@ -80,9 +81,8 @@ class Student:
             )
         chunks = build_chunks(
             self.bridge.transformer_config,
-            self.hf_config,
+            self.facts,
             self.ranks,
-            rotary_base=rope_theta(self.hf_config),
             padded_vocab=padded,
             freeze_router=config.freeze_router,
         )
@@ -118,25 +118,15 @@ class Student:
         if self.ranks.rank == 0 and not is_sealed(folder):
             stored = HFTensors(self.folder)
             further = [
-                name
-                for name in stored
-                if self.mtp == "freeze" and is_further_head(name, self.hf_config)
+                name for name in stored if self.mtp == "freeze" and self.facts.is_further_head(name)
             ]
             tensors |= {name: stored[name] for name in further}
-            if not further and hasattr(self.hf_config, "num_nextn_predict_layers"):
-                self.hf_config.num_nextn_predict_layers = 0
+            if not further:
+                drop_further_heads(self.hf_config)
             write_hf_checkpoint(
                 folder, tensors, self.hf_config, self.tokenizer, dtype=self.dtype, seal=run.seal
             )
         dist.barrier()
-
-
-def is_further_head(name: str, hf_config: Any) -> bool:
-    """Whether a tensor is of a head that predicts further tokens: checkpoints keep them as layers
-    behind the last.
-    """
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return match is not None and int(match[1]) >= hf_config.num_hidden_layers
 
 
 def optimizer_settings(config: OptimizerConfig, num_steps: int) -> OptimizerSettings:
@@ -166,7 +156,9 @@ def build_teacher_layers(
         tp=mesh.tp_size,
         ep=mesh.ep_size,
     )
-    return TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), device)
+    return TeacherLayers(
+        bridge.transformer_config, mesh.collection, bridge.facts.rope_theta, device
+    )
 
 
 class Job:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig, resolved, to_yaml
+from mtopd.families import ModelFacts, model_facts
 from mtopd.files import remove_tree, sweep
+from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.manifest import start_run
 from mtopd.megatron.options import FREE_MEGATRON
 from mtopd.megatron.parallel import check_layout
-from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
+from mtopd.planning import MAX_STAGE_IMBALANCE, Architecture, propose_split
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
@@ -77,18 +79,27 @@ def consolidate(
     prompts.prepare(run, config.data, tokenizer, routes, supervised=False, progress=say)
 
 
+def architecture(facts: ModelFacts) -> Architecture:
+    """The numbers from which planning prices the model."""
+    return Architecture(
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        ffn_size=facts.ffn_size,
+        attention_size=facts.num_attention_heads * facts.value_head_dim,
+        key_value_size=facts.num_key_value_heads * facts.value_head_dim,
+        vocab_size=facts.vocab_size,
+    )
+
+
 def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
     """Where the output layers make the other pipeline stages wait: by how much, and which split is
     better.
     """
-    from mtopd.convert.bridge import architecture
-    from mtopd.hf_checkpoint import load_hf_config
-
     parallel = config.student.parallel
     if UNEVEN_SPLIT & config.student.megatron.keys():
         return
     even, better = propose_split(
-        architecture(load_hf_config(config.student.model)),
+        architecture(model_facts(load_hf_config(config.student.model))),
         parallel.pp,
         vpp_size=parallel.vpp,
         teacher_hidden_size=teacher_hidden_size,
@@ -173,26 +184,26 @@ def _start(
 
 def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
-    hf_config = check_hf_folder(student.model)
+    facts = check_hf_folder(student.model)
     tokenizer = load_tokenizer(student.model)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
-    if (ids := vocab_size(tokenizer)) > hf_config.vocab_size:
+    if (ids := vocab_size(tokenizer)) > facts.vocab_size:
         raise MtopdError(
-            f"{student.model}: the tokenizer has {ids} ids, the model only {hf_config.vocab_size} "
+            f"{student.model}: the tokenizer has {ids} ids, the model only {facts.vocab_size} "
             "rows for them"
         )
     if student.megatron:  # checked against Megatron's own fields, whose import takes seconds
         from mtopd.megatron.model import sort_fields
 
         sort_fields(student.megatron)
-    check_experts(student, hf_config, deterministic)
+    check_experts(student, facts, deterministic)
     parallel = student.parallel
     check_layout(parallel, parallel.world_size)
     chunks = 1 if UNEVEN_SPLIT & student.megatron.keys() else parallel.pp * parallel.vpp
     for what, count, ways in (
-        ("key-value heads", hf_config.num_key_value_heads, parallel.tp),
-        ("layers", hf_config.num_hidden_layers, chunks),
+        ("key-value heads", facts.num_key_value_heads, parallel.tp),
+        ("layers", facts.num_layers, chunks),
     ):
         if count % ways:
             raise MtopdError(
@@ -201,13 +212,10 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
     return tokenizer
 
 
-def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -> None:
+def check_experts(student: StudentConfig, facts: ModelFacts, deterministic: bool) -> None:
     """A student's experts, latent attention and further heads, on its layout."""
     parallel, megatron = student.parallel, student.megatron
-    # Each architecture names its number of experts in its own way.
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((count for name in names if (count := getattr(hf_config, name, None))), 0)
-    latent = getattr(hf_config, "kv_lora_rank", None) is not None
+    experts, latent = facts.num_experts, facts.is_latent_attention
     if parallel.ep > 1 and (not experts or experts % parallel.ep):
         raise MtopdError(
             f"{student.model} has {experts} experts, which student.parallel.ep {parallel.ep} does "
@@ -244,13 +252,11 @@ def check_experts(student: StudentConfig, hf_config: Any, deterministic: bool) -
             )
 
 
-def check_hf_folder(folder: Path) -> Any:
-    """The HF config of a checkpoint whose weight files are whole."""
-    from mtopd.hf_checkpoint import HFTensors, load_hf_config
-
-    hf_config = load_hf_config(folder)
+def check_hf_folder(folder: Path) -> ModelFacts:
+    """The facts of a checkpoint whose weight files are whole."""
+    facts = model_facts(load_hf_config(folder))
     HFTensors(folder)
-    return hf_config
+    return facts
 
 
 def check_world(student: StudentConfig) -> None:

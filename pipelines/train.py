@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.convert.bridge import architecture
 from mtopd.megatron import cpu
 from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
 from mtopd.metrics_lines import BadStepLine, TrainStepLine, from_values
@@ -27,6 +26,7 @@ from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
 from .cached_states import CachedStates, open_cache, runs_of_step
 from .job import Job
 from .packing import pack_rows
+from .prepare import architecture
 
 
 def run(job: Job, iteration: int) -> None:
@@ -67,7 +67,7 @@ def plan(job: Job, samples: Sequence[SampleMetadata], *, seed: int) -> list[Trai
         token_budget=config.token_budget,
         seq_length_multiple=trainer.seq_length_multiple,
         micro_batch_multiple=trainer.micro_batch_multiple,
-        cost=architecture(job.student.hf_config).sample_cost,
+        cost=architecture(job.student.facts).sample_cost,
         normalization=config.normalization,
         seed=seed,
     )

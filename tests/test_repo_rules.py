@@ -33,6 +33,7 @@ LOWER = {
     "tokenizer",
     "safetensors_file",
     "dtypes",
+    "families",
     "hf_checkpoint",
 }
 BOTTOM = {"config", "types"}

@@ -11,145 +11,15 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtopd.planning import Architecture
+from mtopd.families import FAMILIES, ModelFacts, check_variant
 from mtopd.types import MtopdError
 
-
-def rope_theta(hf_config: Any) -> float:
-    """Base of the rotary embedding; transformers 5 keeps it in rope_parameters.
-
-    Raises MtopdError for scaled ropes that Megatron does not compute as transformers does; yarn
-    under latent attention is the one it does.
-    """
-    parameters = hf_config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind != "default" and not (kind == "yarn" and hf_config.model_type == "deepseek_v3"):
-        raise MtopdError(
-            f"rope_type {kind!r} of model_type {hf_config.model_type!r} is not supported"
-        )
-    return float(parameters["rope_theta"])
-
-
-def architecture(hf_config: Any) -> Architecture:
-    """The numbers from which planning prices the model; of experts, those that one token goes
-    through.
-    """
-    heads, head_dim = hf_config.num_attention_heads, getattr(hf_config, "head_dim", None)
-    head_dim = getattr(hf_config, "v_head_dim", None) or head_dim or hf_config.hidden_size // heads
-    ffn = hf_config.intermediate_size
-    if experts := getattr(hf_config, "num_experts_per_tok", None):
-        experts += getattr(hf_config, "n_shared_experts", 0)
-        ffn = experts * getattr(hf_config, "moe_intermediate_size", ffn)
-    return Architecture(
-        num_layers=hf_config.num_hidden_layers,
-        hidden_size=hf_config.hidden_size,
-        ffn_size=ffn,
-        attention_size=heads * head_dim,
-        key_value_size=hf_config.num_key_value_heads * head_dim,
-        vocab_size=hf_config.vocab_size,
-    )
-
-
-def _refuse_variants(hf_config: Any) -> None:
-    """Raise MtopdError for options of an architecture that Megatron's layers do not have, or
-    compute differently.
-    """
-    wanted: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    if getattr(hf_config, "use_sliding_window", hf_config.model_type == "mixtral"):
-        wanted["sliding_window"] = None
-    if hf_config.model_type == "qwen3_moe":
-        wanted |= {"mlp_only_layers": [], "decoder_sparse_step": 1}
-    if hf_config.model_type == "deepseek_v3":
-        wanted |= {"rope_interleave": True, "norm_topk_prob": True, "rms_norm_eps": 1e-6}
-        if hf_config.q_lora_rank is None:
-            raise MtopdError(
-                "q_lora_rank is None: latent attention without a compressed query is not supported"
-            )
-        if hf_config.num_experts_per_tok == 1:
-            raise MtopdError(
-                "num_experts_per_tok is 1: Megatron does not normalise the weight of a single "
-                "expert"
-            )
-        if hf_config.n_group > 1 and hf_config.num_experts_per_tok // hf_config.topk_group != 2:
-            raise MtopdError(
-                f"{hf_config.num_experts_per_tok} experts of {hf_config.topk_group} groups a "
-                "token: Megatron ranks "
-                "groups as the checkpoint's code does only for two experts a group"
-            )
-    for name, value in wanted.items():
-        if (found := getattr(hf_config, name, value)) != value:
-            raise MtopdError(
-                f"model_type {hf_config.model_type!r} with {name} {found!r} is not supported; only "
-                f"{value!r} is"
-            )
-
-
-def _architecture_fields(hf_config: Any) -> dict[str, Any]:
-    """TransformerConfig fields where mbridge says nothing, or something else than the checkpoint's
-    own code does.
-    """
-    fields: dict[str, Any] = {
-        "moe_grouped_gemm": False,  # stores and layers name experts one by one
-        "moe_shared_expert_overlap": False,
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_expert_capacity_factor": None,  # no token is dropped
-        "moe_router_bias_update_rate": 0.0,
-    }
-    if hf_config.model_type == "qwen3_moe":
-        fields["moe_router_pre_softmax"] = not hf_config.norm_topk_prob
-    elif hf_config.model_type == "mixtral":
-        fields["moe_router_pre_softmax"] = False
-    elif hf_config.model_type == "deepseek_v3":
-        fields |= {
-            "attention_backend": "auto",
-            # what Megatron's own attention takes the width of a head from
-            "kv_channels": hf_config.v_head_dim,
-            # only the last hidden state of the decoder is asked of a teacher
-            "mtp_num_layers": None,
-            **_yarn_fields(hf_config.rope_parameters),
-        }
-        if hf_config.n_group > 1:
-            fields |= {
-                "moe_router_num_groups": hf_config.n_group,
-                "moe_router_group_topk": hf_config.topk_group,
-            }
-    return fields
-
-
-def _yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
-    if rope.get("rope_type", "default") == "default":
-        return {
-            "rope_type": "rope",
-            "rotary_scaling_factor": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        }
-    scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    as_megatron = (
-        bool(scales[0]) == bool(scales[1])
-        and not rope.get("attention_factor")
-        and rope.get("truncate", True)
-    )
-    if not (as_megatron and rope.get("factor")):
-        raise MtopdError(
-            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor "
-            "and truncate on; "
-            f"found {dict(rope)}"
-        )
-    return {
-        "rope_type": "yarn",
-        "rotary_scaling_factor": float(rope["factor"]),
-        "original_max_position_embeddings": int(rope["original_max_position_embeddings"]),
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
-        "mscale": float(scales[0] or 1.0),
-        "mscale_all_dim": float(scales[1] or 0.0),
-    }
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class _Transformers4Config:
@@ -159,13 +29,10 @@ class _Transformers4Config:
 
     rope_scaling = None
 
-    def __init__(self, hf_config: Any) -> None:
+    def __init__(self, hf_config: PretrainedConfig, facts: ModelFacts) -> None:
         self._hf_config = hf_config
-        self.rope_theta = rope_theta(hf_config)
-        self.head_dim = (
-            getattr(hf_config, "head_dim", None)
-            or hf_config.hidden_size // hf_config.num_attention_heads
-        )
+        self.rope_theta = facts.rope_theta
+        self.head_dim = facts.head_dim
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._hf_config, name)
@@ -223,7 +90,7 @@ class Bridge:
 
     def __init__(
         self,
-        hf_config: Any,
+        hf_config: PretrainedConfig,
         *,
         dtype: torch.dtype,
         padded_vocab_size: int,
@@ -235,18 +102,20 @@ class Bridge:
         from mbridge.core.parallel_states import ParallelStates
         from mbridge.core.safetensor_io import SafeTensorIO
 
-        _refuse_variants(hf_config)
+        check_variant(hf_config)
+        self.family = FAMILIES[hf_config.model_type]
+        self.facts = self.family.facts(hf_config)
+        experts = self.facts.num_experts
+        if ep > 1 and (not experts or experts % ep):
+            raise MtopdError(
+                f"the teacher has {experts} experts, which cannot be split over ep {ep}; "
+                "set teachers[i].parallel.ep to a divisor, 1 for a dense teacher"
+            )
         bridge_class = _MODEL_REGISTRY[hf_config.model_type]
         known = {field.name for field in dataclasses.fields(bridge_class.TransformerConfigClass)}
-        fields = {**_architecture_fields(hf_config), **(overrides or {})}
+        fields = {**self.family.megatron_fields(hf_config), **(overrides or {})}
 
         def build_base_config(bridge: Any, **values: Any) -> Any:
-            experts = values.get("num_moe_experts") or 0
-            if ep > 1 and (not experts or experts % ep):
-                raise MtopdError(
-                    f"the teacher has {experts} experts, which cannot be split over ep {ep}; "
-                    "set teachers[i].parallel.ep to a divisor, 1 for a dense teacher"
-                )
             # mbridge also passes fields that Megatron has renamed since.
             return bridge_class._build_base_config(
                 bridge, **{k: v for k, v in {**values, **fields}.items() if k in known}
@@ -265,13 +134,13 @@ class Bridge:
             },
         )
         self._bridge = own_class(
-            _Transformers4Config(hf_config),
+            _Transformers4Config(hf_config, self.facts),
             dtype=dtype,
             parallel_states=ParallelStates(tp_size=tp, ep_size=ep) if tp is not None else None,
             make_vocab_size_divisible_by=1,
         )
         self._bridge.vocab_size, self._bridge.padded_vocab_size = (
-            hf_config.vocab_size,
+            self.facts.vocab_size,
             padded_vocab_size,
         )
         self._as_stored = copy.copy(self._bridge)
@@ -308,43 +177,6 @@ class Bridge:
             return {name: tensor.detach().clone() for name, tensor in pairs}
 
     # -- names -------------------------------------------------------------------------------------
-    def num_experts(self, layer: int) -> int:
-        """Routed experts of a layer, 0 in a dense one."""
-        config = self.transformer_config
-        pattern = config.moe_layer_freq
-        is_moe = pattern[layer] if isinstance(pattern, list) else layer % pattern == 0
-        return config.num_moe_experts if config.num_moe_experts and is_moe else 0
-
-    def layer_parameters(self, layer: int) -> list[str]:
-        """Local-spec names, relative to the layer, of its parameters and weight-carrying buffers
-        less the experts.
-        """
-        config = self.transformer_config
-        if config.multi_latent_attention:
-            attention = ["q_layernorm.weight", "kv_layernorm.weight"]
-            attention += [f"linear_{n}_proj.weight" for n in ("q_down", "kv_down", "q_up", "kv_up")]
-        else:
-            attention = ["q_layernorm.weight", "k_layernorm.weight"] if config.qk_layernorm else []
-            attention += [
-                "linear_qkv.weight",
-                *(["linear_qkv.bias"] if config.add_qkv_bias else []),
-            ]
-        if self.num_experts(layer):
-            mlp = [
-                "router.weight",
-                *(["router.expert_bias"] if config.moe_router_enable_expert_bias else []),
-            ]
-            if config.moe_shared_expert_intermediate_size:
-                mlp += ["shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight"]
-        else:
-            mlp = ["linear_fc1.weight", "linear_fc2.weight"]
-        return [
-            "input_layernorm.weight",
-            *(f"self_attention.{n}" for n in [*attention, "linear_proj.weight"]),
-            "pre_mlp_layernorm.weight",
-            *(f"mlp.{n}" for n in mlp),
-        ]
-
     def te_name(self, local_name: str, layer: int | None = None) -> str:
         """Local-spec parameter name -> Transformer Engine's, where most norms live in the linear
         layer after them.
@@ -361,13 +193,13 @@ class Bridge:
             r"mlp.experts.\2.weight\1",
             name,
         )
-        if self.transformer_config.multi_latent_attention:
+        if self.facts.is_latent_attention:
             name = re.sub(
                 r"(q|kv)_layernorm\.weight$", r"linear_\1_up_proj.layer_norm_weight", name
             )
         elif name == "input_layernorm.weight":
             name = "self_attention.linear_qkv.layer_norm_weight"
-        if name == "pre_mlp_layernorm.weight" and not self.num_experts(layer):
+        if name == "pre_mlp_layernorm.weight" and not self.facts.num_experts_of(layer):
             name = "mlp.linear_fc1.layer_norm_weight"
         return prefix + name
 

@@ -37,7 +37,7 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
     join along dim 0: row-parallel weights stand transposed (``.T``), gate and up apart (``.gate``,
     ``.up``).  Expert tensors, none for a dense layer: ``expert.0000/linear_fc1.weight`` (gate over
     up), ``expert.0000/linear_fc2.weight``, ...  as Megatron wants them.  Every tensor keeps its
-    dtype; only a router's expert bias becomes float32, in which Megatron adds it. Raises MtopdError
+    dtype; only the family's ``fp32_names`` become float32. Raises MtopdError
     when ``slices`` does not divide the heads, query groups or FFN rows.
     """
     common: Parts = []
@@ -56,14 +56,12 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
         for part, piece in zip(sliced, weight.chunk(slices), strict=True):
             part.append((name, piece))
 
-    config = bridge.transformer_config
-    is_latent = config.multi_latent_attention
-    heads = (
-        (config.num_attention_heads, "heads")
-        if is_latent
-        else (config.num_query_groups, "query groups")
-    )
-    for name in bridge.layer_parameters(layer):
+    facts, family = bridge.facts, bridge.family
+    if facts.is_latent_attention:
+        heads = facts.num_attention_heads, "heads"
+    else:
+        heads = facts.num_key_value_heads, "query groups"
+    for name in family.layer_names(facts, layer):
         weight = load(name)
         if name.endswith(_BY_HEAD):
             cut(name, weight, *heads)
@@ -75,7 +73,7 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
         elif name.endswith("linear_fc2.weight"):
             cut(name + TRANSPOSED, weight.T, weight.shape[1], "columns")
         else:
-            kept = weight.float() if name.endswith("expert_bias") else weight
+            kept = weight.float() if name in family.fp32_names else weight
             common.append((stored_name(COMMON, name), kept))
     layer_tensors = common + [
         (stored_name(slice_section(i), name), piece)
@@ -84,7 +82,7 @@ def layer_parts(bridge: Bridge, tensors: Tensors, layer: int, slices: int) -> tu
     ]
     expert_tensors = [
         (stored_name(expert_section(e), name), load(expert_weight(e, name)))
-        for e in range(bridge.num_experts(layer))
+        for e in range(facts.num_experts_of(layer))
         for name in ("linear_fc1.weight", "linear_fc2.weight")
     ]
     return layer_tensors, expert_tensors

@@ -18,6 +18,7 @@ from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.probe import transformers_probe
 from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
+from mtopd.families import model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
@@ -52,27 +53,28 @@ def add_teacher(
         if given is not None and not 0 < given < math.inf:
             raise MtopdError(f"the {what} is {given}; it must be a positive number")
     hf_config = load_hf_config(source)
+    facts = model_facts(hf_config)
     tokenizer = load_tokenizer(source)
-    if (known := vocab_size(tokenizer)) > hf_config.vocab_size:
+    if (known := vocab_size(tokenizer)) > facts.vocab_size:
         raise MtopdError(
-            f"{source}: the tokenizer has {known} ids, the model only {hf_config.vocab_size} rows "
+            f"{source}: the tokenizer has {known} ids, the model only {facts.vocab_size} rows "
             "for them"
         )
     dtype = torch_dtype(dtype_name(hf_config.dtype or "float32"))
     if dtype_name(dtype) not in _STORABLE:
         raise MtopdError(f"{source} is stored as {dtype}; float32 and bfloat16 can be stored")
-    bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=hf_config.vocab_size, tp=1)
+    bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=facts.vocab_size, tp=1)
     tensors = HFTensors(source)
     manifest = {
         "name": name,
         "architecture": hf_config.to_dict(),
         "vocab_size": known,
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "hidden_size": hf_config.hidden_size,
-        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": facts.hidden_size,
+        "num_layers": facts.num_layers,
         "slices": slices,
         "stored_dtype": safetensors_name(dtype),
-        "tied_embeddings": bool(hf_config.tie_word_embeddings),
+        "tied_embeddings": facts.has_tied_embeddings,
         "head": {"scale": logit_scale, "softcap": softcap, "bias": False},
         "base": None,
     }
@@ -80,7 +82,7 @@ def add_teacher(
     if target.exists():
         return _finished(target, identity)
     with StoreWriter(target, identity) as writer:
-        num_experts = _write_files(writer, bridge, tensors, hf_config, slices, dtype, progress)
+        num_experts = _write_files(writer, bridge, tensors, slices, dtype, progress)
         manifest["num_experts"] = num_experts
         manifest["tokenizer_sha256"] = _save_tokenizer(tokenizer, writer.folder / "tokenizer")
         manifest["probe"] = transformers_probe(source, tensors, scale=logit_scale, softcap=softcap)
@@ -119,7 +121,6 @@ def _write_files(
     writer: StoreWriter,
     bridge: Bridge,
     tensors: HFTensors,
-    hf_config: Any,
     slices: int,
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
@@ -127,7 +128,8 @@ def _write_files(
     """All safetensors files; returns the number of experts of a layer that has them, 0 for a dense
     teacher.
     """
-    total = hf_config.num_hidden_layers + 2 + (not hf_config.tie_word_embeddings)
+    facts = bridge.facts
+    total = facts.num_layers + 2 + (not facts.has_tied_embeddings)
     done, num_experts = 0, 0
 
     def step() -> None:
@@ -141,7 +143,7 @@ def _write_files(
         step()
 
     matrix(names.EMBEDDING, "model.embed_tokens.weight")
-    for layer in range(hf_config.num_hidden_layers):
+    for layer in range(facts.num_layers):
         if names.layer_path(layer) not in writer:
             parts, experts = layer_parts(bridge, tensors, layer, slices)
             if experts:  # before the layer's file: its record stands for both
@@ -156,7 +158,7 @@ def _write_files(
             names.FINAL_NORM, _stored([(names.stored_name(names.COMMON, "weight"), weight)])
         )
     step()
-    if not hf_config.tie_word_embeddings:
+    if not facts.has_tied_embeddings:
         matrix(names.HEAD, "lm_head.weight")
     return num_experts
 

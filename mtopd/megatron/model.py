@@ -19,6 +19,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtopd.dtypes import torch_dtype
+from mtopd.families import ModelFacts
 from mtopd.megatron import without_te
 from mtopd.megatron.parallel import Ranks
 from mtopd.megatron.without_te import have_transformer_engine
@@ -203,10 +204,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
 
 def build_chunks(
     config: TransformerConfig,
-    hf_config: Any,
+    facts: ModelFacts,
     ranks: Ranks,
     *,
-    rotary_base: float,
     padded_vocab: int,
     freeze_router: bool = False,
 ) -> list[HiddenStateModel]:
@@ -223,16 +223,16 @@ def build_chunks(
             config=config,
             transformer_layer_spec=block_spec(config, vp_stage),
             vocab_size=padded_vocab,
-            max_sequence_length=hf_config.max_position_embeddings,
+            max_sequence_length=facts.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
             post_process=parallel_state.is_pipeline_last_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
-            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            share_embeddings_and_output_weights=facts.has_tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=rotary_base,
+            rotary_base=facts.rope_theta,
             parallel_output=True,
             vp_stage=vp_stage,
         )

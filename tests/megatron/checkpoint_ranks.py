@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from mtopd.config import ParallelConfig
-from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.convert.bridge import Bridge
 from mtopd.files import write_json
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import checkpoint, parallel
@@ -62,9 +62,8 @@ def build(root: Path, job: dict[str, Any]) -> tuple[Trainer, Bridge]:
     bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=PADDED, overrides=overrides)
     chunks = build_chunks(
         bridge.transformer_config,
-        hf_config,
+        bridge.facts,
         own,
-        rotary_base=rope_theta(hf_config),
         padded_vocab=PADDED,
     )
     bridge.load(chunks, root / job["kind"])

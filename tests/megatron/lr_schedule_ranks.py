@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, ParallelConfig
-from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.convert.bridge import Bridge
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
@@ -26,10 +26,7 @@ def build(model: Path, config: OptimizerConfig, num_steps: int) -> Trainer:
     hf_config, fields = load_hf_config(model), sort_fields({})
     overrides = config_overrides(own.device, fields.transformer)
     bridge = Bridge(hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=overrides)
-    rotary_base = rope_theta(hf_config)
-    chunks = build_chunks(
-        bridge.transformer_config, hf_config, own, rotary_base=rotary_base, padded_vocab=128
-    )
+    chunks = build_chunks(bridge.transformer_config, bridge.facts, own, padded_vocab=128)
     return Trainer(chunks, own, optimizer_settings(config, num_steps), torch.float32, fields)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mtopd.config import ParallelConfig
-from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.convert.bridge import Bridge
 from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks, config_overrides
@@ -202,9 +202,8 @@ def check_resident(spec: dict[str, Any]) -> str:
     )
     chunks = build_chunks(
         bridge.transformer_config,
-        hf_config,
+        bridge.facts,
         student,
-        rotary_base=rope_theta(hf_config),
         padded_vocab=128,
     )
     bridge.load(chunks, Path(spec["hf"]) / "qwen3")

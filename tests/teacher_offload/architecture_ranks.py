@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from mtopd.config import ParallelConfig
-from mtopd.convert.bridge import Bridge, rope_theta
+from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import layer_parts
 from mtopd.dtypes import dtype_name
 from mtopd.hf_checkpoint import load_hf_config
@@ -50,11 +50,11 @@ def joined(
             weights[name.removesuffix(".T")] = tensor.T
         elif not name.endswith(".up"):
             weights[name] = tensor
-    first = mesh.ep_rank * (bridge.num_experts(layer) // mesh.ep_size)
+    first = mesh.ep_rank * (bridge.facts.num_experts_of(layer) // mesh.ep_size)
     for stored, tensor in expert_tensors:
         section, _, name = stored.partition("/")
         index = int(section.removeprefix("expert."))
-        if index * mesh.ep_size // bridge.num_experts(layer) == mesh.ep_rank:
+        if index * mesh.ep_size // bridge.facts.num_experts_of(layer) == mesh.ep_rank:
             weights[f"mlp.experts.local_experts.{index - first}.{name}"] = tensor
     return weights
 
@@ -71,7 +71,7 @@ def resident(
         max_sequence_length=128,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=rope_theta(hf_config),
+        rotary_base=bridge.facts.rope_theta,
         pg_collection=mesh.collection,
     )
     state = {"embedding.word_embeddings.weight": tensors["model.embed_tokens.weight"]}
@@ -123,7 +123,7 @@ def check_refusals(folder: Path) -> None:
             hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=fields, tp=tp, ep=ep
         )
         mesh = parallel.build_teacher_mesh(tp)
-        TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), CPU)
+        TeacherLayers(bridge.transformer_config, mesh.collection, bridge.facts.rope_theta, CPU)
 
     for call, message in (
         (lambda: parallel.build_teacher_mesh(3), "teachers[i].parallel.tp"),
@@ -168,7 +168,7 @@ def check(
         tp=mesh.tp_size,
         ep=mesh.ep_size,
     )
-    layers = TeacherLayers(bridge.transformer_config, mesh.collection, rope_theta(hf_config), CPU)
+    layers = TeacherLayers(bridge.transformer_config, mesh.collection, bridge.facts.rope_theta, CPU)
     assert held_bytes(layers) == 0, "weights are held before any is bound"
     ids = [chunks[f"ids/{i}"] for i in range(len(chunks) // 2)]
     mine = [i for i in range(len(ids)) if i % mesh.num_replicas == mesh.replica]

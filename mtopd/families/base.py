@@ -1,0 +1,125 @@
+"""The parts every model family is made of: what is asked of a model, and what dense layers have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Numbers of one model, under the same names for every family."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int  # what one token goes through: its experts' rows and the shared ones'
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_head_dim: int  # differs from head_dim under latent attention
+    vocab_size: int
+    max_positions: int
+    rope_theta: float
+    has_tied_embeddings: bool
+    is_latent_attention: bool = False  # MLA
+    num_experts: int = 0  # routed ones of a layer that has experts
+    num_dense_layers: int = 0  # of a model with experts: its first layers, which have none
+
+    def num_experts_of(self, layer: int) -> int:
+        """Routed experts of a layer, 0 in a dense one."""
+        return self.num_experts if layer >= self.num_dense_layers else 0
+
+    def is_further_head(self, name: str) -> bool:
+        """Whether an HF tensor is of a head that predicts further tokens (MTP): checkpoints keep
+        them as layers behind the last.
+        """
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        return match is not None and int(match[1]) >= self.num_layers
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of one HF ``model_type``.
+
+    ``layer_names`` are Megatron's (local spec), relative to the layer, of its parameters and
+    weight-carrying buffers less the experts, in the order in which a teacher store has them.
+    """
+
+    facts: Callable[[PretrainedConfig], ModelFacts]
+    # TransformerConfig fields where mbridge says nothing, or something else than the checkpoint's
+    # own code does.
+    megatron_fields: Callable[[PretrainedConfig], dict[str, Any]]
+    # Why a variant is refused, a line a reason: options that Megatron's layers do not have, or
+    # compute differently.
+    refusals: Callable[[PretrainedConfig], Iterator[str]]
+    layer_names: Callable[[ModelFacts, int], list[str]]
+    fp32_names: tuple[str, ...] = ()  # of layer_names: float32 whatever the model's dtype is
+    further_heads: str | None = None  # the HF config's field that counts them
+
+
+def dense_facts(hf_config: PretrainedConfig) -> ModelFacts:
+    heads = hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    return ModelFacts(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_size=hf_config.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=hf_config.num_key_value_heads,
+        head_dim=head_dim,
+        value_head_dim=head_dim,
+        vocab_size=hf_config.vocab_size,
+        max_positions=hf_config.max_position_embeddings,
+        rope_theta=float(hf_config.rope_parameters["rope_theta"]),  # transformers 5 keeps it there
+        has_tied_embeddings=bool(hf_config.tie_word_embeddings),
+    )
+
+
+def common_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "moe_grouped_gemm": False,  # stores and layers name experts one by one
+        "moe_shared_expert_overlap": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_expert_capacity_factor": None,  # no token is dropped
+        "moe_router_bias_update_rate": 0.0,
+    }
+
+
+def common_refusals(
+    hf_config: PretrainedConfig, *, rope_types: Sequence[str] = ("default",), **only: Any
+) -> Iterator[str]:
+    """``only``: the one value that is supported of a family's own HF options."""
+    only = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **only}
+    if getattr(hf_config, "use_sliding_window", False):
+        only["sliding_window"] = None
+    for name, value in only.items():
+        if (found := getattr(hf_config, name, value)) != value:
+            yield (
+                f"model_type {hf_config.model_type!r} with {name} {found!r} is not supported; only "
+                f"{value!r} is"
+            )
+    kind = hf_config.rope_parameters.get("rope_type", "default")
+    if kind not in rope_types:
+        yield f"rope_type {kind!r} of model_type {hf_config.model_type!r} is not supported"
+
+
+def names_of_layer(
+    facts: ModelFacts,
+    layer: int,
+    *,
+    attention: Sequence[str] = ("linear_qkv.weight",),
+    beside_experts: Sequence[str] = ("router.weight",),
+) -> list[str]:
+    dense = ("linear_fc1.weight", "linear_fc2.weight")
+    return [
+        "input_layernorm.weight",
+        *(f"self_attention.{name}" for name in (*attention, "linear_proj.weight")),
+        "pre_mlp_layernorm.weight",
+        *(f"mlp.{name}" for name in (beside_experts if facts.num_experts_of(layer) else dense)),
+    ]
