@@ -47,7 +47,7 @@ from mtopd.teacher_offload.head_slot import HeadSlot
 from mtopd.teacher_offload.layer_stream import TeacherStream
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
-from mtopd.trajectories import TokenStore
+from mtopd.trajectories import TokenStore, verify_shards
 from mtopd.types import SampleMetadata
 
 from .prompts import Prompts
@@ -270,11 +270,13 @@ class Job:
             write_json(path, {"nats": nats})
 
     def tokens(self, iteration: int) -> TokenStore:
-        """The iteration's trajectories, opened and compared with their hashes once for all phases
-        that read them.
+        """The iteration's trajectories, opened once for all phases that read them; the first call
+        compares the files with their seals, on one rank of every node, and is collective.
         """
         if self._tokens is None or self._tokens[0] != iteration:
-            self._tokens = iteration, TokenStore(self.run.trajectories(iteration))
+            folder = self.run.trajectories(iteration)
+            parallel.check_once_per_node(self.ranks, lambda: verify_shards(folder))
+            self._tokens = iteration, TokenStore(folder)
             self._cache_keys = {}
         return self._tokens[1]
 

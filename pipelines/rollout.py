@@ -32,7 +32,7 @@ def run(job: Job, iteration: int) -> None:
         job.ranks.rank
     ]:
         name = f"batch-{batch.start // config.batch_size:05d}"
-        if not trajectories.is_sealed(folder, name):
+        if not trajectories.shard_is_sealed(folder, name):
             trajectories.write_shard(
                 folder, name, answer(job, iteration, requests, batch), job.run.generation
             )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Ranks:
     """
 
     rank: int
+    local_rank: int  # on its node
     world_size: int
     tp_rank: int
     tp_size: int
@@ -102,6 +104,7 @@ def build_groups(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Ranks(
         rank=rank,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=layout.tp,
@@ -119,6 +122,23 @@ def build_groups(
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=device,
     )
+
+
+def check_once_per_node(ranks: Ranks, check: Callable[[], None]) -> None:
+    """Run ``check`` on one rank of every node; the MtopdError it raises on any of them is raised on
+    every rank.  Collective.
+    """
+    error = None
+    if ranks.local_rank == 0:
+        try:
+            check()
+        except MtopdError as raised:
+            error = str(raised)
+    errors: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(errors, error)
+    for text in errors:
+        if text is not None:
+            raise MtopdError(text)
 
 
 def check_layout(layout: ParallelConfig, world_size: int) -> None:

@@ -16,6 +16,7 @@ from mtopd import hidden_cache
 from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.job import Job
 from mtopd.progress import quiet_libraries
+from mtopd.types import MtopdError
 
 Rows = dict[
     hidden_cache.Request, tuple[int, np.ndarray]
@@ -63,6 +64,26 @@ def told(job: Job, visited: int) -> dict[str, list[int]]:
     return {key: [values[key] for values in passes] for key in ("samples", "tokens", "waves")}
 
 
+def refuse_a_flipped_token(job: Job) -> None:
+    """Neither rank takes trajectories that differ from their seal.  Collective."""
+    path = job.run.trajectories(0) / "given.tokens.arrow"
+    whole = path.read_bytes()
+    for damaged in (True, False):
+        dist.barrier()
+        if job.ranks.rank == 0:
+            position = len(whole) // 2
+            flipped = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
+            path.write_bytes(flipped if damaged else whole)
+        dist.barrier()
+        if damaged:
+            try:
+                teacher_pass.run(job, 0)
+            except MtopdError as error:
+                assert f"{path} is damaged: its sha256 is not the sealed one" in str(error), error
+            else:
+                raise AssertionError("a flipped token went through")
+
+
 def report(job: Job, result: dict[str, Any]) -> None:
     if job.ranks.rank == 0:
         print("RESULT " + json.dumps(result), flush=True)
@@ -72,6 +93,7 @@ def report(job: Job, result: dict[str, Any]) -> None:
 def main() -> None:
     quiet_libraries()
     job = Job(Path(sys.argv[1]), 1)
+    refuse_a_flipped_token(job)
     offload = job.config.teacher_offload
     # All batches in one wave; then in several, of which what is lacking needs fewer.
     for budget in (offload.activation_budget, 384 * 4 * job.stores[0].hidden_size):

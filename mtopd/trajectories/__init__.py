@@ -1,0 +1,27 @@
+"""Trajectories on disk, in a public format (``mtopd.trajectories.format``): shards that are written
+once, sealed, and read memory-mapped.
+"""
+
+from mtopd.trajectories.format import sealed_shards, shard_is_sealed, token_hash
+from mtopd.trajectories.read import (
+    TokenFields,
+    TokenStore,
+    read_metadata,
+    read_shard_metadata,
+    sample_metadata,
+    verify_shards,
+)
+from mtopd.trajectories.write import write_shard
+
+__all__ = [
+    "TokenFields",
+    "TokenStore",
+    "read_metadata",
+    "read_shard_metadata",
+    "sample_metadata",
+    "sealed_shards",
+    "shard_is_sealed",
+    "token_hash",
+    "verify_shards",
+    "write_shard",
+]

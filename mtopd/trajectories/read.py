@@ -1,0 +1,255 @@
+"""Read sealed shards: metadata as a table, tokens as views of the memory-mapped files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mtopd.trajectories.format import (
+    LENGTH_OF,
+    METADATA_SCHEMA,
+    SCHEMA_VERSION,
+    TOKENS_SCHEMA,
+    Shard,
+    damaged,
+    load_shard,
+    sealed_shards,
+)
+from mtopd.types import MtopdError, SampleMetadata, Trajectory
+
+
+def verify_shards(folder: Path) -> None:
+    """Compare every byte of all sealed shards with their seals; raises MtopdError that names the
+    damaged file.
+    """
+    for shard in _load_shards(folder):
+        for path in (shard.metadata_path, shard.tokens_path):
+            shard.check_size(path)
+            with open(path, "rb") as file:
+                shard.check_sha256(path, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def read_metadata(folder: Path) -> pa.Table:
+    """The metadata of all sealed shards (``METADATA_SCHEMA``), shards by name, rows as written."""
+    return pa.concat_tables(_read_tables(_load_shards(folder)))
+
+
+def read_shard_metadata(folder: Path, name: str) -> pa.Table:
+    return _read_table(load_shard(folder, name))
+
+
+def sample_metadata(metadata: pa.Table) -> list[SampleMetadata]:
+    """What ``planning`` needs of ``read_metadata``'s table."""
+    fields = ["sample_id", "teacher_index", "prompt_len", "response_len", "num_loss_tokens"]
+    return [SampleMetadata(**row) for row in metadata.select(fields).to_pylist()]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFields:
+    """One sample's per-token fields, as read-only views of the memory-mapped file."""
+
+    prompt_ids: npt.NDArray[np.int32]
+    response_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    rollout_log_probs: npt.NDArray[np.float32]
+    version_spans: tuple[tuple[int, int], ...]  # (first response token, student version)
+    teacher_prompt_ids: npt.NDArray[np.int32] | None
+
+
+class _Batch:
+    """The columns of one mapped record batch as arrays: a sample is a few slices, not a few Arrow
+    scalars.
+    """
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._length = len(batch)
+        columns = [batch.column(name) for name in TOKENS_SCHEMA.names[1:]]
+        self._starts = [column.offsets.to_numpy() for column in columns]
+        spans = columns[4].values
+        self._values = [column.values.to_numpy() for i, column in enumerate(columns) if i != 4]
+        self._spans = [spans.field(name).to_numpy() for name in ("start", "version")]
+        self._has_context = columns[5].is_valid().to_numpy(zero_copy_only=False)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def fields(self, row: int) -> TokenFields:
+        prompt, response, mask, log_probs, spans, context = (
+            slice(starts[row], starts[row + 1]) for starts in self._starts
+        )
+        starts, versions = (values[spans].tolist() for values in self._spans)
+        return TokenFields(
+            prompt_ids=self._values[0][prompt],
+            response_ids=self._values[1][response],
+            loss_mask=self._values[2][mask],
+            rollout_log_probs=self._values[3][log_probs],
+            version_spans=tuple(zip(starts, versions, strict=True)),
+            teacher_prompt_ids=self._values[4][context] if self._has_context[row] else None,
+        )
+
+
+class TokenStore:
+    """The samples of all sealed shards of a folder, by sample id.
+
+    Opening checks structure, sizes, lengths and loss masks; ``verify_shards`` checks every byte.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        shards = _load_shards(folder)
+        tables = _read_tables(shards)
+        self.metadata = pa.concat_tables(tables)  # as ``read_metadata`` gives it
+        self._row_of = {
+            sample_id: row for row, sample_id in enumerate(self.metadata["sample_id"].to_pylist())
+        }
+        self._places: list[tuple[_Batch, int]] = []  # of each row
+        for shard, metadata in zip(shards, tables, strict=True):
+            for batch in map(_Batch, _map_tokens(shard, metadata).to_batches()):
+                self._places += [(batch, row) for row in range(len(batch))]
+
+    @cached_property
+    def samples(self) -> dict[int, SampleMetadata]:
+        """What ``planning`` needs, by sample id, in the order of the shards."""
+        return {sample.sample_id: sample for sample in sample_metadata(self.metadata)}
+
+    def tokens(self, sample_id: int) -> TokenFields:
+        batch, row = self._places[self._row(sample_id)]
+        return batch.fields(row)
+
+    def get(self, sample_id: int) -> Trajectory:
+        """The trajectory as it was written."""
+        fields = self.tokens(sample_id)
+        if fields.teacher_prompt_ids is not None:
+            raise MtopdError(
+                f"sample {sample_id} of {self._folder} has teacher_prompt_ids, which a Trajectory "
+                "cannot hold; this "
+                "version scores the student's own context only: write the shard without them"
+            )
+        (row,) = self.metadata.slice(self._row(sample_id), 1).to_pylist()
+        return Trajectory(
+            sample_id=sample_id,
+            prompt_id=row["prompt_id"],
+            route=dict(row["route"]),
+            teacher_index=row["teacher_index"],
+            prompt_ids=tuple(fields.prompt_ids.tolist()),
+            response_ids=tuple(fields.response_ids.tolist()),
+            loss_mask=tuple(fields.loss_mask.tolist()),
+            rollout_log_probs=tuple(fields.rollout_log_probs.tolist()),
+            student_version=row["student_version"],
+            finish_reason=row["finish_reason"],
+            reward=row["reward"],
+        )
+
+    def _row(self, sample_id: int) -> int:
+        if sample_id not in self._row_of:
+            raise MtopdError(
+                f"sample {sample_id} is in no sealed shard of {self._folder}; plan from its own "
+                "metadata"
+            )
+        return self._row_of[sample_id]
+
+
+def _load_shards(folder: Path) -> list[Shard]:
+    shards = [load_shard(folder, name) for name in sealed_shards(folder)]
+    if not shards:
+        raise MtopdError(
+            f"{folder} has no sealed shard of trajectories; run the rollout of this iteration first"
+        )
+    return shards
+
+
+def _read_tables(shards: Sequence[Shard]) -> list[pa.Table]:
+    """The metadata of each shard; a sample id stands in one of them only."""
+    tables = [_read_table(shard) for shard in shards]
+    owner: dict[int, Shard] = {}
+    for shard, table in zip(shards, tables, strict=True):
+        for sample_id in table["sample_id"].to_pylist():
+            if sample_id in owner:
+                raise MtopdError(
+                    f"sample_id {sample_id} is in {owner[sample_id].metadata_path} and again in "
+                    f"{shard.metadata_path}; it must be unique: remove one of the shards, its seal "
+                    "first"
+                )
+            owner[sample_id] = shard
+    return tables
+
+
+def _read_table(shard: Shard) -> pa.Table:
+    path = shard.metadata_path
+    shard.check_size(path)
+    data = path.read_bytes()
+    shard.check_sha256(path, hashlib.sha256(data).hexdigest())
+    try:
+        # Another harness may mark its columns nullable or use wider integers: the cast admits both,
+        # but no null.
+        table = pq.read_table(pa.BufferReader(data), columns=METADATA_SCHEMA.names).cast(
+            METADATA_SCHEMA
+        )
+    except (pa.ArrowException, ValueError) as error:
+        raise MtopdError(
+            f"{path} is no version {SCHEMA_VERSION} metadata: {error}; see mtopd.trajectories.format"
+        ) from error
+    if len(table) != shard.num_samples:
+        raise damaged(path, f"it has {len(table)} samples, sealed were {shard.num_samples}")
+    return table
+
+
+def _map_tokens(shard: Shard, metadata: pa.Table) -> pa.Table:
+    """The tokens of a shard, memory-mapped."""
+    path = shard.tokens_path
+    shard.check_size(path)
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, f"it is no whole Arrow IPC file ({error})") from error
+    if (reason := _format_difference(table, metadata)) is not None:
+        raise MtopdError(
+            f"{path} does not fit version {SCHEMA_VERSION} of the format: {reason}; see "
+            "mtopd.trajectories.format"
+        )
+    # One schema for all shards, whatever their writers said of nulls; copies nothing.
+    return pa.Table.from_arrays([table[name] for name in TOKENS_SCHEMA.names], schema=TOKENS_SCHEMA)
+
+
+def _format_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:
+    """What is wrong with the structure of a tokens table, given the metadata it must belong to."""
+    for field in TOKENS_SCHEMA:
+        index = tokens.schema.get_field_index(field.name)  # -1 when there is none or more than one
+        if index < 0 or tokens.schema.types[index] != field.type:
+            return f"it needs one column {field.name} of type {field.type} and has {tokens.schema.types}"
+        chunks = tokens[field.name].chunks
+        if any(chunk.null_count for chunk in chunks) and not field.nullable:
+            return f"column {field.name} has nulls"
+        if pa.types.is_list(field.type) and any(chunk.values.null_count for chunk in chunks):
+            return f"column {field.name} has nulls inside its lists"
+    if not tokens["sample_id"].equals(metadata["sample_id"]):
+        return "its sample ids are not those of the metadata, in that order"
+    for column, length in LENGTH_OF.items():
+        if not pc.list_value_length(tokens[column]).equals(metadata[length]):
+            return f"the lengths of {column} are not the metadata's {length}"
+        if pc.min(metadata[length]).as_py() < 1:
+            return f"{length} is 0; it must be at least 1"
+    return _loss_mask_difference(tokens, metadata)
+
+
+def _loss_mask_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:
+    mask = pc.list_flatten(tokens["loss_mask"]).to_numpy()
+    has_others = mask.max() > 1
+    columns = [metadata[n].to_pylist() for n in ("sample_id", "response_len", "num_loss_tokens")]
+    end = 0
+    for sample_id, length, num_ones in zip(*columns, strict=True):
+        start, end = end, end + length
+        part = mask[start:end]
+        if np.count_nonzero(part) != num_ones or (has_others and part.max() > 1):
+            return f"loss_mask of sample {sample_id} must hold {num_ones} ones, else zeros"
+    return None

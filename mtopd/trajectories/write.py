@@ -1,0 +1,143 @@
+"""Write a shard of trajectories and seal it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtopd.files import write_atomic, write_json
+from mtopd.trajectories.format import (
+    FINISH_REASONS,
+    LENGTH_OF,
+    METADATA_SCHEMA,
+    SCHEMA_VERSION,
+    TOKENS_SCHEMA,
+    load_shard,
+    metadata_path,
+    seal_path,
+    shard_is_sealed,
+    token_hash,
+    tokens_path,
+)
+from mtopd.types import MtopdError, Trajectory
+
+
+def write_shard(
+    folder: Path, name: str, trajectories: Sequence[Trajectory], generation: int
+) -> None:
+    """Write and seal a shard.  A sealed shard is never overwritten; an unsealed or truncated one is
+    written anew.
+
+    Raises ValueError for a trajectory that breaks the format, MtopdError where the shard belongs to
+    somebody else.
+    """
+    _check_trajectories(name, trajectories)
+    _check_not_sealed(folder, name, generation)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        metadata_path(folder, name): _parquet_bytes([_metadata_row(t) for t in trajectories]),
+        tokens_path(folder, name): _arrow_bytes([_token_row(t) for t in trajectories]),
+    }
+    # A truncated shard's seal goes first: it must not vouch for bytes it has never seen.
+    seal_path(folder, name).unlink(missing_ok=True)
+    for path, data in contents.items():
+        write_atomic(path, data)
+    seal = {
+        "schema_version": SCHEMA_VERSION,
+        "generation": generation,
+        "num_samples": len(trajectories),
+        "files": {
+            p.name: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()}
+            for p, d in contents.items()
+        },
+    }
+    write_json(seal_path(folder, name), seal)
+
+
+def _check_not_sealed(folder: Path, name: str, generation: int) -> None:
+    if not seal_path(folder, name).exists():
+        return
+    sealed_by = load_shard(folder, name).generation
+    if sealed_by > generation or shard_is_sealed(folder, name):
+        raise MtopdError(
+            f"shard {folder / name} was sealed by start {sealed_by} of the run, this is start "
+            f"{generation}; "
+            "sealed trajectories are never overwritten: ask shard_is_sealed first"
+        )
+
+
+def _check_trajectories(name: str, trajectories: Sequence[Trajectory]) -> None:
+    if not name or "/" in name or name.startswith("."):
+        raise ValueError(
+            f"'{name}' cannot name a shard; use a plain file name that does not start with a dot"
+        )
+    if not trajectories:
+        raise ValueError(f"shard '{name}' has no trajectories; do not write it")
+    if len({t.sample_id for t in trajectories}) < len(trajectories):
+        raise ValueError(f"shard '{name}' has two trajectories with one sample_id")
+    for trajectory in trajectories:
+        if (reason := _broken_invariant(trajectory)) is not None:
+            raise ValueError(
+                f"trajectory {trajectory.sample_id} ({trajectory.prompt_id}): {reason}"
+            )
+
+
+def _broken_invariant(t: Trajectory) -> str | None:
+    if not t.prompt_ids or not t.response_ids:
+        return f"prompt has {len(t.prompt_ids)} and response {len(t.response_ids)} tokens; both need at least 1"
+    if not len(t.loss_mask) == len(t.rollout_log_probs) == len(t.response_ids):
+        return (
+            f"loss_mask has {len(t.loss_mask)} and rollout_log_probs {len(t.rollout_log_probs)} "
+            "entries "
+            f"for {len(t.response_ids)} response tokens"
+        )
+    if not set(t.loss_mask) <= {0, 1}:
+        return f"loss_mask has the values {sorted(set(t.loss_mask))}; only 0 and 1 are allowed"
+    if not np.isfinite(t.rollout_log_probs).all():
+        return "rollout_log_probs has a value that is not finite; a sampled token has a finite log-prob"
+    if t.finish_reason not in FINISH_REASONS:
+        return f"finish_reason is '{t.finish_reason}'; use one of {', '.join(FINISH_REASONS)}"
+    return None
+
+
+def _metadata_row(t: Trajectory) -> dict[str, Any]:
+    return {
+        "sample_id": t.sample_id,
+        "prompt_id": t.prompt_id,
+        "route": sorted(t.route.items()),
+        "teacher_index": t.teacher_index,
+        "prompt_len": len(t.prompt_ids),
+        "response_len": len(t.response_ids),
+        "num_loss_tokens": sum(t.loss_mask),
+        "student_version": t.student_version,
+        "finish_reason": t.finish_reason,
+        "reward": t.reward,
+        "token_hash": token_hash(t.prompt_ids, t.response_ids, t.loss_mask),
+    }
+
+
+def _token_row(t: Trajectory) -> dict[str, Any]:
+    return {
+        **{name: getattr(t, name) for name in ("sample_id", *LENGTH_OF)},
+        "version_spans": [{"start": 0, "version": t.student_version}],
+        "teacher_prompt_ids": None,
+    }
+
+
+def _parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, METADATA_SCHEMA), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _arrow_bytes(rows: list[dict[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, TOKENS_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, TOKENS_SCHEMA))
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,284 @@
+"""Trajectories survive the disk exactly; what is unsealed is invisible and what is damaged is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mtopd.trajectories import (
+    TokenStore,
+    read_metadata,
+    read_shard_metadata,
+    sample_metadata,
+    sealed_shards,
+    shard_is_sealed,
+    verify_shards,
+    write_shard,
+)
+from mtopd.trajectories import format as format_module
+from mtopd.types import MtopdError, SampleMetadata
+from tests.conftest import run_ranks
+from tests.trajectories.shards import flip, reseal, trajectory, truncate
+
+
+def test_round_trip_is_exact(folder: Path) -> None:
+    assert sealed_shards(folder) == ["a", "b"]
+    store = TokenStore(folder)
+    for k in range(4):
+        assert store.get(k) == trajectory(k)
+    for k in (10, 11, 12):
+        assert store.get(k) == trajectory(k, response_len=1 + k)
+        assert store.get(k) == store.get(k)
+    assert [os.path.basename(p) for p in folder.iterdir() if ".tmp" in p.name] == []
+
+
+def test_planning_metadata_needs_no_tokens(folder: Path) -> None:
+    for path in folder.glob("*.tokens.arrow"):
+        path.unlink()
+    metadata = read_metadata(folder)
+    assert metadata.schema.equals(format_module.METADATA_SCHEMA)
+    samples = sample_metadata(metadata)
+    assert samples[4] == SampleMetadata(
+        12, 0, 1, 13, sum(trajectory(12, response_len=13).loss_mask)
+    )
+    assert [s.sample_id for s in samples] == [0, 1, 2, 3, 12, 10, 11]
+    assert metadata.to_pylist()[1]["route"] == [("domain", "rot"), ("effort", "high")]
+    assert metadata["reward"].to_pylist()[:2] == [0.1, None]
+
+
+def test_tokens_are_views_of_the_mapped_file(folder: Path) -> None:
+    fields = TokenStore(folder).tokens(12)
+    expected = trajectory(12, response_len=13)
+    assert fields.response_ids.dtype == np.int32
+    assert fields.loss_mask.dtype == np.uint8
+    assert fields.rollout_log_probs.dtype == np.float32
+    assert fields.prompt_ids.tolist() == list(expected.prompt_ids)
+    assert not fields.response_ids.flags.writeable
+    assert not fields.response_ids.flags.owndata
+    assert fields.version_spans == ((0, 7),)
+    assert fields.teacher_prompt_ids is None
+
+
+def test_unsealed_shard_is_invisible(folder: Path) -> None:
+    (folder / "b.sealed.json").unlink()
+    assert sealed_shards(folder) == ["a"]
+    assert not shard_is_sealed(folder, "b")
+    assert len(read_metadata(folder)) == 4
+    with pytest.raises(MtopdError, match="sample 12 is in no sealed shard"):
+        TokenStore(folder).get(12)
+    (folder / "a.sealed.json").unlink()
+    with pytest.raises(MtopdError, match="no sealed shard"):
+        read_metadata(folder)
+
+
+@pytest.mark.parametrize("name", ["b.meta.parquet", "b.tokens.arrow"])
+def test_truncated_or_missing_file_is_named(folder: Path, name: str) -> None:
+    truncate(folder / name)
+    for _ in range(2):
+        assert not shard_is_sealed(folder, "b")
+        for read in (TokenStore, verify_shards):
+            with pytest.raises(MtopdError, match=f"{name} is damaged: it has"):
+                read(folder)
+        (folder / name).unlink(missing_ok=True)
+
+
+def test_flipped_byte_of_metadata_is_refused_anywhere(folder: Path) -> None:
+    path = folder / "b.meta.parquet"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 37):
+        flip(path, position)
+        with pytest.raises(MtopdError, match=r"b\.meta\.parquet is damaged: its sha256"):
+            read_metadata(folder)
+        path.write_bytes(whole)
+
+
+def test_flipped_byte_of_tokens_is_refused_anywhere(folder: Path) -> None:
+    path = folder / "b.tokens.arrow"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 19):
+        flip(path, position)
+        with pytest.raises(MtopdError, match=r"b\.tokens\.arrow is damaged: its sha256"):
+            verify_shards(folder)
+        try:  # what is not verified opens, or is refused by name
+            TokenStore(folder).get(11)
+        except MtopdError as error:
+            assert "b.tokens.arrow" in str(error)
+        path.write_bytes(whole)
+    verify_shards(folder)
+
+
+def test_flipped_token_is_refused_on_every_rank_though_one_of_each_node_reads(folder: Path) -> None:
+    path = folder / "b.tokens.arrow"
+    ids = np.asarray(trajectory(11, response_len=12).response_ids, np.int32).tobytes()
+    flip(path, path.read_bytes().index(ids) + 4)
+    output = run_ranks(4, Path(__file__).with_name("verify_ranks.py"), str(folder))
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert sorted(result["rank"] for result in results) == [0, 1, 2, 3]
+    for result in results:
+        assert result["sound"] is None
+        assert re.search(r"b\.tokens\.arrow is damaged: its sha256", result["damaged"])
+        assert result["num_reads"] == (2 if result["rank"] in (0, 2) else 0)
+
+
+def test_an_opening_reads_each_seal_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, original = Counter(), io.open
+
+    def counted(path, *args, **kwargs):
+        opened[Path(path).name] += 1
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", counted)  # pathlib's
+    monkeypatch.setattr("builtins.open", counted)
+    readings = {
+        TokenStore: {"a.sealed.json": 1, "b.sealed.json": 1},
+        read_metadata: {"a.sealed.json": 1, "b.sealed.json": 1},
+        verify_shards: {"a.sealed.json": 1, "b.sealed.json": 1},
+        lambda folder: read_shard_metadata(folder, "b"): {"b.sealed.json": 1},
+        lambda folder: shard_is_sealed(folder, "b"): {"b.sealed.json": 1},
+    }
+    for read, expected in readings.items():
+        opened.clear()
+        read(folder)
+        assert {n: count for n, count in opened.items() if n.endswith(".json")} == expected
+
+
+def test_damaged_or_foreign_seal_is_refused(folder: Path) -> None:
+    path = folder / "b.sealed.json"
+    seal = json.loads(path.read_text())
+    for text, message in [
+        ("{", "not valid JSON"),
+        (
+            json.dumps({**seal, "schema_version": 2}),
+            "schema_version 2; this version of mtopd reads 1",
+        ),
+        ("[]", "schema_version None"),
+        (json.dumps({**seal, "files": {}}), "is damaged: it must hold"),
+        (json.dumps({**seal, "num_samples": 5}), "it has 3 samples, sealed were 5"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(MtopdError, match=message) as caught:
+            read_metadata(folder)
+        assert str(folder) in str(caught.value)
+
+
+def test_one_sample_id_in_two_shards_is_refused(folder: Path) -> None:
+    write_shard(folder, "c", [trajectory(20), trajectory(2)], generation=2)
+    with pytest.raises(
+        MtopdError, match=r"sample_id 2 is in .*a\.meta\.parquet and again in .*c\.meta\.parquet"
+    ):
+        TokenStore(folder)
+
+
+def rewrite_tokens(folder: Path, change, max_chunksize: int = 1) -> None:
+    path = folder / "a.tokens.arrow"
+    with pa.OSFile(str(path)) as source:
+        table = change(pa.ipc.open_file(source).read_all())
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=max_chunksize)
+    reseal(folder, "a")
+
+
+def replace_column(table: pa.Table, name: str, values: list, type_: pa.DataType) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, type_))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["loss_mask"]), "needs one column loss_mask of type list"),
+        (
+            lambda t: replace_column(t, "prompt_ids", [[1]] * 4, pa.list_(pa.int64())),
+            "column prompt_ids of type",
+        ),
+        (
+            lambda t: replace_column(t, "prompt_ids", [[1], None] * 2, pa.list_(pa.int32())),
+            "prompt_ids has nulls",
+        ),
+        (
+            lambda t: replace_column(t, "prompt_ids", [[None]] * 4, pa.list_(pa.int32())),
+            "nulls inside its lists",
+        ),
+        (lambda t: t.slice(0, 3), "sample ids are not those"),
+        (lambda t: t.take([1, 0, 2, 3]), "sample ids are not those"),
+        (
+            lambda t: replace_column(t, "loss_mask", [[1] * 4] * 4, pa.list_(pa.uint8())),
+            "lengths of loss_mask",
+        ),
+    ],
+)
+def test_a_shard_of_another_harness_that_breaks_the_format_is_refused(
+    folder: Path, change, message: str
+) -> None:
+    rewrite_tokens(folder, change)
+    with pytest.raises(MtopdError, match=rf"a\.tokens\.arrow does not fit version 1.*{message}"):
+        TokenStore(folder)
+
+
+def test_a_shard_of_another_harness_may_have_longer_teacher_prompts(folder: Path) -> None:
+    contexts = [[9, 9, 9], None, None, None]
+    rewrite_tokens(
+        folder, lambda t: replace_column(t, "teacher_prompt_ids", contexts, pa.list_(pa.int32()))
+    )
+    rewrite_tokens(folder, lambda t: pa.table({name: t[name] for name in reversed(t.schema.names)}))
+    store = TokenStore(folder)
+    assert store.tokens(0).teacher_prompt_ids.tolist() == [9, 9, 9]
+    assert store.get(1) == trajectory(1), "several record batches, nullable columns, another order"
+    with pytest.raises(MtopdError, match=r"sample 0 .* teacher_prompt_ids"):
+        store.get(0)
+
+
+def test_metadata_of_another_harness_is_cast_but_not_guessed(folder: Path) -> None:
+    path = folder / "a.meta.parquet"
+    table = pq.read_table(path)
+    wider = replace_column(table, "prompt_len", table["prompt_len"].to_pylist(), pa.int64())
+    pq.write_table(wider, path)
+    reseal(folder, "a")
+    assert TokenStore(folder).get(3) == trajectory(3)
+    for broken in (
+        table.drop_columns(["teacher_index"]),
+        replace_column(table, "teacher_index", [0, None, 0, 0], pa.int32()),
+    ):
+        pq.write_table(broken, path)
+        reseal(folder, "a")
+        with pytest.raises(MtopdError, match=r"a\.meta\.parquet is no version 1 metadata"):
+            read_metadata(folder)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("sample_id", range(4))
+def test_loss_masks_are_refused_by_sample(folder: Path, sample_id: int, batched: bool) -> None:
+    """Another number of ones than the metadata's, or as large a sum of other values."""
+    masks = [list(trajectory(k).loss_mask) for k in range(4)]
+    sums = [sum(mask) for mask in masks]
+    for changed in ([1, 1, 1, 1, 1], [2, 0, 0, 0, 0], [255, 1, 0, 0, 0], [0, 0, 0, 0, 0]):
+        wrong = [*masks[:sample_id], changed, *masks[sample_id + 1 :]]
+        if changed == masks[sample_id]:
+            continue
+        rewrite_tokens(
+            folder,
+            lambda t, wrong=wrong: replace_column(t, "loss_mask", wrong, pa.list_(pa.uint8())),
+            max_chunksize=1 if batched else 4,
+        )
+        message = f"loss_mask of sample {sample_id} must hold {sums[sample_id]} ones, else zeros"
+        with pytest.raises(MtopdError, match=rf"a\.tokens\.arrow .*{message}"):
+            TokenStore(folder)
+
+
+def test_wrong_count_of_loss_tokens_is_refused(folder: Path) -> None:
+    path = folder / "a.meta.parquet"
+    table = pq.read_table(path)
+    pq.write_table(replace_column(table, "num_loss_tokens", [0, 0, 0, 0], pa.int32()), path)
+    reseal(folder, "a")
+    with pytest.raises(MtopdError, match="loss_mask of sample 0 must hold 0 ones"):
+        TokenStore(folder).get(0)
