@@ -115,6 +115,85 @@ def test_parts_import_downwards_only() -> None:
     assert wrong == []
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the product by its name as it is imported; a package by its own."""
+    named = {}
+    for path in sources():
+        parts = path.relative_to(REPOSITORY).with_suffix("").parts
+        parts = ("mtopd", *parts) if parts[0] == "pipelines" else parts
+        named[".".join(parts).removesuffix(".__init__")] = path
+    return named
+
+
+def imported_modules() -> dict[str, set[str]]:
+    """Module -> modules of the product that it imports, inside functions and for types too.
+
+    A name that is taken from a package counts as the module the package's ``__init__`` took it
+    from.
+    """
+    named = modules()
+    written = {name: imports(path) for name, path in named.items()}
+
+    def origin(full: str) -> str | None:
+        """The module that ``full``, a module or a name in one, comes from."""
+        if full in named:
+            return full
+        module, _, name = full.rpartition(".")
+        if module not in named:
+            return None
+        if named[module].name == "__init__.py":
+            for taken in written[module]:
+                if taken.rpartition(".")[2] == name and taken != full and origin(taken):
+                    return origin(taken)
+        return module
+
+    found = {}
+    for name, targets in written.items():
+        # `from package import name` is written down as the package, too: the name alone counts.
+        names = {t for t in targets if not any(other.startswith(f"{t}.") for other in targets)}
+        found[name] = {o for o in map(origin, names) if o} - {name}
+    return found
+
+
+def test_no_circles_of_imports() -> None:
+    """Whoever is in a circle can only be read, tested and moved together with all the others."""
+    edges = imported_modules()
+    reached: dict[str, set[str]] = {}
+    for name in edges:
+        seen: set[str] = set()
+        waiting = [*edges[name]]
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += edges[module]
+        reached[name] = seen
+    circles = {
+        frozenset(other for other in reached[name] if name in reached[other])
+        for name in edges
+        if name in reached[name]
+    }
+    said = [
+        "; ".join(f"{a} imports {b}" for a in sorted(c) for b in sorted(edges[a] & c))
+        for c in circles
+    ]
+    assert said == [], "modules that import one another in a circle"
+
+
+def test_every_module_has_a_place_in_the_directions() -> None:
+    """A module that is in none of the sets could import whatever it likes."""
+    top = {
+        p.relative_to(REPOSITORY / "mtopd").parts[0] for p in (REPOSITORY / "mtopd").rglob("*.py")
+    }
+    names = {name.removesuffix(".py") for name in top} - {"__init__"}
+    missing = names - PARTS - LOWER - BOTTOM
+    assert missing == set(), "add these to PARTS, LOWER or BOTTOM"
+    gone = (PARTS | LOWER | BOTTOM) - names
+    assert gone == set(), "no such modules any more"
+    # What a checkpoint folder, a model family, a prompt and a report are is known without Megatron.
+    assert {"hf_checkpoint", "report"} <= LOWER
+
+
 def test_heavy_and_optional_libraries_enter_in_one_place() -> None:
     wrong = []
     for path in sources():
