@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from mtopd.hf_checkpoint import Tensors, fill, load_hf_config, stored_names
 from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 NUM_TOKENS = 16
 NUM_TARGETS = 4  # of each position: the most likely id, then drawn ones
@@ -62,7 +65,7 @@ def transformers_probe(
     }
 
 
-def _streamed_model(hf_config: Any, tensors: Tensors) -> Any:
+def _streamed_model(hf_config: PretrainedConfig, tensors: Tensors) -> PreTrainedModel:
     """The causal model, whose modules take their weights from ``tensors`` when called and drop them
     after.
     """
@@ -79,12 +82,12 @@ def _streamed_model(hf_config: Any, tensors: Tensors) -> Any:
     modules |= {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
     for prefix, module in [*modules.items(), (head, model.lm_head)]:
 
-        def load(module: torch.nn.Module, args: Any, prefix: str = prefix) -> None:
+        def load(module: torch.nn.Module, args: object, prefix: str = prefix) -> None:
             module.to_empty(device="cpu")
             for name, tensor in module.state_dict().items():
                 fill(tensor, stored_names(model, f"{prefix}.{name}", tensor), tensors)
 
-        def drop(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def drop(module: torch.nn.Module, args: object, output: object) -> None:
             module.to("meta")
 
         module.register_forward_pre_hook(load)

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from mtopd.teacher_offload import names
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
 from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _STORABLE = ("float32", "bfloat16")
 
@@ -103,7 +106,7 @@ def _finished(target: Path, identity: str) -> TeacherStore:
     return store
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> dict[str, str]:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, str]:
     """Write the tokenizer's files; sha256 of each by path."""
     try:
         tokenizer.save_pretrained(folder)

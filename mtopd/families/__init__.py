@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from mtopd.families.base import Family, ModelFacts
 from mtopd.families.deepseek import DEEPSEEK_V3
-from mtopd.families.dense import LLAMA, QWEN2, QWEN3
-from mtopd.families.moe import MIXTRAL, QWEN3_MOE
+from mtopd.families.gqa import LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:

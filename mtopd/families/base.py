@@ -1,4 +1,4 @@
-"""The parts every model family is made of: what is asked of a model, and what dense layers have."""
+"""What a family is made of: the facts of a model, and what several families have in common."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def dense_facts(hf_config: PretrainedConfig) -> ModelFacts:
     )
 
 
-def common_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
+def common_fields(hf_config: PretrainedConfig, **more: Any) -> dict[str, Any]:
+    """``more``: what a family adds to the fields that all have."""
     return {
         "moe_grouped_gemm": False,  # stores and layers name experts one by one
         "moe_shared_expert_overlap": False,
@@ -88,6 +89,7 @@ def common_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_expert_capacity_factor": None,  # no token is dropped
         "moe_router_bias_update_rate": 0.0,
+        **more,
     }
 
 

@@ -84,7 +84,11 @@ def _is_yarn(rope: dict[str, Any]) -> bool:
 
 
 def _megatron_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
-    fields = {
+    groups = {
+        "moe_router_num_groups": hf_config.n_group,
+        "moe_router_group_topk": hf_config.topk_group,
+    }
+    return {
         **common_fields(hf_config),
         "attention_backend": "auto",
         # what Megatron's own attention takes the width of a head from
@@ -92,13 +96,8 @@ def _megatron_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
         # only the last hidden state of the decoder is asked of a teacher
         "mtp_num_layers": None,
         **_rope_fields(hf_config.rope_parameters),
+        **(groups if hf_config.n_group > 1 else {}),
     }
-    if hf_config.n_group > 1:
-        fields |= {
-            "moe_router_num_groups": hf_config.n_group,
-            "moe_router_group_topk": hf_config.topk_group,
-        }
-    return fields
 
 
 def _rope_fields(rope: dict[str, Any]) -> dict[str, Any]:
