@@ -51,10 +51,11 @@ from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
     Read,
-    Request,
+    RowKey,
     remove,
     sample_key,
 )
+from mtopd.trajectories import token_hash
 
 MIB = 1 << 20
 TEACHER = "a1" * 32
@@ -106,9 +107,9 @@ class Samples:
         self.num_bytes = self.num_rows * spec.row_bytes
         self.pool_NE = pool_NE
 
-    def request(self, index: int) -> Request:
-        return Request(
-            sample_key(TEACHER, [1], [self.ids[index]], [1], self.spec.hidden_dtype),
+    def request(self, index: int) -> RowKey:
+        return RowKey(
+            sample_key(TEACHER, token_hash([1], [self.ids[index]], [1]), self.spec.hidden_dtype),
             self.ids[index],
             0,
         )

@@ -67,6 +67,7 @@ class SampleMetadata:
     prompt_len: int
     response_len: int
     num_loss_tokens: int
+    token_hash: str = ""  # of prompt, response and loss mask: names the sample's cached rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def verify(run_dir: Path, console: Console) -> None:
                 task = progress.add_task(f"iteration {iteration}", total=size)
                 damaged = reader.verify(lambda count, task=task: progress.advance(task, count))  # type: ignore[misc]
                 causes = [*reader.refused.values(), *damaged.values()]
-            for sample_id in _lost(run, iteration, {entry.request.sample_id for entry in entries}):
+            for sample_id in _lost(run, iteration, {entry.row_key.sample_id for entry in entries}):
                 causes.append(
                     f"sample {sample_id} is in no index file of {cache}; it has to be computed "
                     "again"

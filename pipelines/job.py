@@ -198,7 +198,6 @@ class Job:
         self.probed: set[int] = set()  # teachers that this start has proved to be the right ones
         self._layers: dict[int, TeacherLayers] = {}
         self._tokens: tuple[int, TokenStore] | None = None
-        self._cache_keys: dict[int, bytes] = {}
 
     # -- teachers ----------------------------------------------------------------------------------
     def _build_teacher_meshes(self) -> list[parallel.TeacherMesh]:
@@ -277,21 +276,12 @@ class Job:
             folder = self.run.trajectories(iteration)
             parallel.check_once_per_node(self.ranks, lambda: verify_shards(folder))
             self._tokens = iteration, TokenStore(folder)
-            self._cache_keys = {}
         return self._tokens[1]
 
     def cache_key(self, iteration: int, sample: SampleMetadata) -> bytes:
-        """What names the sample's rows in the iteration's hidden cache, hashed once for all phases
-        that ask.
-        """
-        of_iteration = self.tokens(iteration)  # forgets the keys of another one
-        if sample.sample_id not in self._cache_keys:
-            store, fields = self.stores[sample.teacher_index], of_iteration.tokens(sample.sample_id)
-            tokens = fields.prompt_ids, fields.response_ids, fields.loss_mask
-            self._cache_keys[sample.sample_id] = sample_key(
-                store.fingerprint, *tokens, self.cache_dtype(store)
-            )
-        return self._cache_keys[sample.sample_id]
+        """What names the sample's rows in the iteration's hidden cache."""
+        store = self.stores[sample.teacher_index]
+        return sample_key(store.fingerprint, sample.token_hash, self.cache_dtype(store))
 
     # -- the loop's services -----------------------------------------------------------------------
     def iteration_seed(self, iteration: int) -> int:

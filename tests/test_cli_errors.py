@@ -21,7 +21,7 @@ from mtopd.hidden_cache import HiddenCacheWriter, sample_key
 from mtopd.manifest import start_run
 from mtopd.pipelines import cli, start
 from mtopd.run_dir import RunDir
-from mtopd.trajectories import write_shard
+from mtopd.trajectories import token_hash, write_shard
 from mtopd.types import Trajectory
 from tests.conftest import REPOSITORY
 from tests.small_models import save_model, write_prompts
@@ -316,7 +316,7 @@ def open_writer(run: RunDir, iteration: int) -> HiddenCacheWriter:
 
 def put(writer: HiddenCacheWriter, iteration: int, fingerprint: str, sample_ids: range) -> None:
     for sample_id in sample_ids:
-        key = sample_key(fingerprint, [1], [sample_id], [1], "float32")
+        key = sample_key(fingerprint, token_hash([1], [sample_id], [1]), "float32")
         sample_id += 1000 * list(FINGERPRINTS.values()).index(fingerprint)
         writer.put(
             fingerprint, 8, key, sample_id, iteration, np.full((30, 8), sample_id, np.float32)

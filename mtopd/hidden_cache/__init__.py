@@ -11,7 +11,7 @@ sample is computed again into a new segment, and readers use the copy that is so
 """
 
 from mtopd.hidden_cache.folder import remove
-from mtopd.hidden_cache.key import Request, sample_key
+from mtopd.hidden_cache.key import RowKey, sample_key
 from mtopd.hidden_cache.reader import CacheMiss, Entry, HiddenCacheReader, Read
 from mtopd.hidden_cache.recovery import Recovery, collect_garbage, merge_index, recover
 from mtopd.hidden_cache.rows import as_rows
@@ -25,7 +25,7 @@ __all__ = [
     "HiddenCacheWriter",
     "Read",
     "Recovery",
-    "Request",
+    "RowKey",
     "SegmentDamaged",
     "as_rows",
     "collect_garbage",

@@ -24,7 +24,7 @@ import numpy as np
 
 from mtopd.hidden_cache import folder as cache_folder
 from mtopd.hidden_cache.index import IndexRow, load_index
-from mtopd.hidden_cache.key import Request
+from mtopd.hidden_cache.key import RowKey
 from mtopd.hidden_cache.layout import SegmentLayout, crc32c
 from mtopd.hidden_cache.segment import OpenShard, SegmentDamaged, SegmentReader, segment_damaged
 from mtopd.types import MtopdError
@@ -45,7 +45,7 @@ class CacheMiss(MtopdError):
 class Entry(NamedTuple):
     """One committed copy of a sample's rows."""
 
-    request: Request
+    row_key: RowKey
     layout: SegmentLayout
     segment: Path
     sample: IndexRow
@@ -76,7 +76,7 @@ class HiddenCacheReader:
     def __init__(self, root: Path) -> None:
         self.bytes_read = 0  # from storage: whole zarr chunks, verification included
         self.refused: dict[Path, str] = {}  # index files that count as not there, with the cause
-        self._copies: dict[Request, list[Entry]] = {}
+        self._copies: dict[RowKey, list[Entry]] = {}
         self._segments: dict[Path, SegmentReader] = {}
         self._open_shard = lru_cache(_OPEN_SHARDS)(OpenShard)
         self._pool: ThreadPoolExecutor | None = None
@@ -85,16 +85,16 @@ class HiddenCacheReader:
         if cache_folder.is_marked(root):
             for teacher in cache_folder.teacher_folders(root):
                 self._load(teacher)
-        self._by_key = {request.key: request for request in self._copies}
-        self._by_sample_id = {request.sample_id: request for request in self._copies}
+        self._by_key = {row_key.key: row_key for row_key in self._copies}
+        self._by_sample_id = {row_key.sample_id: row_key for row_key in self._copies}
 
     def lookup(self, key: bytes, sample_id: int, student_version: int) -> Entry | None:
         """The entry of a trajectory, or None; why a near match was refused is logged."""
-        request = Request(key, sample_id, student_version)
-        copies = self._copies.get(request)
+        row_key = RowKey(key, sample_id, student_version)
+        copies = self._copies.get(row_key)
         if copies is not None:
             return copies[0]
-        cause = self._why_refused(request)
+        cause = self._why_refused(row_key)
         if cause:
             logger.warning("hidden cache: %s", cause)
         return None
@@ -112,14 +112,14 @@ class HiddenCacheReader:
         assert 0 <= start <= stop <= entry.n_tokens, (start, stop, entry.n_tokens)
         assert out_NE.shape == (stop - start, entry.layout.hidden_size), (out_NE.shape, start, stop)
         causes = []
-        for copy in self._copies[entry.request]:
+        for copy in self._copies[entry.row_key]:
             try:
                 return self._read_copy(copy, start, stop, out_NE)
             except SegmentDamaged as damage:
                 logger.warning("%s", damage)
                 causes.append(str(damage))
         raise CacheMiss(
-            f"sample {entry.request.sample_id}: no sound copy of its rows. {'; '.join(causes)}"
+            f"sample {entry.row_key.sample_id}: no sound copy of its rows. {'; '.join(causes)}"
         )
 
     def read_many(self, reads: Iterable[Read]) -> None:
@@ -151,21 +151,21 @@ class HiddenCacheReader:
         """The copy of every sample that wins, in the order of the disk."""
         return sorted((copies[0] for copies in self._copies.values()), key=_place)
 
-    def copies(self, request: Request) -> list[Entry]:
-        return list(self._copies.get(request, ()))
+    def copies(self, row_key: RowKey) -> list[Entry]:
+        return list(self._copies.get(row_key, ()))
 
     def missing(
         self,
-        requests: Iterable[tuple[bytes, int, int]],
+        row_keys: Iterable[tuple[bytes, int, int]],
         progress: Callable[[int], None] = lambda num_bytes: None,
-    ) -> dict[Request, str]:
-        """The requests that have to be computed, each with the cause.  Reads and verifies all
+    ) -> dict[RowKey, str]:
+        """The row keys that have to be computed, each with the cause.  Reads and verifies all
         others in full.
 
         ``progress`` is told the bytes of rows of each one that was read.
         """
-        causes: dict[Request, str | None] = dict.fromkeys(map(Request._make, requests))
-        present = [self._copies[request][0] for request in causes if request in self._copies]
+        causes: dict[RowKey, str | None] = dict.fromkeys(map(RowKey._make, row_keys))
+        present = [self._copies[row_key][0] for row_key in causes if row_key in self._copies]
 
         def check(entry: Entry) -> tuple[Entry, str | None]:
             try:
@@ -175,18 +175,16 @@ class HiddenCacheReader:
             return entry, None
 
         for entry, cause in self._map(check, sorted(present, key=_place)):
-            causes[entry.request] = cause
+            causes[entry.row_key] = cause
             progress(entry.n_tokens * entry.layout.row_bytes)
-        for request in causes:
-            if request not in self._copies:
-                causes[request] = (
-                    self._why_refused(request) or f"sample {request.sample_id} is not in the cache"
+        for row_key in causes:
+            if row_key not in self._copies:
+                causes[row_key] = (
+                    self._why_refused(row_key) or f"sample {row_key.sample_id} is not in the cache"
                 )
-        return {request: cause for request, cause in causes.items() if cause is not None}
+        return {row_key: cause for row_key, cause in causes.items() if cause is not None}
 
-    def verify(
-        self, progress: Callable[[int], None] = lambda num_bytes: None
-    ) -> dict[Request, str]:
+    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> dict[RowKey, str]:
         """The entries of which no sound copy is left, each with the cause.  See ``refused`` for
         whole index files.
         """
@@ -253,9 +251,9 @@ class HiddenCacheReader:
                 name: teacher / "seg" / name for name in {sample.segment for sample in samples}
             }
             for sample in samples:
-                request = Request(sample.sample_key, sample.sample_id, sample.student_version)
-                entry = Entry(request, layout, segments[sample.segment], sample)
-                copies = self._copies.setdefault(request, [])
+                row_key = RowKey(sample.sample_key, sample.sample_id, sample.student_version)
+                entry = Entry(row_key, layout, segments[sample.segment], sample)
+                copies = self._copies.setdefault(row_key, [])
                 if entry not in copies:  # a merge that was cut short names it twice
                     copies.append(entry)
 
@@ -323,20 +321,19 @@ class HiddenCacheReader:
             self._segments[copy.segment] = segment
         return segment
 
-    def _why_refused(self, request: Request) -> str | None:
+    def _why_refused(self, row_key: RowKey) -> str | None:
         """Why an entry that nearly fits is not the one asked for; None if there is none."""
-        if request.key in self._by_key:
-            found = self._by_key[request.key]
+        if row_key.key in self._by_key:
+            found = self._by_key[row_key.key]
             return (
-                f"sample {request.sample_id} of student version {request.student_version}: its "
+                f"sample {row_key.sample_id} of student version {row_key.student_version}: its "
                 "tokens are cached, but "
                 f"for sample {found.sample_id} of version {found.student_version}; refused"
             )
-        if request.sample_id in self._by_sample_id:
+        if row_key.sample_id in self._by_sample_id:
             return (
-                f"sample {request.sample_id}: its entry was computed for another teacher, other "
-                "tokens, another loss "
-                "mask or dtype; refused"
+                f"sample {row_key.sample_id}: its entry was computed for another teacher, other "
+                "tokens, another loss mask or dtype, or by another version; refused"
             )
         return None
 

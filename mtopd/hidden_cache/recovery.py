@@ -21,7 +21,7 @@ from mtopd.hidden_cache import folder as cache_folder
 from mtopd.hidden_cache.durable import PARTIAL, full_disk_raises, publish
 from mtopd.hidden_cache.index import IndexRow, dump_index
 from mtopd.hidden_cache.journal import load_journal
-from mtopd.hidden_cache.key import Request
+from mtopd.hidden_cache.key import RowKey
 from mtopd.hidden_cache.layout import CHUNKS_PER_SHARD, SegmentLayout, crc32c, stored_crc
 from mtopd.hidden_cache.reader import HiddenCacheReader, load_teacher_index
 from mtopd.hidden_cache.segment import partial_shard
@@ -36,8 +36,8 @@ class Recovery:
     """What was found in the segments that no index file names; these segments are gone now."""
 
     segments: list[str] = field(default_factory=list)
-    salvaged: list[Request] = field(default_factory=list)  # committed again, bit for bit
-    dropped: list[Request] = field(
+    salvaged: list[RowKey] = field(default_factory=list)  # committed again, bit for bit
+    dropped: list[RowKey] = field(
         default_factory=list
     )  # named by a journal, but their rows had not reached the disk
 
@@ -76,18 +76,18 @@ def recover(root: Path) -> Recovery:
 
 def _recover_segment(root: Path, teacher: Path, segment: Path, found: Recovery) -> None:
     named = [
-        Request(row.sample_key, row.sample_id, row.student_version) for row in load_journal(segment)
+        RowKey(row.sample_key, row.sample_id, row.student_version) for row in load_journal(segment)
     ]
-    salvaged: list[Request] = []
+    salvaged: list[RowKey] = []
     try:
         layout = cache_folder.load_teacher(teacher)
         with HiddenCacheWriter(
             root, writer="recovered", generation=0, hidden_dtype=layout.hidden_dtype
         ) as writer:
             for row, rows_NE in _sound_samples(segment, layout):
-                request = Request(row.sample_key, row.sample_id, row.student_version)
-                writer.put(layout.teacher_fingerprint, layout.hidden_size, *request, rows_NE)
-                salvaged.append(request)
+                row_key = RowKey(row.sample_key, row.sample_id, row.student_version)
+                writer.put(layout.teacher_fingerprint, layout.hidden_size, *row_key, rows_NE)
+                salvaged.append(row_key)
     except (
         OSError,
         MtopdError,
@@ -191,7 +191,7 @@ def collect_garbage(root: Path) -> list[str]:
         kept: set[Path] = set()
         doubtful: set[Path] = set()
         for entry in reader.entries():
-            copies = reader.copies(entry.request)
+            copies = reader.copies(entry.row_key)
             sound = (
                 copies[:1]
                 if len(copies) == 1

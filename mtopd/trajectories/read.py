@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ def read_shard_metadata(folder: Path, name: str) -> pa.Table:
 
 def sample_metadata(metadata: pa.Table) -> list[SampleMetadata]:
     """What ``planning`` needs of ``read_metadata``'s table."""
-    fields = ["sample_id", "teacher_index", "prompt_len", "response_len", "num_loss_tokens"]
-    return [SampleMetadata(**row) for row in metadata.select(fields).to_pylist()]
+    names = [field.name for field in dataclasses.fields(SampleMetadata)]
+    return [SampleMetadata(**row) for row in metadata.select(names).to_pylist()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,20 @@ import numpy as np
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
-    Request,
+    RowKey,
     sample_key,
 )
+from mtopd.trajectories import token_hash
 
 MATH, CODE = "a1" * 32, "b2" * 32  # teacher fingerprints
 SIZES = {MATH: 4, CODE: 6}
 
 
-def request_of(sample_id: int, teacher: str = MATH, version: int = 7) -> Request:
-    return Request(
-        sample_key(teacher, [1, 2], [sample_id, 3], [1, 1], "bfloat16"), sample_id, version
+def request_of(sample_id: int, teacher: str = MATH, version: int = 7) -> RowKey:
+    return RowKey(
+        sample_key(teacher, token_hash([1, 2], [sample_id, 3], [1, 1]), "bfloat16"),
+        sample_id,
+        version,
     )
 
 

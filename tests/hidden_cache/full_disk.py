@@ -18,19 +18,22 @@ import pytest
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
-    Request,
+    RowKey,
     recover,
     remove,
     sample_key,
 )
+from mtopd.trajectories import token_hash
 from mtopd.types import MtopdError
 
 TEACHER, SIZE, ROWS = "a1" * 32, 256, 1000
 PAGE = 4 << 10
 
 
-def request_of(sample_id: int) -> Request:
-    return Request(sample_key(TEACHER, [1, 2], [sample_id, 3], [1, 1], "bfloat16"), sample_id, 7)
+def request_of(sample_id: int) -> RowKey:
+    return RowKey(
+        sample_key(TEACHER, token_hash([1, 2], [sample_id, 3], [1, 1]), "bfloat16"), sample_id, 7
+    )
 
 
 def rows_of(sample_id: int) -> np.ndarray:

@@ -32,11 +32,12 @@ import numpy as np
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
-    Request,
+    RowKey,
     merge_index,
     recover,
     sample_key,
 )
+from mtopd.trajectories import token_hash
 
 WRITERS, SAMPLES, SAMPLES_A_COMMIT = 3, 96, 5
 SIZES = {"a1" * 32: 256, "b2" * 32: 384}  # teacher fingerprint -> hidden size
@@ -77,7 +78,7 @@ def run(kills: int, folder: Path, seed: int) -> str:
     )
     seconds = _seconds_of_phases(said.words)
 
-    root, generation, present, killed = folder / "killed", 0, set[Request](), Counter[str]()
+    root, generation, present, killed = folder / "killed", 0, set[RowKey](), Counter[str]()
     survived = salvaged = finished = 0
     while killed.total() < kills:
         lacking = [i for i in range(SAMPLES) if _request(i) not in present]
@@ -98,7 +99,7 @@ def run(kills: int, folder: Path, seed: int) -> str:
             assert said.exit_code in (0, -signal.SIGKILL), f"a writer ended with {said.exit_code}"
             if said.exit_code:
                 killed[_phase(said)] += 1
-            pending: set[Request] = set()
+            pending: set[RowKey] = set()
             for word, _ in said.words:
                 if word == "commit":
                     may_be_committed |= pending
@@ -216,9 +217,9 @@ def _teacher(sample_id: int) -> str:
     return list(SIZES)[sample_id // WRITERS % len(SIZES)]
 
 
-def _request(sample_id: int) -> Request:
-    key = sample_key(_teacher(sample_id), [1, 2], [sample_id, 3], [1, 1], "bfloat16")
-    return Request(key, sample_id, student_version=7)
+def _request(sample_id: int) -> RowKey:
+    key = sample_key(_teacher(sample_id), token_hash([1, 2], [sample_id, 3], [1, 1]), "bfloat16")
+    return RowKey(key, sample_id, student_version=7)
 
 
 def _draw(sample_id: int) -> np.ndarray:
@@ -229,7 +230,7 @@ def _draw(sample_id: int) -> np.ndarray:
     )
 
 
-def _rows(root: Path) -> dict[Request, np.ndarray]:
+def _rows(root: Path) -> dict[RowKey, np.ndarray]:
     """Every sample that the cache says it has; raises CacheMiss where one cannot be read soundly."""
     rows = {}
     with HiddenCacheReader(root) as reader:

@@ -20,19 +20,22 @@ from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
     Recovery,
-    Request,
+    RowKey,
     recover,
     sample_key,
 )
+from mtopd.trajectories import token_hash
 
 MATH, CODE = "a1" * 32, "b2" * 32
 SIZE, SAMPLES = 4, 4
 CHUNK_ROWS, SHARD_ROWS = 1024, 65536
 
 
-def request_of(teacher: str, sample_id: int) -> Request:
+def request_of(teacher: str, sample_id: int) -> RowKey:
     number = sample_id + (100 if teacher == CODE else 0)
-    return Request(sample_key(teacher, [1, 2], [number, 3], [1, 1], "bfloat16"), number, 7)
+    return RowKey(
+        sample_key(teacher, token_hash([1, 2], [number, 3], [1, 1]), "bfloat16"), number, 7
+    )
 
 
 def rows_of(teacher: str, sample_id: int, n: int) -> np.ndarray:

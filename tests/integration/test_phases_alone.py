@@ -114,7 +114,7 @@ def rows_of(run: RunDir) -> list[np.ndarray]:
     assert segments
     with HiddenCacheReader(run.hidden_cache(LAST)) as reader:
         entries = sorted(
-            (copies[0] for copies in reader._copies.values()), key=lambda e: e.request.sample_id
+            (copies[0] for copies in reader._copies.values()), key=lambda e: e.row_key.sample_id
         )
         return [
             np.asarray(segments[e.sample.segment][e.sample.row : e.sample.row + e.n_tokens])

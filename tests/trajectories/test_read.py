@@ -23,6 +23,7 @@ from mtopd.trajectories import (
     sample_metadata,
     sealed_shards,
     shard_is_sealed,
+    token_hash,
     verify_shards,
     write_shard,
 )
@@ -49,9 +50,9 @@ def test_planning_metadata_needs_no_tokens(folder: Path) -> None:
     metadata = read_metadata(folder)
     assert metadata.schema.equals(format_module.METADATA_SCHEMA)
     samples = sample_metadata(metadata)
-    assert samples[4] == SampleMetadata(
-        12, 0, 1, 13, sum(trajectory(12, response_len=13).loss_mask)
-    )
+    t = trajectory(12, response_len=13)
+    hashed = token_hash(t.prompt_ids, t.response_ids, t.loss_mask)
+    assert samples[4] == SampleMetadata(12, 0, 1, 13, sum(t.loss_mask), hashed)
     assert [s.sample_id for s in samples] == [0, 1, 2, 3, 12, 10, 11]
     assert metadata.to_pylist()[1]["route"] == [("domain", "rot"), ("effort", "high")]
     assert metadata["reward"].to_pylist()[:2] == [0.1, None]
