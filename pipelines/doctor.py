@@ -115,7 +115,7 @@ def _layer_specs() -> str:
     local = "Megatron's local layer specs"
     if _version("transformer-engine") == _MISSING:
         return _with_extra("transformer-engine", "gpu", local)
-    from mtopd.megatron.model import have_transformer_engine
+    from mtopd.megatron.without_te import have_transformer_engine
 
     return (
         "Transformer Engine's layer specs"

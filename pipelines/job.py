@@ -30,13 +30,8 @@ from mtopd.hidden_cache import sample_key
 from mtopd.manifest import check_accepted
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.megatron.model import (
-    build_chunks,
-    config_overrides,
-    megatron_refuses,
-    padded_vocab_size,
-    sort_fields,
-)
+from mtopd.megatron.model import build_chunks, padded_vocab_size
+from mtopd.megatron.options import config_overrides, megatron_refuses, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, Trainer
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine

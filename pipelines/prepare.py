@@ -14,7 +14,14 @@ from mtopd.families import ModelFacts, model_facts
 from mtopd.files import remove_tree, sweep
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.manifest import start_run
-from mtopd.megatron.options import FREE_MEGATRON
+from mtopd.megatron.options import (
+    FREE_MEGATRON,
+    LAYOUT_DEPENDENT,
+    has_sequence_parallel,
+    sort_fields,
+    split_options,
+    splits_unevenly,
+)
 from mtopd.megatron.parallel import check_layout
 from mtopd.planning import MAX_STAGE_IMBALANCE, Architecture, propose_split
 from mtopd.run_dir import RunDir, is_sealed
@@ -23,25 +30,6 @@ from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vo
 from mtopd.types import MtopdError
 
 from . import prompts
-
-# Options that make a train step depend on how tokens meet in batches, not the same numbers on
-# another layout; with what each may be, the default first.  A kind of balancing that is a loss does
-# nothing at moe_aux_loss_coeff 0.
-_ROUTING: dict[str, tuple[Any, ...]] = {
-    "moe_aux_loss_coeff": (0.0,),
-    "moe_z_loss_coeff": (None,),
-    "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
-    "moe_router_force_load_balancing": (False,),
-    "moe_input_jitter_eps": (None,),
-    "moe_expert_capacity_factor": (None,),
-    "moe_token_drop_policy": ("probs",),
-    "moe_router_bias_update_rate": (0.0,),
-}
-UNEVEN_SPLIT = {
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-}
 
 Say = Callable[[str], None]
 
@@ -96,7 +84,7 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
     better.
     """
     parallel = config.student.parallel
-    if UNEVEN_SPLIT & config.student.megatron.keys():
+    if splits_unevenly(config.student.megatron):
         return
     even, better = propose_split(
         architecture(model_facts(load_hf_config(config.student.model))),
@@ -109,16 +97,8 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
         return
     said = f"the last pipeline stage costs {even.imbalance:.2f}x the mean"
     if better is not None:
-        first, *between, last = better.layers
-        options = [
-            f"num_layers_in_first_pipeline_stage={first}",
-            f"num_layers_in_last_pipeline_stage={last}",
-        ]
-        if len({first, *between}) == 1:  # one option alone says it
-            del options[0]
-        elif len({*between, last}) == 1:
-            del options[1]
-        said += f"; {' '.join(f'student.megatron.{o}' for o in options)} would make that {better.imbalance:.2f}x"
+        options = " ".join(split_options(better.layers))
+        said += f"; {options} would make that {better.imbalance:.2f}x"
     if (better or even).imbalance > MAX_STAGE_IMBALANCE:
         knobs = "pp or vpp" if parallel.vpp > 1 else "pp"
         said += f"; no split is more even, a smaller student.parallel.{knobs} is"
@@ -194,13 +174,11 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> Any:
             "rows for them"
         )
     if student.megatron:  # checked against Megatron's own fields, whose import takes seconds
-        from mtopd.megatron.model import sort_fields
-
         sort_fields(student.megatron)
     check_experts(student, facts, deterministic)
     parallel = student.parallel
     check_layout(parallel, parallel.world_size)
-    chunks = 1 if UNEVEN_SPLIT & student.megatron.keys() else parallel.pp * parallel.vpp
+    chunks = 1 if splits_unevenly(student.megatron) else parallel.pp * parallel.vpp
     for what, count, ways in (
         ("key-value heads", facts.num_key_value_heads, parallel.tp),
         ("layers", facts.num_layers, chunks),
@@ -221,7 +199,7 @@ def check_experts(student: StudentConfig, facts: ModelFacts, deterministic: bool
             f"{student.model} has {experts} experts, which student.parallel.ep {parallel.ep} does "
             "not divide"
         )
-    if (experts or latent) and parallel.tp > 1 and not megatron.get("sequence_parallel"):
+    if (experts or latent) and parallel.tp > 1 and not has_sequence_parallel(megatron):
         raise MtopdError(
             f"student.parallel.tp {parallel.tp} with "
             f"{'experts' if experts else 'latent attention'} needs sequence "
@@ -243,7 +221,7 @@ def check_experts(student: StudentConfig, facts: ModelFacts, deterministic: bool
             "is not supported: "
             "leave etp out (tp without ep, 1 with it)"
         )
-    for name, allowed in _ROUTING.items() if deterministic and experts else ():
+    for name, allowed in LAYOUT_DEPENDENT.items() if deterministic and experts else ():
         if megatron.get(name, allowed[0]) not in allowed:
             raise MtopdError(
                 f"student.megatron.{name}={megatron[name]} makes a step depend on the layout; set "

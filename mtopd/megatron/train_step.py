@@ -35,7 +35,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import Float16Module
 
 from mtopd.megatron import cpu
-from mtopd.megatron.model import HiddenStateModel, MegatronFields, megatron_refuses
+from mtopd.megatron.model import HiddenStateModel
+from mtopd.megatron.options import MegatronFields, megatron_refuses
 from mtopd.megatron.parallel import Ranks
 
 
@@ -123,18 +124,15 @@ class Trainer:
         with megatron_refuses():
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
             optimizer_config = OptimizerConfig(
-                **{
-                    "optimizer": "adam",
-                    "lr": settings.lr,
-                    "min_lr": settings.min_lr,
-                    "weight_decay": settings.weight_decay,
-                    "adam_beta1": settings.adam_beta1,
-                    "adam_beta2": settings.adam_beta2,
-                    "clip_grad": settings.clip_grad,
-                    "bf16": dtype == torch.bfloat16,
-                    "params_dtype": dtype,
-                    **fields.optimizer,
-                }
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                clip_grad=settings.clip_grad,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                **fields.optimizer,
             )
         # Buckets of the chunks after the first are not needed before the pipeline's end: one each.
         self.ddp = [

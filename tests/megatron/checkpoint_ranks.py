@@ -29,7 +29,8 @@ from mtopd.files import write_json
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import checkpoint, parallel
 from mtopd.megatron.cross_entropy import CrossEntropy
-from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
+from mtopd.megatron.model import build_chunks
+from mtopd.megatron.options import config_overrides, sort_fields
 from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
 from mtopd.pipelines.packing import pack_rows, rows_here
 from mtopd.progress import quiet_libraries

@@ -15,7 +15,8 @@ from mtopd.config import OptimizerConfig, ParallelConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
-from mtopd.megatron.model import build_chunks, config_overrides, sort_fields
+from mtopd.megatron.model import build_chunks
+from mtopd.megatron.options import config_overrides, sort_fields
 from mtopd.megatron.train_step import Trainer
 from mtopd.pipelines.job import optimizer_settings
 from mtopd.progress import quiet_libraries

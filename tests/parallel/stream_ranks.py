@@ -19,7 +19,8 @@ from mtopd.config import ParallelConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.megatron import parallel
-from mtopd.megatron.model import build_chunks, config_overrides
+from mtopd.megatron.model import build_chunks
+from mtopd.megatron.options import config_overrides
 from mtopd.pipelines.job import build_teacher_layers
 from mtopd.planning import plan_pass
 from mtopd.progress import quiet_libraries

@@ -20,7 +20,8 @@ from mtopd.dtypes import dtype_name
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.megatron.model import HiddenStateModel, block_spec, config_overrides
+from mtopd.megatron.model import HiddenStateModel, block_spec
+from mtopd.megatron.options import config_overrides
 from mtopd.teacher_offload.probe import check_probe
 from mtopd.tokenizer import load_tokenizer, vocab_size
 from mtopd.types import MtopdError

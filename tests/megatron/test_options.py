@@ -10,8 +10,16 @@ import fnmatch
 import pytest
 import torch
 
-from mtopd.megatron.model import KINDS, config_overrides, megatron_refuses, sort_fields
-from mtopd.megatron.options import FREE_MEGATRON
+from mtopd.megatron.options import (
+    FREE_MEGATRON,
+    LAYOUT_DEPENDENT,
+    config_overrides,
+    megatron_dataclasses,
+    megatron_refuses,
+    sort_fields,
+    split_options,
+    splits_unevenly,
+)
 from mtopd.types import MtopdError
 
 
@@ -37,7 +45,7 @@ def test_yaml_strings_become_numbers_and_words_stay() -> None:
 
 def test_yaml_strings_become_members_of_enumerations_and_dtypes() -> None:
     backend = sort_fields({"attention_backend": "flash"}).transformer["attention_backend"]
-    assert backend == type(KINDS[0].attention_backend).flash
+    assert backend == type(megatron_dataclasses()[0].attention_backend).flash
     assert sort_fields({"exp_avg_dtype": "bfloat16"}).optimizer == {"exp_avg_dtype": torch.bfloat16}
 
 
@@ -60,13 +68,37 @@ def test_strings_that_a_field_does_not_know_are_refused(name: str, value: str, n
 
 
 def test_what_a_later_start_may_change_are_fields_of_megatron() -> None:
-    known = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
+    known = {field.name for kind in megatron_dataclasses() for field in dataclasses.fields(kind)}
     for pattern in FREE_MEGATRON:
         assert fnmatch.filter(known, pattern), pattern
     free = {name for pattern in FREE_MEGATRON for name in fnmatch.filter(known, pattern)}
     assert not [
         name for name in free if name.startswith(("adam", "hidden", "moe_router", "moe_aux", "fp8"))
     ]
+
+
+def test_what_depends_on_the_layout_is_a_field_that_a_later_start_may_not_change() -> None:
+    transformer = megatron_dataclasses()[0]
+    assert LAYOUT_DEPENDENT.keys() <= {field.name for field in dataclasses.fields(transformer)}
+    for name in LAYOUT_DEPENDENT:
+        assert not [pattern for pattern in FREE_MEGATRON if fnmatch.fnmatchcase(name, pattern)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        ([4, 4, 2], ["last_pipeline_stage=2"]),
+        ([3, 4, 4], ["first_pipeline_stage=3"]),
+        ([3, 4, 2], ["first_pipeline_stage=3", "last_pipeline_stage=2"]),
+    ],
+)
+def test_an_uneven_split_takes_as_few_options_as_say_it(
+    layers: list[int], options: list[str]
+) -> None:
+    found = split_options(layers)
+    assert found == [f"student.megatron.num_layers_in_{option}" for option in options]
+    assert splits_unevenly({found[0].split(".")[2].split("=")[0]: 1})
+    assert not splits_unevenly({"sequence_parallel": True})
 
 
 @pytest.mark.parametrize(
