@@ -151,12 +151,9 @@ def kill_once(
     assert ports or hit == "start-up", "a job of four ranks listens for them"
     launcher = not family or draw.random() < 0.15
     doomed = process.pid if launcher else draw.choice(family).pid
-    killed = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.kill(doomed, signal.SIGKILL)
-    code, output = finish(process, timeout=DOWN_S)
-    took = time.monotonic() - killed
-    assert took < DOWN_S
+    code, output = finish(process, timeout=DOWN_S)  # which fails when the job is not down by then
     if not launcher:
         assert code == 2 and re.search(r"rank \d was killed by SIGKILL", output), output
         assert output.count("error:") == 1, output

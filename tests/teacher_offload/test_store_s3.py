@@ -4,12 +4,15 @@ without secrets.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -164,8 +167,29 @@ def test_what_is_no_plain_url_is_refused(url: str, said: str) -> None:
     assert said in refusal(url, "hunter2", "AKIAKEY")
 
 
-def test_a_server_that_is_gone_ends_in_an_error_soon(
-    local: TeacherStore, monkeypatch: pytest.MonkeyPatch
+@contextlib.contextmanager
+def hangs_up(port: int) -> Iterator[list[object]]:
+    """Whatever connects to ``port`` is counted and gets no answer."""
+    connections: list[object] = []
+    with socket.create_server(("127.0.0.1", port)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # shut down below
+                while True:
+                    connection, address = listening.accept()
+                    connections.append(address)
+                    connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield connections
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize("port_is_open", [False, True])
+def test_a_server_that_is_gone_ends_in_an_error_after_bounded_retries(
+    local: TeacherStore, monkeypatch: pytest.MonkeyPatch, port_is_open: bool
 ) -> None:
     with s3_server() as other:
         for name, value in other.environment.items():
@@ -173,12 +197,17 @@ def test_a_server_that_is_gone_ends_in_an_error_soon(
         other.upload(Path(local.location), "stores/t")
         store = open_store(URL)
         other.stop()
-        started = time.perf_counter()
-        with pytest.raises(
-            MtopdError, match=rf"cannot read {URL}/{LAYER}: the request failed.* retries"
-        ) as caught:
+        port = urlsplit(other.url).port
+        assert port is not None
+        counted = hangs_up(port) if port_is_open else contextlib.nullcontext()
+        with (
+            counted as connections,
+            pytest.raises(
+                MtopdError, match=rf"cannot read {URL}/{LAYER}: the request failed.* 5 retries"
+            ) as caught,
+        ):
             read_range(store.files[LAYER], 0, 4096)
-        assert time.perf_counter() - started < 30
+        assert connections is None or len(connections) == 6, "one request and five retries"
         assert other.key not in str(caught.value) and other.secret not in str(caught.value)
 
 
