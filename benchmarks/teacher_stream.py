@@ -148,7 +148,7 @@ class Bench:
 
         from mtopd.config import ParallelConfig
         from mtopd.megatron import parallel
-        from mtopd.pipelines.job import build_teacher_layers
+        from mtopd.pipelines.session import build_teacher_layers
         from mtopd.teacher_offload.store import open_store
 
         self.ranks = parallel.initialize(ParallelConfig(), seed=0)

@@ -125,9 +125,10 @@ def wrap_collectives(clock: Clock) -> None:
 def wrap_parts(clock: Clock) -> None:
     import torch.distributed as dist
 
-    from mtopd.megatron.train_step import Trainer
+    from mtopd.hidden_cache import CachedStates
+    from mtopd.megatron.trainer import Trainer
     from mtopd.metrics import MetricsWriter
-    from mtopd.objectives import teacher_kl
+    from mtopd.objectives import statistics, teacher_kl
     from mtopd.pipelines import train
     from mtopd.teacher_offload.head_slot import HeadSlot
 
@@ -135,70 +136,89 @@ def wrap_parts(clock: Clock) -> None:
         with clock("waiting"):
             dist.barrier()
 
-    for function in ("plan", "pack", "runs_of_step"):
+    for function in ("plan", "pack", "teacher_runs"):
         clock.wrap(train, function, "planning")
-    clock.wrap(train, "open_cache", "cache_read")
     for method in ("__call__", "prefetch"):
-        clock.wrap(train.CachedStates, method, "cache_read")
+        clock.wrap(CachedStates, method, "cache_read")
     for method in ("_load", "expect"):
         clock.wrap(HeadSlot, method, "head_swap")
     clock.wrap(teacher_kl, "fused_linear_divergence", "divergence")
-    for method in ("_keep_logits", "statistics"):
+    clock.wrap(teacher_kl, "output_logits", "metrics")
+    clock.wrap(statistics.TokenStatistics, "keep", "metrics")
+    clock.wrap(Trainer, "reduce", "metrics", before=wait)
+    for method in ("metrics", "head_metrics"):
         clock.wrap(teacher_kl.TeacherKL, method, "metrics")
-    clock.wrap(Trainer, "reduce_metrics", "metrics", before=wait)
-    for function in ("_own_numbers", "_head_metrics"):
-        clock.wrap(train, function, "metrics")
     clock.wrap(MetricsWriter, "write", "metrics")
     clock.wrap(Trainer, "forward_backward", "model")
     clock.wrap(Trainer, "optimizer_step", "optimizer")
 
 
-class Iteration:
+class ReadyHeads:
+    """Heads that are all at hand."""
+
+    def __init__(self, heads: dict[int, Any]) -> None:
+        self._heads = heads
+
+    def lease(self, teacher_index: int) -> Any:
+        return nullcontext(self._heads[teacher_index])
+
+
+class ReadyStates:
+    """Hidden states that are all at hand."""
+
+    stall_s = 0.0
+
+    def __init__(self, states: dict[Any, Any]) -> None:
+        self._states = states
+
+    def __call__(self, run: Any) -> Any:
+        return self._states[run]
+
+
+class BareSteps:
     """The train steps of the rolled-out iteration, to be taken again in a barer form."""
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, session: Any, iteration: Any) -> None:
         from mtopd.pipelines import train
 
-        self.job, self.tokens = job, job.tokens(0)
-        self.plans = train.plan(job, [*self.tokens.samples.values()], seed=job.iteration_seed(0))
+        self.session, self.iteration = session, iteration
+        self.plans = train.plan(session, iteration)
 
     def bare(self) -> Callable[[], None]:
         """With the same objective, everything at hand and nothing measured."""
-        from mtopd.objectives.teacher_kl import TeacherKL
+        from mtopd.objectives import TeacherFacts, TeacherKL
         from mtopd.pipelines import train
+        from mtopd.step_sums import LocalSums
 
-        job, heads, steps = self.job, {}, []
-        if job.heads:
-            for index in range(len(job.stores)):
-                with job.heads.lease(index) as head:
-                    heads[index] = replace(head, weight_vE=head.weight_vE.clone())
+        session, weights, steps = self.session, {}, []
+        stores, trainer = session.teachers.stores, session.student.trainer
+        if heads := session.teachers.heads:
+            for index in range(len(stores)):
+                with heads.lease(index) as head:
+                    weights[index] = replace(head, weight_vE=head.weight_vE.clone())
                 del head
-            job.heads.drop()
-            job.heads.take_counters()
-        with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
+            heads.drop()
+            heads.take_counters()
+        with train.open_states(session, self.iteration) as states:
             for plan in self.plans:
-                runs = train.runs_of_step(job, plan, 0)
-                mine = zip(plan.micro_batches[job.ranks.dp_rank], runs, strict=True)
-                packed = [
-                    train.pack(job, plan, batch, of_batch, self.tokens) for batch, of_batch in mine
-                ]
-                steps.append(
-                    (packed, {run: states(run).clone() for of_batch in runs for run in of_batch})
-                )
+                runs = train.teacher_runs(session, self.iteration, plan)
+                packed = train.pack(session, self.iteration, plan, runs)
+                hidden = {run: states(run).clone() for batch in runs for run in batch}
+                steps.append((packed, hidden))
 
         def run() -> None:
             for packed, hidden in steps:
                 objective = TeacherKL(
-                    num_teachers=len(job.stores),
-                    head=lambda index: nullcontext(heads[index]),
-                    hidden_states=hidden.__getitem__,
-                    vocab_size=job.vocab_size,
-                    tp_group=job.ranks.tp_group,
+                    teachers=[TeacherFacts(store.name, None) for store in stores],
+                    heads=ReadyHeads(weights),
+                    hidden_states=ReadyStates(hidden),
+                    vocab_size=session.student.vocab_size,
+                    tp_group=session.ranks.tp_group,
                     runs=(),
                     seed=0,
                 )
-                job.trainer.forward_backward(packed, objective)
-                job.trainer.optimizer_step()
+                trainer.forward_backward(packed, objective)
+                trainer.optimizer_step(trainer.reduce(lambda: LocalSums({})))
 
         return run
 
@@ -206,37 +226,41 @@ class Iteration:
         """With cross entropy to the sampled tokens."""
         import torch
 
-        from mtopd.megatron.cross_entropy import CrossEntropy
-        from mtopd.pipelines import packing
+        from mtopd.megatron.micro_batch import vocab_parallel_cross_entropy
+        from mtopd.megatron.packing import pack_rows
+        from mtopd.objectives import CrossEntropy
 
-        job, steps = self.job, []
-        objective = CrossEntropy(vocab_size=job.vocab_size, tp_rank=job.ranks.tp_rank)
+        session, steps = self.session, []
+        ranks, trainer = session.ranks, session.student.trainer
         for plan in self.plans:
             steps.append([])
-            for batch in plan.micro_batches[job.ranks.dp_rank]:
-                fields = [self.tokens.tokens(s.sample_id) for s in batch.samples]
+            for batch in plan.micro_batches[ranks.dp_rank]:
+                fields = [self.iteration.tokens.tokens(s.sample_id) for s in batch.samples]
                 labels = [
                     int(t)
                     for f in fields
                     for t, m in zip(f.response_ids, f.loss_mask, strict=True)
                     if m
                 ]
-                packed = packing.pack_rows(
+                packed = pack_rows(
                     fields,
                     [s.token_weight for s in batch.samples],
-                    shape=(job.config.train.micro_batch_size, plan.seq_length),
+                    shape=(session.config.train.micro_batch_size, plan.seq_length),
                     packed=False,
-                    ranks=job.ranks,
-                    payload=torch.tensor(labels, device=job.ranks.device),
+                    ranks=ranks,
+                    payload=torch.tensor(labels, device=ranks.device),
                 )
                 steps[-1].append(packed)
 
         def run() -> None:
             for micro_batches in steps:
-                job.trainer.reduce_metrics(
-                    job.trainer.forward_backward(micro_batches, objective), ["loss"]
+                objective = CrossEntropy(
+                    vocab_size=session.student.vocab_size,
+                    tp_rank=ranks.tp_rank,
+                    cross_entropy=vocab_parallel_cross_entropy,
                 )
-                job.trainer.optimizer_step()
+                trainer.forward_backward(micro_batches, objective)
+                trainer.optimizer_step(trainer.reduce(objective.finish))
 
         return run
 
@@ -249,15 +273,16 @@ def worker(path: Path) -> None:
     import torch.distributed as dist
 
     from mtopd.pipelines import rollout, teacher_pass, train
-    from mtopd.pipelines.job import Job
+    from mtopd.pipelines.session import Session
     from mtopd.progress import quiet_libraries
 
     quiet_libraries()
     wrap_parts(clock)
-    job = Job(Path(spec["run"]), 1)
-    rollout.run(job, 0)
-    teacher_pass.run(job, 0)
-    iteration, num_steps = Iteration(job), job.config.train.train_steps_per_iteration
+    session = Session(Path(spec["run"]), 1)
+    iteration, num_steps = session.iteration(0), session.config.train.train_steps_per_iteration
+    rollout.run(session, iteration)
+    teacher_pass.run(session, iteration)
+    steps = BareSteps(session, iteration)
 
     def measured(run: Callable[[], None]) -> float:
         dist.barrier()
@@ -268,12 +293,12 @@ def worker(path: Path) -> None:
 
     def distil() -> None:
         with clock("other"):
-            train.run(job, 0)
+            train.run(session, iteration)
 
     kinds = {
         "train_step": distil,
-        "bare_step": iteration.bare(),
-        "cross_entropy_step": iteration.supervised(),
+        "bare_step": steps.bare(),
+        "cross_entropy_step": steps.supervised(),
     }
     for run in kinds.values():
         measured(run)  # memory and code are there afterwards
@@ -295,9 +320,9 @@ def worker(path: Path) -> None:
         "price": spread([times["train_step"] / times["cross_entropy_step"] for times in rounds]),
         **{f"{kind}_s": spread([times[kind] for times in rounds]) for kind in kinds},
     }
-    if job.ranks.is_last_stage and job.ranks.tp_rank == 0:
+    if session.ranks.is_last_stage and session.ranks.tp_rank == 0:
         Path(spec["answer"]).write_text(json.dumps(result))
-    job.close()
+    session.close()
 
 
 # -- the whole run ---------------------------------------------------------------------------------

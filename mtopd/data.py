@@ -75,6 +75,11 @@ class SupervisedExample:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
 
+    @property
+    def loss_mask(self) -> tuple[int, ...]:
+        """Every token of the answer is trained."""
+        return (1,) * len(self.response_ids)
+
 
 def load_reasoning_gym(
     name: str,

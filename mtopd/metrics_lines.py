@@ -173,19 +173,26 @@ class TeacherStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStepLine(SupervisedStepLine):
-    """A train step of a consolidation."""
+class DivergenceMetrics:
+    """What the objective measured in a train step, in nats a token where nothing else is said."""
 
-    reverse_kl: float  # nats a token, as everything by teacher
+    loss: float  # with the teachers' weights
+    reverse_kl: float
     reverse_kl_by_teacher: Mapping[str, float] = _table(float)
     share_by_teacher: Mapping[str, TeacherShare] = _table(TeacherShare)
     kl_noise_floor: Mapping[str, float] = _table(float)
     below_10x_noise_floor: list[str]
     entropy: float
+    statistics: Mapping[str, TeacherStatistics] = _table(TeacherStatistics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepLine(DivergenceMetrics, SupervisedStepLine):
+    """A train step of a consolidation: what the objective measured, and what the trainer did."""
+
     tokens_per_s: float
     micro_batches: int
     waste: float  # share of the computed positions that holds padding
-    statistics: Mapping[str, TeacherStatistics] = _table(TeacherStatistics)
     heads: HeadMetrics = field(metadata={_GROUP: HeadMetrics})
 
 

@@ -8,7 +8,7 @@ may hold several train steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,28 +19,38 @@ class MtopdError(ValueError):
     """
 
 
+# -- a sample's row arithmetic ---------------------------------------------------------------------
+def first_loss_position(prompt_len: int) -> int:
+    """The position whose hidden state predicts the first response token; response token k is
+    predicted k positions later.  Positions run from 0.
+    """
+    return prompt_len - 1
+
+
+def num_input_tokens(prompt_len: int, response_len: int) -> int:
+    """Tokens that a model reads of a sample: the last response token is predicted, not read."""
+    return prompt_len + response_len - 1
+
+
+# -- a sample on its way ---------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, tokenized.  ``prompt_ids`` ends where the response begins (template included)."""
 
     prompt_id: str  # "<source name>/<row>", unique in a run
-    route: Mapping[
-        str, str
-    ]  # the metadata fields that ``route`` of a teacher may match, e.g. {"domain": "rot"}
+    # The metadata fields that ``route`` of a teacher may match, e.g. {"domain": "rot"}
+    route: Mapping[str, str]
     prompt_ids: tuple[int, ...]
     teacher_index: int
-    verify: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what the source's verifier needs besides the response text
+    # What the source's verifier needs besides the response text
+    verify: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """A prompt and one sampled response.
 
-    Row k of the sample's hidden states is the state at position ``prompt_len - 1 + k``: the one
-    that predicts response token k.  ``response_ids`` holds the EOS token when ``finish_reason ==
-    "stop"``; EOS is trained.
+    ``response_ids`` holds the EOS token when ``finish_reason == "stop"``; EOS is trained.
     """
 
     sample_id: int  # unique in an iteration, dense from 0
@@ -50,9 +60,8 @@ class Trajectory:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]  # one 0/1 for each response token
-    rollout_log_probs: tuple[
-        float, ...
-    ]  # log-prob of each response token under the sampling student
+    # Log-prob of each response token under the sampling student
+    rollout_log_probs: tuple[float, ...]
     student_version: int  # the iteration whose weights sampled it
     finish_reason: str  # "stop" (EOS) | "length"
     reward: float | None = None  # the verifier's score where the prompt has a verifier
@@ -95,10 +104,9 @@ class TrainStepPlan:
     """One optimizer update.  Every dp rank has the same number of micro-batches."""
 
     micro_batches: tuple[tuple[MicroBatch, ...], ...]  # [dp rank][micro-batch]
-    seq_length: (
-        int  # tokens per row of every micro-batch: prompt + response without the last token, padded
-    )
-    # a micro-batch is one row, its samples one behind the other; else one row for each sample
+    # Tokens per row of every micro-batch: prompt + response without the last token, padded
+    seq_length: int
+    # A micro-batch is one row, its samples one behind the other; else one row for each sample
     packed: bool
     num_tokens: Mapping[int, int]  # loss tokens of each teacher in the whole mini-batch (N_i)
     waste: float  # share of all rows that is padding
@@ -108,3 +116,41 @@ class TrainStepPlan:
         step needs there.
         """
         return sorted({s.teacher_index for mb in self.micro_batches[dp_rank] for s in mb.samples})
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRows:
+    """Loss rows [first, stop) of a sample, in its teacher's cached hidden states under ``key``."""
+
+    sample_id: int
+    teacher_index: int
+    key: bytes
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherRun:
+    """Consecutive loss rows [start, stop) of a micro-batch that belong to one teacher.
+
+    A run is itself, whatever it holds: it names its rows while a train step lasts.
+    """
+
+    teacher_index: int
+    start: int
+    stop: int
+    samples: Sequence[SampleRows]
+
+
+# -- a teacher's head ------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What a model does to its logits after the output layer."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Any) -> Any:
+        """softcap * tanh(scale * product / softcap) of a tensor of products, any shape."""
+        logits = product * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap

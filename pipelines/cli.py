@@ -97,7 +97,7 @@ def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJso
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
     run, final = RunDir(loaded.run_dir), loaded.run_dir / "export" / "final"
-    start.run(run, loaded, prepare.specialist, "specialist:main", final=final)
+    start.run(run, loaded, prepare.specialist, "supervised:main", final=final)
     if is_first() and loaded.store is not None:
         stores.add(loaded.store.name, final, loaded.store.path, console, slices=loaded.store.slices)
 

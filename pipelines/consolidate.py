@@ -4,9 +4,9 @@ One iteration has four phases; each leaves files that the next one reads, and ca
 them:
 
     rollout         trajectories/   the student answers prompts; every prompt names its teacher
-    teacher pass    hidden_cache/   teachers are streamed one after the other, each reads its own trajectories only
-    train           metrics.jsonl   exact reverse KL, samples sorted by teacher, one teacher head resident
-    update weights  checkpoints/    the student's weights go to the rollout engine; a checkpoint where it is due
+    teacher pass    hidden_cache/   teachers are streamed one after the other, each reads its own
+    train           metrics.jsonl   exact reverse KL, samples sorted by teacher, one head resident
+    update weights  checkpoints/    the student's weights go to the rollout engine
 
 A run that was killed and is started again continues from the newest checkpoint; what was sealed is
 not done again.
@@ -17,35 +17,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import evaluate, rollout, teacher_pass, train
-from .job import Job
+from .session import Session
 
 
 def main(run_dir: Path, generation: int) -> None:
     """All iterations, on this rank."""
-    job = Job(run_dir, generation)
-    start = job.resume()
-    evaluate.baselines(job)
-    evaluate.run(job, start)
+    session = Session(run_dir, generation)
+    start = session.resume()
+    evaluate.baselines(session)
+    evaluate.run(session, start)
 
-    for iteration in range(start, job.config.train.num_iterations):
+    for iteration in session.iterations(start):
         # 1. The student answers: only its own current tokens are ever trained on.
-        with job.timed("rollout", iteration):
-            rollout.run(job, iteration)
+        with session.timed("rollout", iteration):
+            rollout.run(session, iteration)
 
         # 2. Each teacher reads its own trajectories; only last hidden states are kept.
-        with job.timed("teacher_pass", iteration):
-            teacher_pass.run(job, iteration)
+        with session.timed("teacher_pass", iteration):
+            teacher_pass.run(session, iteration)
 
-        # 3. Mini-batches sorted by teacher: at most one head is on the device, each is loaded once
-        #    per train step.
-        with job.timed("train", iteration):
-            train.run(job, iteration)
+        # 3. Mini-batches sorted by teacher: each head is loaded once per train step.
+        with session.timed("train", iteration):
+            train.run(session, iteration)
 
         # 4. The new weights answer the next prompts.
-        with job.timed("update_weights", iteration):
-            job.student.update_weights()
+        with session.timed("update_weights", iteration):
+            session.engine.update_weights(session.student.weights())
 
-        job.save(iteration)
-        evaluate.run(job, iteration + 1)
+        session.save(iteration)
+        evaluate.run(session, iteration.next)
 
-    job.finish()
+    session.finish()

@@ -10,73 +10,72 @@ import torch
 import torch.distributed as dist
 
 from mtopd.families import model_facts
+from mtopd.files import write_json
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches
-from mtopd.rollout.embedded import EmbeddedEngine, Request
+from mtopd.rollout.engine import Engine, Request
+from mtopd.run_dir import RunDir
 from mtopd.tokenizer import decode_response
 from mtopd.types import MtopdError
 
-from .job import Job, write_evaluation
+from .engines import ENGINES
+from .iteration import Iteration
 from .prompts import Prompts
+from .session import Session
+from .student import Student
 
 _CORRECT = 0.999
 _BATCH = 64
+Accuracy = dict[str, float]  # by source
 
 
-def run(job: Job, iteration: int) -> None:
-    """Evaluate the student after ``iteration`` train iterations, when it is due.  Collective."""
-    every, total = job.config.evaluation.every, job.config.train.num_iterations
-    due = iteration in (0, total) or (every and iteration % every == 0)
-    if not due or job.run.evaluation(iteration).exists():
+def run(session: Session, iteration: Iteration) -> None:
+    """Evaluate the student that ``iteration`` begins with, when it is due.  Collective."""
+    every = session.config.evaluation.every
+    num_done, num_iterations = iteration.number, session.config.train.num_iterations
+    is_due = num_done in (0, num_iterations) or (every and num_done % every == 0)
+    if not is_due or iteration.evaluation.exists():
         return
-    with job.timed("evaluation", iteration):
+    with session.timed("evaluation", iteration):
         found = accuracy(
-            job.engine, job.prompts, job.student.tokenizer, job.ranks, job.config.data.max_response
+            session.engine,
+            session.prompts,
+            session.student,
+            session.config.data.max_response,
         )
-        if job.ranks.rank == 0:
-            write_evaluation(job.run, f"{iteration:06d}", found)
-    job.metrics.write(EvaluationLine(found), iteration)
-    job.progress.note(
-        f"iteration {iteration}: "
-        + "  ".join(f"{name} {value:.3f}" for name, value in found.items())
-    )
+        if session.ranks.rank == 0:
+            write(session.run, iteration.evaluation.stem, found)
+    session.metrics.write(EvaluationLine(found), num_done)
+    session.progress.note(f"iteration {num_done}: {in_words(found)}")
 
 
-def baselines(job: Job) -> None:
-    """Evaluate the configured HF checkpoints and their weight average once.  Collective."""
-    config = job.config.evaluation
-    if not config.baselines or (job.run.path / "evaluations" / "baselines.json").exists():
+def baselines(session: Session) -> None:
+    """Evaluate the configured HF checkpoints and their weight average once, one model in memory at
+    a time.  Collective.
+    """
+    config = session.config.evaluation
+    if not config.baselines or (session.run.path / "evaluations" / "baselines.json").exists():
         return
-    with job.timed("baselines", 0):
-        engine = job.student.new_engine()
-        results, weights = {}, {}
-        for name, folder in config.baselines.items():
-            weights[name] = read_weights(folder)
-            results[name] = _evaluate(job, engine, weights[name])
+    student, max_response = session.student, session.config.data.max_response
+    with session.timed("baselines", session.iteration(0)):
+        engine = ENGINES[session.config.rollout.engine](student)
+
+        def evaluate(weights: Mapping[str, torch.Tensor]) -> Accuracy:
+            engine.update_weights(weights)
+            return accuracy(engine, session.prompts, student, max_response)
+
+        results = {name: evaluate(read_weights(f)) for name, f in config.baselines.items()}
         average = None
         if config.weight_average:
-            chosen = [weights[name] for name in config.weight_average]
-            mean = {
-                k: torch.stack([w[k].float() for w in chosen]).mean(0).to(chosen[0][k].dtype)
-                for k in chosen[0]
-            }
-            average = _evaluate(job, engine, mean)
-        if job.ranks.rank == 0:
-            write_evaluation(job.run, "baselines", {"models": results, "weight_average": average})
+            folders = [config.baselines[name] for name in config.weight_average]
+            average = evaluate(average_weights(folders))
+        if session.ranks.rank == 0:
+            write(session.run, "baselines", {"models": results, "weight_average": average})
     for name, found in (*results.items(), ("weight average", average)):
         if found is not None:
-            job.progress.note(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in found.items()))
-
-
-def _evaluate(
-    job: Job, engine: EmbeddedEngine, weights: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    engine.update_weights(weights)
-    return accuracy(
-        engine, job.prompts, job.student.tokenizer, job.ranks, job.config.data.max_response
-    )
+            session.progress.note(f"{name}: {in_words(found)}")
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,33 +84,55 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: stored[name] for name in stored if not facts.is_further_head(name)}
 
 
-def accuracy(
-    engine: EmbeddedEngine, prompts: Prompts, tokenizer: Any, ranks: Ranks, max_response: int
-) -> dict[str, float]:
-    """Share of each source's held-out prompts that are answered correctly, the same on every rank.
-    Collective.
+def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
+    """The plain mean of checkpoints, in the dtype of the first: a running float32 sum, so that one
+    checkpoint is in memory beside it.
+    """
+    first, *others = folders
+    weights = read_weights(first)
+    sums = {name: tensor.float() for name, tensor in weights.items()}
+    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+    del weights
+    for folder in others:
+        for name, tensor in read_weights(folder).items():
+            sums[name] += tensor.float()
+    return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}
+
+
+def accuracy(engine: Engine, prompts: Prompts, student: Student, max_response: int) -> Accuracy:
+    """Share of each source's held-out prompts that ``engine`` answers correctly, the same on every
+    rank.  Collective.
     """
     if not prompts.evaluation:
         raise MtopdError(
-            "no source has held-out prompts; give data.sources an eval_path or a reasoning_gym "
-            "dataset"
+            "no source has held-out prompts; give data.sources an eval_path or a "
+            "reasoning_gym dataset"
         )
+    ranks: Ranks = student.ranks
     items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source]
     correct = torch.zeros(len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
     for batch in plan_batches(len(items), _BATCH, ranks.world_size)[ranks.rank]:
         chosen = [items[i] for i in batch]
-        responses = engine.generate(
-            [Request(p.prompt_id, p.prompt_ids) for _, p in chosen],
-            max_response=max_response,
-            greedy=True,
-        )
+        requests = [Request(p.prompt_id, p.prompt_ids) for _, p in chosen]
+        responses = engine.generate(requests, max_response=max_response, greedy=True)
         for (source, prompt), response in zip(chosen, responses, strict=True):
-            text = decode_response(tokenizer, response.response_ids)
-            correct[source] += (
-                response.finish_reason == "stop" and prompts.score(prompt, text) >= _CORRECT
-            )
+            if response.finish_reason == "stop":
+                text = decode_response(student.tokenizer, response.response_ids)
+                correct[source] += prompts.score(prompt, text) >= _CORRECT
     dist.all_reduce(correct)
     counts = [len(source) for source in prompts.evaluation]
     return {
-        name: c / n for name, c, n in zip(prompts.names, correct.tolist(), counts, strict=True) if n
+        name: num_correct / count
+        for name, num_correct, count in zip(prompts.names, correct.tolist(), counts, strict=True)
+        if count
     }
+
+
+def in_words(found: Accuracy) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+
+
+def write(run: RunDir, name: str, found: Mapping[str, Any]) -> None:
+    path = run.path / "evaluations" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, found)

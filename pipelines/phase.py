@@ -1,4 +1,7 @@
-"""One phase alone, from the files the previous one left."""
+"""One phase alone, from the files the previous one left.
+
+mtopd rollout | teacher-pass | train RUN_DIR --iteration N
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,34 @@ from mtopd.megatron import checkpoint
 from mtopd.types import MtopdError
 
 from . import rollout, teacher_pass, train
-from .job import Job
+from .session import Session
+
+PHASES = {"rollout": rollout, "teacher_pass": teacher_pass, "train": train}
 
 
-def main(run_dir: Path, generation: int, phase: str, iteration: str) -> None:
+def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
     """``phase`` of an iteration, on this rank.  rollout and train need that iteration's checkpoint
     (0: the start).
     """
-    job = Job(run_dir, generation)
-    available = [0, *checkpoint.sealed(job.run)]
-    chosen = available[-1] if iteration == "newest" else int(iteration)
+    session = Session(run_dir, generation)
+    available = [0, *checkpoint.sealed(session.run)]
+    iteration = session.iteration(available[-1] if number == "newest" else int(number))
+    chosen, num_iterations = iteration.number, session.config.train.num_iterations
     if phase != "teacher_pass":
         if chosen not in available:
             raise MtopdError(
                 f"{run_dir} has no checkpoint of iteration {chosen}; there are {available}"
             )
         if chosen:
-            job.restore(chosen)
-    if chosen >= job.config.train.num_iterations:
-        raise MtopdError(
-            f"the run has iterations 0..{job.config.train.num_iterations - 1}, {chosen} was asked "
-            "for"
-        )
-    with job.timed(phase, chosen):
-        {"rollout": rollout, "teacher_pass": teacher_pass, "train": train}[phase].run(job, chosen)
+            session.restore(iteration)
+    if chosen >= num_iterations:
+        raise MtopdError(f"the run has iterations 0..{num_iterations - 1}, {chosen} was asked for")
+    with session.timed(phase, iteration):
+        PHASES[phase].run(session, iteration)
     if phase == "train":
         # Nothing goes for it: this is a look at one phase.
-        writer = checkpoint.CheckpointWriter(job.trainer, job.run, lambda published: None)
-        writer.save(chosen + 1, job.state())
+        trainer = session.student.trainer
+        writer = checkpoint.CheckpointWriter(trainer, session.run, lambda published: None)
+        writer.save(chosen + 1, session.state())
         writer.close()
-    job.close()
+    session.close()

@@ -23,7 +23,7 @@ from mtopd.megatron.options import (
     splits_unevenly,
 )
 from mtopd.megatron.parallel import check_layout
-from mtopd.planning import MAX_STAGE_IMBALANCE, Architecture, propose_split
+from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
@@ -67,18 +67,6 @@ def consolidate(
     prompts.prepare(run, config.data, tokenizer, routes, supervised=False, progress=say)
 
 
-def architecture(facts: ModelFacts) -> Architecture:
-    """The numbers from which planning prices the model."""
-    return Architecture(
-        num_layers=facts.num_layers,
-        hidden_size=facts.hidden_size,
-        ffn_size=facts.ffn_size,
-        attention_size=facts.num_attention_heads * facts.value_head_dim,
-        key_value_size=facts.num_key_value_heads * facts.value_head_dim,
-        vocab_size=facts.vocab_size,
-    )
-
-
 def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
     """Where the output layers make the other pipeline stages wait: by how much, and which split is
     better.
@@ -87,7 +75,7 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
     if splits_unevenly(config.student.megatron):
         return
     even, better = propose_split(
-        architecture(model_facts(load_hf_config(config.student.model))),
+        model_facts(load_hf_config(config.student.model)).architecture,
         parallel.pp,
         vpp_size=parallel.vpp,
         teacher_hidden_size=teacher_hidden_size,

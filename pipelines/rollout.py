@@ -1,4 +1,10 @@
-"""Phase 1: the student answers the iteration's prompts; trajectories are sealed batch by batch."""
+"""Phase 1: the student answers the iteration's prompts; trajectories are sealed batch by batch.
+
+    mtopd rollout RUN_DIR --iteration N
+
+Differs from the textbook in: a batch is the unit of replay, a killed start answers the unsealed ones
+again to the same tokens; sampling is the student's own distribution at temperature 1, unfiltered.
+"""
 
 from __future__ import annotations
 
@@ -8,62 +14,56 @@ import torch.distributed as dist
 from mtopd import trajectories
 from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import plan_batches, select_prompts
-from mtopd.rollout.embedded import Request
+from mtopd.rollout.engine import Request
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt, Trajectory
 
-from .job import Job
+from .iteration import Iteration
+from .session import Session
 
 
-def run(job: Job, iteration: int) -> None:
+def run(session: Session, iteration: Iteration) -> None:
     """Write and seal ``trajectories/`` of the iteration.  Batches a killed start had sealed are
     kept.  Collective.
     """
-    folder = job.run.trajectories(iteration)
+    folder, ranks = iteration.trajectories, session.ranks
     if is_sealed(folder):
         return
-    if job.ranks.rank == 0:
+    if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    requests = plan_requests(job, iteration)
-    config = job.config.rollout
-    tokens = torch.zeros(3, dtype=torch.float64, device=job.ranks.device)
-    for batch in plan_batches(len(requests), config.batch_size, job.ranks.world_size)[
-        job.ranks.rank
-    ]:
-        name = f"batch-{batch.start // config.batch_size:05d}"
+    requests = plan_requests(session, iteration)
+    batch_size = session.config.rollout.batch_size
+    counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for batch in plan_batches(len(requests), batch_size, ranks.world_size)[ranks.rank]:
+        name = f"batch-{batch.start // batch_size:05d}"
         if not trajectories.shard_is_sealed(folder, name):
-            trajectories.write_shard(
-                folder, name, answer(job, iteration, requests, batch), job.run.generation
-            )
+            answered = answer(session, iteration, requests, batch)
+            trajectories.write_shard(folder, name, answered, session.run.generation)
         done = trajectories.read_shard_metadata(folder, name)
-        tokens += torch.tensor(
-            [
-                sum(done["response_len"].to_pylist()),
-                len(done),
-                done["finish_reason"].to_pylist().count("stop"),
-            ]
-        )
-    dist.all_reduce(tokens)
-    count, samples, stopped = (int(n) for n in tokens.tolist())
+        num_tokens = sum(done["response_len"].to_pylist())
+        num_stopped = done["finish_reason"].to_pylist().count("stop")
+        counts += torch.tensor([num_tokens, len(done), num_stopped])
+    dist.all_reduce(counts)
+    tokens, samples, stopped = (int(n) for n in counts.tolist())
     # The line first: a kill in between writes it twice, the other order would lose it.
-    job.metrics.write(RolloutLine(tokens=count, samples=samples, stopped=stopped), iteration)
-    if job.ranks.rank == 0:
-        job.run.seal(folder)
+    line = RolloutLine(tokens=tokens, samples=samples, stopped=stopped)
+    session.metrics.write(line, iteration.number)
+    if ranks.rank == 0:
+        session.run.seal(folder)
     dist.barrier()
 
 
-def plan_requests(job: Job, iteration: int) -> list[tuple[Prompt, Request]]:
+def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, Request]]:
     """The iteration's requests in the order of their sample ids: a function of config, prompts and
     iteration alone.
     """
-    config, sources = job.config.rollout, job.prompts.train
+    config, sources = session.config.rollout, session.prompts.train
+    count = config.prompts_per_iteration // len(sources)
     planned = []
     for number, prompts in enumerate(sources):
-        count = config.prompts_per_iteration // len(sources)
-        for row in select_prompts(
-            len(prompts), count, iteration, job.config.seed * len(sources) + number
-        ):
+        seed = session.config.seed * len(sources) + number
+        for row in select_prompts(len(prompts), count, iteration.number, seed):
             prompt = prompts[row]
             for sample in range(config.samples_per_prompt):
                 planned.append((prompt, Request(prompt.prompt_id, prompt.prompt_ids, sample)))
@@ -71,27 +71,29 @@ def plan_requests(job: Job, iteration: int) -> list[tuple[Prompt, Request]]:
 
 
 def answer(
-    job: Job, iteration: int, requests: list[tuple[Prompt, Request]], batch: range
+    session: Session, iteration: Iteration, requests: list[tuple[Prompt, Request]], batch: range
 ) -> list[Trajectory]:
     """Sample one batch: the unit of replay."""
-    responses = job.engine.generate(
+    responses = session.engine.generate(
         [requests[i][1] for i in batch],
-        max_response=job.config.data.max_response,
-        seed=job.config.seed,
-        iteration=iteration,
+        max_response=session.config.data.max_response,
+        seed=session.config.seed,
+        iteration=iteration.number,
     )
     return [
         Trajectory(
             sample_id=i,
-            prompt_id=requests[i][0].prompt_id,
-            route=requests[i][0].route,
-            teacher_index=requests[i][0].teacher_index,
-            prompt_ids=requests[i][0].prompt_ids,
+            prompt_id=prompt.prompt_id,
+            route=prompt.route,
+            teacher_index=prompt.teacher_index,
+            prompt_ids=prompt.prompt_ids,
             response_ids=response.response_ids,
             loss_mask=(1,) * len(response.response_ids),
             rollout_log_probs=response.log_probs,
-            student_version=iteration,
+            student_version=iteration.number,
             finish_reason=response.finish_reason,
         )
-        for i, response in zip(batch, responses, strict=True)
+        for i, (prompt, _), response in zip(
+            batch, [requests[i] for i in batch], responses, strict=True
+        )
     ]

@@ -1,221 +1,222 @@
-"""Phase 2: every teacher reads its own trajectories; its last hidden states go to the cache."""
+"""Phase 2: every teacher reads its own trajectories; its last hidden states go to the cache.
+
+    mtopd teacher-pass RUN_DIR --iteration N
+
+Differs from the textbook in: a teacher is never whole on a device, its layers are streamed through
+all ranks while its tokens wait; what is kept is the last hidden states, never logits; samples whose
+rows the cache holds soundly are not computed again.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.dtypes import item_size
-from mtopd.hidden_cache import HiddenCacheReader, HiddenCacheWriter, as_rows, merge_index, recover
-from mtopd.metrics_lines import PassMetrics, TeacherPassLine, from_values
+from mtopd.dtypes import item_size, torch_dtype
+from mtopd.hidden_cache import (
+    HiddenCacheReader,
+    HiddenCacheWriter,
+    as_rows,
+    merge_index,
+    recover,
+)
+from mtopd.metrics_lines import PassMetrics, TeacherPassLine
 from mtopd.planning import Wave, plan_pass
 from mtopd.run_dir import is_sealed
+from mtopd.teacher_offload.probe import Probe
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, run_teacher_pass
-from mtopd.trajectories import TokenStore
-from mtopd.types import SampleMetadata
+from mtopd.types import SampleMetadata, first_loss_position, num_input_tokens
 
-from .job import Job
-from .probe import Probe
+from .iteration import Iteration
+from .session import Session
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CachedSample:
-    """What names a sample's rows in the hidden cache."""
-
-    metadata: SampleMetadata
-    key: bytes
-
-
-@dataclass(frozen=True)
-class _Visit:
+class Visit:
     """One teacher's work in this iteration: the batches in which a sample has no rows yet."""
 
     teacher: int
-    samples: list[CachedSample]  # all of the teacher's; the waves hold their places
-    lacking: set[int]  # ids of those without rows
+    samples: list[SampleMetadata]  # all of the teacher's; the waves hold their places
+    missing: set[int]  # ids of those without rows
     waves: list[list[Wave]]  # of each replica
 
 
-def run(job: Job, iteration: int) -> None:
-    """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and mend what is
-    damaged.  Collective.
+def run(session: Session, iteration: Iteration) -> None:
+    """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and compute again what
+    is damaged.  Collective.
     """
-    folder = job.run.hidden_cache(iteration)
-    tokens = job.tokens(iteration)
-    if job.ranks.rank == 0 and folder.exists():
+    folder, teachers = iteration.hidden_cache, session.teachers
+    if session.ranks.rank == 0 and folder.exists():
         found = recover(folder)  # what a killed start left behind
         if found.segments:
             logger.warning(
-                (
-                    "hidden cache: a killed start left %d segments; %d samples saved, %d to be "
-                    "computed again"
-                ),
+                "hidden cache: a killed start left %d segments; %d samples saved, %d to be "
+                "computed again",
                 len(found.segments),
                 len(found.salvaged),
                 len(found.dropped),
             )
     dist.barrier()
-    visits = _plan(job, iteration, tokens)
+    visits = plan(session, iteration)
     if visits:
-        job.teacher_stream.expect([v.teacher for v in visits for _ in v.waves[0]])
+        teachers.stream.expect([v.teacher for v in visits for _ in v.waves[0]])
     for visit in visits:
-        name = job.stores[visit.teacher].name
-        done = _one_teacher(job, iteration, visit, tokens)
-        line = TeacherPassLine({name: from_values(PassMetrics, done)})
-        job.metrics.write(line, iteration, part=name)
-    if job.ranks.rank == 0 and (visits or not is_sealed(folder)):
+        name = teachers.stores[visit.teacher].name
+        line = TeacherPassLine({name: forward(session, iteration, visit)})
+        session.metrics.write(line, iteration.number, part=name)
+    if session.ranks.rank == 0 and (visits or not is_sealed(folder)):
         if folder.exists():
             merge_index(folder)
-        job.run.seal(folder)
+        session.run.seal(folder)
     dist.barrier()
 
 
-def missing(job: Job, iteration: int, samples: Sequence[CachedSample]) -> set[int]:
-    """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.
-    Collective.
-    """
-    with HiddenCacheReader(job.run.hidden_cache(iteration)) as reader:
-        mine = {
-            (s.key, s.metadata.sample_id, iteration): s
-            for s in samples[job.ranks.rank :: job.ranks.world_size]
-        }
-        causes = reader.missing(mine)
-    for request, cause in causes.items():
-        if is_sealed(job.run.hidden_cache(iteration)):
-            logger.warning("hidden cache: sample %d is computed again: %s", request[1], cause)
-    found: list[list[int]] = [[] for _ in range(job.ranks.world_size)]
-    dist.all_gather_object(found, [request[1] for request in causes])
-    return {sample_id for part in found for sample_id in part}
-
-
-def _plan(job: Job, iteration: int, tokens: TokenStore) -> list[_Visit]:
+def plan(session: Session, iteration: Iteration) -> list[Visit]:
     """The teachers that have something to do, in index order; the same on every rank.  Collective.
 
     Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are
     those of a pass that nothing disturbed.
     """
-    samples = [CachedSample(s, job.cache_key(iteration, s)) for s in tokens.samples.values()]
-    all_lacking = missing(job, iteration, samples)
-    offload, visits = job.config.teacher_offload, []
-    for index, store in enumerate(job.stores):
-        own = [s for s in samples if s.metadata.teacher_index == index]
-        lacking = all_lacking & {s.metadata.sample_id for s in own}
-        if lacking:
+    offload, teachers = session.config.teacher_offload, session.teachers
+    all_missing, visits = missing(session, iteration), []
+    for index, store in enumerate(teachers.stores):
+        samples = [s for s in iteration.samples if s.teacher_index == index]
+        places = {i for i, s in enumerate(samples) if s.sample_id in all_missing}
+        if places:
             waves = plan_pass(
-                [s.metadata.prompt_len + s.metadata.response_len - 1 for s in own],
-                job.teacher_meshes[index].num_replicas,
+                [num_input_tokens(s.prompt_len, s.response_len) for s in samples],
+                teachers.meshes[index].num_replicas,
                 batch_tokens=offload.batch_tokens,
                 token_bytes=store.hidden_size * item_size(store.dtype),
                 activation_budget=offload.activation_budget,
-                requested={i for i, s in enumerate(own) if s.metadata.sample_id in lacking},
+                requested=places,
             )
-            visits.append(_Visit(index, own, lacking, waves))
+            visits.append(Visit(index, samples, {samples[i].sample_id for i in places}, waves))
     return visits
 
 
-def _one_teacher(job: Job, iteration: int, visit: _Visit, tokens: TokenStore) -> dict[str, object]:
-    store, mesh = job.stores[visit.teacher], job.teacher_meshes[visit.teacher]
-    hidden_dtype = job.cache_dtype(store)
+def missing(session: Session, iteration: Iteration) -> set[int]:
+    """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.
+    Collective.
+    """
+    ranks = session.ranks
+    part = iteration.samples[ranks.rank :: ranks.world_size]
+    with HiddenCacheReader(iteration.hidden_cache) as reader:
+        causes = reader.missing(
+            [(iteration.cache_key(s), s.sample_id, iteration.number) for s in part]
+        )
+    if is_sealed(iteration.hidden_cache):
+        for (_, sample_id, _), cause in causes.items():
+            logger.warning("hidden cache: sample %d is computed again: %s", sample_id, cause)
+    found: list[list[int]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(found, [sample_id for _, sample_id, _ in causes])
+    return {sample_id for part in found for sample_id in part}
+
+
+def forward(session: Session, iteration: Iteration, visit: Visit) -> PassMetrics:
+    """Stream one teacher over its samples and keep the rows that are missing.  Collective."""
+    teachers, index = session.teachers, visit.teacher
+    store, mesh = teachers.stores[index], teachers.meshes[index]
+    hidden_dtype = teachers.hidden_dtype(index)
     waves = visit.waves[mesh.replica]
-    mine = [i for wave in waves for batch in wave.batches for i in batch]
-    proof = Probe(job, visit.teacher)
+    planned = [i for wave in waves for batch in wave.batches for i in batch]
+    probe = session.proofs.probe(index)
     with (
-        job.trainer.off_device()
-        if _moves_student(job, visit.teacher)
-        else contextlib.nullcontext(),
+        student_off_device(session, index),
         HiddenCacheWriter(
-            job.run.hidden_cache(iteration),
+            iteration.hidden_cache,
             writer=f"replica{mesh.replica:04d}",
-            generation=job.run.generation,
+            generation=session.run.generation,
             hidden_dtype=hidden_dtype,
         ) as writer,
     ):
 
         def keep(sample: TeacherSample, rows_TE: torch.Tensor) -> None:
-            cached: CachedSample = sample.key
+            metadata: SampleMetadata = sample.key
             # The norm's output is the same on all tp ranks of a replica.
-            if mesh.tp_rank == 0 and cached.metadata.sample_id in visit.lacking:
-                rows_TE = rows_TE.to(getattr(torch, hidden_dtype)).cpu().contiguous()
-                request = cached.key, cached.metadata.sample_id, iteration
-                writer.put(store.fingerprint, store.hidden_size, *request, as_rows(rows_TE))
+            if mesh.tp_rank == 0 and metadata.sample_id in visit.missing:
+                rows_TE = rows_TE.to(torch_dtype(hidden_dtype)).cpu().contiguous()
+                writer.put(
+                    store.fingerprint,
+                    store.hidden_size,
+                    iteration.cache_key(metadata),
+                    metadata.sample_id,
+                    iteration.number,
+                    as_rows(rows_TE),
+                )
 
         result = run_teacher_pass(
-            job.teacher_stream,
-            visit.teacher,
-            job.teacher_layers(visit.teacher),
+            teachers.stream,
+            index,
+            teachers.layers(index),
             mesh.tp_group,
-            {i: teacher_sample(tokens, visit.samples[i]) for i in mine},
+            {i: teacher_sample(iteration, visit.samples[i]) for i in planned},
             waves,
             keep=keep,
-            probe_ids=proof.input_ids,
-            check=proof.check,
+            probe=probe,
         )
-    return _counted(job, visit, result) | proof.report
+    return count(session, visit, result, probe)
 
 
-def _moves_student(job: Job, index: int) -> bool:
-    """Whether the student's gradients and optimizer state must make room for this pass on the
-    device.
+def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSample:
+    """Tokens the teacher reads, and the positions that predict a trained token."""
+    fields = iteration.tokens.tokens(sample.sample_id)
+    input_ids = np.concatenate([fields.prompt_ids, fields.response_ids[:-1]])
+    positions = first_loss_position(len(fields.prompt_ids)) + np.flatnonzero(fields.loss_mask)
+    return TeacherSample(sample, input_ids, positions)
+
+
+def student_off_device(session: Session, index: int) -> AbstractContextManager[None]:
+    """The student's gradients and optimizer state make room on the device where this pass needs
+    it.
     """
-    wanted = job.config.teacher_offload.offload_student
-    if wanted != "auto" or job.ranks.device.type != "cuda":
-        return wanted == "always"  # on CPU the device is the host: moving frees nothing
-    embedding, *layers, _ = (part.device_bytes for part in job.teacher_stream.parts[index])
-    needed = embedding + 2 * max(layers) + 2 * job.config.teacher_offload.activation_budget
-    return torch.cuda.mem_get_info(job.ranks.device)[0] < needed
+    offload, device = session.config.teacher_offload, session.ranks.device
+    moves = offload.offload_student == "always"
+    if offload.offload_student == "auto" and device.type == "cuda":
+        # On CPU the device is the host: moving frees nothing.
+        embedding, *layers, _ = (part.device_bytes for part in session.teachers.stream.parts[index])
+        needed = embedding + 2 * max(layers) + 2 * offload.activation_budget
+        moves = torch.cuda.mem_get_info(device)[0] < needed
+    return session.student.trainer.off_device() if moves else contextlib.nullcontext()
 
 
-def _counted(job: Job, visit: _Visit, result: PassResult) -> dict[str, object]:
+def count(session: Session, visit: Visit, result: PassResult, probe: Probe | None) -> PassMetrics:
     """What the whole job did for one teacher: sums over ranks, and the slowest or largest rank's
     peaks.  Collective.
     """
-    store, mesh, reads = (
-        job.stores[visit.teacher],
-        job.teacher_meshes[visit.teacher],
-        job.teacher_stream.take_counters(),
-    )
-    tokens = result.tokens if mesh.tp_rank == 0 else 0  # those run beside what was lacking, too
-    sums = torch.tensor(
-        [reads.bytes_read, reads.bytes_kept, tokens], dtype=torch.float64, device=job.ranks.device
-    )
-    peaks = torch.tensor(
-        [
-            sum(w.stall_s for w in result.waves),
-            max(w.peak_device_bytes for w in result.waves),
-            reads.peak_host_bytes,
-            sum(w.relayouts for w in result.waves),
-        ],
-        dtype=torch.float64,
-        device=job.ranks.device,
-    )
+    teachers, device = session.teachers, session.ranks.device
+    reads = teachers.stream.take_counters()
+    # Those run beside what was missing, too.
+    tokens = result.tokens if teachers.meshes[visit.teacher].tp_rank == 0 else 0
+    added = [reads.bytes_read, reads.bytes_kept, tokens]
+    largest = [
+        sum(w.stall_s for w in result.waves),
+        max(w.peak_device_bytes for w in result.waves),
+        reads.peak_host_bytes,
+        sum(w.relayouts for w in result.waves),
+    ]
+    sums = torch.tensor(added, dtype=torch.float64, device=device)
+    peaks = torch.tensor(largest, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    return {
-        "bytes_read": int(sums[0]),
-        "bytes_kept": int(sums[1]),
-        "stored_bytes": store.pass_bytes(),
-        "tokens": int(sums[2]),
-        "samples": len(visit.lacking),
-        "waves": len(result.waves),
-        "stall_s": float(peaks[0]),
-        "peak_device_bytes": int(peaks[1]),
-        "peak_host_bytes": int(peaks[2]),
-        "relayouts": int(peaks[3]),
-    }
-
-
-def teacher_sample(tokens: TokenStore, sample: CachedSample) -> TeacherSample:
-    """Tokens the teacher reads, and the positions that predict a trained token: prompt_len - 1 + k."""
-    fields = tokens.tokens(sample.metadata.sample_id)
-    input_ids = np.concatenate([fields.prompt_ids, fields.response_ids[:-1]])
-    return TeacherSample(
-        sample, input_ids, len(fields.prompt_ids) - 1 + np.flatnonzero(fields.loss_mask)
+    return PassMetrics(
+        bytes_read=int(sums[0]),
+        bytes_kept=int(sums[1]),
+        stored_bytes=teachers.stores[visit.teacher].pass_bytes(),
+        tokens=int(sums[2]),
+        samples=len(visit.missing),
+        waves=len(result.waves),
+        stall_s=float(peaks[0]),
+        peak_device_bytes=int(peaks[1]),
+        peak_host_bytes=int(peaks[2]),
+        relayouts=int(peaks[3]),
+        **(probe.report if probe else {}),
     )

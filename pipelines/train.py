@@ -1,285 +1,198 @@
-"""Phase 3: train steps over teacher-sorted mini-batches; one teacher head on the device at a time."""
+"""Phase 3: train steps over teacher-sorted mini-batches; one teacher head on the device at a time.
+
+    mtopd train RUN_DIR --iteration N
+
+Differs from the textbook in: the loss is the whole distribution's divergence, not a sampled token's;
+the batch is sorted by teacher, so that each head is loaded once per step; gradients are sums in
+which 1/N already stands, so nothing is divided after backward; a step with NaN or inf is not taken.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
-from mtopd.megatron import cpu
-from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
-from mtopd.metrics_lines import BadStepLine, TrainStepLine, from_values
-from mtopd.objectives.teacher_kl import STATISTICS, TeacherKL, TeacherRun
+from mtopd.dtypes import torch_dtype
+from mtopd.hidden_cache import CachedStates, HiddenCacheReader, StateFormat
+from mtopd.megatron.micro_batch import PackedMicroBatch
+from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
+from mtopd.metrics_lines import BadStepLine, TrainStepLine
+from mtopd.objectives import OBJECTIVES, Objective, TeacherFacts
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
-from mtopd.teacher_offload.head_slot import HeadCounters, TeacherHead
-from mtopd.trajectories import TokenStore
-from mtopd.types import MicroBatch, MtopdError, SampleMetadata, TrainStepPlan
+from mtopd.step_sums import NonFiniteGradients
+from mtopd.types import MicroBatch, MtopdError, SampleRows, TeacherRun, TrainStepPlan
 
-from .cached_states import CachedStates, open_cache, runs_of_step
-from .job import Job
-from .packing import pack_rows
-from .prepare import architecture
+from .iteration import Iteration
+from .session import Session
+
+Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
 
 
-def run(job: Job, iteration: int) -> None:
+def run(session: Session, iteration: Iteration) -> None:
     """All train steps of the iteration, from sealed trajectories and hidden cache.  Collective."""
-    for folder in (job.run.trajectories(iteration), job.run.hidden_cache(iteration)):
+    for folder in (iteration.trajectories, iteration.hidden_cache):
         if not is_sealed(folder):
             raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
-    tokens = job.tokens(iteration)
-    plans = plan(job, [*tokens.samples.values()], seed=job.iteration_seed(iteration))
-    runs = [runs_of_step(job, of_step, iteration) for of_step in plans]
-    if job.heads:
-        by_step = (
-            dict.fromkeys(run.teacher_index for run in itertools.chain(*of_step))
-            for of_step in runs
-        )
-        job.heads.expect(itertools.chain(*by_step))
-    with open_cache(job, iteration) as reader, CachedStates(job, reader, iteration) as states:
-        states.prefetch(runs[0])
-        for number, of_step in enumerate(plans):
-            for ahead in runs[number + 1 : number + 2]:
-                states.prefetch(ahead)
-            step = iteration * len(plans) + number
-            values = train_step(job, of_step, runs[number], tokens, states, step)
-            kind = BadStepLine if "refused" in values else TrainStepLine
-            job.metrics.write(from_values(kind, values), iteration, step=step)
-            job.progress.advance(tokens=sum(of_step.num_tokens.values()))
-
-
-def plan(job: Job, samples: Sequence[SampleMetadata], *, seed: int) -> list[TrainStepPlan]:
-    """The iteration's train steps, for this job's layout."""
-    config, trainer = job.config.train, job.trainer
-    return plan_train_steps(
-        samples,
-        num_train_steps=config.train_steps_per_iteration,
-        teacher_weights=job.config.teacher_weights,
-        dp_size=job.ranks.dp_size,
-        micro_batch_size=config.micro_batch_size,
-        token_budget=config.token_budget,
-        seq_length_multiple=trainer.seq_length_multiple,
-        micro_batch_multiple=trainer.micro_batch_multiple,
-        cost=architecture(job.student.facts).sample_cost,
-        normalization=config.normalization,
-        seed=seed,
-    )
+    plans = plan(session, iteration)
+    runs = [teacher_runs(session, iteration, step_plan) for step_plan in plans]
+    if heads := session.teachers.heads:
+        teachers = (dict.fromkeys(run.teacher_index for run in _flat(of)) for of in runs)
+        heads.expect(itertools.chain(*teachers))
+    with open_states(session, iteration) as states:
+        if states:
+            states.prefetch(runs[0])
+        for number, step_plan in enumerate(plans):
+            if states and number + 1 < len(plans):
+                states.prefetch(runs[number + 1])
+            step = iteration.train_step(number)
+            line = train_step(session, iteration, step_plan, runs[number], states, step)
+            session.metrics.write(line, iteration.number, step=step)
+            session.progress.advance(tokens=sum(step_plan.num_tokens.values()))
 
 
 def train_step(
-    job: Job,
+    session: Session,
+    iteration: Iteration,
     plan: TrainStepPlan,
-    runs: Sequence[Sequence[TeacherRun]],
-    tokens: TokenStore,
-    states: CachedStates,
+    runs: Runs,
+    states: CachedStates | None,
     step: int,
-) -> dict[str, object]:
-    """One optimizer update; returns the values of its metrics line.  Collective."""
-    started, heads = time.perf_counter(), job.heads
-    stalled = states.stall_s
-    mine = plan.micro_batches[job.ranks.dp_rank]
-    micro_batches = [
-        pack(job, plan, batch, of_batch, tokens) for batch, of_batch in zip(mine, runs, strict=True)
-    ]
-    in_order = list(itertools.chain(*runs))
-    objective = TeacherKL(
-        num_teachers=len(job.stores),
-        head=heads.lease if heads else _no_head,
-        hidden_states=states,
-        vocab_size=job.vocab_size,
-        tp_group=job.ranks.tp_group,
-        runs=in_order,
-        seed=job.iteration_seed(step),
-    )
-    totals = job.trainer.forward_backward(micro_batches, objective)
-    if heads:
-        heads.drop()
-        with cpu.own_code():
-            totals |= objective.statistics()
-    own = _own_numbers(job, in_order, states.stall_s - stalled, objective.statistics_s)
-    sums = job.trainer.reduce_metrics(totals, objective.metric_names(len(job.stores)), *own)
-    used = _head_metrics(job, sums)  # of a bad step, too
-    teachers = range(len(job.stores))
-    loss = sum(sums[f"loss/{i}"] for i in teachers)
+) -> TrainStepLine | BadStepLine:
+    """One optimizer update, or none where something is NaN or inf.  Collective."""
+    started = time.perf_counter()
+    trainer = session.student.trainer
+    objective = build_objective(session, iteration, runs, states, step)
+    micro_batches = pack(session, iteration, plan, runs)
+    trainer.forward_backward(micro_batches, objective)
+    sums = trainer.reduce(objective.finish)
+    heads = objective.head_metrics(sums)
     try:
-        if not math.isfinite(loss) or any(sums[f"non_finite/{i}"] for i in teachers):
-            raise NonFiniteGradients(f"the loss is {loss}")
-        grad_norm, lr = job.trainer.optimizer_step()
+        objective.refuse_non_finite(sums)
+        grad_norm, lr = trainer.optimizer_step(sums)
     except NonFiniteGradients as error:
-        return refused(job, step, f"{error}; {_culprits(job, objective, states)}") | used
+        why = f"{error}; {objective.culprits()}"
+        session.leave_out_step(step, why)
+        return BadStepLine(refused=why, bad_steps=session.num_bad_steps, heads=heads)
     num_tokens = sum(plan.num_tokens.values())
-    num_samples = Counter(
-        s.teacher_index for part in plan.micro_batches for batch in part for s in batch.samples
-    )
+    divergence = objective.metrics(sums, plan)
     wall_s = time.perf_counter() - started
-    return {
-        "loss": loss,
-        "reverse_kl": sum(sums[f"kl_sum/{i}"] for i in range(len(job.stores))) / max(num_tokens, 1),
-        "reverse_kl_by_teacher": {
-            store.name: sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"]
-            for i, store in enumerate(job.stores)
-            if sums[f"tokens/{i}"]
-        },
-        "share_by_teacher": {
-            store.name: {
-                "tokens": plan.num_tokens.get(i, 0) / max(num_tokens, 1),
-                "samples": num_samples[i] / sum(num_samples.values()),
-                "loss": sums[f"loss/{i}"] / loss if loss else 0.0,
-            }
-            for i, store in enumerate(job.stores)
-        },
-        "kl_noise_floor": {
-            job.stores[i].name: floor for i, floor in sorted(job.noise_floor.items())
-        },
-        "below_10x_noise_floor": [
-            job.stores[i].name
-            for i, floor in sorted(job.noise_floor.items())
-            if sums[f"tokens/{i}"] and sums[f"kl_sum/{i}"] / sums[f"tokens/{i}"] < 10 * floor
-        ],
-        "entropy": sums["entropy"] / max(num_tokens, 1),
-        "tokens": num_tokens,
-        "tokens_per_s": num_tokens / wall_s,
-        "grad_norm": grad_norm,
-        "lr": lr,
-        "micro_batches": len(micro_batches),
-        "waste": plan.waste,
-        "statistics": {
-            store.name: _statistics(sums, i)
-            for i, store in enumerate(job.stores)
-            if sums[f"measured/{i}"]
-        },
-        **used,
-        "wall_s": wall_s,
-    }
-
-
-def refused(job: Job, step: int, why: str) -> dict[str, object]:
-    """The step is left out: weights, optimizer and schedule are as before.  Raises MtopdError if it
-    is one too many.
-    """
-    if job.bad_steps >= job.config.train.max_bad_steps:
-        raise MtopdError(
-            f"train step {step} was refused: {why}; weights are as after the step before.  Look at "
-            "those samples, or "
-            f"allow more than {job.bad_steps} such steps with train.max_bad_steps"
-        )
-    job.bad_steps += 1
-    job.progress.note(
-        f"train step {step} is left out ({job.bad_steps} of {job.config.train.max_bad_steps}): "
-        f"{why}"
+    return TrainStepLine(
+        **vars(divergence),
+        heads=heads,
+        tokens=num_tokens,
+        tokens_per_s=num_tokens / wall_s,
+        grad_norm=grad_norm,
+        lr=lr,
+        micro_batches=len(micro_batches),
+        waste=plan.waste,
+        wall_s=wall_s,
     )
-    return {"refused": why, "bad_steps": job.bad_steps}
 
 
-def _culprits(job: Job, objective: TeacherKL, states: CachedStates) -> str:
-    """Which samples gave NaN or inf, and whether the teacher or the student did.  Collective."""
-    mine: list[tuple[int, str]] = []
-    for run, rows in objective.non_finite():
-        finite_T = torch.isfinite(states(run)).all(-1)
-        bounds = np.cumsum([0, *(entry.stop - entry.first for entry in run.entries)])
-        for row in rows:
-            entry = run.entries[int(np.searchsorted(bounds, row, "right")) - 1]
-            name = job.stores[run.teacher_index].name
-            side = (
-                "the student's hidden states"
-                if finite_T[row]
-                else f"the cached hidden states of teacher {name!r}"
+def plan(session: Session, iteration: Iteration) -> list[TrainStepPlan]:
+    """The iteration's train steps, for this layout: a function of metadata alone, the same on every
+    rank.
+    """
+    config, student = session.config, session.student
+    return plan_train_steps(
+        iteration.samples,
+        num_train_steps=config.train.train_steps_per_iteration,
+        teacher_weights=config.teacher_weights,
+        dp_size=session.ranks.dp_size,
+        micro_batch_size=config.train.micro_batch_size,
+        token_budget=config.train.token_budget,
+        seq_length_multiple=student.trainer.seq_length_multiple,
+        micro_batch_multiple=student.trainer.micro_batch_multiple,
+        cost=student.facts.architecture.sample_cost,
+        normalization=config.train.normalization,
+        seed=iteration.seed,
+    )
+
+
+def build_objective(
+    session: Session, iteration: Iteration, runs: Runs, states: CachedStates | None, step: int
+) -> Objective:
+    """The loss of one train step."""
+    floors = session.proofs.noise_floors
+    stores = session.teachers.stores
+    return OBJECTIVES["reverse_kl"](
+        teachers=[TeacherFacts(store.name, floors.get(i)) for i, store in enumerate(stores)],
+        heads=session.teachers.heads,
+        hidden_states=states,
+        vocab_size=session.student.vocab_size,
+        tp_group=session.ranks.tp_group,
+        runs=_flat(runs),
+        seed=iteration.step_seed(step),
+    )
+
+
+@contextlib.contextmanager
+def open_states(session: Session, iteration: Iteration) -> Iterator[CachedStates | None]:
+    """The iteration's hidden states; ranks before the last stage never open them."""
+    teachers = session.teachers
+    if not session.ranks.is_last_stage:
+        yield None
+        return
+    formats = [
+        StateFormat(store.hidden_size, torch_dtype(teachers.hidden_dtype(i)))
+        for i, store in enumerate(teachers.stores)
+    ]
+    with (
+        HiddenCacheReader(iteration.hidden_cache) as reader,
+        CachedStates(reader, formats, session.ranks, iteration.number) as states,
+    ):
+        yield states
+
+
+def teacher_runs(session: Session, iteration: Iteration, plan: TrainStepPlan) -> Runs:
+    """Contiguous runs of one teacher among the loss rows of this rank's micro-batches; none off the
+    last stage.
+    """
+
+    def runs_of(micro_batch: MicroBatch) -> list[TeacherRun]:
+        samples = [iteration.tokens.samples[planned.sample_id] for planned in micro_batch.samples]
+        rows = [
+            SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), part.start, part.stop)
+            for s in samples
+            for part in loss_rows_of_rank(
+                iteration.tokens.tokens(s.sample_id), plan.seq_length, session.ranks
             )
-            mine.append((entry.metadata.sample_id, side))
-    gathered: list[list[tuple[int, str]]] = [[] for _ in range(job.ranks.world_size)]
-    dist.all_gather_object(gathered, sorted(set(mine)))
-    found = sorted({culprit for of_rank in gathered for culprit in of_rank})
-    if not found:
-        return "no sample's loss is NaN or inf: the gradients overflowed"
-    by_side: dict[str, list[int]] = {}
-    for sample_id, side in found:
-        by_side.setdefault(side, []).append(sample_id)
-    return "; ".join(
-        f"{side} in sample{'s' if len(ids) > 1 else ''} "
-        f"{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}"
-        for side, ids in by_side.items()
-    )
+        ]
+        runs: list[TeacherRun] = []
+        for teacher_index, group in itertools.groupby(rows, key=lambda r: r.teacher_index):
+            entries = list(group)
+            start = runs[-1].stop if runs else 0
+            stop = start + sum(r.stop - r.first for r in entries)
+            runs.append(TeacherRun(teacher_index, start, stop, entries))
+        return runs
 
-
-def _statistics(sums: Mapping[str, float], teacher_index: int) -> dict[str, float]:
-    """Means over a teacher's tokens, estimated on those measured
-    (`mtopd.kernels.DistributionStatistics`).
-    """
-    means = {
-        name: sums[f"{name}/{teacher_index}"] / sums[f"tokens/{teacher_index}"]
-        for name in STATISTICS
-    }
-    return {
-        "tokens": sums[f"measured/{teacher_index}"],
-        **means,
-        "entropy_gap": abs(means["teacher_entropy"] - means["student_entropy"]),
-    }
-
-
-def _no_head(teacher_index: int) -> AbstractContextManager[TeacherHead]:
-    raise AssertionError(
-        f"teacher {teacher_index}'s head was asked for on a rank that is not on the last stage"
-    )
-
-
-def _own_numbers(
-    job: Job, runs: Sequence[TeacherRun], stall_s: float, statistics_s: float
-) -> tuple[dict[str, float], dict[str, float]]:
-    """What this rank did in a train step: numbers to be added over all ranks (a head that a tp
-    group loads counts once, dp and cp ranks add), and those of which the largest is wanted.
-    """
-    counters = job.heads.take_counters() if job.heads else HeadCounters()
-    assert all(n == 1 for n in counters.loads.values()), (
-        f"a head was loaded twice in one train step: {counters.loads}"
-    )
-    needed, counts = {run.teacher_index for run in runs}, int(job.ranks.tp_rank == 0)
-    added: dict[str, float] = {}
-    for i in range(len(job.stores)):
-        added[f"head_loads/{i}"] = counts * counters.loads.get(i, 0)
-        added[f"head_bytes/{i}"] = counters.bytes_read.get(i, 0)
-        added[f"needed/{i}"] = counts * (i in needed)
-    return added, {
-        "peak_resident_heads": counters.peak_resident,
-        "peak_head_bytes": counters.peak_device_bytes,
-        "stall_s": stall_s + counters.stall_s,
-        "statistics_s": statistics_s,
-    }
-
-
-def _head_metrics(job: Job, sums: Mapping[str, float]) -> dict[str, object]:
-    """Heads loaded and called for, residency, the slowest rank's seconds."""
-    names = list(enumerate(store.name for store in job.stores))
-    return {
-        "head_loads": {name: int(sums[f"head_loads/{i}"]) for i, name in names},
-        "head_bytes_read": {name: int(sums[f"head_bytes/{i}"]) for i, name in names},
-        "teachers_in_step": int(sum(sums[f"needed/{i}"] for i, _ in names)),
-        "peak_resident_heads": int(sums["peak_resident_heads"]),
-        "peak_head_bytes": int(sums["peak_head_bytes"]),
-        "stall_s": sums["stall_s"],
-        "statistics_s": sums["statistics_s"],
-    }
+    micro_batches = plan.micro_batches[session.ranks.dp_rank]
+    if not session.ranks.is_last_stage:
+        return [[] for _ in micro_batches]
+    return [runs_of(micro_batch) for micro_batch in micro_batches]
 
 
 def pack(
-    job: Job,
-    plan: TrainStepPlan,
-    micro_batch: MicroBatch,
-    runs: Sequence[TeacherRun],
-    tokens: TokenStore,
-) -> PackedMicroBatch:
-    """Tensors of one micro-batch, with its runs."""
-    return pack_rows(
-        [tokens.tokens(s.sample_id) for s in micro_batch.samples],
-        [s.token_weight for s in micro_batch.samples],
-        shape=(1 if plan.packed else job.config.train.micro_batch_size or 1, plan.seq_length),
-        packed=plan.packed,
-        ranks=job.ranks,
-        payload=runs,
-    )
+    session: Session, iteration: Iteration, plan: TrainStepPlan, runs: Runs
+) -> list[PackedMicroBatch]:
+    """The tensors of this rank's micro-batches, each with its runs."""
+    num_rows = 1 if plan.packed else session.config.train.micro_batch_size or 1
+    micro_batches = plan.micro_batches[session.ranks.dp_rank]
+    return [
+        pack_rows(
+            [iteration.tokens.tokens(s.sample_id) for s in micro_batch.samples],
+            [s.token_weight for s in micro_batch.samples],
+            shape=(num_rows, plan.seq_length),
+            packed=plan.packed,
+            ranks=session.ranks,
+            payload=payload,
+        )
+        for micro_batch, payload in zip(micro_batches, runs, strict=True)
+    ]
+
+
+def _flat(runs: Runs) -> list[TeacherRun]:
+    return [*itertools.chain(*runs)]

@@ -20,6 +20,7 @@ PARTS = {
     "convert",
 }
 LOWER = {
+    "step_sums",
     "planning",
     "data",
     "trajectories",

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mtopd.planning import Architecture
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -29,6 +31,18 @@ class ModelFacts:
     is_latent_attention: bool = False  # MLA
     num_experts: int = 0  # routed ones of a layer that has experts
     num_dense_layers: int = 0  # of a model with experts: its first layers, which have none
+
+    @property
+    def architecture(self) -> Architecture:
+        """The numbers from which planning prices the model."""
+        return Architecture(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_size=self.ffn_size,
+            attention_size=self.num_attention_heads * self.value_head_dim,
+            key_value_size=self.num_key_value_heads * self.value_head_dim,
+            vocab_size=self.vocab_size,
+        )
 
     def num_experts_of(self, layer: int) -> int:
         """Routed experts of a layer, 0 in a dense one."""

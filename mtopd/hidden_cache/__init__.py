@@ -16,10 +16,12 @@ from mtopd.hidden_cache.reader import CacheMiss, Entry, HiddenCacheReader, Read
 from mtopd.hidden_cache.recovery import Recovery, collect_garbage, merge_index, recover
 from mtopd.hidden_cache.rows import as_rows
 from mtopd.hidden_cache.segment import SegmentDamaged
+from mtopd.hidden_cache.shared_read import CachedStates, StateFormat
 from mtopd.hidden_cache.writer import HiddenCacheWriter
 
 __all__ = [
     "CacheMiss",
+    "CachedStates",
     "Entry",
     "HiddenCacheReader",
     "HiddenCacheWriter",
@@ -27,6 +29,7 @@ __all__ = [
     "Recovery",
     "RowKey",
     "SegmentDamaged",
+    "StateFormat",
     "as_rows",
     "collect_garbage",
     "merge_index",

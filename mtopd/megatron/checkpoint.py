@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 from mtopd.files import remove_tree, replace_tree
-from mtopd.megatron.train_step import Trainer
+from mtopd.megatron.optimizer import create_state
+from mtopd.megatron.trainer import Trainer
 from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
 from mtopd.types import MtopdError
 
@@ -214,7 +215,7 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": trainer.ranks.dp_cp_group,
     }
-    trainer.create_optimizer_state()
+    create_state(trainer.optimizer)
     chunks = {
         f"chunk{index}": {
             name: value

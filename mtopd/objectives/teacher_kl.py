@@ -1,30 +1,32 @@
 """Full-vocabulary reverse KL to each token's own teacher: DeepSeek-V4 report (arXiv:2606.19348),
 eq. (29).
+
+Differs from the textbook in: gradients are sums, 1/N and the teacher's weight stand in the token
+weights; a micro-batch is cut into runs of one teacher, and the divergence is called once per run
+with the one head that is resident; the gradient of the output layer is added to its ``main_grad``
+in forward, in float32.
 """
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from mtopd.kernels import (
-    DistributionStatistics,
-    distribution_statistics,
-    fused_linear_divergence,
-    output_logits,
-)
+from mtopd.kernels import fused_linear_divergence, output_logits
+from mtopd.metrics_lines import DivergenceMetrics, HeadMetrics, TeacherShare, TeacherStatistics
+from mtopd.objectives.statistics import STATISTICS, TokenStatistics
+from mtopd.step_sums import LocalSums, NonFiniteGradients, StepSums
+from mtopd.types import HeadTransform, TeacherRun, TrainStepPlan
 
-STATISTICS = DistributionStatistics._fields
-STATISTICS_TOKENS = 64  # of each teacher in a train step on a dp rank
-_STATISTICS_BATCH = 256  # tokens whose logits are held, of both models, until they are compared
-_SUMS = ("loss", "kl_sum", "tokens", "non_finite")  # over a teacher's tokens
+_LOSS_ROWS = ("loss", "kl_sum", "tokens", "non_finite", "measured", *STATISTICS)  # of a teacher
+_HEADS = ("head_loads", "head_bytes", "needed")  # of a teacher
 
 
 class Head(Protocol):
@@ -33,87 +35,88 @@ class Head(Protocol):
     @property
     def weight_vE(self) -> torch.Tensor: ...
     @property
-    def scale(self) -> float: ...
+    def transform(self) -> HeadTransform: ...
+
+
+class HeadCounters(Protocol):
+    """What the head slot did in a train step; peaks are of its whole life."""
+
     @property
-    def softcap(self) -> float | None: ...
+    def loads(self) -> Mapping[int, int]: ...
+    @property
+    def bytes_read(self) -> Mapping[int, int]: ...
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def peak_resident(self) -> int: ...
+    @property
+    def peak_device_bytes(self) -> int: ...
 
 
-@dataclass(frozen=True, eq=False)
-class TeacherRun:
-    """Consecutive loss rows of a micro-batch that belong to one teacher.  ``entries``: their
-    samples, in order.
-    """
+class Heads(Protocol):
+    """The slot that holds one head at a time (`teacher_offload.head_slot`)."""
 
-    teacher_index: int
-    start: int
-    stop: int
-    entries: Sequence[Any]
+    def lease(self, teacher_index: int) -> AbstractContextManager[Head]: ...
+    def drop(self) -> None: ...
+    def take_counters(self) -> HeadCounters: ...
+
+
+class TeacherFacts(NamedTuple):
+    """What a metrics line says of a teacher."""
+
+    name: str
+    noise_floor: float | None  # nats, from rounding its cached states; None: not measured yet
 
 
 class TeacherKL:
-    """objective(student_hidden_TD, output_weight_vD, micro_batch): sum over rows of weight x
-    KL(student || teacher).
+    """The objective sum over rows of token_weight x KL(student || teacher).
 
-    One object for one train step.  ``micro_batch.payload`` is a list of TeacherRun in teacher
-    order; the divergence is called once per run, with the one resident head.
-    ``hidden_states(run)`` fetches [T, E] of a run.  Runs on last-stage ranks only.  The gradient of
-    ``output_weight_vD``, a parameter under Megatron's DDP, is added to its ``main_grad`` in
-    forward, in float32.
-
-    The metrics that need both distributions are measured on at most STATISTICS_TOKENS tokens of
-    each teacher, drawn by ``seed``: of ``runs``, all that this rank has in the step, one is drawn
-    by its number of rows, then tokens of it, so that every token is equally likely.  A call keeps
-    the logits of the drawn ones; ``statistics``, after the last call, compares them and adds them
-    up with the weight of all the teacher's tokens on this rank.  ``statistics_s`` is the time that
-    the comparison took.
+    One object for one train step.  ``runs``: those of this rank's micro-batches, in order, none off
+    the last stage; a micro-batch's ``payload`` holds its own.  ``hidden_states(run)`` fetches
+    [T, E]; its ``stall_s`` counts the seconds that this waited.  ``heads`` is None off the last
+    stage.
     """
 
     def __init__(
         self,
         *,
-        num_teachers: int,
-        head: Callable[[int], AbstractContextManager[Head]],
-        hidden_states: Callable[[TeacherRun], torch.Tensor],
+        teachers: Sequence[TeacherFacts],
+        heads: Heads | None,
+        hidden_states: HiddenStates | None,
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
         runs: Sequence[TeacherRun],
         seed: int,
     ) -> None:
-        self._num_teachers, self._head, self._hidden_states = num_teachers, head, hidden_states
-        self._vocab_size, self._tp_group = vocab_size, tp_group
-        self._drawn = _draw(runs, seed)
-        self._to_compare: list[tuple[TeacherRun, torch.Tensor, torch.Tensor]] = []
-        self._statistics: dict[str, torch.Tensor] = {}
+        self._teachers = teachers
+        self._heads = heads
+        self._hidden_states = hidden_states
+        self._stalled_before = hidden_states.stall_s if hidden_states else 0.0
+        self._vocab_size = vocab_size
+        self._tp_group = tp_group
+        self._runs = runs
+        self._statistics = TokenStatistics(
+            runs, seed=seed, vocab_size=vocab_size, tp_group=tp_group
+        )
+        zero = torch.zeros((), dtype=torch.float64)
+        self._sums = dict.fromkeys([*self._names(_LOSS_ROWS), "entropy"], zero)
         self._per_token: list[tuple[TeacherRun, torch.Tensor]] = []
-        self.statistics_s = 0.0
 
-    @staticmethod
-    def metric_names(num_teachers: int) -> list[str]:
-        """Names of the sums that calls and ``statistics`` return, alike on all ranks."""
-        return [
-            *_names(num_teachers, _SUMS),
-            *_names(num_teachers, ("measured", *STATISTICS)),
-            "entropy",
-        ]
+    def _names(self, names: Sequence[str]) -> list[str]:
+        return [f"{name}/{i}" for i in range(len(self._teachers)) for name in names]
 
+    # -- the loss of a micro-batch -----------------------------------------------------------------
     def __call__(
         self, student_hidden_TD: torch.Tensor, output_weight_vD: Any, micro_batch: Any
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> torch.Tensor:
+        assert self._heads is not None and self._hidden_states is not None, "off the last stage"
         # A micro-batch without rows must still reach backward on every stage.
         loss = student_hidden_TD[:0].sum().float()
-        zero = torch.zeros((), dtype=torch.float64, device=loss.device)
-        metrics = dict.fromkeys([*_names(self._num_teachers, _SUMS), "entropy"], zero)
-
-        def add(name: str, value: torch.Tensor) -> None:
-            metrics[name] = metrics[name] + value.double()
-
         for run in micro_batch.payload:
-            with self._head(run.teacher_index) as head:
+            with self._heads.lease(run.teacher_index) as head:
                 rows = slice(run.start, run.stop)
-                student_hidden_RD, teacher_hidden_RE = (
-                    student_hidden_TD[rows],
-                    self._hidden_states(run),
-                )
+                student_hidden_RD = student_hidden_TD[rows]
+                teacher_hidden_RE = self._hidden_states(run)
                 token_weight_R = micro_batch.token_weight_T[rows]
                 out = fused_linear_divergence(
                     student_hidden_RD,
@@ -123,123 +126,173 @@ class TeacherKL:
                     token_weight=token_weight_R,
                     vocab_size=self._vocab_size,
                     tp_group=self._tp_group,
-                    teacher_logit_scale=head.scale,
-                    teacher_softcap=head.softcap,
+                    teacher_logit_scale=head.transform.scale,
+                    teacher_softcap=head.transform.softcap,
                     weight_grad_accumulator=output_weight_vD.main_grad,
                 )
                 loss = loss + out.loss
-                add(
-                    f"loss/{run.teacher_index}",
-                    (out.per_token.double() * token_weight_R.double()).sum(),
-                )
-                add(f"non_finite/{run.teacher_index}", (~out.per_token.isfinite()).sum())
-                self._per_token.append((run, out.per_token))
-                add("entropy", out.entropy.double().sum())
-                add(f"kl_sum/{run.teacher_index}", out.per_token.double().sum())
-                add(f"tokens/{run.teacher_index}", torch.tensor(run.stop - run.start))
-                if run in self._drawn:
-                    self._keep_logits(
-                        run, student_hidden_RD, output_weight_vD, teacher_hidden_RE, head
-                    )
+                self._add(run, out.per_token, out.entropy, token_weight_R)
+                if measured := self._statistics.rows(run):
+                    rows_N = torch.tensor(measured, device=teacher_hidden_RE.device)
+                    with torch.no_grad():
+                        student_Nv = output_logits(student_hidden_RD[rows_N], output_weight_vD)
+                        teacher_Nv = output_logits(
+                            teacher_hidden_RE[rows_N],
+                            head.weight_vE,
+                            logit_scale=head.transform.scale,
+                            softcap=head.transform.softcap,
+                        )
+                    self._statistics.keep(run, student_Nv, teacher_Nv)
             del head  # the slot alone may hold it when the next teacher's is asked for
-        return loss, metrics
+        return loss
 
-    def non_finite(self) -> list[tuple[TeacherRun, list[int]]]:
-        """Runs in which a token's divergence is NaN or inf, with those rows counted from the run's
-        first.
-        """
-        found = [
-            (run, (~values.isfinite()).nonzero()[:, 0].tolist()) for run, values in self._per_token
-        ]
-        return [(run, rows) for run, rows in found if rows]
-
-    def statistics(self) -> dict[str, torch.Tensor]:
-        """Sums over the teachers' tokens as the measured ones give them, and how many those are;
-        collective over tp.
-        """
-        if self._to_compare:
-            self._compare()
-        zero = torch.zeros((), dtype=torch.float64)
-        return (
-            dict.fromkeys(_names(self._num_teachers, ("measured", *STATISTICS)), zero)
-            | self._statistics
-        )
-
-    @torch.no_grad()
-    def _keep_logits(
+    def _add(
         self,
         run: TeacherRun,
-        student_hidden_RD: torch.Tensor,
-        output_weight_vD: Any,
-        teacher_hidden_RE: torch.Tensor,
-        head: Head,
+        kl_R: torch.Tensor,
+        entropy_R: torch.Tensor,
+        token_weight_R: torch.Tensor,
     ) -> None:
-        rows_N = torch.tensor(self._drawn[run].rows, device=teacher_hidden_RE.device)
-        student_Nv = output_logits(student_hidden_RD[rows_N], output_weight_vD)
-        teacher_Nv = output_logits(
-            teacher_hidden_RE[rows_N], head.weight_vE, logit_scale=head.scale, softcap=head.softcap
-        )
-        self._to_compare.append((run, student_Nv, teacher_Nv))
-        if (
-            sum(len(logits_Nv) for _, logits_Nv, _ in self._to_compare)
-            > _STATISTICS_BATCH - STATISTICS_TOKENS
-        ):
-            self._compare()
+        self._per_token.append((run, kl_R))
+        added = {
+            "loss": (kl_R.double() * token_weight_R.double()).sum(),
+            "kl_sum": kl_R.double().sum(),
+            "tokens": torch.tensor(float(run.stop - run.start), dtype=torch.float64),
+            "non_finite": (~kl_R.isfinite()).sum().double(),
+        }
+        for name, value in added.items():
+            key = f"{name}/{run.teacher_index}"
+            self._sums[key] = self._sums[key] + value
+        self._sums["entropy"] = self._sums["entropy"] + entropy_R.double().sum()
 
-    def _compare(self) -> None:
-        """Take what was kept into the sums.  Of all teachers at once: one exchange between tp
-        ranks.
-        """
-        runs, student, teacher = zip(*self._to_compare, strict=True)
-        self._to_compare = []
-        started = _now(student[0].device)
-        found = distribution_statistics(
-            torch.cat(student),
-            torch.cat(teacher),
-            vocab_size=self._vocab_size,
-            tp_group=self._tp_group,
-        )
-        of_runs = torch.stack(found).double().split([len(logits_Nv) for logits_Nv in student], 1)
-        for run, values_6N in zip(runs, of_runs, strict=True):
-            sums = (values_6N.mean(1) * self._drawn[run].num_rows).unbind()
-            self._statistics |= zip(
-                (f"{name}/{run.teacher_index}" for name in STATISTICS), sums, strict=True
+    # -- the numbers of the step -------------------------------------------------------------------
+    def finish(self) -> LocalSums:
+        added = dict.fromkeys(self._names(_HEADS), 0.0)
+        stall_s, peak_resident, peak_bytes = 0.0, 0, 0
+        if self._heads is not None and self._hidden_states is not None:
+            self._heads.drop()
+            self._sums |= self._statistics.sums()
+            counters = self._heads.take_counters()
+            assert all(n == 1 for n in counters.loads.values()), (
+                f"a head was loaded twice in one train step: {counters.loads}"
             )
-            self._statistics[f"measured/{run.teacher_index}"] = torch.tensor(values_6N.shape[1])
-        self.statistics_s += _now(student[0].device) - started
+            stall_s = self._hidden_states.stall_s - self._stalled_before + counters.stall_s
+            peak_resident, peak_bytes = counters.peak_resident, counters.peak_device_bytes
+            # A head that a tp group loads counts once; dp and cp ranks add.
+            counts = int(self._tp_group is None or dist.get_rank(self._tp_group) == 0)
+            for i, count in counters.loads.items():
+                added[f"head_loads/{i}"] = counts * count
+            for i, num_bytes in counters.bytes_read.items():
+                added[f"head_bytes/{i}"] = num_bytes
+            for i in {run.teacher_index for run in self._runs}:
+                added[f"needed/{i}"] = counts
+        largest = {
+            "peak_resident_heads": peak_resident,
+            "peak_head_bytes": peak_bytes,
+            "stall_s": stall_s,
+            "statistics_s": self._statistics.seconds,
+        }
+        return LocalSums(self._sums, added, largest)
+
+    def refuse_non_finite(self, sums: StepSums) -> None:
+        loss = self._total(sums, "loss")
+        if not math.isfinite(loss) or self._total(sums, "non_finite"):
+            raise NonFiniteGradients(f"the loss is {loss}")
+
+    def culprits(self) -> str:
+        found: list[tuple[int, str]] = []
+        for run, kl_R in self._per_token:
+            bad_rows = (~kl_R.isfinite()).nonzero()[:, 0].tolist()
+            if not bad_rows:
+                continue
+            assert self._hidden_states is not None
+            is_finite_T = torch.isfinite(self._hidden_states(run)).all(-1)
+            bounds = np.cumsum([0, *(rows.stop - rows.first for rows in run.samples)])
+            for row in bad_rows:
+                sample = run.samples[int(np.searchsorted(bounds, row, "right")) - 1]
+                side = "the student's hidden states"
+                if not is_finite_T[row]:
+                    name = self._teachers[run.teacher_index].name
+                    side = f"the cached hidden states of teacher {name!r}"
+                found.append((sample.sample_id, side))
+        gathered: list[list[tuple[int, str]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, sorted(set(found)))
+        by_side: dict[str, list[int]] = {}
+        for sample_id, side in sorted({culprit for part in gathered for culprit in part}):
+            by_side.setdefault(side, []).append(sample_id)
+        if not by_side:
+            return "no sample's loss is NaN or inf: the gradients overflowed"
+        return "; ".join(
+            f"{side} in sample{'s' if len(ids) > 1 else ''} "
+            f"{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}"
+            for side, ids in by_side.items()
+        )
+
+    def metrics(self, sums: StepSums, plan: TrainStepPlan) -> DivergenceMetrics:
+        loss, kl_sum = self._total(sums, "loss"), self._total(sums, "kl_sum")
+        num_tokens = max(sum(plan.num_tokens.values()), 1)
+        samples = [s for part in plan.micro_batches for batch in part for s in batch.samples]
+        num_samples = Counter(sample.teacher_index for sample in samples)
+        reverse_kl: dict[str, float] = {}
+        shares: dict[str, TeacherShare] = {}
+        floors: dict[str, float] = {}
+        statistics: dict[str, TeacherStatistics] = {}
+        for i, teacher in enumerate(self._teachers):
+            found = {name: sums.values[f"{name}/{i}"] for name in _LOSS_ROWS}
+            if found["tokens"]:
+                reverse_kl[teacher.name] = found["kl_sum"] / found["tokens"]
+            if teacher.noise_floor is not None:
+                floors[teacher.name] = teacher.noise_floor
+            if found["measured"]:
+                statistics[teacher.name] = _statistics(found)
+            shares[teacher.name] = TeacherShare(
+                tokens=plan.num_tokens.get(i, 0) / num_tokens,
+                samples=num_samples[i] / len(samples),
+                loss=found["loss"] / loss if loss else 0.0,
+            )
+        return DivergenceMetrics(
+            loss=loss,
+            reverse_kl=kl_sum / num_tokens,
+            reverse_kl_by_teacher=reverse_kl,
+            share_by_teacher=shares,
+            kl_noise_floor=floors,
+            below_10x_noise_floor=[
+                name
+                for name, floor in floors.items()
+                if reverse_kl.get(name, math.inf) < 10 * floor
+            ],
+            entropy=sums.values["entropy"] / num_tokens,
+            statistics=statistics,
+        )
+
+    def head_metrics(self, sums: StepSums) -> HeadMetrics:
+        def by_teacher(name: str) -> dict[str, int]:
+            return {t.name: int(sums.values[f"{name}/{i}"]) for i, t in enumerate(self._teachers)}
+
+        return HeadMetrics(
+            head_loads=by_teacher("head_loads"),
+            head_bytes_read=by_teacher("head_bytes"),
+            teachers_in_step=int(self._total(sums, "needed")),
+            peak_resident_heads=int(sums.values["peak_resident_heads"]),
+            peak_head_bytes=int(sums.values["peak_head_bytes"]),
+            stall_s=sums.values["stall_s"],
+            statistics_s=sums.values["statistics_s"],
+        )
+
+    def _total(self, sums: StepSums, name: str) -> float:
+        return sum(sums.values[f"{name}/{i}"] for i in range(len(self._teachers)))
 
 
-def _names(num_teachers: int, names: Sequence[str]) -> list[str]:
-    return [f"{name}/{teacher}" for teacher in range(num_teachers) for name in names]
+class HiddenStates(Protocol):
+    """Fetches a run's [T, E] cached states; ``stall_s`` are the seconds that callers waited."""
+
+    stall_s: float
+
+    def __call__(self, run: TeacherRun) -> torch.Tensor: ...
 
 
-class _Drawn(NamedTuple):
-    rows: list[int]  # to be measured, counted from the run's first
-    num_rows: int  # of all the teacher's runs
-
-
-def _draw(runs: Sequence[TeacherRun], seed: int) -> dict[TeacherRun, _Drawn]:
-    """A run of each teacher, and tokens of it.  Alike on all tp ranks."""
-    of_teacher: dict[int, list[TeacherRun]] = {}
-    for run in runs:
-        of_teacher.setdefault(run.teacher_index, []).append(run)
-    draw, drawn = random.Random(seed), {}
-    for _, candidates in sorted(of_teacher.items()):
-        num_rows = [run.stop - run.start for run in candidates]
-        (run,) = draw.choices(candidates, num_rows)
-        drawn[run] = _Drawn(_spread(run.stop - run.start, draw), sum(num_rows))
-    return drawn
-
-
-def _spread(num_rows: int, draw: random.Random) -> list[int]:
-    """Rows at equal distances, from a random one on: each as likely as any other, of as many
-    samples as can be.
-    """
-    count, offset = min(STATISTICS_TOKENS, num_rows), draw.randrange(num_rows)
-    return [(number * num_rows + offset) // count for number in range(count)]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # once or twice in a train step
-    return time.perf_counter()
+def _statistics(found: Mapping[str, float]) -> TeacherStatistics:
+    """Means over a teacher's tokens, estimated on those measured."""
+    means = {name: found[name] / found["tokens"] for name in STATISTICS}
+    gap = abs(means["teacher_entropy"] - means["student_entropy"])
+    return TeacherStatistics(tokens=found["measured"], entropy_gap=gap, **means)

@@ -10,36 +10,17 @@ sampling is the student's own distribution at temperature 1.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from mtopd.hf_checkpoint import fill, stored_names
+from mtopd.rollout.engine import Request, Response
 from mtopd.rollout.philox import uniform
 
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    prompt_id: str
-    prompt_ids: tuple[int, ...]
-    sample: int = 0  # which of this prompt's responses
-
-    @property
-    def prompt_number(self) -> int:
-        return int.from_bytes(hashlib.sha256(self.prompt_id.encode()).digest()[:8], "little")
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    response_ids: tuple[int, ...]  # with the EOS token when finish_reason is "stop"
-    log_probs: tuple[float, ...]
-    finish_reason: str  # "stop" | "length"
 
 
 class EmbeddedEngine:

@@ -21,6 +21,7 @@ import torch
 
 from mtopd.dtypes import item_size, torch_dtype
 from mtopd.teacher_offload.store import TeacherStore, read_blocks
+from mtopd.types import HeadTransform
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class TeacherHead:
     """
 
     weight_vE: torch.Tensor
-    scale: float
-    softcap: float | None
+    transform: HeadTransform
 
 
 @dataclass
@@ -151,8 +151,7 @@ class HeadSlot:
         staged.is_counted = True
         counters.peak_resident = max(counters.peak_resident, self._live)
         counters.peak_device_bytes = max(counters.peak_device_bytes, weight_vE.nbytes)
-        head = store.manifest["head"]
-        return TeacherHead(weight_vE, float(head["scale"]), head["softcap"])
+        return TeacherHead(weight_vE, store.head_transform)
 
     def _stage_next(self) -> None:
         if self._expected and self._staged is None:

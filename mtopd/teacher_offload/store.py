@@ -42,7 +42,7 @@ from mtopd.dtypes import dtype_name
 from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, checked_entries, parse_header
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.storage import Storage, open_storage
-from mtopd.types import MtopdError
+from mtopd.types import HeadTransform, MtopdError
 
 SCHEMA = "mtopd.teacher_store/2"
 BLOCK_BYTES = 4 << 20
@@ -169,6 +169,12 @@ class TeacherStore:
         "bfloat16".
         """
         return dtype_name(self.manifest["stored_dtype"])
+
+    @property
+    def head_transform(self) -> HeadTransform:
+        """What the teacher does to its logits after the output layer."""
+        head = self.manifest["head"]
+        return HeadTransform(float(head["scale"]), head["softcap"])
 
     def layer(self, index: int) -> StoreFile:
         return self.files[names.layer_path(index)]

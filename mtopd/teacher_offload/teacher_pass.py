@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ class TeacherSample:
     rows: np.ndarray
 
 
+class Probe(Protocol):
+    """What proves that this is the right teacher (`teacher_offload.probe`)."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+    def check(self, rows_TE: torch.Tensor) -> None: ...
+
+
 @dataclass(frozen=True)
 class PassResult:
     waves: list[StreamCounters]
@@ -47,8 +55,7 @@ def run_teacher_pass(
     waves: Sequence[Wave],
     *,
     keep: Callable[[TeacherSample, torch.Tensor], None],
-    probe_ids: Sequence[int] | None = None,
-    check: Callable[[torch.Tensor], None] = lambda rows_TE: None,
+    probe: Probe | None = None,
 ) -> PassResult:
     """Run ``waves``, this replica's plan (the same on all its tp ranks), and hand the rows of
     samples to ``keep``.
@@ -56,14 +63,14 @@ def run_teacher_pass(
     ``samples``: those that the plan's indices name. Collective over the job: a replica without
     samples still takes part in every layer.  The stream expects this teacher ``len(waves)`` times.
     ``keep(sample, rows_TE)`` gets the hidden states after the final norm, in the order of
-    ``sample.rows``.  ``check(rows_TE)`` gets those of ``probe_ids`` first, on every rank.
+    ``sample.rows``.  ``probe`` gets those of its own tokens first, on every rank.
     """
     done = []
     for wave in waves:
-        probed = [probe_ids] if probe_ids is not None else []
-        probe_ids = None  # once
+        probes = [probe] if probe is not None else []
+        probe = None  # once
         batches = [[samples[i] for i in batch] for batch in wave.batches]
-        ids = [np.asarray(p, np.int64)[None] for p in probed] + [_pad(batch) for batch in batches]
+        ids = [np.asarray(p.input_ids, np.int64)[None] for p in probes] + [*map(_pad, batches)]
         ids += [np.zeros((1, 1), np.int64)] * (wave.num_batches - len(batches))
         with stream.visit(teacher) as weights:
             rows_VE, first_row = weights.embedding()
@@ -75,8 +82,8 @@ def run_teacher_pass(
                     hidden[i] = layers.forward_layer(hidden_SBE)
             del layer_weights  # views of a buffer that the next wave allocates anew
             layers.bind_norm(weights.final_norm())
-            for _ in probed:
-                check(layers.forward_norm(hidden.pop(0))[:, 0])
+            for first in probes:
+                first.check(layers.forward_norm(hidden.pop(0))[:, 0])
             for batch in batches:
                 normed_SBE = layers.forward_norm(hidden.pop(0))
                 for column, sample in enumerate(batch):

@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, StudentConfig
 from mtopd.files import write_json
+from mtopd.pipelines.engines import embedded
 from mtopd.pipelines.evaluate import read_weights
-from mtopd.pipelines.job import Student
+from mtopd.pipelines.student import Student
 from mtopd.progress import quiet_libraries
-from mtopd.rollout.embedded import Request
+from mtopd.rollout.engine import Engine, Request
 from mtopd.run_dir import RunDir
 
 BIAS = "e_score_correction_bias"  # chooses experts: float32 whatever the model is
@@ -27,6 +28,8 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
     folder = root / job["kind"]
     config = StudentConfig(**{"model": folder, "freeze_router": True, **job["student"]})
     student = Student(config, OptimizerConfig(lr=1e-3, warmup_steps=0), 10, seed=0)
+    engine = embedded(student)
+    engine.update_weights(student.weights())
     wanted, found = read_weights(folder), student.weights()
     tied = {"lm_head.weight"} if student.hf_config.tie_word_embeddings else set()
     assert found.keys() - tied == wanted.keys() - tied, found.keys() ^ wanted.keys()
@@ -34,7 +37,7 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
         stored = wanted[name] if name.endswith(BIAS) else wanted[name].to(student.dtype)
         assert torch.equal(found[name], stored), f"{name} came back otherwise"
         assert found[name].dtype == stored.dtype, name
-    for name, tensor in student.engine._model.state_dict().items():
+    for name, tensor in engine._model.state_dict().items():
         if name.endswith(BIAS):
             assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name]), (
                 f"the engine's {name}"
@@ -43,11 +46,11 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
         for name, parameter in chunk.named_parameters():
             assert parameter.requires_grad == (".router." not in name), name
     if first_of_kind:
-        check_answers(root, job["kind"], student)
+        check_answers(root, job["kind"], student, engine)
     dist.barrier()
 
 
-def check_answers(root: Path, kind: str, student: Student) -> None:
+def check_answers(root: Path, kind: str, student: Student, engine: Engine) -> None:
     """Greedy answers of the engine, and of transformers from the exported folder: the same tokens."""
     run = RunDir(root / "runs", 1)
     if dist.get_rank() == 0:
@@ -55,14 +58,12 @@ def check_answers(root: Path, kind: str, student: Student) -> None:
         write_json(run.path / "generation.json", {"generation": 1})
     dist.barrier()
     for mtp in ("drop", "freeze"):
-        student.mtp = mtp
+        student.config = student.config.model_copy(update={"mtp": mtp})
         student.hf_config.num_nextn_predict_layers = 1  # what the folder says
         student.export(run, run.path / f"{kind}-{mtp}")
     prompts = [tuple(range(5 + i, 12 + 2 * i)) for i in range(4)]
     requests = [Request(f"p{i}", ids) for i, ids in enumerate(prompts)]
-    answers = [
-        r.response_ids for r in student.engine.generate(requests, max_response=12, greedy=True)
-    ]
+    answers = [r.response_ids for r in engine.generate(requests, max_response=12, greedy=True)]
     if dist.get_rank() == 0:
         from transformers import AutoModelForCausalLM
 

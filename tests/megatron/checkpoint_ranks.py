@@ -23,27 +23,28 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from mtopd.config import ParallelConfig
+from mtopd.config import OptimizerConfig, ParallelConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.files import write_json
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import checkpoint, parallel
-from mtopd.megatron.cross_entropy import CrossEntropy
+from mtopd.megatron.micro_batch import PackedMicroBatch, vocab_parallel_cross_entropy
 from mtopd.megatron.model import build_chunks
 from mtopd.megatron.options import config_overrides, sort_fields
-from mtopd.megatron.train_step import OptimizerSettings, PackedMicroBatch, Trainer
-from mtopd.pipelines.packing import pack_rows, rows_here
+from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
+from mtopd.megatron.trainer import Trainer
+from mtopd.objectives import CrossEntropy
 from mtopd.progress import quiet_libraries
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 VOCAB, PADDED, BATCH = 100, 128, 8
-SETTINGS = OptimizerSettings(
+NUM_STEPS = 10
+OPTIMIZER = OptimizerConfig(
     lr=1e-3,
     min_lr=1e-4,
     warmup_steps=2,
-    decay_steps=10,
-    decay_style="cosine",
+    decay="cosine",
     weight_decay=0.01,
     adam_beta1=0.9,
     adam_beta2=0.98,
@@ -68,7 +69,7 @@ def build(root: Path, job: dict[str, Any]) -> tuple[Trainer, Bridge]:
         padded_vocab=PADDED,
     )
     bridge.load(chunks, root / job["kind"])
-    return Trainer(chunks, own, SETTINGS, dtype, fields), bridge
+    return Trainer(chunks, own, OPTIMIZER, NUM_STEPS, dtype, fields), bridge
 
 
 def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
@@ -89,8 +90,8 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
         labels = [
             int(token)
             for sample in part
-            for here in rows_here(sample, 16, own)
-            for token in sample.response_ids[here.first : here.stop]
+            for rows in loss_rows_of_rank(sample, 16, own)
+            for token in sample.response_ids[rows.start : rows.stop]
         ]
         weights = [1 / (12 * BATCH)] * len(part)
         payload = torch.tensor(labels, dtype=torch.long)
@@ -102,14 +103,21 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
 
 def train(trainer: Trainer, steps: range) -> list[float]:
     losses = []
-    objective = CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
     for step in steps:
-        sums = trainer.reduce_metrics(
-            trainer.forward_backward(micro_batches(trainer, step), objective), ["loss"]
-        )
-        trainer.optimizer_step()
-        losses.append(sums["loss"])
+        objective = cross_entropy(trainer)
+        trainer.forward_backward(micro_batches(trainer, step), objective)
+        sums = trainer.reduce(objective.finish)
+        trainer.optimizer_step(sums)
+        losses.append(objective.loss(sums))
     return losses
+
+
+def cross_entropy(trainer: Trainer) -> CrossEntropy:
+    return CrossEntropy(
+        vocab_size=VOCAB,
+        tp_rank=trainer.ranks.tp_rank,
+        cross_entropy=vocab_parallel_cross_entropy,
+    )
 
 
 def state(trainer: Trainer, bridge: Bridge) -> str:

@@ -16,10 +16,11 @@ from mtopd.convert.bridge import Bridge
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks
+from mtopd.megatron.optimizer import resume_schedule
 from mtopd.megatron.options import config_overrides, sort_fields
-from mtopd.megatron.train_step import Trainer
-from mtopd.pipelines.job import optimizer_settings
+from mtopd.megatron.trainer import Trainer
 from mtopd.progress import quiet_libraries
+from mtopd.step_sums import LocalSums
 
 
 def build(model: Path, config: OptimizerConfig, num_steps: int) -> Trainer:
@@ -28,7 +29,7 @@ def build(model: Path, config: OptimizerConfig, num_steps: int) -> Trainer:
     overrides = config_overrides(own.device, fields.transformer)
     bridge = Bridge(hf_config, dtype=torch.float32, padded_vocab_size=128, overrides=overrides)
     chunks = build_chunks(bridge.transformer_config, bridge.facts, own, padded_vocab=128)
-    return Trainer(chunks, own, optimizer_settings(config, num_steps), torch.float32, fields)
+    return Trainer(chunks, own, config, num_steps, torch.float32, fields)
 
 
 def step(trainer: Trainer) -> tuple[float, float]:
@@ -39,7 +40,7 @@ def step(trainer: Trainer) -> tuple[float, float]:
     weight.main_grad.fill_(1.0)
     with torch.no_grad():
         weight.zero_()  # so that the distance is not rounded
-    _, said = trainer.optimizer_step()
+    _, said = trainer.optimizer_step(trainer.reduce(lambda: LocalSums({})))
     return said, -weight[0].item()
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         trainer = build(model, config, num_steps)
         found = [step(trainer) for _ in range(num_steps + 2)]
         resumed = build(model, config, num_steps)
-        resumed.resume_schedule(num_steps // 2)
+        resume_schedule(resumed.schedule, num_steps // 2)
         print("RESULT", json.dumps({"steps": found, "resumed": step(resumed)[0]}), flush=True)
     dist.destroy_process_group()
 

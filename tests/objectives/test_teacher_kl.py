@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mtopd.objectives import teacher_kl
-from mtopd.objectives.teacher_kl import STATISTICS, STATISTICS_TOKENS, TeacherKL, TeacherRun, _draw
+from mtopd.objectives import TeacherFacts, TeacherKL, statistics
+from mtopd.objectives.statistics import STATISTICS, STATISTICS_TOKENS, draw
+from mtopd.step_sums import LocalSums
+from mtopd.teacher_offload.head_slot import HeadCounters
+from mtopd.types import HeadTransform, TeacherRun
 
 
 def test_a_run_of_each_teacher_is_drawn_by_its_rows() -> None:
@@ -23,7 +26,7 @@ def test_a_run_of_each_teacher_is_drawn_by_its_rows() -> None:
     ]
     times: Counter[TeacherRun] = Counter()
     for seed in range(4000):
-        drawn = _draw(runs, seed)
+        drawn = draw(runs, seed)
         assert sorted((run.teacher_index, of.num_rows) for run, of in drawn.items()) == [
             (0, 40),
             (2, 40),
@@ -31,18 +34,31 @@ def test_a_run_of_each_teacher_is_drawn_by_its_rows() -> None:
         assert all(of.rows == list(range(run.stop - run.start)) for run, of in drawn.items())
         times.update(drawn.keys())
     assert [times[run] / 4000 for run in runs] == pytest.approx([0.25, 0.75, 0.75, 0.25], abs=0.03)
-    assert _draw(runs, 7) == _draw(runs, 7) and _draw([], 0) == {}
+    assert draw(runs, 7) == draw(runs, 7) and draw([], 0) == {}
 
 
 def test_tokens_of_a_long_run_are_drawn_by_the_seed_alike() -> None:
     run = TeacherRun(0, 0, 100, [])
     times: Counter[int] = Counter()
     for seed in range(2000):
-        rows = _draw([run], seed)[run].rows
+        rows = draw([run], seed)[run].rows
         assert rows == sorted(set(rows)) and len(rows) == STATISTICS_TOKENS
         times.update(rows)
     assert all(abs(times[row] / 2000 - 0.64) < 0.06 for row in range(100))
-    assert _draw([run], 1) == _draw([run], 1) != _draw([run], 2)
+    assert draw([run], 1) == draw([run], 1) != draw([run], 2)
+
+
+def off_stage(num_teachers: int) -> LocalSums:
+    """The numbers of a rank that has no loss rows."""
+    return TeacherKL(
+        teachers=[TeacherFacts(f"t{index}", None) for index in range(num_teachers)],
+        heads=None,
+        hidden_states=None,
+        vocab_size=37,
+        tp_group=None,
+        runs=(),
+        seed=0,
+    ).finish()
 
 
 class Step:
@@ -57,8 +73,8 @@ class Step:
         self.weight_VD = torch.nn.Parameter(randn(40, 8))
         self.weight_VD.main_grad = torch.zeros(40, 8)  # type: ignore[attr-defined]
         self.heads = {
-            0: SimpleNamespace(weight_vE=randn(40, 8), scale=1.0, softcap=None),
-            2: SimpleNamespace(weight_vE=randn(40, 6), scale=0.5, softcap=3.0),
+            0: SimpleNamespace(weight_vE=randn(40, 8), transform=HeadTransform()),
+            2: SimpleNamespace(weight_vE=randn(40, 6), transform=HeadTransform(0.5, 3.0)),
         }
         self.runs = [
             [TeacherRun(0, 0, rows, []), TeacherRun(2, rows, 2 * rows, [])] for _ in range(2)
@@ -68,38 +84,50 @@ class Step:
             run: randn(rows, 8 if run.teacher_index == 0 else 6) for of in self.runs for run in of
         }
 
-    def head(self, index: int) -> AbstractContextManager[Any]:
+    stall_s = 0.0  # of the hidden states, which are at hand
+
+    def __call__(self, run: TeacherRun) -> torch.Tensor:
+        return self.teacher_TE[run]
+
+    def lease(self, index: int) -> AbstractContextManager[Any]:
         return nullcontext(self.heads[index])
+
+    def drop(self) -> None:
+        self.dropped = True
+
+    def take_counters(self) -> HeadCounters:
+        return HeadCounters(loads={0: 1, 2: 1}, bytes_read={0: 5}, stall_s=0.5, peak_resident=1)
 
     def statistics(self, seed: int = 0) -> dict[str, float]:
         runs = [run for of_batch in self.runs for run in of_batch]
         objective = TeacherKL(
-            num_teachers=3,
-            head=self.head,
-            hidden_states=self.teacher_TE.__getitem__,
+            teachers=[TeacherFacts(f"t{index}", None) for index in range(3)],
+            heads=self,
+            hidden_states=self,
             vocab_size=37,
             tp_group=None,
             runs=runs,
             seed=seed,
         )
-        sums: set[str] = set()
-        for student_TD, of_batch in zip(self.student_TD, self.runs, strict=True):
-            batch = SimpleNamespace(payload=of_batch, token_weight_T=torch.ones(len(student_TD)))
-            sums |= objective(student_TD.requires_grad_(), self.weight_VD, batch)[1].keys()
-        found = objective.statistics()
-        assert {*TeacherKL.metric_names(3)} == sums | found.keys() and not sums & found.keys()
-        assert objective.statistics_s > 0
-        return {name: float(value) for name, value in found.items()}
+        for student_TD, runs in zip(self.student_TD, self.runs, strict=True):
+            batch = SimpleNamespace(payload=runs, token_weight_T=torch.ones(len(student_TD)))
+            objective(student_TD.requires_grad_(), self.weight_VD, batch)
+        found = objective.finish()
+        assert self.dropped and found.largest["stall_s"] == 0.5
+        assert found.added["head_loads/2"] == found.added["needed/0"] == 1
+        assert found.added["head_bytes/0"] == 5 and not found.added["head_loads/1"]
+        assert found.largest["statistics_s"] > 0
+        assert off_stage(3).loss_rows.keys() == found.loss_rows.keys(), "alike on every rank"
+        return {name: float(value) for name, value in found.loss_rows.items()}
 
     def means(self, batch: int, index: int) -> list[torch.Tensor]:
         """Entropies and forward KL of all tokens of a run, from dense logits."""
         (run,) = (run for run in self.runs[batch] if run.teacher_index == index)
         head = self.heads[index]
         student = self.student_TD[batch][run.start : run.stop].double() @ self.weight_VD.double().T
-        teacher = head.scale * (self.teacher_TE[run].double() @ head.weight_vE.double().T)
-        teacher = (
-            teacher if head.softcap is None else head.softcap * (teacher / head.softcap).tanh()
-        )
+        scale, softcap = (1.0, None) if index == 0 else (0.5, 3.0)
+        teacher = scale * (self.teacher_TE[run].double() @ head.weight_vE.double().T)
+        teacher = teacher if softcap is None else softcap * (teacher / softcap).tanh()
         log_p, log_q = (logits[:, :37].log_softmax(1) for logits in (student, teacher))
         per_token = [-log_p.exp() * log_p, -log_q.exp() * log_q, log_q.exp() * (log_q - log_p)]
         return [value.sum(1).mean().detach() for value in per_token]
@@ -109,10 +137,10 @@ class Step:
 def test_sums_are_those_of_the_drawn_runs(
     batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_kl, "_STATISTICS_BATCH", batch_tokens)
+    monkeypatch.setattr(statistics, "_STATISTICS_BATCH", batch_tokens)
     step = Step(rows=30)
     found = step.statistics()
-    drawn = _draw([run for of_batch in step.runs for run in of_batch], seed=0)
+    drawn = draw([run for of_batch in step.runs for run in of_batch], seed=0)
     for run, of_run in drawn.items():
         (batch,) = (number for number, of_batch in enumerate(step.runs) if run in of_batch)
         wanted = [float(mean) * of_run.num_rows for mean in step.means(batch, run.teacher_index)]

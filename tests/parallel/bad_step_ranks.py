@@ -13,23 +13,24 @@ import torch
 import torch.distributed as dist
 
 from mtopd.hidden_cache import HiddenCacheWriter
+from mtopd.metrics_lines import to_values
 from mtopd.pipelines import teacher_pass, train
-from mtopd.pipelines.job import Job
+from mtopd.pipelines.iteration import Iteration
+from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
-from mtopd.trajectories import read_metadata, sample_metadata
 from mtopd.types import MtopdError
 
 
-def poison_cache(job: Job, victim: int) -> None:
+def poison_cache(session: Session, iteration: Iteration, victim: int) -> None:
     """A sound entry of one sample whose second row is NaN; the pass then leaves it as it is."""
-    samples = {s.sample_id: s for s in sample_metadata(read_metadata(job.run.trajectories(0)))}
-    store = job.stores[samples[victim].teacher_index]
-    if job.ranks.rank == 0:
+    samples = iteration.tokens.samples
+    store = session.teachers.stores[samples[victim].teacher_index]
+    if session.ranks.rank == 0:
         rows = np.zeros((samples[victim].num_loss_tokens, store.hidden_size), np.float32)
         rows[1] = np.nan
-        key = job.cache_key(0, samples[victim])
+        key = iteration.cache_key(samples[victim])
         with HiddenCacheWriter(
-            job.run.hidden_cache(0), writer="poison", generation=1, hidden_dtype="float32"
+            iteration.hidden_cache, writer="poison", generation=1, hidden_dtype="float32"
         ) as writer:
             writer.put(store.fingerprint, store.hidden_size, key, victim, 0, rows)
     dist.barrier()
@@ -38,31 +39,31 @@ def poison_cache(job: Job, victim: int) -> None:
 def main() -> None:
     quiet_libraries()
     spec = json.loads(sys.argv[1])
-    job = Job(Path(spec["run"]), 1)
-    tokens = job.tokens(0)
-    samples = sample_metadata(read_metadata(job.run.trajectories(0)))
+    session = Session(Path(spec["run"]), 1)
+    iteration, trainer = session.iteration(0), session.student.trainer
+    samples = iteration.samples
     victim = next(s for s in samples if s.num_loss_tokens > 3 and s.teacher_index == 1)
-    poison_cache(job, victim.sample_id)
-    teacher_pass.run(job, 0)
-    (plan,) = train.plan(job, samples, seed=0)
+    poison_cache(session, iteration, victim.sample_id)
+    teacher_pass.run(session, iteration)
+    (plan,) = train.plan(session, iteration)
 
     def say(text: str) -> None:
-        if job.ranks.rank == 0:
+        if session.ranks.rank == 0:
             print(f"PASSED {text}", flush=True)
 
     def step(number: int) -> dict:
-        with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
-            runs = train.runs_of_step(job, plan, 0)
-            return train.train_step(job, plan, runs, tokens, states, number)
+        with train.open_states(session, iteration) as states:
+            runs = train.teacher_runs(session, iteration, plan)
+            return to_values(train.train_step(session, iteration, plan, runs, states, number))
 
     def refusal(number: int) -> str:
-        before = {name: tensor.clone() for name, tensor in job.student.weights().items()}
-        done = job.trainer.steps_done
+        before = {name: tensor.clone() for name, tensor in session.student.weights().items()}
+        done = trainer.steps_done
         try:
             step(number)
         except MtopdError as error:
-            assert job.trainer.steps_done == done
-            for name, tensor in job.student.weights().items():
+            assert trainer.steps_done == done
+            for name, tensor in session.student.weights().items():
                 assert torch.equal(tensor, before[name]) or tensor.isnan().any(), (
                     f"{name} was touched"
                 )
@@ -75,72 +76,70 @@ def main() -> None:
     say(said)
 
     # One such step is allowed: it is left out and counted, and the next is refused again.
-    job.config = job.config.model_copy(
-        update={"train": job.config.train.model_copy(update={"max_bad_steps": 1})}
+    session.config = session.config.model_copy(
+        update={"train": session.config.train.model_copy(update={"max_bad_steps": 1})}
     )
     values = step(0)
     assert (
         values["bad_steps"] == 1
         and wanted[:-1] in str(values["refused"])
-        and job.state()["bad_steps"] == 1
+        and session.state()["bad_steps"] == 1
     )
     assert wanted in refusal(1)
     say("one step left out")
 
     # Sound states again; then a token whose embedding is NaN poisons every sample that reads it.
-    job.cache_key, original = (lambda *args: original(*args)[::-1]), job.cache_key
-    for seal in ("SEALED",) if job.ranks.rank == 0 else ():
-        (job.run.hidden_cache(0) / seal).unlink()
+    iteration.cache_key, original = (lambda *args: original(*args)[::-1]), iteration.cache_key
+    for seal in ("SEALED",) if session.ranks.rank == 0 else ():
+        (iteration.hidden_cache / seal).unlink()
     dist.barrier()
-    teacher_pass.run(job, 0)
-    forward_backward = job.trainer.forward_backward
+    teacher_pass.run(session, iteration)
+    forward_backward = trainer.forward_backward
 
-    def overflow(*args: object) -> dict:
-        totals = forward_backward(*args)
-        if job.ranks.rank == 0:
-            next(iter(job.trainer.chunks[0].parameters())).main_grad.view(-1)[0] = torch.inf
-        return totals
+    def overflow(*args: object) -> None:
+        forward_backward(*args)
+        if session.ranks.rank == 0:
+            next(iter(trainer.chunks[0].parameters())).main_grad.view(-1)[0] = torch.inf
 
-    job.trainer.forward_backward = overflow
+    trainer.forward_backward = overflow
     said = refusal(2)
     assert "no sample's loss is NaN or inf: the gradients overflowed" in said, said
     say(said)
 
-    def overflow_last(*args: object) -> dict:
+    def overflow_last(*args: object) -> None:
         """In what tp ranks hold alike, and on one of them: the norm counts it on another."""
-        totals = forward_backward(*args)
-        if job.ranks.rank == job.ranks.world_size - 1:
-            job.trainer.chunks[-1].decoder.final_layernorm.weight.main_grad[0] = torch.inf
-        return totals
+        forward_backward(*args)
+        if session.ranks.rank == session.ranks.world_size - 1:
+            trainer.chunks[-1].decoder.final_layernorm.weight.main_grad[0] = torch.inf
 
-    job.trainer.forward_backward = overflow_last
+    trainer.forward_backward = overflow_last
     said = refusal(2)
-    assert f"gradients are NaN or inf on 1 of {job.ranks.world_size} ranks" in said, said
+    assert f"gradients are NaN or inf on 1 of {session.ranks.world_size} ranks" in said, said
 
     # Left out, it leaves no trace: the next step is taken.
-    job.config = job.config.model_copy(
-        update={"train": job.config.train.model_copy(update={"max_bad_steps": 2})}
+    session.config = session.config.model_copy(
+        update={"train": session.config.train.model_copy(update={"max_bad_steps": 2})}
     )
     assert step(2)["bad_steps"] == 2
-    job.trainer.forward_backward = forward_backward
-    before = job.trainer.steps_done
+    trainer.forward_backward = forward_backward
+    before = trainer.steps_done
     values = step(3)
     assert (
         values["loss"] > 0 and values["grad_norm"] > 0 and set(values["head_loads"].values()) == {1}
     ), values
-    assert job.trainer.steps_done == before + 1
+    assert trainer.steps_done == before + 1
 
-    if job.trainer.chunks[0].pre_process:
+    if trainer.chunks[0].pre_process:
         with torch.no_grad():
-            weight = job.trainer.chunks[0].embedding.word_embeddings.weight
-            token = int(tokens.tokens(victim.sample_id).prompt_ids[0])
-            if job.ranks.tp_rank == token // len(weight):
+            weight = trainer.chunks[0].embedding.word_embeddings.weight
+            token = int(iteration.tokens.tokens(victim.sample_id).prompt_ids[0])
+            if session.ranks.tp_rank == token // len(weight):
                 weight[token % len(weight)] = torch.nan
     said = refusal(3)
     assert "the student's hidden states in sample" in said and str(victim.sample_id) in said, said
     say(said)
-    job.metrics.close()
-    job.checkpoints.close()
+    session.metrics.close()
+    session.checkpoints.close()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -45,16 +45,16 @@ def _identity(tensor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _tp_reduction() -> None:
-    from mtopd.megatron import train_step
+    from mtopd.megatron import micro_batch
 
-    train_step.copy_to_tensor_model_parallel_region = _identity
+    micro_batch.copy_to_tensor_model_parallel_region = _identity
 
 
 def _sp_gather() -> None:
-    from mtopd.megatron import train_step
+    from mtopd.megatron import micro_batch
 
-    original = train_step.gather_from_sequence_parallel_region
-    train_step.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad: (
+    original = micro_batch.gather_from_sequence_parallel_region
+    micro_batch.gather_from_sequence_parallel_region = lambda x, tensor_parallel_output_grad: (
         original(x, tensor_parallel_output_grad=False)
     )
 
@@ -80,15 +80,15 @@ def _divided() -> None:
     """
     import torch
 
-    from mtopd.megatron import train_step
+    from mtopd.megatron import micro_batch
 
-    original = train_step._loss
+    original = micro_batch.loss
 
     def counted(hidden: Any, **rest: Any) -> Any:
         loss, _, metrics = original(hidden, **rest)
         return loss, torch.tensor(len(rest["micro_batch"].position_T), dtype=torch.int), metrics
 
-    train_step._loss = counted
+    micro_batch.loss = counted
 
 
 def _averaged(which: Callable[[Any], bool]) -> None:
@@ -106,7 +106,7 @@ def _averaged(which: Callable[[Any], bool]) -> None:
 
 
 def _shift() -> None:
-    from mtopd.pipelines import packing
+    from mtopd.megatron import packing
 
     original = packing.loss_positions
 
@@ -118,7 +118,7 @@ def _shift() -> None:
 
 
 def _contiguous() -> None:
-    from mtopd.pipelines import packing
+    from mtopd.megatron import packing
 
     def halves(seq_length: int, cp_rank: int, cp_size: int) -> tuple[slice, slice]:
         chunk = seq_length // (2 * cp_size)
@@ -142,7 +142,7 @@ def _cp_keys() -> None:
 def _cuts(change: Callable[[list[int]], list[int]]) -> None:
     import torch
 
-    from mtopd.megatron.train_step import PackedMicroBatch
+    from mtopd.megatron.micro_batch import PackedMicroBatch
 
     original = PackedMicroBatch.packed_seq_params.fget
 
@@ -166,10 +166,10 @@ def _tied() -> None:
 
 
 def _batched() -> None:
-    from mtopd.pipelines import job
+    from mtopd.pipelines import student
 
-    original = job.config_overrides
-    job.config_overrides = lambda *args, **kwargs: {
+    original = student.config_overrides
+    student.config_overrides = lambda *args, **kwargs: {
         **original(*args, **kwargs),
         "batch_p2p_comm": True,
         "overlap_p2p_comm": False,
@@ -180,7 +180,7 @@ def _late() -> None:
     """The output weight is used before its gather has come; nobody waits before it is exported
     either.
     """
-    from mtopd.megatron.train_step import Trainer
+    from mtopd.megatron.trainer import Trainer
 
     Trainer.finish_param_sync = lambda trainer: None
 
@@ -194,9 +194,9 @@ def _unreduced() -> None:
 
 def _unmark(which: Callable[[str], bool]) -> None:
     """Weights that each tp rank has whole: under sequence parallelism their gradients are parts."""
-    from mtopd.pipelines import job
+    from mtopd.pipelines import student
 
-    original = job.build_chunks
+    original = student.build_chunks
 
     def build(*args: Any, **kwargs: Any) -> Any:
         chunks = original(*args, **kwargs)
@@ -206,7 +206,7 @@ def _unmark(which: Callable[[str], bool]) -> None:
                     parameter.sequence_parallel = False
         return chunks
 
-    job.build_chunks = build
+    student.build_chunks = build
 
 
 def _recompute() -> None:
@@ -227,12 +227,12 @@ def _recompute() -> None:
 
 
 def _shares() -> None:
-    from mtopd.pipelines.cached_states import CachedStates
+    from mtopd.hidden_cache import CachedStates
 
     original: Any = CachedStates._reads
 
-    def reads(self: Any, reader: Any, run: Any, number: int, rows: Any) -> Any:
-        return original(self, reader, run, self._job.ranks.tp_size - 1 - number, rows)
+    def reads(self: Any, run: Any, number: int, rows: Any) -> Any:
+        return original(self, run, self._ranks.tp_size - 1 - number, rows)
 
     CachedStates._reads = reads  # type: ignore[method-assign]
 

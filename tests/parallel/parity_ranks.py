@@ -17,15 +17,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from mtopd.hidden_cache import HiddenCacheReader
+from mtopd.hidden_cache import HiddenCacheReader, shared_read
+from mtopd.megatron import packing
 from mtopd.megatron.layers import TeacherLayers
-from mtopd.pipelines import cached_states, evaluate, packing, teacher_pass, train
-from mtopd.pipelines.job import Job
+from mtopd.megatron.optimizer import torch_optimizers
+from mtopd.metrics_lines import to_values
+from mtopd.pipelines import evaluate, teacher_pass, train
+from mtopd.pipelines.engines import embedded
+from mtopd.pipelines.iteration import Iteration
+from mtopd.pipelines.session import Session
 from mtopd.planning import Part, row_length
 from mtopd.progress import quiet_libraries
-from mtopd.rollout.embedded import Request
+from mtopd.rollout.engine import Request
+from mtopd.step_sums import LocalSums, StepSums
 from mtopd.teacher_offload import head_slot, layer_stream
-from mtopd.trajectories import read_metadata, sample_metadata
+from mtopd.trajectories import read_metadata
 from mtopd.types import MicroBatch, PlannedSample, SampleMetadata, TrainStepPlan
 from tests.parallel import mutants
 
@@ -44,13 +50,13 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def named_like_weights(
-    job: Job, tensor_of: Callable[[Any], torch.Tensor]
+    session: Session, tensor_of: Callable[[Any], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Tensors in place of the weights, as HF tensors; on tied models the embedding's is the sum
     over its two uses.
     """
     of_chunks = []
-    for chunk in job.trainer.chunks:
+    for chunk in session.student.trainer.chunks:
         pairs = []
         for name, parameter in chunk.named_parameters():
             tensor = tensor_of(parameter).detach().clone()
@@ -59,36 +65,38 @@ def named_like_weights(
                     setattr(tensor, attribute, getattr(parameter, attribute))
             pairs.append((name, tensor))
         of_chunks.append(pairs)
-    return job.student.bridge.export(job.trainer.chunks, of_chunks)
+    return session.student.bridge.export(session.student.trainer.chunks, of_chunks)
 
 
-def gradients(job: Job) -> dict[str, torch.Tensor]:
+def gradients(session: Session) -> dict[str, torch.Tensor]:
     """The accumulated gradients.  The distributed optimizer leaves each rank the sum of its shard
     only: join them.
     """
-    if job.trainer.distributed_optimizer:
-        for module in job.trainer.ddp:
+    if session.student.trainer.distributed_optimizer:
+        for module in session.student.trainer.ddp:
             for buffer in (*module.buffers, *module.expert_parallel_buffers):
                 group = buffer.data_parallel_group
                 for bucket in buffer.buckets:
                     shards = list(bucket.grad_data.chunk(group.size()))
                     dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    return named_like_weights(job, lambda parameter: parameter.main_grad)
+    return named_like_weights(session, lambda parameter: parameter.main_grad)
 
 
-def check_states(job: Job, reference: dict[str, torch.Tensor]) -> float:
+def check_states(
+    session: Session, iteration: Iteration, reference: dict[str, torch.Tensor]
+) -> float:
     """Streamed states in the cache against transformers' own, row by row; returns the worst
     relative error.
     """
     worst = 0.0
-    metadata = read_metadata(job.run.trajectories(0))
+    metadata = read_metadata(iteration.trajectories)
     names = dict(
         zip(metadata["sample_id"].to_pylist(), metadata["prompt_id"].to_pylist(), strict=True)
     )
-    with HiddenCacheReader(job.run.hidden_cache(0)) as reader:
-        for sample in sample_metadata(metadata):
-            store = job.stores[sample.teacher_index]
-            entry = reader.lookup(job.cache_key(0, sample), sample.sample_id, 0)
+    with HiddenCacheReader(iteration.hidden_cache) as reader:
+        for sample in iteration.samples:
+            store = session.teachers.stores[sample.teacher_index]
+            entry = reader.lookup(iteration.cache_key(sample), sample.sample_id, 0)
             assert entry is not None and entry.n_tokens == sample.num_loss_tokens
             rows = torch.empty(entry.n_tokens, store.hidden_size)
             reader.read(entry, rows.numpy())
@@ -192,14 +200,16 @@ def allow_swaps(heads: head_slot.HeadSlot) -> None:
 def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     # Of so small micro-batches every tp rank reads all states; in some rows they are shared out and
     # gathered.
-    cached_states._SMALLEST_SHARE = 1 if "+sp" in row["name"] else 1 << 20
-    job = Job(Path(row["run"]), 1)
-    teacher_pass.run(job, 0)
+    shared_read._SMALLEST_SHARE = 1 if "+sp" in row["name"] else 1 << 20
+    session = Session(Path(row["run"]), 1)
+    iteration, teachers = session.iteration(0), session.teachers
+    trainer = session.student.trainer
+    teacher_pass.run(session, iteration)
     assert 0 < layers.worst <= 1, f"more than two layers were on the device: {layers.worst}"
     assert not layers.live, "a teacher's weights outlive its pass"
     lines = (
-        [json.loads(line) for line in job.run.metrics.read_text().splitlines()]
-        if job.ranks.rank == 0
+        [json.loads(line) for line in session.run.metrics.read_text().splitlines()]
+        if session.ranks.rank == 0
         else []
     )
     for line in lines:
@@ -208,79 +218,82 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
             assert values["waves"] == 1
             store, mesh = next(
                 (s, m)
-                for s, m in zip(job.stores, job.teacher_meshes, strict=True)
+                for s, m in zip(teachers.stores, teachers.meshes, strict=True)
                 if s.name == name
             )
             assert values["relayouts"] == (0 if mesh.tp_size == 2 else store.num_layers), values
-    samples = sample_metadata(read_metadata(job.run.trajectories(0)))
-    tokens = job.tokens(0)
-    (of_step,) = train.plan(job, samples, seed=0)
+    assert iteration.seed == 0
+    (plan,) = train.plan(session, iteration)
     if row["unsorted"]:
-        of_step = unsorted(of_step, samples, job.config.train.micro_batch_size)
-        allow_swaps(job.heads)
+        plan = unsorted(plan, iteration.samples, session.config.train.micro_batch_size)
+        allow_swaps(teachers.heads)
     found: dict[str, torch.Tensor] = {}
-    optimizer_step = job.trainer.optimizer_step
+    optimizer_step = trainer.optimizer_step
 
-    def keep_gradients() -> tuple[float, float]:
+    def keep_gradients(sums: StepSums) -> tuple[float, float]:
         if not found:
-            found.update({f"gradients/{name}": tensor for name, tensor in gradients(job).items()})
-        return optimizer_step()
+            summed = gradients(session)
+            found.update({f"gradients/{name}": tensor for name, tensor in summed.items()})
+        return optimizer_step(sums)
 
-    job.trainer.optimizer_step = keep_gradients
+    trainer.optimizer_step = keep_gradients
     results = []
     for step in range(3):
         before = heads.made
-        with train.open_cache(job, 0) as reader, train.CachedStates(job, reader, 0) as states:
-            assert (reader is not None) == job.ranks.is_last_stage, (
+        with train.open_states(session, iteration) as states:
+            assert (states is not None) == session.ranks.is_last_stage, (
                 "other stages never open the cache"
             )
-            runs = train.runs_of_step(job, of_step, 0)
-            results.append(train.train_step(job, of_step, runs, tokens, states, step))
+            runs = train.teacher_runs(session, iteration, plan)
+            line = train.train_step(session, iteration, plan, runs, states, step)
+            results.append(to_values(line))
         in_order = [run.teacher_index for of_batch in runs for run in of_batch]
         swaps, distinct = len(list(itertools.groupby(in_order))), len(set(in_order))
         assert swaps == distinct or (row["unsorted"] and swaps > 4 * distinct), (swaps, distinct)
         assert heads.made - before == swaps, (heads.made - before, swaps)
         assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
-    job.trainer.optimizer_step = optimizer_step
-    found |= {f"weights/{name}": tensor for name, tensor in job.student.weights().items()}
+    trainer.optimizer_step = optimizer_step
+    found |= {f"weights/{name}": tensor for name, tensor in session.student.weights().items()}
     values = results[0]
     rounded = row["cache_dtype"] == "bfloat16"
     for (
         index,
         floor,
     ) in (
-        job.noise_floor.items()
+        session.proofs.noise_floors.items()
     ):  # of a teacher held against itself the KL is what rounding makes it
-        kl = values["reverse_kl_by_teacher"][job.stores[index].name]
+        kl = values["reverse_kl_by_teacher"][teachers.stores[index].name]
         assert kl / 4 < floor < kl * 4 if rounded else floor == 0, (floor, kl)
     assert values["below_10x_noise_floor"] == (row["teachers"] if rounded else [])
-    check_metrics(job, row, values)
+    check_metrics(session, row, values)
     checks = []
     if row["teachers"][0] == "self":
         if row["cache_dtype"] == "float32":
-            checks.append(check_argmax(job))
+            checks.append(check_argmax(session))
     elif row["teachers"][0] == "t0":
-        error = check_states(job, load_file(row["reference"]))
+        error = check_states(session, iteration, load_file(row["reference"]))
         assert error < 1e-5, f"streamed states are {error} from transformers'"
         checks.append(f"states {error:.1e}")
-    check_off_device(job)
-    assert job.probed == set(range(len(job.stores))), "every teacher was proved to be the right one"
-    if job.ranks.rank == 0:
+    check_off_device(session)
+    assert session.proofs.proved == set(range(len(teachers.stores))), (
+        "every teacher was proved to be the right one"
+    )
+    if session.ranks.rank == 0:
         save_file(
-            {k: v.contiguous() for k, v in found.items()}, job.run.path / "parity.safetensors"
+            {k: v.contiguous() for k, v in found.items()}, session.run.path / "parity.safetensors"
         )
         metrics = {name: values[name] for name in METRICS}
         numbers = {"loss": values["loss"], "metrics": metrics, "checks": ", ".join(checks)}
-        (job.run.path / "parity.json").write_text(json.dumps(numbers))
-    job.metrics.close()
-    job.checkpoints.close()
+        (session.run.path / "parity.json").write_text(json.dumps(numbers))
+    session.metrics.close()
+    session.checkpoints.close()
 
 
-def check_metrics(job: Job, row: dict[str, Any], values: dict[str, Any]) -> None:
+def check_metrics(session: Session, row: dict[str, Any], values: dict[str, Any]) -> None:
     assert values["peak_resident_heads"] == 1
     assert sum(values["head_loads"].values()) == values["teachers_in_step"]
     for name, statistics in values["statistics"].items():
-        assert 0 < statistics["tokens"] <= 64 * job.ranks.dp_size * job.ranks.cp_size, (
+        assert 0 < statistics["tokens"] <= 64 * session.ranks.dp_size * session.ranks.cp_size, (
             name,
             statistics,
         )
@@ -300,14 +313,14 @@ def check_metrics(job: Job, row: dict[str, Any], values: dict[str, Any]) -> None
     )
 
 
-def check_off_device(job: Job) -> None:
+def check_off_device(session: Session) -> None:
     """Gradients and optimizer state leave no byte on the device, and come back bit for bit, with
     all views.
     """
-    trainer = job.trainer
+    trainer = session.student.trainer
     states = [
         t
-        for adam in trainer._adams
+        for adam in torch_optimizers(trainer.optimizer)
         for s in adam.state.values()
         for t in s.values()
         if torch.is_tensor(t)
@@ -326,13 +339,14 @@ def check_off_device(job: Job) -> None:
     assert all(g is p.main_grad for g, p in zip(gradients, parameters, strict=True))
 
 
-def check_argmax(job: Job) -> str:
+def check_argmax(session: Session) -> str:
     """Greedy answers of the exported HF model, teacher-forced through Megatron: the same argmax
     where it is clear.
     """
-    folder = job.run.path / "export" / "check"
-    job.student.export(job.run, folder)
-    engine = job.student.new_engine()
+    trainer = session.student.trainer
+    folder = session.run.path / "export" / "check"
+    session.student.export(session.run, folder)
+    engine = embedded(session.student)
     engine.update_weights(evaluate.read_weights(folder))
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
     responses = engine.generate(
@@ -346,29 +360,33 @@ def check_argmax(job: Job) -> str:
             for p, r in zip(prompts[start : start + 64], responses[start : start + 64], strict=True)
         ]
         batch = packing.pack_rows(
-            fields, [1.0] * 64, shape=(64, width), packed=False, ranks=job.ranks, payload=None
+            fields, [1.0] * 64, shape=(64, width), packed=False, ranks=session.ranks, payload=None
         )
         wanted = torch.tensor([t for f in fields for t in f.response_ids.tolist()])
+
+        sums: dict[str, torch.Tensor] = {}
 
         def compare(
             hidden_TD: torch.Tensor,
             weight_vD: torch.Tensor,
             _: object,
             wanted: torch.Tensor = wanted,
-        ) -> tuple:
+            sums: dict[str, torch.Tensor] = sums,
+        ) -> torch.Tensor:
             local = (hidden_TD @ weight_vD.T).detach()
-            shards = [torch.empty_like(local) for _ in range(job.ranks.tp_size)]
-            dist.all_gather(shards, local, group=job.ranks.tp_group)
-            top = torch.cat(shards, -1)[:, : job.vocab_size].topk(2, -1)
+            shards = [torch.empty_like(local) for _ in range(session.ranks.tp_size)]
+            dist.all_gather(shards, local, group=session.ranks.tp_group)
+            top = torch.cat(shards, -1)[:, : session.student.vocab_size].topk(2, -1)
             is_clear = top.values[:, 0] - top.values[:, 1] > 1e-4
-            wrong = (is_clear & (top.indices[:, 0] != wanted)).sum().double()
-            return hidden_TD.sum() * 0, {"wrong": wrong, "clear": is_clear.sum().double()}
+            sums["wrong"] = (is_clear & (top.indices[:, 0] != wanted)).sum()
+            sums["clear"] = is_clear.sum()
+            return hidden_TD.sum() * 0
 
-        sums = job.trainer.reduce_metrics(
-            job.trainer.forward_backward([batch], compare), ["wrong", "clear"]
-        )
-        disagree[0] += sums["wrong"]
-        clear += int(sums["clear"])
+        trainer.forward_backward([batch], compare)
+        sums = sums or dict.fromkeys(("wrong", "clear"), torch.zeros(()))
+        reduced = trainer.reduce(lambda sums=sums: LocalSums(sums)).values
+        disagree[0] += reduced["wrong"]
+        clear += int(reduced["clear"])
     assert disagree[0] == 0 and clear > 1000, (disagree, clear)
     return f"argmax equal at {clear} positions"
 
@@ -386,12 +404,12 @@ if __name__ == "__main__":
     if sys.argv[2]:
         mutants.install(sys.argv[2])
     live, live_layers = LiveHeads(), LiveLayers()
-    for job_row in json.loads(Path(sys.argv[1]).read_text()):
+    for matrix_row in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            run_row(job_row, live, live_layers)
+            run_row(matrix_row, live, live_layers)
         except Exception as error:
-            raise AssertionError(f"row {job_row['name']}") from error
+            raise AssertionError(f"row {matrix_row['name']}") from error
         if dist.get_rank() == 0:
-            print(f"DONE {job_row['name']}", flush=True)
+            print(f"DONE {matrix_row['name']}", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mtopd import hidden_cache
 from mtopd.pipelines import teacher_pass
-from mtopd.pipelines.job import Job
+from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
 from mtopd.types import MtopdError
 
@@ -23,10 +23,10 @@ Rows = dict[
 ]  # teacher index and rows by what names them
 
 
-def cached_rows(job: Job) -> Rows:
-    teachers = {store.fingerprint: index for index, store in enumerate(job.stores)}
+def cached_rows(session: Session) -> Rows:
+    teachers = {store.fingerprint: index for index, store in enumerate(session.teachers.stores)}
     found = {}
-    with hidden_cache.HiddenCacheReader(job.run.hidden_cache(0)) as reader:
+    with hidden_cache.HiddenCacheReader(session.run.hidden_cache(0)) as reader:
         for entry in reader.entries():
             assert len(reader.copies(entry.row_key)) == 1, (
                 "a sample that was there was written again"
@@ -37,25 +37,25 @@ def cached_rows(job: Job) -> Rows:
     return found
 
 
-def leave(job: Job, kept: Rows) -> None:
+def leave(session: Session, kept: Rows) -> None:
     """The iteration's cache as a killed start leaves it: these rows, no seal.  Collective."""
-    if job.ranks.rank == 0:
-        root = job.run.hidden_cache(0)
+    if session.ranks.rank == 0:
+        root = session.run.hidden_cache(0)
         hidden_cache.remove(root)
         with hidden_cache.HiddenCacheWriter(
             root, writer="killed", generation=1, hidden_dtype="float32"
         ) as writer:
             for request, (teacher, rows_NE) in kept.items():
-                store = job.stores[teacher]
+                store = session.teachers.stores[teacher]
                 writer.put(store.fingerprint, store.hidden_size, *request, rows_NE)
     dist.barrier()
 
 
-def told(job: Job, visited: int) -> dict[str, list[int]]:
+def told(session: Session, visited: int) -> dict[str, list[int]]:
     """What the metrics lines of the last passes say, of teacher after teacher."""
-    if job.ranks.rank:
+    if session.ranks.rank:
         return {}
-    lines = [json.loads(line) for line in job.run.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in session.run.metrics.read_text().splitlines()]
     passes = [values for line in lines for values in line.get("teachers", {}).values()][-visited:]
     for values in passes:
         assert (
@@ -64,44 +64,45 @@ def told(job: Job, visited: int) -> dict[str, list[int]]:
     return {key: [values[key] for values in passes] for key in ("samples", "tokens", "waves")}
 
 
-def refuse_a_flipped_token(job: Job) -> None:
+def refuse_a_flipped_token(session: Session) -> None:
     """Neither rank takes trajectories that differ from their seal.  Collective."""
-    path = job.run.trajectories(0) / "given.tokens.arrow"
+    path = session.run.trajectories(0) / "given.tokens.arrow"
     whole = path.read_bytes()
     for damaged in (True, False):
         dist.barrier()
-        if job.ranks.rank == 0:
+        if session.ranks.rank == 0:
             position = len(whole) // 2
             flipped = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
             path.write_bytes(flipped if damaged else whole)
         dist.barrier()
         if damaged:
             try:
-                teacher_pass.run(job, 0)
+                teacher_pass.run(session, session.iteration(0))
             except MtopdError as error:
                 assert f"{path} is damaged: its sha256 is not the sealed one" in str(error), error
             else:
                 raise AssertionError("a flipped token went through")
 
 
-def report(job: Job, result: dict[str, Any]) -> None:
-    if job.ranks.rank == 0:
+def report(session: Session, result: dict[str, Any]) -> None:
+    if session.ranks.rank == 0:
         print("RESULT " + json.dumps(result), flush=True)
     dist.barrier()
 
 
 def main() -> None:
     quiet_libraries()
-    job = Job(Path(sys.argv[1]), 1)
-    refuse_a_flipped_token(job)
-    offload = job.config.teacher_offload
+    session = Session(Path(sys.argv[1]), 1)
+    iteration = session.iteration(0)
+    refuse_a_flipped_token(session)
+    offload = session.config.teacher_offload
     # All batches in one wave; then in several, of which what is lacking needs fewer.
-    for budget in (offload.activation_budget, 384 * 4 * job.stores[0].hidden_size):
+    for budget in (offload.activation_budget, 384 * 4 * session.teachers.stores[0].hidden_size):
         small = offload.model_copy(update={"activation_budget": budget})
-        job.config = job.config.model_copy(update={"teacher_offload": small})
-        leave(job, {})
-        teacher_pass.run(job, 0)
-        whole = cached_rows(job)
+        session.config = session.config.model_copy(update={"teacher_offload": small})
+        leave(session, {})
+        teacher_pass.run(session, iteration)
+        whole = cached_rows(session)
         longest_first = sorted(whole, key=lambda request: -len(whole[request][1]))
         of_first = [request for request in longest_first if whole[request][0] == 0]
         losses = {
@@ -109,33 +110,37 @@ def main() -> None:
             "every third": longest_first[::3],
             "one": of_first[9:10],
         }
-        report(job, {"budget": budget, "lost": "all", **told(job, 2)})
+        report(session, {"budget": budget, "lost": "all", **told(session, 2)})
         for name, lost in losses.items():
-            leave(job, {request: rows for request, rows in whole.items() if request not in lost})
-            teacher_pass.run(job, 0)
-            found = cached_rows(job)
+            leave(
+                session, {request: rows for request, rows in whole.items() if request not in lost}
+            )
+            teacher_pass.run(session, iteration)
+            found = cached_rows(session)
             differ = [r.sample_id for r in whole if found[r][1].tobytes() != whole[r][1].tobytes()]
             visited = len({whole[request][0] for request in lost})
             report(
-                job,
+                session,
                 {
                     "budget": budget,
                     "lost": name,
                     "num": len(lost),
                     "differ": differ,
-                    **told(job, visited),
+                    **told(session, visited),
                 },
             )
     # A cache whose keys are of another version is filled again, sealed or not.
-    leave(job, {row_key._replace(key=row_key.key[::-1]): rows for row_key, rows in whole.items()})
-    if job.ranks.rank == 0:
-        job.run.seal(job.run.hidden_cache(0))
+    leave(
+        session, {row_key._replace(key=row_key.key[::-1]): rows for row_key, rows in whole.items()}
+    )
+    if session.ranks.rank == 0:
+        session.run.seal(session.run.hidden_cache(0))
     dist.barrier()
-    teacher_pass.run(job, 0)
-    found = cached_rows(job)
+    teacher_pass.run(session, iteration)
+    found = cached_rows(session)
     assert len(found) == 2 * len(whole)
     assert all(np.array_equal(found[row_key][1], rows[1]) for row_key, rows in whole.items())
-    job.close()
+    session.close()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +13,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mtopd.megatron.train_step import Trainer, _in_bfloat16, _ReachesWeight
+from mtopd.megatron import optimizer
+from mtopd.megatron.micro_batch import ReachesWeight
+from mtopd.megatron.trainer import _in_bfloat16
 from tests.conftest import run_ranks
 from tests.small_models import save_model
 
-WORKER = Path(__file__).with_name("train_step_ranks.py")
+WORKER = Path(__file__).with_name("trainer_ranks.py")
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -42,8 +43,8 @@ def adam_of(kind: Any) -> Any:
 @pytest.mark.parametrize("kind", [FusedAdam, torch.optim.AdamW])
 def test_fresh_moments_have_the_names_that_this_adam_knows(kind: Any) -> None:
     adam = adam_of(kind)
-    trainer: Any = SimpleNamespace(_adams=[adam])
-    Trainer.create_optimizer_state(trainer)
+    wrapper: Any = SimpleNamespace(optimizer=adam)
+    optimizer.create_state(wrapper)
     (state,) = adam.state_dict()["state"].values()
     assert state.keys() == {"exp_avg", "exp_avg_sq"} | (set() if kind is FusedAdam else {"step"})
     assert all(not tensor.any() for tensor in state.values())
@@ -52,25 +53,26 @@ def test_fresh_moments_have_the_names_that_this_adam_knows(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [FusedAdam, torch.optim.AdamW])
 def test_the_seal_counts_the_steps_of_every_optimizer(kind: Any) -> None:
     """Rank 0 may have written no count for the experts, or none of this kind of Adam."""
-    trainer: Any = SimpleNamespace(
-        _adams=[adam_of(kind), adam_of(kind)], optimizer=Mock(), scheduler=Mock()
-    )
-    trainer.resume_schedule = partial(Trainer.resume_schedule, trainer)
+    wrappers = [SimpleNamespace(optimizer=adam_of(kind)) for _ in range(2)]
+    chained: Any = Mock(chained_optimizers=wrappers)
     of_dense, of_experts = ({"state": {}, "param_groups": [{}]} for _ in range(2))
-    Trainer.load_optimizer(
-        trainer, {0: {"optimizer": of_dense, "param_state": {}}, 1: of_experts}, 7
-    )
+    state = {0: {"optimizer": of_dense, "param_state": {}}, 1: of_experts}
+    optimizer.load_state(chained, state, 7)
     for values in (of_dense, of_experts):
         counts = values["param_groups"][0].get("step"), values["state"].get("common_step")
         assert counts == ((7, None) if kind is FusedAdam else (None, 7))
-    trainer.scheduler.step.assert_called_once_with(8)
+    chained.load_state_dict.assert_called_once_with(state)
+    schedule: Any = Mock()
+    optimizer.resume_schedule(schedule, 7)
+    assert schedule.num_steps == 0
+    schedule.step.assert_called_once_with(8)
 
 
 def test_a_loss_that_reaches_the_weight_may_be_freed_and_has_the_same_gradient() -> None:
     """Megatron frees a stage's output after its use, which it refuses for a view of another tensor."""
     hidden, weight = torch.ones(2, requires_grad=True), torch.ones(5, 3, requires_grad=True)
     before = 3.0 * hidden.sum()
-    loss = _ReachesWeight.apply(before, weight)
+    loss = ReachesWeight.apply(before, weight)
     assert loss._base is None and torch.equal(loss, before)
     reached = []
     weight.register_hook(reached.append)

@@ -11,34 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_samples import MATH, fill, flip, request_of, rows_of
+from cache_samples import fill, flip, request_of, rows_of
 
-from mtopd.hidden_cache import CacheMiss, HiddenCacheReader
-from mtopd.objectives.teacher_kl import TeacherRun
-from mtopd.pipelines import cached_states
-from mtopd.pipelines.cached_states import CachedStates
+from mtopd.hidden_cache import CachedStates, CacheMiss, HiddenCacheReader, StateFormat, shared_read
+from mtopd.types import SampleRows, TeacherRun
 
 LENGTHS = [50, 0, 1100, 7]
 VERSION = 7  # of cache_samples
 
 
-def job_of(tp_rank: int, tp_size: int) -> Any:
-    """The facts of a job that decide what is read."""
-    store = SimpleNamespace(hidden_size=4, fingerprint=MATH)
-    ranks = SimpleNamespace(
+def states_of(
+    reader: HiddenCacheReader, tp_rank: int = 0, tp_size: int = 1, version: int = VERSION
+) -> CachedStates:
+    ranks: Any = SimpleNamespace(
         tp_rank=tp_rank, tp_size=tp_size, tp_group=None, device=torch.device("cpu")
     )
-    return SimpleNamespace(stores=[store], ranks=ranks, cache_dtype=lambda store: "bfloat16")
+    return CachedStates(reader, [StateFormat(4, torch.bfloat16)], ranks, version)
 
 
 def run_of(*sample_ids: int) -> TeacherRun:
-    entries = [
-        SimpleNamespace(
-            key=request_of(i).key, metadata=SimpleNamespace(sample_id=i), first=0, stop=LENGTHS[i]
-        )
-        for i in sample_ids
-    ]
-    return TeacherRun(0, 0, sum(LENGTHS[i] for i in sample_ids), entries)
+    rows = [SampleRows(i, 0, request_of(i).key, 0, LENGTHS[i]) for i in sample_ids]
+    return TeacherRun(0, 0, sum(LENGTHS[i] for i in sample_ids), rows)
 
 
 @pytest.fixture
@@ -53,17 +46,17 @@ def test_the_shares_of_all_ranks_are_the_rows_of_the_runs(
     root: Path, tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs in one exchange, of which this plays the ranks one after the other."""
-    monkeypatch.setattr(cached_states, "_SMALLEST_SHARE", 1)
+    monkeypatch.setattr(shared_read, "_SMALLEST_SHARE", 1)
     runs, shares = [run_of(0, 1, 3), run_of(2)], []
     with HiddenCacheReader(root) as reader:
         for tp_rank in range(tp_size):
-            with CachedStates(job_of(tp_rank, tp_size), reader, VERSION) as states:
+            with states_of(reader, tp_rank, tp_size) as states:
                 shares.append(states._read_shares(runs, tp_size))
         exchange = SimpleNamespace(
             all_gather_single=lambda out, mine, group: out.copy_(torch.cat(shares))
         )
-        monkeypatch.setattr(cached_states, "dist", exchange)
-        with CachedStates(job_of(0, tp_size), reader, VERSION) as states:
+        monkeypatch.setattr(shared_read, "dist", exchange)
+        with states_of(reader, 0, tp_size) as states:
             states.prefetch([[], runs])
             for run, ids in zip(runs, [(0, 1, 3), (2,)], strict=True):
                 expected = np.concatenate([rows_of(i, n=LENGTHS[i]) for i in ids])
@@ -77,11 +70,11 @@ def test_what_is_smaller_than_a_chunk_every_rank_reads_itself(root: Path) -> Non
     for tp_rank in range(2):
         with (
             HiddenCacheReader(root) as reader,
-            CachedStates(job_of(tp_rank, 2), reader, VERSION) as states,
+            states_of(reader, tp_rank, 2) as states,
         ):
             assert np.array_equal(states(run_of(3)).view(torch.uint16).numpy(), rows_of(3, n=7))
     large = TeacherRun(0, 0, (2 << 20) // 8, [])  # 1 MiB for either rank
-    with HiddenCacheReader(root) as reader, CachedStates(job_of(0, 2), reader, VERSION) as states:
+    with HiddenCacheReader(root) as reader, states_of(reader, 0, 2) as states:
         states.prefetch([[large]])
         assert [batch.num_shares for batch in states._announced.values()] == [2]
 
@@ -89,7 +82,7 @@ def test_what_is_smaller_than_a_chunk_every_rank_reads_itself(root: Path) -> Non
 def test_what_was_read_ahead_is_given_once_and_then_forgotten(root: Path) -> None:
     ids = [(0, 1), (2,), (3,)]
     runs = [run_of(*of_run) for of_run in ids]
-    with HiddenCacheReader(root) as reader, CachedStates(job_of(0, 1), reader, VERSION) as states:
+    with HiddenCacheReader(root) as reader, states_of(reader) as states:
         states.prefetch([[runs[0]], [runs[1]]])
         states.prefetch([[runs[2]]])
         for number in (0, 1, 2, 1):  # the last was not announced again
@@ -110,11 +103,11 @@ def test_damage_is_raised_where_the_run_is_asked_for(root: Path) -> None:
         ).stat().st_size > 10000:  # of sample 2
             flip(segment / "c/0/0", 20)
     damaged, sound = run_of(2), run_of(0)
-    with HiddenCacheReader(root) as reader, CachedStates(job_of(0, 1), reader, VERSION) as states:
+    with HiddenCacheReader(root) as reader, states_of(reader) as states:
         states.prefetch([[damaged], [sound]])
         with pytest.raises(CacheMiss, match="sample 2"):
             states(damaged)
         assert np.array_equal(states(sound).view(torch.uint16).numpy(), rows_of(0))
-        states = CachedStates(job_of(0, 1), reader, VERSION + 1)
+        states = states_of(reader, version=VERSION + 1)
         with states, pytest.raises(CacheMiss, match="not in the cache"):
             states(sound)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtopd.data import SupervisedExample
-from mtopd.pipelines import specialist
-from mtopd.pipelines.packing import pack_rows, rows_here
+from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
+from mtopd.pipelines import supervised
 
 
 def ranks(cp_rank: int = 0, cp_size: int = 1) -> Any:
@@ -69,8 +69,8 @@ def test_every_trained_token_is_predicted_once_from_the_token_before_it(
         cached = [
             (owner, row)
             for owner, s in enumerate(samples)
-            for here in rows_here(s, shape[1], ranks(cp_rank, cp_size))
-            for row in range(here.first, here.stop)
+            for rows in loss_rows_of_rank(s, shape[1], ranks(cp_rank, cp_size))
+            for row in rows
         ]
         assert len(before) == len(cached)
         for token, (owner, row), weight in zip(
@@ -116,7 +116,7 @@ def test_labels_of_a_cp_rank_without_any_are_token_ids_all_the_same() -> None:
     for cp_rank in range(2):
         here = SimpleNamespace(**vars(ranks(cp_rank, 2)), dp_rank=0, dp_size=1)
         student: Any = SimpleNamespace(ranks=here, trainer=SimpleNamespace(seq_length_multiple=16))
-        (micro_batch,), num_tokens = specialist.pack([example], config, student)
+        (micro_batch,), num_tokens = supervised.pack([example], config, student)
         assert num_tokens == 4 and micro_batch.payload.dtype == torch.long
         labels.append(micro_batch.payload.tolist())
     assert labels == [[], [7, 8, 9, 10]]
@@ -124,9 +124,9 @@ def test_labels_of_a_cp_rank_without_any_are_token_ids_all_the_same() -> None:
 
 def test_a_mini_batch_is_dealt_by_shares_and_named_by_source_and_row() -> None:
     prompts: Any = SimpleNamespace(names=["words", "sums"], train=[range(5), range(3)])
-    drawn = specialist.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
+    drawn = supervised.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
     assert [source for source, _ in drawn] == [0] * 6 + [1] * 2 and all(
         row < len(prompts.train[s]) for s, row in drawn
     )
-    assert drawn == specialist.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
-    assert specialist.named([(0, 4), (1, 2), (0, 1), (0, 4)], prompts.names) == "words 1, 4; sums 2"
+    assert drawn == supervised.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
+    assert supervised.named([(0, 4), (1, 2), (0, 1), (0, 4)], prompts.names) == "words 1, 4; sums 2"

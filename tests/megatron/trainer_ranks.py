@@ -14,18 +14,15 @@ import torch
 import torch.distributed as dist
 
 from mtopd.data import SupervisedExample
-from mtopd.megatron import train_step
-from mtopd.megatron.cross_entropy import CrossEntropy
-from mtopd.megatron.train_step import Trainer
-from mtopd.pipelines import specialist
+from mtopd.megatron import micro_batch as seam
+from mtopd.megatron.trainer import Trainer
+from mtopd.pipelines import supervised
 from mtopd.progress import quiet_libraries
-from tests.megatron.checkpoint_ranks import VOCAB, build, micro_batches
+from tests.megatron.checkpoint_ranks import build, cross_entropy, micro_batches
 
 
 def router_gradients(trainer: Trainer) -> torch.Tensor:
-    trainer.forward_backward(
-        micro_batches(trainer, 0), CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
-    )
+    trainer.forward_backward(micro_batches(trainer, 0), cross_entropy(trainer))
     found = [
         p for chunk in trainer.chunks for name, p in chunk.named_parameters() if ".router." in name
     ]
@@ -34,7 +31,7 @@ def router_gradients(trainer: Trainer) -> torch.Tensor:
 
 def divided_by_megatron(trainer: Trainer) -> torch.Tensor:
     """The same where every position counts and Megatron divides all gradients by their number."""
-    batches, normalised = micro_batches(trainer, 0), train_step._loss
+    batches, normalised = micro_batches(trainer, 0), seam.loss
     total = (
         sum(batch.input_ids_BS.numel() for batch in batches)
         * trainer.ranks.dp_size
@@ -53,11 +50,11 @@ def divided_by_megatron(trainer: Trainer) -> torch.Tensor:
         trainer.config.grad_scale_func,
         trainer.optimizer.scale_loss,
     )
-    train_step._loss = loss
+    seam.loss = loss
     try:
         return router_gradients(trainer)
     finally:
-        train_step._loss, trainer.config.grad_scale_func = normalised, ours
+        seam.loss, trainer.config.grad_scale_func = normalised, ours
 
 
 def router_loss(root: Path, job: dict[str, Any]) -> dict[str, float]:
@@ -78,11 +75,12 @@ def one_answer(root: Path, job: dict[str, Any]) -> dict[str, float]:
     trainer, _ = build(root, job)
     config: Any = SimpleNamespace(train=SimpleNamespace(micro_batch_size=1))
     student: Any = SimpleNamespace(trainer=trainer, ranks=trainer.ranks)
-    batches, _ = specialist.pack(
+    batches, _ = supervised.pack(
         [SupervisedExample((1, 2, 3, 4, 5, 6), (7, 8, 9, 10))], config, student
     )
-    objective = CrossEntropy(vocab_size=VOCAB, tp_rank=trainer.ranks.tp_rank)
-    return trainer.reduce_metrics(trainer.forward_backward(batches, objective), ["loss", "tokens"])
+    objective = cross_entropy(trainer)
+    trainer.forward_backward(batches, objective)
+    return dict(trainer.reduce(objective.finish).values)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,40 @@
 """Supervised training of one model on the student's trainer: the base, and each specialist before
 it teaches.
 
-Ends as an HF checkpoint ``run/export/<steps>`` and, where the config names one, as a teacher store.
+    mtopd specialist CONFIG
+
+Differs from the textbook in: a mini-batch is dealt to the sources by shares, and 1/N (N: tokens of
+the whole mini-batch) stands in the token weights.  Ends as an HF checkpoint ``run/export/final``
+and, where the config names one, as a teacher store.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mtopd.config import SpecialistConfig, load_config
+from mtopd.config import SpecialistConfig, StopConfig, load_config
 from mtopd.data import SupervisedExample
 from mtopd.megatron import checkpoint
-from mtopd.megatron.cross_entropy import CrossEntropy
-from mtopd.megatron.train_step import NonFiniteGradients, PackedMicroBatch
+from mtopd.megatron.micro_batch import PackedMicroBatch, vocab_parallel_cross_entropy
+from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import EvaluationLine, SupervisedStepLine
+from mtopd.objectives import CrossEntropy
 from mtopd.progress import Progress
 from mtopd.run_dir import RunDir
-from mtopd.types import MtopdError
+from mtopd.step_sums import NonFiniteGradients
+from mtopd.types import MtopdError, num_input_tokens
 
-from .evaluate import accuracy
-from .job import Student, write_evaluation
-from .packing import pack_rows, rows_here
+from . import evaluate
+from .engines import ENGINES
 from .prompts import Prompts
+from .student import Student
 
 _CHECKPOINT_EVERY = 100  # train steps
 _CHECKPOINTS_KEPT = 2
@@ -40,45 +45,27 @@ def main(run_dir: Path, generation: int) -> None:
     run = RunDir(run_dir, generation)
     config: SpecialistConfig = load_config(run.config, [], SpecialistConfig)
     student = Student(config.student, config.train.optimizer, config.train.num_steps, config.seed)
+    engine = ENGINES["embedded"](student)
     prompts = Prompts.load(run, config.data)
-    first = student.ranks.rank == 0
-    metrics = MetricsWriter(run.metrics, enabled=first, echo=config.log_json)
-    progress = Progress(enabled=first and not config.log_json)
-    objective = CrossEntropy(vocab_size=student.vocab_size, tp_rank=student.ranks.tp_rank)
-    shares = dict.fromkeys(prompts.names, 1.0)
-
+    is_first = student.ranks.rank == 0
+    metrics = MetricsWriter(run.metrics, enabled=is_first, echo=config.log_json)
+    progress = Progress(enabled=is_first and not config.log_json)
     checkpoints = checkpoint.CheckpointWriter(
         student.trainer, run, lambda published: checkpoint.prune(run, keep=_CHECKPOINTS_KEPT)
     )
+    shares = dict.fromkeys(prompts.names, 1.0)  # of each source in a mini-batch
+
+    def accuracy() -> evaluate.Accuracy:
+        engine.update_weights(student.weights())
+        return evaluate.accuracy(engine, prompts, student, config.data.max_response)
 
     start = _resume(student, run, shares)
     for step in range(start, config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
-        started = time.perf_counter()
-        drawn = draw(
-            prompts, shares, config.train.global_batch_size, seed=config.seed * 1_000_003 + step
-        )
-        batch = [prompts.train[source].example(row) for source, row in drawn]
-        micro_batches, num_tokens = pack(batch, config, student)
-        sums = student.trainer.reduce_metrics(
-            student.trainer.forward_backward(micro_batches, objective), ["loss"]
-        )
-        try:
-            grad_norm, lr = student.trainer.optimizer_step()
-        except NonFiniteGradients as error:
-            raise MtopdError(
-                f"train step {step} was refused: {error}, the loss is {sums['loss']}; weights are "
-                "as after the step "
-                "before.  Lower train.optimizer.lr, or look at its examples: "
-                f"{named(drawn, prompts.names)}"
-            ) from None
-        progress.advance(tokens=num_tokens)
-        seconds = time.perf_counter() - started
-        line = SupervisedStepLine(
-            loss=sums["loss"], grad_norm=grad_norm, lr=lr, tokens=num_tokens, wall_s=seconds
-        )
+        line = train_step(student, prompts, config, shares, step)
+        progress.advance(tokens=line.tokens)
         metrics.write(line, step, step=step)
-        if _reached_target(config, student, prompts, shares, step, metrics):
+        if reached_targets(config.train.stop, step, accuracy, shares, metrics):
             progress.note(f"every source is at its target accuracy after {step + 1} steps")
             break
         checkpoints.advance()
@@ -86,17 +73,49 @@ def main(run_dir: Path, generation: int) -> None:
             checkpoints.save(step + 1, {"shares": shares})
 
     checkpoints.close()
-    student.update_weights()
-    found = accuracy(
-        student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response
-    )
-    progress.note("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-    if student.ranks.rank == 0:
-        write_evaluation(run, "final", found)
+    found = accuracy()
+    progress.note(evaluate.in_words(found))
+    if is_first:
+        evaluate.write(run, "final", found)
     metrics.close()
     progress.close()
     student.export(run, run.path / "export" / "final")
     dist.destroy_process_group()
+
+
+def train_step(
+    student: Student,
+    prompts: Prompts,
+    config: SpecialistConfig,
+    shares: Mapping[str, float],
+    step: int,
+) -> SupervisedStepLine:
+    """One optimizer update on a mini-batch that is drawn by ``step``.  Collective."""
+    started = time.perf_counter()
+    trainer, size = student.trainer, config.train.global_batch_size
+    drawn = draw(prompts, shares, size, seed=config.seed * 1_000_003 + step)
+    batch = [prompts.train[source].example(row) for source, row in drawn]
+    micro_batches, num_tokens = pack(batch, config, student)
+    objective = CrossEntropy(
+        vocab_size=student.vocab_size,
+        tp_rank=student.ranks.tp_rank,
+        cross_entropy=vocab_parallel_cross_entropy,
+    )
+    trainer.forward_backward(micro_batches, objective)
+    sums = trainer.reduce(objective.finish)
+    loss = objective.loss(sums)
+    try:
+        grad_norm, lr = trainer.optimizer_step(sums)
+    except NonFiniteGradients as error:
+        raise MtopdError(
+            f"train step {step} was refused: {error}, the loss is {loss}; weights are as after the "
+            "step before.  Lower train.optimizer.lr, or look at its examples: "
+            f"{named(drawn, prompts.names)}"
+        ) from None
+    seconds = time.perf_counter() - started
+    return SupervisedStepLine(
+        loss=loss, grad_norm=grad_norm, lr=lr, tokens=num_tokens, wall_s=seconds
+    )
 
 
 def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
@@ -109,7 +128,7 @@ def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
 
 
 def draw(
-    prompts: Prompts, shares: dict[str, float], size: int, *, seed: int
+    prompts: Prompts, shares: Mapping[str, float], size: int, *, seed: int
 ) -> list[tuple[int, int]]:
     """One mini-batch as (source, row): dealt to the sources by their shares (largest remainder),
     rows at random.
@@ -144,25 +163,21 @@ def pack(
     """
     ranks, size = student.ranks, config.train.micro_batch_size
     num_tokens = sum(len(e.response_ids) for e in batch)
+    longest = max(num_input_tokens(len(e.prompt_ids), len(e.response_ids)) for e in batch)
     multiple = student.trainer.seq_length_multiple
-    longest = max(len(e.prompt_ids) + len(e.response_ids) - 1 for e in batch)
     seq_length = -(-longest // multiple) * multiple
-    mine = sorted(batch, key=lambda e: (len(e.prompt_ids) + len(e.response_ids), e.prompt_ids))[
-        ranks.dp_rank :: ranks.dp_size
-    ]
+    ordered = sorted(batch, key=lambda e: (len(e.prompt_ids) + len(e.response_ids), e.prompt_ids))
+    examples = ordered[ranks.dp_rank :: ranks.dp_size]
     micro_batches = []
-    for start in range(0, len(mine), size):
-        part = mine[start : start + size]
-        whole = [
-            _WholeAnswer(e.prompt_ids, e.response_ids, [1] * len(e.response_ids)) for e in part
-        ]
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
         labels: list[int] = []
-        for example in whole:
-            for here in rows_here(example, seq_length, ranks):
-                labels += example.response_ids[here.first : here.stop]
+        for example in part:
+            for rows in loss_rows_of_rank(example, seq_length, ranks):
+                labels += example.response_ids[rows.start : rows.stop]
         micro_batches.append(
             pack_rows(
-                whole,
+                part,
                 [1.0 / num_tokens] * len(part),
                 shape=(size, seq_length),
                 packed=False,
@@ -173,36 +188,22 @@ def pack(
     return micro_batches, num_tokens
 
 
-class _WholeAnswer(NamedTuple):
-    """An example as ``pack_rows`` takes it: every token of the answer is trained."""
-
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
-    loss_mask: Sequence[int]
-
-
-def _reached_target(
-    config: SpecialistConfig,
-    student: Student,
-    prompts: Prompts,
-    shares: dict[str, float],
+def reached_targets(
+    stop: StopConfig | None,
     step: int,
+    accuracy: Callable[[], evaluate.Accuracy],
+    shares: dict[str, float],
     metrics: MetricsWriter,
 ) -> bool:
-    """Evaluate when due, shift the shares towards the sources that lag; True when every source
-    reached its target.
+    """Evaluate when due and shift ``shares`` towards the sources that lag; True when every source
+    is at its target.
     """
-    stop = config.train.stop
     if stop is None or step + 1 < stop.first or (step + 1) % stop.every:
         return False
-    student.update_weights()
-    found = accuracy(
-        student.engine, prompts, student.tokenizer, student.ranks, config.data.max_response
-    )
-    metrics.write(EvaluationLine(found, shares), step)
+    found = accuracy()
+    metrics.write(EvaluationLine(found, dict(shares)), step)
     below = {name: max(stop.accuracy - value, 0.0) for name, value in found.items()}
     floor = max(stop.min_share, 1e-9)  # all sources above: equal shares
-    shares.update(
-        {name: max(value / (sum(below.values()) or 1.0), floor) for name, value in below.items()}
-    )
+    total = sum(below.values()) or 1.0
+    shares.update({name: max(value / total, floor) for name, value in below.items()})
     return all(abs(value - stop.accuracy) <= stop.tolerance for value in found.values())

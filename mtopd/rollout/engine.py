@@ -1,0 +1,52 @@
+"""What a rollout engine is asked, whoever answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to a prompt."""
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    sample: int = 0  # which of this prompt's responses
+
+    @property
+    def prompt_number(self) -> int:
+        return int.from_bytes(hashlib.sha256(self.prompt_id.encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What was sampled."""
+
+    response_ids: tuple[int, ...]  # with the EOS token when finish_reason is "stop"
+    log_probs: tuple[float, ...]
+    finish_reason: str  # "stop" | "length"
+
+
+class Engine(Protocol):
+    """Answers with the weights it was last given."""
+
+    def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
+
+    def generate(
+        self,
+        batch: Sequence[Request],
+        *,
+        max_response: int,
+        seed: int = 0,
+        iteration: int = 0,
+        greedy: bool = False,
+    ) -> list[Response]:
+        """Answer a batch, the unit of replay: the same weights, batch, seed and iteration give the
+        same tokens.  ``greedy`` takes the most likely token (evaluation); otherwise temperature 1.
+        """

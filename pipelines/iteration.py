@@ -1,0 +1,78 @@
+"""One iteration of a consolidation: its number, seeds and files, and what its phases share."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from mtopd.config import ConsolidateConfig
+from mtopd.hidden_cache import sample_key
+from mtopd.megatron import parallel
+from mtopd.run_dir import RunDir
+from mtopd.teacher_offload.teachers import Teachers
+from mtopd.trajectories import TokenStore, verify_shards
+from mtopd.types import SampleMetadata
+
+
+class Iteration:
+    """The noun that every phase takes.  Number n begins with the student after n iterations."""
+
+    def __init__(
+        self,
+        number: int,
+        run: RunDir,
+        config: ConsolidateConfig,
+        teachers: Teachers,
+        ranks: parallel.Ranks,
+    ) -> None:
+        self.number = number
+        self.trajectories = run.trajectories(number)
+        self.hidden_cache = run.hidden_cache(number)
+        self.evaluation = run.evaluation(number)
+        self._run = run
+        self._config = config
+        self._teachers = teachers
+        self._ranks = ranks
+
+    @property
+    def next(self) -> Iteration:
+        """The one that begins with what this one leaves; after the last it is a name alone."""
+        return Iteration(self.number + 1, self._run, self._config, self._teachers, self._ranks)
+
+    @property
+    def is_last(self) -> bool:
+        return self.number + 1 == self._config.train.num_iterations
+
+    @property
+    def seed(self) -> int:
+        """Of the order in which the samples are trained."""
+        return self._seed(self.number)
+
+    def train_step(self, number: int) -> int:
+        """The number in the run of this iteration's train step ``number``."""
+        return self.number * self._config.train.train_steps_per_iteration + number
+
+    def step_seed(self, train_step: int) -> int:
+        """Of what a train step draws."""
+        return self._seed(train_step)
+
+    def _seed(self, number: int) -> int:
+        return self._config.seed * 1_000_003 + number
+
+    @cached_property
+    def tokens(self) -> TokenStore:
+        """The trajectories, opened once for all phases.  Collective when first asked for: one rank
+        of every node compares the files with their seals.
+        """
+        parallel.check_once_per_node(self._ranks, lambda: verify_shards(self.trajectories))
+        return TokenStore(self.trajectories)
+
+    @property
+    def samples(self) -> list[SampleMetadata]:
+        """What planning knows of the trajectories, in the order of the shards."""
+        return [*self.tokens.samples.values()]
+
+    def cache_key(self, sample: SampleMetadata) -> bytes:
+        """What names the sample's rows in the hidden cache."""
+        index = sample.teacher_index
+        fingerprint = self._teachers.stores[index].fingerprint
+        return sample_key(fingerprint, sample.token_hash, self._teachers.hidden_dtype(index))

@@ -1,0 +1,224 @@
+"""What lasts as long as a start of a consolidation, on this rank: run directory, config, student,
+teachers, prompts, metrics, progress, checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtopd.config import ConsolidateConfig, load_config
+from mtopd.convert.bridge import Bridge
+from mtopd.dtypes import torch_dtype
+from mtopd.files import read_json, remove_tree
+from mtopd.hf_checkpoint import hf_config_from_dict
+from mtopd.manifest import check_accepted
+from mtopd.megatron import checkpoint, parallel
+from mtopd.megatron.layers import TeacherLayers
+from mtopd.megatron.options import config_overrides
+from mtopd.metrics import MetricsWriter
+from mtopd.metrics_lines import MemoryLine, PhaseLine
+from mtopd.progress import Progress
+from mtopd.run_dir import RunDir
+from mtopd.teacher_offload.probe import Proofs
+from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.teacher_offload.teachers import Teachers
+from mtopd.tokenizer import tokenizer_hash
+from mtopd.types import MtopdError
+
+from .engines import ENGINES
+from .iteration import Iteration
+from .prompts import Prompts
+from .student import Student
+
+
+class Session:
+    """One rank from its start to its end.  Every method is collective."""
+
+    def __init__(self, run_dir: Path, generation: int) -> None:
+        self.run = RunDir(run_dir, generation)
+        self.config: ConsolidateConfig = load_config(self.run.config, [], ConsolidateConfig)
+        torch.use_deterministic_algorithms(self.config.deterministic)
+        train = self.config.train
+        num_steps = train.num_iterations * train.train_steps_per_iteration
+        self.student = Student(self.config.student, train.optimizer, num_steps, self.config.seed)
+        self.ranks = self.student.ranks
+        self.engine = ENGINES[self.config.rollout.engine](self.student)
+        self.engine.update_weights(self.student.weights())
+        self.prompts = Prompts.load(self.run, self.config.data)
+        self.teachers = build_teachers(self.config, self.student, self.run)
+        self.proofs = Proofs(self.run.path, self.teachers)
+        is_first = self.ranks.rank == 0
+        as_json = self.config.log_json
+        self.metrics = MetricsWriter(self.run.metrics, enabled=is_first, echo=as_json)
+        self.progress = Progress(enabled=is_first and not as_json)
+        self.checkpoints = checkpoint.CheckpointWriter(self.student.trainer, self.run, self._retain)
+        self.num_bad_steps = 0  # train steps left out so far because of NaN or inf
+
+    # -- iterations --------------------------------------------------------------------------------
+    def iteration(self, number: int) -> Iteration:
+        return Iteration(number, self.run, self.config, self.teachers, self.ranks)
+
+    def iterations(self, start: Iteration) -> Iterator[Iteration]:
+        """``start`` and all that follow."""
+        for number in range(start.number, self.config.train.num_iterations):
+            yield self.iteration(number)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, iteration: Iteration) -> Iterator[None]:
+        """Write a ``phase`` line with the wall seconds of the block, and show the phase.
+
+        A checkpoint that was written meanwhile is published first: a kill in this phase goes on
+        from it.
+        """
+        self.checkpoints.advance()
+        self.progress.phase(phase, iteration.number, self.config.train.num_iterations)
+        started = time.perf_counter()
+        yield
+        line = PhaseLine(phase, time.perf_counter() - started)
+        # Time that a killed start spent was spent, too: every start has its own line.
+        self.metrics.write(line, iteration.number, part=f"start {self.run.generation}")
+
+    def leave_out_step(self, step: int, why: str) -> None:
+        """Count a refused train step: weights, optimizer and schedule are as before.  Raises
+        MtopdError if it is one too many.
+        """
+        allowed = self.config.train.max_bad_steps
+        if self.num_bad_steps >= allowed:
+            raise MtopdError(
+                f"train step {step} was refused: {why}; weights are as after the step before.  "
+                f"Look at those samples, or allow more than {self.num_bad_steps} such steps with "
+                "train.max_bad_steps"
+            )
+        self.num_bad_steps += 1
+        self.progress.note(
+            f"train step {step} is left out ({self.num_bad_steps} of {allowed}): {why}"
+        )
+
+    # -- checkpoints -------------------------------------------------------------------------------
+    def resume(self) -> Iteration:
+        """Restore the newest sealed checkpoint; returns the iteration to go on with."""
+        newest = [checkpoint.newest(self.run)]
+        dist.broadcast_object_list(newest, src=0)
+        iteration = self.iteration(newest[0] or 0)
+        if newest[0] is not None:
+            self.restore(iteration)
+        return iteration
+
+    def restore(self, iteration: Iteration) -> None:
+        """Load the checkpoint that ``iteration`` begins with."""
+        state = checkpoint.load(self.student.trainer, self.run, iteration.number)
+        folder = self.run.checkpoint(iteration.number)
+        check_accepted(self.run, folder, state["taught_by"], taught_by(self))
+        self.num_bad_steps = int(state["bad_steps"])
+        self.engine.update_weights(self.student.weights())
+
+    def save(self, iteration: Iteration) -> None:
+        """Begin a checkpoint of the state after ``iteration``, when it is due."""
+        is_due = (iteration.number + 1) % self.config.checkpoint.every == 0
+        if is_due or iteration.is_last:
+            with self.timed("checkpoint", iteration):
+                self.checkpoints.save(iteration.number + 1, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the trainer's own."""
+        return {"bad_steps": self.num_bad_steps, "taught_by": taught_by(self)}
+
+    def _retain(self, published: int) -> None:
+        """What a published checkpoint replaces goes: older ones, and iterations whose weights it
+        holds.
+        """
+        checkpoint.prune(self.run, keep=self.config.checkpoint.keep)
+        for done in range(published - 1):  # the newest iteration stays to be looked at
+            remove_tree(self.run.iteration(done))
+
+    # -- the end -----------------------------------------------------------------------------------
+    def finish(self) -> None:
+        """Export the student, then close."""
+        self.checkpoints.wait()
+        self.student.export(self.run, self.run.export(self.config.train.num_iterations))
+        self.close()
+
+    def close(self) -> None:
+        """Note the peak memory, end the process group."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        self.metrics.write(MemoryLine(int(peaks[0])), self.config.train.num_iterations)
+        self.checkpoints.close()
+        self.teachers.close()
+        self.metrics.close()
+        self.progress.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def taught_by(session: Session) -> dict[str, Any]:
+    """Who teaches what, in which tokens, as JSON has it."""
+    config, stores = session.config, session.teachers.stores
+    teachers = [
+        {
+            "name": store.name,
+            "fingerprint": store.fingerprint,
+            "weight": weight,
+            "route": dict(teacher.route),
+        }
+        for store, weight, teacher in zip(
+            stores, config.teacher_weights, config.teachers, strict=True
+        )
+    ]
+    return {
+        "teachers": teachers,
+        "tokenizer_hash": tokenizer_hash(session.student.tokenizer),
+    }
+
+
+def build_teachers(config: ConsolidateConfig, student: Student, run: RunDir) -> Teachers:
+    """The config's teachers, those that the start has checked, on meshes of their own; teachers of
+    one shape share a mesh.  Collective.
+    """
+    ranks = student.ranks
+    shapes = [(config.teacher_tp(i), t.parallel.ep) for i, t in enumerate(config.teachers)]
+    meshes = {shape: parallel.build_teacher_mesh(*shape) for shape in dict.fromkeys(shapes)}
+    head_rows = None
+    if ranks.is_last_stage:
+        num_rows = student.trainer.output_weight().shape[0]
+        head_rows = range(ranks.tp_rank * num_rows, (ranks.tp_rank + 1) * num_rows)
+    checked = read_json(run.manifest)["teachers"]
+    return Teachers(
+        [
+            open_store(teacher.store, expected=entry["fingerprint"])
+            for teacher, entry in zip(config.teachers, checked, strict=True)
+        ],
+        [meshes[shape] for shape in shapes],
+        ranks.device,
+        build_layers=build_teacher_layers,
+        offload=config.teacher_offload,
+        cache=config.hidden_cache,
+        head_rows=head_rows,
+    )
+
+
+def build_teacher_layers(
+    store: TeacherStore, mesh: parallel.TeacherMesh, device: torch.device
+) -> TeacherLayers:
+    """The layer modules of a teacher on its mesh; they hold no weight until a stream binds some."""
+    hf_config = hf_config_from_dict(store.manifest["architecture"])
+    bridge = Bridge(
+        hf_config,
+        dtype=torch_dtype(store.dtype),
+        padded_vocab_size=hf_config.vocab_size,
+        overrides=config_overrides(device),
+        tp=mesh.tp_size,
+        ep=mesh.ep_size,
+    )
+    return TeacherLayers(
+        bridge.transformer_config, mesh.collection, bridge.facts.rope_theta, device
+    )
