@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ filesystem_async._get_write_results_queue = queue.Queue
 class _Written:
     """What a rank's thread wrote: Megatron's results by bucket, sha256 by file name."""
 
-    results: dict[int, Any]
+    results: dict[int, object]
     digests: dict[str, str]
 
 
@@ -58,7 +58,7 @@ class _InFlight:
     partial: Path
     request: AsyncRequest
     written: Future[_Written]
-    contents: dict[str, Any]  # of the seal
+    contents: dict[str, object]  # of the seal
 
 
 class CheckpointWriter:
@@ -72,7 +72,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: _InFlight | None = None
 
-    def save(self, iteration: int, state: Mapping[str, Any]) -> None:
+    def save(self, iteration: int, state: Mapping[str, object]) -> None:
         """Begin ``checkpoints/<iteration>``; waits for the former save.  ``state`` is plain data
         for the next start.
         """
@@ -233,20 +233,22 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
 
 
 def _write(
-    buckets: list[Any], transforms: Any, rng_path: Path, rng_state: Mapping[str, torch.Tensor]
+    buckets: list[Any], transforms: object, rng_path: Path, rng_state: Mapping[str, torch.Tensor]
 ) -> _Written:
     """In the writer's thread: every bucket a file, written and synced by Megatron's own function."""
-    results, digests = {}, {}
+    results: dict[int, object] = {}
+    digests: dict[str, str] = {}
     for index, bucket in enumerate(buckets):
-        outcome: queue.Queue[Any] = queue.Queue()
+        outcome: queue.Queue[tuple[int, object]] = queue.Queue()
         ticket: queue.Queue[int] = queue.Queue()  # taken back when the bucket is written
         ticket.put(index)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, index, bucket, outcome, ticket, use_fsync=True
         )
-        _, results[index] = outcome.get()
-        if isinstance(results[index], Exception):
-            raise results[index]
+        _, result = outcome.get()
+        if isinstance(result, Exception):
+            raise result
+        results[index] = result
         digests[bucket[1]] = _sha256(Path(bucket[0]))
     save_file(dict(rng_state), rng_path)
     digests[rng_path.name] = _sha256(rng_path)
@@ -318,7 +320,7 @@ def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
     if not wrong:
         mine = sorted(seal["files"])[ranks.rank :: ranks.world_size]
         wrong = [name for name in mine if _sha256(found[name]) != seal["files"][name]]
-    of_ranks: list[Any] = [None] * ranks.world_size
+    of_ranks: list[list[str]] = [[] for _ in range(ranks.world_size)]
     dist.all_gather_object(of_ranks, wrong)
     if bad := [name for names in of_ranks for name in names]:
         raise MtopdError(
@@ -335,12 +337,14 @@ def _sha256(path: Path) -> str:
 
 
 class _LoadCommon(TorchCommonLoadStrategy):
-    def load_common(self, checkpoint_dir: Any) -> Any:
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, object]:
         return torch.load(
             Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True
         )
 
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
+    def load_sharded_objects(
+        self, sharded_objects_state_dict: object, checkpoint_dir: str | Path
+    ) -> NoReturn:
         raise MtopdError(
             f"{checkpoint_dir} holds pickled objects; a checkpoint of this program has none"
         )
@@ -351,7 +355,7 @@ class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
         super().__init__()
         self._index = index
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+    def load(self, sharded_state_dict: object, checkpoint_dir: str | Path) -> object:
         original = torch_strategy._get_filesystem_reader
         torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _SealedReader(
             folder, self._index
@@ -365,11 +369,11 @@ class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
 class _SealedReader(FileSystemReader):
     """Reads tensors as torch does (``weights_only``), by an index that was read before."""
 
-    def __init__(self, folder: Any, index: Metadata) -> None:
+    def __init__(self, folder: str | Path, index: Metadata) -> None:
         super().__init__(folder)
         self._index = index
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         return self._index
 
 
@@ -423,7 +427,7 @@ _INDEX_NAMES = {
 class _IndexUnpickler(pickle.Unpickler):
     """Admits what Megatron's index is made of and nothing else: data classes, sizes, dtypes."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise MtopdError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,14 +28,20 @@ _MMAP_BYTES = 4 << 20
 _installed: list[TorchFunctionMode] = []  # keeps the mode alive; also says that it is on
 
 
-def _names_cuda(device: Any) -> bool:
+def _names_cuda(device: object) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
@@ -56,13 +62,13 @@ class _CudaMeansCpu(TorchFunctionMode):
 class _Stream:
     """Enough of torch.cuda.Stream and Event for DDP and p2p code: everything has already happened."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, *_: Any) -> None: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def wait_stream(self, *_: object) -> None: ...
     def synchronize(self) -> None: ...
-    def wait_event(self, *_: Any) -> None: ...
-    def record(self, *_: Any) -> None: ...
-    def wait(self, *_: Any) -> None: ...
-    def record_event(self, *_: Any) -> _Stream:
+    def wait_event(self, *_: object) -> None: ...
+    def record(self, *_: object) -> None: ...
+    def wait(self, *_: object) -> None: ...
+    def record_event(self, *_: object) -> _Stream:
         return self
 
 

@@ -13,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtopd.megatron.context_parallel import zigzag_chunks
@@ -37,7 +41,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps)
         weight: Any = self.weight
@@ -53,14 +57,14 @@ class CausalAttention(MegatronModule):
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type: Any,
+        attn_mask_type: AttnMaskType,
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
         if config.window_size is not None or config.softmax_type != "vanilla":
@@ -83,9 +87,9 @@ class CausalAttention(MegatronModule):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Any = None,
-        packed_seq_params: Any = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """[S, B, heads, width] each -> [S, B, heads x value width]; packed [T, heads, width] -> [T,
         heads x ...].
@@ -140,7 +144,9 @@ class CausalAttention(MegatronModule):
         return output_BHSC.permute(2, 0, 1, 3)
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Megatron's local layer specs with the modules above."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
@@ -168,8 +174,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
 
 
 def install() -> None:
-    """Mend what asks for Transformer Engine without looking.  Once per process; nothing when it is
-    installed.
+    """Repair Megatron code that uses Transformer Engine without looking whether it is installed.  Once
+    per process; does nothing when it is.
     """
     if have_transformer_engine():
         return
@@ -190,10 +196,14 @@ def install() -> None:
         DistributedOptimizer._set_main_param_and_optimizer_states,
         DistributedOptimizer.state_dict,
     )
-    if getattr(restore, "mends_step", False):
+    if getattr(restore, "keeps_step", False):
         return
 
-    def restore_but_step(self: Any, model_param: Any, tensors: Any) -> None:
+    def restore_but_step(
+        self: DistributedOptimizer,
+        model_param: torch.nn.Parameter,
+        tensors: dict[str, torch.Tensor],
+    ) -> None:
         """torch's AdamW counts steps in a tensor of each parameter: checkpoints do not hold it, and
         loading has given all parameters one and the same, which would then count once for each of
         them.
@@ -205,9 +215,9 @@ def install() -> None:
         if step is not None:
             state["step"] = step.clone()
 
-    def describe_if_empty(self: Any) -> Any:
+    def describe_if_empty(self: DistributedOptimizer) -> dict[str, object]:
         """An optimizer of experts has no parameter, and so no step, on a pipeline stage of dense
-        layers: it is given one for the asking.
+        layers: it has one while its state is read.
         """
         state = self.optimizer.state
         if state:
@@ -218,6 +228,6 @@ def install() -> None:
         finally:
             del state["nothing"]
 
-    restore_but_step.mends_step = True  # type: ignore[attr-defined]
+    restore_but_step.keeps_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = restore_but_step
     DistributedOptimizer.state_dict = describe_if_empty
