@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import ParallelConfig
+from mtopd.planning import Mesh
 from mtopd.types import MtopdError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -163,27 +164,12 @@ def check_layout(layout: ParallelConfig, world_size: int) -> None:
 
 
 @dataclass(frozen=True)
-class TeacherMesh:
-    """A teacher's own groups over the job's ranks, whatever the student's are.
+class TeacherMesh(Mesh):
+    """A teacher's mesh with its process groups."""
 
-    tp: ranks [r*tp, (r+1)*tp) hold one copy of what is not an expert; r is the ``replica``, and
-    ``peer_group`` are the ranks with this tp rank, one in each replica.  ep: ranks [k*ep, (k+1)*ep)
-    hold one copy of the experts, each expert whole on its rank (expert tensor parallelism is 1); k
-    is the ``expert_replica``, and ``expert_peer_group`` are the ranks with this ep rank.  Both
-    divisions are independent: a replica's ranks may lie in several expert replicas.
-    """
-
-    tp_rank: int
-    tp_size: int
-    replica: int
-    num_replicas: int
     tp_group: dist.ProcessGroup
-    peer_group: dist.ProcessGroup
-    ep_rank: int
-    ep_size: int
-    expert_replica: int
-    num_expert_replicas: int
-    expert_peer_group: dist.ProcessGroup
+    peer_group: dist.ProcessGroup  # the ranks with this tp rank, one in each replica
+    expert_peer_group: dist.ProcessGroup  # the ranks with this ep rank
     collection: object  # Megatron's ProcessGroupCollection for layers of this teacher
 
 

@@ -13,7 +13,7 @@ of its imports does.
 """
 
 from mtopd.planning.prompts import plan_batches, select_prompts
-from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Part, Range, plan_parts
+from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Mesh, Part, Range, plan_parts
 from mtopd.planning.stages import (
     MAX_STAGE_IMBALANCE,
     Architecture,
@@ -31,6 +31,7 @@ __all__ = [
     "MAX_STAGE_IMBALANCE",
     "Architecture",
     "Group",
+    "Mesh",
     "Part",
     "Range",
     "SampleCost",

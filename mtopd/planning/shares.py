@@ -42,27 +42,25 @@ _ALIGNMENT = 256  # bytes; every dtype can be viewed at a range's start
 JOIN_ALIGNMENT = 64
 
 
-class Mesh(Protocol):
-    """Where this rank stands among the ranks a teacher is streamed to; rank = replica * tp_size +
-    tp_rank.
+@dataclass(frozen=True)
+class Mesh:
+    """Where this rank stands among the ranks a teacher is streamed to, whatever the student's
+    layout is.
+
+    tp: ranks [r*tp, (r+1)*tp) hold one copy of what is not an expert; r is the ``replica``.  ep:
+    ranks [k*ep, (k+1)*ep) hold one copy of the experts, each expert whole on its rank (expert tensor
+    parallelism is 1); k is the ``expert_replica``.  Both divisions are independent: a replica's
+    ranks may lie in several expert replicas.
     """
 
-    @property
-    def tp_rank(self) -> int: ...
-    @property
-    def tp_size(self) -> int: ...
-    @property
-    def replica(self) -> int: ...
-    @property
-    def num_replicas(self) -> int: ...
-    @property
-    def ep_rank(self) -> int: ...
-    @property
-    def ep_size(self) -> int: ...
-    @property
-    def expert_replica(self) -> int: ...
-    @property
-    def num_expert_replicas(self) -> int: ...
+    tp_rank: int
+    tp_size: int
+    replica: int
+    num_replicas: int
+    ep_rank: int
+    ep_size: int
+    expert_replica: int
+    num_expert_replicas: int
 
 
 class Block(Protocol):

@@ -27,7 +27,7 @@ def test_no_module_of_planning_loads_a_tensor_library() -> None:
 
 def test_planners_read_metadata_only() -> None:
     """Each is called where opening a file or a socket is an error, on objects that hold nothing
-    but the fields of their metadata.
+    but the fields of their metadata.  (`plan_parts` has stores without bytes in test_shares.py.)
     """
     in_a_fresh_process(
         CODE

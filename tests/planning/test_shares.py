@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtopd.planning import JOIN_ALIGNMENT, Part, Range, plan_parts
+from mtopd.planning import JOIN_ALIGNMENT, Mesh, Part, Range, plan_parts
 from mtopd.planning.shares import _share_out
 from mtopd.safetensors_file import TensorEntry
 
@@ -72,25 +72,14 @@ class Store:
         return self.files.get(f"experts.{layer}")
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """As `plan_parts` describes it, of one rank."""
+def mesh_of(rank: int, world_size: int, tp_size: int, ep_size: int) -> Mesh:
+    tp = (rank % tp_size, tp_size, rank // tp_size, world_size // tp_size)
+    return Mesh(*tp, rank % ep_size, ep_size, rank // ep_size, world_size // ep_size)
 
-    rank: int
-    world_size: int
-    tp_size: int
-    ep_size: int
 
-    tp_rank = property(lambda self: self.rank % self.tp_size)
-    replica = property(lambda self: self.rank // self.tp_size)
-    num_replicas = property(lambda self: self.world_size // self.tp_size)
-    ep_rank = property(lambda self: self.rank % self.ep_size)
-    expert_replica = property(lambda self: self.rank // self.ep_size)
-    num_expert_replicas = property(lambda self: self.world_size // self.ep_size)
-
-    def key(self, group: str) -> tuple[str, int]:
-        """What the ranks of one group have in common, and no other rank has."""
-        return group, {"everyone": 0, "tp_peers": self.tp_rank, "expert_peers": self.ep_rank}[group]
+def group_key(mesh: Mesh, group: str) -> tuple[str, int]:
+    """What the ranks of one group have in common, and no other rank has."""
+    return group, {"everyone": 0, "tp_peers": mesh.tp_rank, "expert_peers": mesh.ep_rank}[group]
 
 
 def build_file(path: str, sections: dict[str, list[int]], block_bytes: int) -> File:
@@ -132,7 +121,7 @@ def problems(draw: st.DrawFn) -> tuple[Store, list[Mesh]]:
             files[f"experts.{i}"] = build_file(f"experts.{i}", experts, block_bytes)
     norm = build_file("final_norm", {"common": draw(tensors)}, block_bytes)
     files[norm.path] = norm
-    meshes = [Mesh(rank, world_size, tp_size, ep_size) for rank in range(world_size)]
+    meshes = [mesh_of(rank, world_size, tp_size, ep_size) for rank in range(world_size)]
     return Store(slices, num_experts, files), meshes
 
 
@@ -147,7 +136,7 @@ def test_every_promise_holds(problem: tuple[Store, list[Mesh]]) -> None:
         for mesh, parts in zip(meshes, plans, strict=True):
             check_part(store, mesh, index, parts[index])
             for r in parts[index].ranges:
-                members = groups.setdefault((r.path, *mesh.key(r.group)), {})
+                members = groups.setdefault((r.path, *group_key(mesh, r.group)), {})
                 assert r.group_rank not in members, "a rank of a group is one rank of the job"
                 members[r.group_rank] = r
         read = [interval for members in groups.values() for interval in check_group(store, members)]

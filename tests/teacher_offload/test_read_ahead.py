@@ -14,19 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtopd.convert.teacher import add_teacher
-from mtopd.planning import Part, plan_parts
+from mtopd.planning import Mesh, Part, plan_parts
 from mtopd.teacher_offload import store as store_module
 from mtopd.teacher_offload.read_ahead import ReadAhead, _Ring
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
-
-class OneRank:
-    """A mesh of this process alone."""
-
-    tp_rank = replica = ep_rank = expert_replica = 0
-    tp_size = num_replicas = ep_size = num_expert_replicas = 1
+ONE_RANK = Mesh(0, 1, 0, 1, 0, 1, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +37,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[TeacherSto
 
 @pytest.fixture
 def parts(stores: list[TeacherStore]) -> list[list[Part]]:
-    return [plan_parts(store, OneRank()) for store in stores]
+    return [plan_parts(store, ONE_RANK) for store in stores]
 
 
 def visit(
