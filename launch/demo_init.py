@@ -18,8 +18,8 @@ def main(folder: Path, config_path: Path, seed: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mtopd.config import SpecialistConfig, load_config
-    from mtopd.pipelines.prompts import load_source
     from mtopd.progress import quiet_libraries
+    from mtopd.prompt_table import load_source
     from mtopd.tokenizer import build_char_tokenizer, vocab_size
 
     quiet_libraries()

@@ -10,8 +10,6 @@ policy-gradient methods do not exist here: the loss is exact.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -445,7 +443,3 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False)
-
-
-def digest(config: BaseModel) -> str:
-    return hashlib.sha256(json.dumps(resolved(config), sort_keys=True).encode()).hexdigest()

@@ -62,6 +62,10 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
+    def prompts(self) -> Path:
+        return self.path / "prompts.arrow"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 

@@ -15,6 +15,7 @@ from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches
+from mtopd.prompt_table import Prompts
 from mtopd.rollout.engine import Engine, Request
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import decode_response
@@ -22,7 +23,6 @@ from mtopd.types import MtopdError
 
 from .engines import ENGINES
 from .iteration import Iteration
-from .prompts import Prompts
 from .session import Session
 from .student import Student
 

@@ -24,12 +24,11 @@ from mtopd.megatron.options import (
 )
 from mtopd.megatron.parallel import check_layout
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
+from mtopd.prompt_table import write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
-
-from . import prompts
 
 Say = Callable[[str], None]
 
@@ -64,7 +63,7 @@ def consolidate(
         say(f"accepted: {change}")
     say_split(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
-    prompts.prepare(run, config.data, tokenizer, routes, supervised=False, progress=say)
+    write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
 
 
 def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
@@ -111,7 +110,7 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
             f"{config.train.micro_batch_size} = {unit}"
         )
     _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
-    prompts.prepare(run, config.data, tokenizer, [{}], supervised=True, progress=say)
+    write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 
 def _start(
@@ -127,7 +126,7 @@ def _start(
         """What was made for the former teachers: routed prompts, iterations that no checkpoint
         holds, their results.
         """
-        (run.path / prompts.FILE).unlink(missing_ok=True)
+        run.prompts.unlink(missing_ok=True)
         finished = max(
             (int(p.name) for p in (run.path / "checkpoints").glob("[0-9]*") if is_sealed(p)),
             default=0,

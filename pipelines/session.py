@@ -26,6 +26,7 @@ from mtopd.megatron.options import config_overrides
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress
+from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
 from mtopd.teacher_offload.probe import Proofs
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -35,7 +36,6 @@ from mtopd.types import MtopdError
 
 from .engines import ENGINES
 from .iteration import Iteration
-from .prompts import Prompts
 from .student import Student
 
 

@@ -27,13 +27,13 @@ from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import EvaluationLine, SupervisedStepLine
 from mtopd.objectives import CrossEntropy
 from mtopd.progress import Progress
+from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
 from mtopd.step_sums import NonFiniteGradients
 from mtopd.types import MtopdError, num_input_tokens
 
 from . import evaluate
 from .engines import ENGINES
-from .prompts import Prompts
 from .student import Student
 
 _CHECKPOINT_EVERY = 100  # train steps

@@ -6,8 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.prompt_examples import DOMAINS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from mtopd.data import PromptSource
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,3 +83,29 @@ def on_small_disk(folder: Path, megabytes: int) -> list[str]:
             return mount
         said = probe.stderr.strip()
     pytest.skip(f"neither user namespaces nor root: no small disk can be mounted ({said})")
+
+
+@pytest.fixture(scope="session")
+def sources() -> dict[str, tuple[PromptSource, PromptSource]]:
+    """Train and held-out prompts of the demo's domains."""
+    from mtopd.data import load_reasoning_gym
+
+    return {k: load_reasoning_gym(k, d, o, size=20_000, seed=1) for k, (d, o) in DOMAINS.items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mtopd.tokenizer import build_char_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_char_tokenizer(
+        {k: [row.question for row in train.rows] for k, (train, _) in sources.items()}, folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(tokenizer_folder))

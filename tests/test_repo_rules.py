@@ -23,6 +23,7 @@ LOWER = {
     "step_sums",
     "planning",
     "data",
+    "prompt_table",
     "trajectories",
     "run_dir",
     "manifest",
@@ -48,7 +49,7 @@ ONE_PLACE = {  # library -> where it may be imported
     "megatron": r"mtopd/megatron/.*",
     "mbridge": r"mtopd/convert/bridge\.py",
     "zarr": r"(?!)",  # a reader's tool: tests open our segments with it
-    "reasoning_gym": r"mtopd/data\.py",
+    "reasoning_gym": r"mtopd/data/verifiers\.py",
     "transformer_engine": r"mtopd/megatron/.*",
     "triton": r"mtopd/kernels/rows_triton\.py",
     "jinja2": r"mtopd/report/page\.py",

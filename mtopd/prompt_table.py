@@ -9,18 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mtopd import data
 from mtopd.config import DataConfig, SourceConfig
+from mtopd.data import (
+    PromptSource,
+    SupervisedExample,
+    load_prompt_file,
+    load_reasoning_gym,
+    supervised_examples,
+    tokenize_prompts,
+    verify,
+    with_fields,
+)
 from mtopd.files import write_atomic
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError, Prompt
 
-FILE = "prompts.arrow"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _SCHEMA = pa.schema(
     [
         ("source", pa.int32()),
@@ -59,9 +69,9 @@ class PromptTable:
             json.loads(row["verify"]),
         )
 
-    def example(self, index: int) -> data.SupervisedExample:
+    def example(self, index: int) -> SupervisedExample:
         ids, answer = self.rows["prompt_ids"][index].as_py(), self.rows["answer_ids"][index].as_py()
-        return data.SupervisedExample(tuple(ids), tuple(answer))
+        return SupervisedExample(tuple(ids), tuple(answer))
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Prompts:
 
     @staticmethod
     def load(run: RunDir, config: DataConfig) -> Prompts:
-        path = _path(run)
+        path = run.prompts
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             table.validate(full=True)
@@ -101,13 +111,13 @@ class Prompts:
 
     @staticmethod
     def score(prompt: Prompt, response_text: str) -> float:
-        return data.verify(prompt, response_text)
+        return verify(prompt, response_text)
 
 
-def prepare(
+def write_prompt_table(
     run: RunDir,
     config: DataConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     routes: Sequence[Mapping[str, str]],
     *,
     supervised: bool,
@@ -116,7 +126,7 @@ def prepare(
     """Draw, route and tokenize every prompt, and write the run's table.  Raises MtopdError for what
     cannot be used.
     """
-    if _path(run).exists():
+    if run.prompts.exists():
         return
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for number, source in enumerate(config.sources):
@@ -125,7 +135,7 @@ def prepare(
         for rows, is_held_out in ((train, False), (held_out, True)):
             if rows is None:
                 continue
-            prompts = data.tokenize_prompts(
+            prompts = tokenize_prompts(
                 rows,
                 tokenizer,
                 routes,
@@ -134,7 +144,7 @@ def prepare(
             )
             learn = supervised and not is_held_out
             examples = (
-                data.supervised_examples(rows, tokenizer, context_length=config.context_length)
+                supervised_examples(rows, tokenizer, context_length=config.context_length)
                 if learn
                 else None
             )
@@ -153,17 +163,17 @@ def prepare(
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
-    write_atomic(_path(run), sink.getvalue().to_pybytes())
+    write_atomic(run.prompts, sink.getvalue().to_pybytes())
 
 
-def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSource | None]:
+def load_source(source: SourceConfig) -> tuple[PromptSource, PromptSource | None]:
     """(train rows, held-out rows or None) of one configured source, with its ``fields`` added for
     routing.
     """
     domain = source.fields.get("domain", source.name)
-    held_out: data.PromptSource | None
+    held_out: PromptSource | None
     if source.reasoning_gym is not None:
-        train, held_out = data.load_reasoning_gym(
+        train, held_out = load_reasoning_gym(
             source.name,
             source.reasoning_gym,
             source.config,
@@ -175,13 +185,7 @@ def load_source(source: SourceConfig) -> tuple[data.PromptSource, data.PromptSou
         )
     else:
         assert source.path is not None
-        train, held_out = data.load_prompt_file(source.name, source.path, domain=domain), None
+        train, held_out = load_prompt_file(source.name, source.path, domain=domain), None
         if source.eval_path is not None:
-            held_out = data.load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
-    return data.with_fields(train, source.fields), held_out and data.with_fields(
-        held_out, source.fields
-    )
-
-
-def _path(run: RunDir) -> Path:
-    return run.path / FILE
+            held_out = load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
+    return with_fields(train, source.fields), held_out and with_fields(held_out, source.fields)

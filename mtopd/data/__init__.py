@@ -1,0 +1,26 @@
+"""Prompts and supervised examples: where they come from, who teaches them, how answers are scored."""
+
+from mtopd.data.routes import route
+from mtopd.data.sources import (
+    PromptRow,
+    PromptSource,
+    load_prompt_file,
+    load_reasoning_gym,
+    with_fields,
+)
+from mtopd.data.tokenize import SupervisedExample, supervised_examples, tokenize_prompts
+from mtopd.data.verifiers import CORRECT_SCORE, verify
+
+__all__ = [
+    "CORRECT_SCORE",
+    "PromptRow",
+    "PromptSource",
+    "SupervisedExample",
+    "load_prompt_file",
+    "load_reasoning_gym",
+    "route",
+    "supervised_examples",
+    "tokenize_prompts",
+    "verify",
+    "with_fields",
+]

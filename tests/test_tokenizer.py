@@ -1,0 +1,192 @@
+"""Tokenizers: the demo's own, and any chat tokenizer of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mtopd.data import (
+    load_prompt_file,
+    supervised_examples,
+    tokenize_prompts,
+)
+from mtopd.tokenizer import (
+    CHARACTERS,
+    build_char_tokenizer,
+    encode_prompts,
+    encode_response,
+    first_difference,
+    mine_template_tokens,
+    tokenizer_hash,
+    vocab_size,
+)
+from mtopd.types import MtopdError
+from tests.prompt_examples import EOS, PAD, ROUTES, SEP, write_jsonl
+
+
+def test_demo_vocabulary_is_the_calibrated_one(tokenizer, sources) -> None:
+    assert vocab_size(tokenizer) == 104
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id) == (
+        PAD,
+        EOS,
+        SEP,
+    )
+    templates = mine_template_tokens(
+        {k: [r.question for r in s.rows] for k, (s, _) in sources.items()}
+    )
+    assert len(templates) == 5
+    assert [tokenizer.convert_ids_to_tokens(99 + k) for k in range(5)] == templates
+    for domain, longest in {"rot": 15, "rev": 7, "spir": 20}.items():
+        train, _ = sources[domain]
+        prompts = tokenize_prompts(
+            train, tokenizer, ROUTES, context_length=40, max_response=18, rows=range(2000)
+        )
+        assert max(len(prompt.prompt_ids) for prompt in prompts) == longest
+
+
+def test_folder_is_an_ordinary_tokenizer(tokenizer_folder: Path) -> None:
+    config = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    assert "auto_map" not in config
+    assert not list(tokenizer_folder.glob("*.py"))
+
+
+def test_decoding_gives_the_exact_text(tokenizer, sources) -> None:
+    texts = [
+        "".join(CHARACTERS),
+        "  two  spaces \n\n , . 's 'm n't ?  !",
+        " degrees  degreesclockwise:\n\n",
+    ]
+    texts += [row.question for train, _ in sources.values() for row in train.rows[:50]]
+    for text in texts:
+        for ids in (tokenizer(text)["input_ids"], encode_response(tokenizer, text)):
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.decode([*ids, EOS], skip_special_tokens=True) == text
+
+
+def test_responses_do_not_use_template_tokens(tokenizer) -> None:
+    text = "90 degrees clockwise:\n"
+    assert len(tokenizer(text)["input_ids"]) == 4
+    assert encode_response(tokenizer, text) == [tokenizer.convert_tokens_to_ids(c) for c in text]
+    assert max(encode_response(tokenizer, text)) < 99
+
+
+def test_longest_template_wins(tmp_path: Path) -> None:
+    prompts = {"a": ["count to 1", "count to 2"], "b": ["count to the end 1", "count to the end 2"]}
+    tokenizer = build_char_tokenizer(prompts, tmp_path)
+    assert tokenizer.tokenize("count to the end 7count to 7") == [
+        "count to the end ",
+        "7",
+        "count to ",
+        "7",
+    ]
+
+
+def test_prompts_go_through_the_chat_template(tokenizer) -> None:
+    (ids,) = encode_prompts(tokenizer, [[{"role": "user", "content": "hi"}]])
+    assert ids == [*encode_response(tokenizer, "hi"), SEP]
+    conversation = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "x"},
+    ]
+    (ids,) = encode_prompts(tokenizer, [conversation])
+    assert tokenizer.decode(ids) == "hi<sep>yo<eos>x<sep>"
+    assert encode_prompts(tokenizer, []) == []
+
+
+def test_unknown_character_is_refused_by_name(tokenizer) -> None:
+    with pytest.raises(MtopdError, match=r"U\+2192"):
+        encode_prompts(
+            tokenizer,
+            [[{"role": "user", "content": "fine"}], [{"role": "user", "content": "a \u2192 b"}]],
+        )
+    with pytest.raises(MtopdError, match=r"U\+00E9"):
+        encode_response(tokenizer, "caf\u00e9")
+    with pytest.raises(MtopdError, match="domain 'a' has no prompts"):
+        mine_template_tokens({"a": []})
+
+
+def test_hash_and_difference_go_by_token_not_by_size(
+    tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    again = AutoTokenizer.from_pretrained(str(tokenizer_folder))
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(again)
+    assert first_difference(tokenizer, again) is None
+    backend = json.loads(again.backend_tokenizer.to_str())
+    vocabulary = backend["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    swapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        sep_token="<sep>",
+    )
+    assert vocab_size(swapped) == vocab_size(tokenizer)
+    assert tokenizer_hash(swapped) != tokenizer_hash(tokenizer)
+    assert first_difference(tokenizer, swapped) == "token id 36 is 'A' in one and 'B' in the other"
+    again.add_tokens(["new"])
+    assert vocab_size(again) == 105
+    assert (
+        first_difference(tokenizer, again)
+        == "token id 104 is no token in one and 'new' in the other"
+    )
+    other_eos = AutoTokenizer.from_pretrained(str(tokenizer_folder), eos_token="<sep>")
+    assert tokenizer_hash(other_eos) != tokenizer_hash(tokenizer)
+    assert first_difference(tokenizer, other_eos) == "eos_token_id is 1 in one and 2 in the other"
+
+
+@pytest.fixture(scope="module")
+def foreign_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with merges and a chat template, as released models have."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        token: k for k, token in enumerate([*alphabet, "an", "<|end|>", "<|user|>", "<|bot|>"])
+    }
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "n")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|bot|>"],
+        chat_template="{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bot|>{% endif %}",
+    )
+
+
+def test_any_chat_tokenizer_works_the_same_way(foreign_tokenizer, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "an \u2192", "answer": "anna"})
+    source = load_prompt_file("x", path)
+    (prompt,) = tokenize_prompts(source, foreign_tokenizer, [{}], context_length=32, max_response=8)
+    assert foreign_tokenizer.decode(prompt.prompt_ids) == "<|user|>an \u2192<|end|><|bot|>"
+    (example,) = supervised_examples(source, foreign_tokenizer, context_length=32)
+    assert example.prompt_ids == prompt.prompt_ids
+    assert foreign_tokenizer.convert_ids_to_tokens(list(example.response_ids)) == [
+        "an",
+        "n",
+        "a",
+        "<|end|>",
+    ]
+
+
+def test_tokenizer_without_chat_template_or_eos_is_refused(tokenizer_folder: Path, sources) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_folder / "tokenizer.json"))
+    with pytest.raises(MtopdError, match="no chat template"):
+        encode_prompts(bare, [[{"role": "user", "content": "a"}]])
+    with pytest.raises(MtopdError, match="no EOS token"):
+        supervised_examples(sources["rot"][0], bare, context_length=64)
+
+
+def test_a_part_the_tokenizer_maps_to_unknown_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "known": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    lossy = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", chat_template="{{ messages[0]['content'] }}"
+    )
+    assert encode_prompts(lossy, [[{"role": "user", "content": "known"}]]) == [[1]]
+    with pytest.raises(MtopdError, match="does not know a part"):
+        encode_prompts(lossy, [[{"role": "user", "content": "known news"}]])
