@@ -243,6 +243,6 @@ def test_environment_is_not_configuration() -> None:
         "mtopd/progress.py",
         "mtopd/megatron/cpu.py",
         "mtopd/kernels/rows_cpu.py",
-    } | {f"pipelines/{n}.py" for n in ("start", "cli", "prepare", "doctor")}
+    } | {f"pipelines/{n}.py" for n in ("start", "cli", "checks", "doctor")}
     users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
     assert users <= allowed, users - allowed

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtopd.families import FAMILIES, ModelFacts, check_variant
-from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,7 +84,7 @@ class Bridge:
 
     ``tp`` and ``ep`` are given for a model on its own mesh (a teacher); without them Megatron's
     global state counts. Raises MtopdError for variants of the architecture that Megatron does not
-    compute as transformers does, and for an ``ep`` that does not divide the experts.
+    compute as transformers does.
     """
 
     def __init__(
@@ -106,11 +105,7 @@ class Bridge:
         self.family = FAMILIES[hf_config.model_type]
         self.facts = self.family.facts(hf_config)
         experts = self.facts.num_experts
-        if ep > 1 and (not experts or experts % ep):
-            raise MtopdError(
-                f"the teacher has {experts} experts, which cannot be split over ep {ep}; "
-                "set teachers[i].parallel.ep to a divisor, 1 for a dense teacher"
-            )
+        assert ep == 1 or (experts and experts % ep == 0), (ep, experts)
         bridge_class = _MODEL_REGISTRY[hf_config.model_type]
         known = {field.name for field in dataclasses.fields(bridge_class.TransformerConfigClass)}
         fields = {**self.family.megatron_fields(hf_config), **(overrides or {})}

@@ -12,7 +12,6 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mtopd.megatron.model import block_spec
-from mtopd.types import MtopdError
 
 # Transformer Engine keeps a norm inside the linear layer after it; stores use the local spec's
 # names.
@@ -36,19 +35,10 @@ class TeacherLayers:
     def __init__(
         self, config: TransformerConfig, collection: Any, rotary_base: float, device: torch.device
     ) -> None:
-        """Raises MtopdError when tp does not divide the heads (query groups)."""
-        tp = config.tensor_model_parallel_size
-        if config.multi_latent_attention:
-            units, what = config.num_attention_heads, "heads"
-        else:
-            # Beyond the query groups Megatron reads the global (student's) tensor-parallel rank:
-            # wrong on this mesh.
-            units, what = config.num_query_groups, "query groups"
-        if units % tp:
-            raise MtopdError(
-                f"teacher tp {tp} does not divide its {units} {what}; set teachers[i].parallel.tp "
-                "to a divisor"
-            )
+        # Beyond the query groups Megatron reads the global (student's) tensor-parallel rank: wrong
+        # on this mesh.  The slices of a store divide them.
+        is_latent, tp = config.multi_latent_attention, config.tensor_model_parallel_size
+        assert (config.num_attention_heads if is_latent else config.num_query_groups) % tp == 0
         assert not config.apply_query_key_layer_scaling, (
             "the number of a layer must not change its result"
         )

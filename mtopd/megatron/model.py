@@ -15,7 +15,6 @@ from mtopd.families import ModelFacts
 from mtopd.megatron import without_te
 from mtopd.megatron.parallel import Ranks
 from mtopd.megatron.without_te import have_transformer_engine
-from mtopd.types import MtopdError
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -66,10 +65,12 @@ def build_chunks(
 ) -> list[HiddenStateModel]:
     """This rank's model chunks, on its device, weights not yet loaded: one, or ``vpp`` under the
     interleaved schedule.
-
-    Raises MtopdError for a layout that this architecture is not trained on.
     """
-    _check_axes(config)
+    is_latent = config.multi_latent_attention
+    assert config.sequence_parallel or not (
+        config.tensor_model_parallel_size > 1 and (is_latent or config.num_moe_experts)
+    ), "experts and latent attention are split over tp with sequence parallelism only"
+    assert not (is_latent and config.context_parallel_size > 1), "latent attention has no cp"
     chunks = []
     for stage in range(ranks.vpp_size):
         vp_stage = stage if ranks.vpp_size > 1 else None
@@ -96,22 +97,3 @@ def build_chunks(
             chunk.cuda(ranks.device)
         chunks.append(chunk)
     return chunks
-
-
-def _check_axes(config: TransformerConfig) -> None:
-    tp, cp, latent = (
-        config.tensor_model_parallel_size,
-        config.context_parallel_size,
-        config.multi_latent_attention,
-    )
-    if tp > 1 and (latent or config.num_moe_experts) and not config.sequence_parallel:
-        # Megatron sums the replicated projections' gradients, and trains experts, only with it.
-        raise MtopdError(
-            f"tp {tp} with {'latent attention' if latent else 'experts'} needs sequence "
-            "parallelism: set "
-            "student.megatron.sequence_parallel=true"
-        )
-    if cp > 1 and latent:
-        raise MtopdError(
-            f"cp {cp} with latent attention is not supported; set student.parallel.cp=1"
-        )

@@ -63,8 +63,7 @@ def initialize(layout: ParallelConfig, *, seed: int) -> Ranks:
     """Join the job torchrun started and build Megatron's groups.  Reads torchrun's RANK,
     WORLD_SIZE, LOCAL_*.
 
-    Raises MtopdError when the layout does not divide the world size; what is left over is data
-    parallel.
+    What the layout leaves over is data parallel.
     """
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     kind, _ = pick_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -91,7 +90,9 @@ def build_groups(
     """Megatron's groups for one layout; a former layout of this process is taken down first."""
     from megatron.core import parallel_state, tensor_parallel
 
-    check_layout(layout, world_size)
+    stage, rest = divmod(world_size, layout.pp)
+    fits = rest == 0 and stage % (layout.tp * layout.cp) == 0
+    assert fits and stage % (layout.ep * layout.expert_tp) == 0, (layout, world_size)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -142,27 +143,6 @@ def check_once_per_node(ranks: Ranks, check: Callable[[], None]) -> None:
             raise MtopdError(text)
 
 
-def check_layout(layout: ParallelConfig, world_size: int) -> None:
-    """Raise MtopdError when the student's axes do not fit the world size or one another."""
-    model = layout.tp * layout.pp * layout.cp
-    if world_size % model:
-        raise MtopdError(
-            f"world size {world_size} is not a multiple of tp {layout.tp} x pp {layout.pp} x cp "
-            f"{layout.cp} = {model}"
-        )
-    if layout.vpp > 1 and layout.pp == 1:
-        raise MtopdError(
-            f"student.parallel.vpp {layout.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1"
-        )
-    stage, experts = world_size // layout.pp, layout.ep * layout.expert_tp
-    if stage % experts:
-        raise MtopdError(
-            f"ep {layout.ep} x etp {layout.expert_tp} = {experts} does not divide the {stage} "
-            "ranks of a pipeline "
-            "stage; set student.parallel.ep to a divisor"
-        )
-
-
 @dataclass(frozen=True)
 class TeacherMesh(Mesh):
     """A teacher's mesh with its process groups."""
@@ -174,18 +154,11 @@ class TeacherMesh(Mesh):
 
 
 def build_teacher_mesh(tp: int, ep: int = 1) -> TeacherMesh:
-    """Collective: every rank calls it with the same sizes.  Raises MtopdError when one does not
-    divide the world.
-    """
+    """Collective: every rank calls it with the same sizes, which divide the world."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for name, size in (("tp", tp), ("ep", ep)):
-        if size < 1 or world_size % size:
-            raise MtopdError(
-                f"a teacher's {name} is {size}, which does not divide the world size {world_size}; "
-                f"set teachers[i].parallel.{name} to a divisor"
-            )
+    assert world_size % tp == 0 and world_size % ep == 0, (tp, ep, world_size)
     tp_group, peer_group = _rows_and_columns(tp)
     ep_group, expert_peer_group = _rows_and_columns(ep)
     single, _ = _rows_and_columns(1)
