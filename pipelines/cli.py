@@ -46,9 +46,7 @@ Overrides = Annotated[
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
 LogJson = Annotated[
     bool,
-    typer.Option(
-        "--log-json", help="Print every line of metrics.jsonl instead of a progress display."
-    ),
+    typer.Option("--log-json", help="Print lines of metrics.jsonl instead of a progress display."),
 ]
 AcceptChanged = Annotated[
     bool,
@@ -77,6 +75,8 @@ def consolidate(
     log_json: LogJson = False,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
+    from mtopd.report import write_report
+
     from . import prepare
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
@@ -85,8 +85,6 @@ def consolidate(
     final = run.export(loaded.train.num_iterations)
     start.run(run, loaded, prepared, "consolidate:main", final=final)
     if is_first():
-        from mtopd.report import write_report
-
         write_report(loaded.run_dir, console if loaded.log_json else Console())
 
 

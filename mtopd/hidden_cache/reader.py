@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from mtopd.hidden_cache.segment import OpenShard, SegmentDamaged, SegmentReader,
 from mtopd.types import MtopdError
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 
 _THREADS = 4  # they hide the latency of a disk, and share the checksums
 _WORTH_THREADS = 1 << 20  # bytes of rows
@@ -216,15 +218,11 @@ class HiddenCacheReader:
             self._pool.shutdown()
             self._pool = None
         self._open_shard.cache_clear()
-        tables: list[dict[Any, Any]] = [
-            self._copies,
-            self._segments,
-            self._chunks,
-            self._by_key,
-            self._by_sample_id,
-        ]
-        for table in tables:
-            table.clear()
+        self._copies.clear()
+        self._segments.clear()
+        self._chunks.clear()
+        self._by_key.clear()
+        self._by_sample_id.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -232,7 +230,7 @@ class HiddenCacheReader:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _map(self, function: Callable[[Any], Any], items: list[Any]) -> Iterable[Any]:
+    def _map(self, function: Callable[[Item], Outcome], items: list[Item]) -> Iterable[Outcome]:
         if len(items) < 2:
             return map(function, items)
         if self._pool is None:
@@ -246,7 +244,7 @@ class HiddenCacheReader:
                 logger.warning("%s", found)
                 continue
             layout, samples = found
-            # One object for a segment: paths are dear to make and to compare.
+            # One object for a segment: paths are slow to make and to compare.
             segments = {
                 name: teacher / "seg" / name for name in {sample.segment for sample in samples}
             }
