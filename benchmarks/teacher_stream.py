@@ -185,7 +185,7 @@ class Bench:
         waves = plans[self.mesh.replica]
         mine = [i for wave in waves for batch in wave.batches for i in batch]
         rows = np.arange(length)
-        return {i: TeacherSample(i, draw.integers(0, 16, length), rows) for i in mine}, waves
+        return {i: TeacherSample(draw.integers(0, 16, length), rows) for i in mine}, waves
 
     def run_pass(self, stream: Any, samples: dict[int, Any], waves: list[Any]) -> Any:
         from mtopd.teacher_offload.teacher_pass import run_teacher_pass
@@ -197,7 +197,7 @@ class Bench:
             self.mesh.tp_group,
             samples,
             waves,
-            keep=lambda sample, rows_TE: None,
+            keep=lambda i, rows_TE: None,
         )
 
 

@@ -139,8 +139,8 @@ def forward(session: Session, iteration: Iteration, visit: Visit) -> PassMetrics
         ) as writer,
     ):
 
-        def keep(sample: TeacherSample, rows_TE: torch.Tensor) -> None:
-            metadata: SampleMetadata = sample.key
+        def keep(place: int, rows_TE: torch.Tensor) -> None:
+            metadata = visit.samples[place]
             # The norm's output is the same on all tp ranks of a replica.
             if mesh.tp_rank == 0 and metadata.sample_id in visit.missing:
                 rows_TE = rows_TE.to(torch_dtype(hidden_dtype)).cpu().contiguous()
@@ -171,7 +171,7 @@ def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSampl
     fields = iteration.tokens.tokens(sample.sample_id)
     input_ids = np.concatenate([fields.prompt_ids, fields.response_ids[:-1]])
     positions = first_loss_position(len(fields.prompt_ids)) + np.flatnonzero(fields.loss_mask)
-    return TeacherSample(sample, input_ids, positions)
+    return TeacherSample(input_ids, positions)
 
 
 def student_off_device(session: Session, index: int) -> AbstractContextManager[None]:

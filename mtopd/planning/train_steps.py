@@ -54,7 +54,14 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from mtopd.planning.stages import SampleCost
-from mtopd.types import MicroBatch, MtopdError, PlannedSample, SampleMetadata, TrainStepPlan
+from mtopd.types import (
+    MicroBatch,
+    MtopdError,
+    PlannedSample,
+    SampleMetadata,
+    TrainStepPlan,
+    num_input_tokens,
+)
 
 MAX_WASTE = 0.05  # of the tokens of all packs, where a plan can keep to it
 Normalization = Literal["teacher_balanced", "token_mean", "sequence_mean"]
@@ -198,10 +205,7 @@ def _split_evenly(
 
 
 def row_length(sample: SampleMetadata) -> int:
-    """Tokens that the model reads of a sample: the last response token is predicted but predicts
-    nothing.
-    """
-    return sample.prompt_len + sample.response_len - 1
+    return num_input_tokens(sample.prompt_len, sample.response_len)
 
 
 Assignment = list[list[list[SampleMetadata]]]  # [dp rank][micro-batch][sample]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ class TeacherSample:
     state is kept.
     """
 
-    key: Any  # handed back with the states
     input_ids: np.ndarray
     rows: np.ndarray
 
@@ -54,7 +53,7 @@ def run_teacher_pass(
     samples: Mapping[int, TeacherSample],
     waves: Sequence[Wave],
     *,
-    keep: Callable[[TeacherSample, torch.Tensor], None],
+    keep: Callable[[int, torch.Tensor], None],
     probe: Probe | None = None,
 ) -> PassResult:
     """Run ``waves``, this replica's plan (the same on all its tp ranks), and hand the rows of
@@ -62,16 +61,16 @@ def run_teacher_pass(
 
     ``samples``: those that the plan's indices name. Collective over the job: a replica without
     samples still takes part in every layer.  The stream expects this teacher ``len(waves)`` times.
-    ``keep(sample, rows_TE)`` gets the hidden states after the final norm, in the order of
-    ``sample.rows``.  ``probe`` gets those of its own tokens first, on every rank.
+    ``keep(index, rows_TE)`` gets a sample's hidden states after the final norm, in the order of its
+    ``rows``.  ``probe`` gets those of its own tokens first, on every rank.
     """
     done = []
     for wave in waves:
         probes = [probe] if probe is not None else []
         probe = None  # once
-        batches = [[samples[i] for i in batch] for batch in wave.batches]
-        ids = [np.asarray(p.input_ids, np.int64)[None] for p in probes] + [*map(_pad, batches)]
-        ids += [np.zeros((1, 1), np.int64)] * (wave.num_batches - len(batches))
+        ids = [np.asarray(p.input_ids, np.int64)[None] for p in probes]
+        ids += [_pad([samples[i] for i in batch]) for batch in wave.batches]
+        ids += [np.zeros((1, 1), np.int64)] * (wave.num_batches - len(wave.batches))
         with stream.visit(teacher) as weights:
             rows_VE, first_row = weights.embedding()
             hidden = [_embed(ids_BS, rows_VE, first_row, tp_group, stream.device) for ids_BS in ids]
@@ -84,10 +83,10 @@ def run_teacher_pass(
             layers.bind_norm(weights.final_norm())
             for first in probes:
                 first.check(layers.forward_norm(hidden.pop(0))[:, 0])
-            for batch in batches:
+            for batch in wave.batches:
                 normed_SBE = layers.forward_norm(hidden.pop(0))
-                for column, sample in enumerate(batch):
-                    keep(sample, normed_SBE[torch.from_numpy(sample.rows), column])
+                for column, i in enumerate(batch):
+                    keep(i, normed_SBE[torch.from_numpy(samples[i].rows), column])
             layers.release()
         done.append(weights.counters)
     return PassResult(done, sum(len(s.input_ids) for s in samples.values()))

@@ -63,9 +63,9 @@ class Teacher:
             index,
             self.layers,
             self.mesh.tp_group,
-            {i: TeacherSample(i, samples[i], np.arange(len(samples[i]))) for i in mine},
+            {i: TeacherSample(samples[i], np.arange(len(samples[i]))) for i in mine},
             waves,
-            keep=lambda sample, rows_TE: states.update({sample.key: rows_TE.clone()}),
+            keep=lambda i, rows_TE: states.update({i: rows_TE.clone()}),
         )
         assert states.keys() == set(mine)
         return states, result
