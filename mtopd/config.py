@@ -45,9 +45,8 @@ def _store_location(value: Any) -> Any:
 LocalPath = Annotated[Path, BeforeValidator(_local)]
 
 
-StoreLocation = Annotated[
-    str, BeforeValidator(_store_location)
-]  # a folder, or a URL: s3://bucket/teachers/code
+# a folder, or a URL: s3://bucket/teachers/code
+StoreLocation = Annotated[str, BeforeValidator(_store_location)]
 
 
 class Model(BaseModel):
@@ -159,9 +158,8 @@ class RolloutConfig(Model):
 
 class OffloadConfig(Model):
     host_budget: Count = 4 << 30  # bytes per process for shares read ahead and kept between passes
-    activation_budget: Count = (
-        4 << 30
-    )  # bytes per process for activations between two layers; more waves beyond it
+    # bytes per process for activations between two layers; more waves beyond it
+    activation_budget: Count = 4 << 30
     batch_tokens: Count = 16384  # of one forward through a layer
     reader_threads: Count = 4
     # The student's gradients and optimizer state in host memory during a pass; auto: when the pass

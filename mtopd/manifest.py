@@ -26,11 +26,8 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "train", "token_budget"),
     ("config", "train", "max_bad_steps"),
 )
-ACCEPTABLE: tuple[Keys, ...] = (
-    ("config", "teachers"),
-    ("teachers",),
-    ("tokenizer_hash",),
-)  # who teaches what
+# who teaches what
+ACCEPTABLE: tuple[Keys, ...] = (("config", "teachers"), ("teachers",), ("tokenizer_hash",))
 
 
 def start_run(

@@ -40,9 +40,8 @@ _CHAT_TEMPLATE = (
 _MINED_PROMPTS = 300  # of each domain
 _MIN_AFFIX_LENGTH = 4
 _MIN_WORD_SHARE = 0.2
-_WORD = re.compile(
-    r" ?[^\W\d_]{4,}\W*"
-)  # with a space before it, and the punctuation and space after it
+# with a space before it, and the punctuation and space after it
+_WORD = re.compile(r" ?[^\W\d_]{4,}\W*")
 
 
 def build_char_tokenizer(

@@ -32,9 +32,8 @@ class Journal:
 
     def add(self, row: IndexRow) -> None:
         text = json.dumps([row.sample_key.hex(), *row[1:]]).encode()
-        os.write(
-            self._fd, b"%08x %s\n" % (google_crc32c.value(text), text)
-        )  # a short write is a torn last line
+        # a short write is a torn last line
+        os.write(self._fd, b"%08x %s\n" % (google_crc32c.value(text), text))
 
     def close(self) -> None:
         os.close(self._fd)

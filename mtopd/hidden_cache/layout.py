@@ -23,9 +23,8 @@ CRC_BYTES = 4
 HIDDEN_DTYPES = ("bfloat16", "float32")
 _TARGET_CHUNK_BYTES = 1 << 20
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1024
-_ABSENT = (
-    1 << 64
-) - 1  # offset and length that the shard index gives to a chunk that was never written
+# offset and length that the shard index gives to a chunk that was never written
+_ABSENT = (1 << 64) - 1
 
 
 @dataclass(frozen=True)

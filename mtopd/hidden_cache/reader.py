@@ -354,9 +354,8 @@ def _pieces(read: Read) -> list[Read]:
     want both, too.
     """
     entry, start, stop, out_NE = read
-    left = (
-        entry.layout.chunk_rows - (entry.sample.row + start) % entry.layout.chunk_rows
-    )  # in the first of them
+    # in the first of them
+    left = entry.layout.chunk_rows - (entry.sample.row + start) % entry.layout.chunk_rows
     if not left < stop - start <= entry.layout.chunk_rows:
         return [read] if start < stop else []
     return [

@@ -37,9 +37,8 @@ class Recovery:
 
     segments: list[str] = field(default_factory=list)
     salvaged: list[RowKey] = field(default_factory=list)  # committed again, bit for bit
-    dropped: list[RowKey] = field(
-        default_factory=list
-    )  # named by a journal, but their rows had not reached the disk
+    # named by a journal, but their rows had not reached the disk
+    dropped: list[RowKey] = field(default_factory=list)
 
 
 def recover(root: Path) -> Recovery:
@@ -88,10 +87,8 @@ def _recover_segment(root: Path, teacher: Path, segment: Path, found: Recovery) 
                 row_key = RowKey(row.sample_key, row.sample_id, row.student_version)
                 writer.put(layout.teacher_fingerprint, layout.hidden_size, *row_key, rows_NE)
                 salvaged.append(row_key)
-    except (
-        OSError,
-        MtopdError,
-    ) as error:  # a full disk, say: computing the samples again is always possible
+    # a full disk, say: computing the samples again is always possible
+    except (OSError, MtopdError) as error:
         logger.warning(
             "hidden cache segment %s: its samples could not be saved: %s", segment, error
         )
@@ -106,9 +103,8 @@ def _recover_segment(root: Path, teacher: Path, segment: Path, found: Recovery) 
 def _sound_samples(segment: Path, layout: SegmentLayout) -> Iterator[tuple[IndexRow, np.ndarray]]:
     """The journal's samples whose rows all lie in the longest prefix of sound chunks."""
     chunks = _sound_chunks(segment, layout)
-    on_disk = (
-        sum(path.stat().st_size for path in segment.glob("c/*/*")) // layout.row_bytes
-    )  # rows, at most
+    # rows, at most
+    on_disk = sum(path.stat().st_size for path in segment.glob("c/*/*")) // layout.row_bytes
     chunk_NE = np.empty((0, layout.hidden_size), layout.dtype)
     for row in load_journal(segment):
         if row.row + row.n_tokens > on_disk:

@@ -70,9 +70,8 @@ class SegmentWriter:
         self.rows = 0
         self._chunk_crcs: list[int] = []
         self._fd: int | None = None
-        self._disk = ThreadPoolExecutor(
-            1, "hidden-cache-fsync"
-        )  # a shard becomes durable while the next is written
+        # a shard becomes durable while the next is written
+        self._disk = ThreadPoolExecutor(1, "hidden-cache-fsync")
         self._finishing: deque[Future[None]] = deque()
         self._unwritten_CE = np.zeros((layout.chunk_rows, layout.hidden_size), layout.dtype)
 
@@ -271,9 +270,8 @@ class SegmentReader:
         """
         chunk_bytes = self.layout.chunk_bytes
         first, end = start // chunk_bytes, -(-(start + len(out)) // chunk_bytes)
-        before = (
-            start - first * chunk_bytes
-        )  # bytes of the first chunk that are not asked for; after: of the last
+        # bytes of the first chunk that are not asked for; after: of the last
+        before = start - first * chunk_bytes
         after = end * chunk_bytes - start - len(out)
         rest = np.empty(before + after, np.uint8)
         crcs = np.empty(end - first, "<u4")

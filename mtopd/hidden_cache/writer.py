@@ -225,7 +225,6 @@ class HiddenCacheWriter:
         if journal is not None:
             journal.close()
         if segment is not None:
-            with suppress(
-                OSError
-            ):  # the failure that led here is the one to report; recovery removes the rest
+            # the failure that led here is the one to report; recovery removes the rest
+            with suppress(OSError):
                 segment.abort()

@@ -220,9 +220,8 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         f"chunk{index}": {
             name: value
             for name, value in chunk.sharded_state_dict(metadata=metadata).items()
-            if not isinstance(
-                value, ShardedObject
-            )  # pickled extra state, of which a model without fp8 has none
+            # pickled extra state, of which a model without fp8 has none
+            if not isinstance(value, ShardedObject)
         }
         for index, chunk in enumerate(trainer.chunks)
     }

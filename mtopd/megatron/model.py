@@ -40,9 +40,8 @@ class HiddenStateModel(GPTModel):
         there.
         """
         if self.share_embeddings_and_output_weights:
-            return (
-                self.shared_embedding_or_output_weight()
-            )  # gives the embedding even when untied: ask only when tied
+            # gives the embedding even when untied: ask only when tied
+            return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
 

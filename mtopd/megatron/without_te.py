@@ -186,9 +186,8 @@ def install() -> None:
         utils: Any = moe_utils
         utils.te_general_gemm = None  # tested against None where the router computes in float32
     attention: Any = multi_latent_attention
-    attention.HAVE_TE = isinstance(
-        attention.TELinear, type
-    )  # else it is a stand-in that isinstance() refuses
+    # else it is a stand-in that isinstance() refuses
+    attention.HAVE_TE = isinstance(attention.TELinear, type)
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

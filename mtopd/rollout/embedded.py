@@ -43,9 +43,8 @@ class EmbeddedEngine:
         )
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             if any(part in name for part in self._model._keep_in_fp32_modules_strict):
-                tensor.data = (
-                    tensor.data.float()
-                )  # as from_pretrained has it: a rounded bias chooses other experts
+                # as from_pretrained has it: a rounded bias chooses other experts
+                tensor.data = tensor.data.float()
         self._model.to(device).eval().requires_grad_(False)
         tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
         self._stored = {
@@ -115,9 +114,8 @@ class EmbeddedEngine:
             for i, (row, token, log_prob) in enumerate(
                 zip(row_A, token_A.tolist(), chosen_A, strict=True)
             ):
-                if not (
-                    tokens[row] and tokens[row][-1] == self._eos_id
-                ):  # else: finished, kept until compaction
+                # else: finished, kept until compaction
+                if not (tokens[row] and tokens[row][-1] == self._eos_id):
                     tokens[row].append(token)
                     log_probs[row].append(log_prob)
                     running[i] = token != self._eos_id
@@ -150,9 +148,8 @@ def inverse_cdf(log_p_AV: torch.Tensor, u_A: torch.Tensor) -> torch.Tensor:
     probability zero.
     """
     cdf_AV = log_p_AV.exp().cumsum(-1)
-    target_A = (
-        u_A * cdf_AV[:, -1]
-    )  # the sum is 1 up to rounding; scaling keeps u < 1 inside the table
+    # the sum is 1 up to rounding; scaling keeps u < 1 inside the table
+    target_A = u_A * cdf_AV[:, -1]
     return torch.searchsorted(cdf_AV, target_A[:, None], right=True)[:, 0].clamp(
         max=cdf_AV.shape[-1] - 1
     )

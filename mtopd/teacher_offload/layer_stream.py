@@ -181,9 +181,8 @@ class LayerStream:
             raise loaded
         torch.cuda.current_stream().wait_event(loaded.event)
         if loaded.buffer.is_cuda:
-            loaded.buffer.record_stream(
-                torch.cuda.current_stream()
-            )  # it was allocated on the loading thread's
+            # it was allocated on the loading thread's
+            loaded.buffer.record_stream(torch.cuda.current_stream())
         return loaded
 
     def _give_back(self, buffer: torch.Tensor) -> None:
@@ -316,9 +315,8 @@ class _Arena:
             return first.as_strided(shape, first.stride())
         nbytes = sum(p.nbytes for p in parts)
         joined = self._buffer[self._used : self._used + nbytes].view(first.dtype).view(shape)
-        self._used += (
-            -(-nbytes // JOIN_ALIGNMENT) * JOIN_ALIGNMENT
-        )  # the next may be of a wider dtype
+        # the next may be of a wider dtype
+        self._used += -(-nbytes // JOIN_ALIGNMENT) * JOIN_ALIGNMENT
         torch.cat(parts, out=joined)
         return joined
 

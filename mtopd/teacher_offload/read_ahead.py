@@ -233,9 +233,8 @@ class _Ring:
         if not self._live:
             return 0 if size <= self.size else None
         oldest, newest = self._live[0][0], self._live[-1][1]
-        if (
-            self._live[-1][0] >= oldest
-        ):  # not wrapped: room behind the newest, else before the oldest
+        # not wrapped: room behind the newest, else before the oldest
+        if self._live[-1][0] >= oldest:
             if self.size - newest >= size:
                 return newest
             return 0 if oldest >= size else None

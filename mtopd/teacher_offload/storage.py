@@ -79,9 +79,8 @@ class FolderStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[
-            str, Path
-        ] = {}  # that were looked at: resolving a path costs more than a small read
+        # that were looked at: resolving a path costs more than a small read
+        self._files: dict[str, Path] = {}
         self.location = str(folder)
 
     def _inside(self, path: str) -> Path:

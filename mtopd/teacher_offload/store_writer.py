@@ -51,9 +51,8 @@ ADDING_SCHEMA = "mtopd.teacher_store.adding/1"
 _RECORDS = "adding.json"
 _LOCK = "lock"
 
-Tensor = tuple[
-    str, np.ndarray, str
-]  # stored name, values (bfloat16 as its uint16 bits), safetensors dtype
+# stored name, values (bfloat16 as its uint16 bits), safetensors dtype
+Tensor = tuple[str, np.ndarray, str]
 
 
 def adding_folder(target: Path) -> Path:
@@ -102,9 +101,8 @@ class StoreWriter:
             ) from error
 
     def _resume(self) -> None:
-        if (
-            self.target.exists()
-        ):  # another writer may have published while this one waited for nothing
+        # another writer may have published while this one waited for nothing
+        if self.target.exists():
             raise MtopdError(f"{self.target} exists; remove it first, or choose another name")
         records = read_json(self.folder / _RECORDS) if (self.folder / _RECORDS).exists() else {}
         if records.get("schema") == ADDING_SCHEMA and records.get("source") == self.source:
@@ -118,9 +116,8 @@ class StoreWriter:
             self._files = {
                 path: entry for path, entry in self._files.items() if Path(path).name not in bad
             }
-        for path in (
-            self.folder.iterdir()
-        ):  # first, which makes room; a record without its file would be dropped
+        # first, which makes room; a record without its file would be dropped
+        for path in self.folder.iterdir():
             if path.name in (_RECORDS, _LOCK):
                 continue
             if not path.is_dir():
@@ -248,10 +245,8 @@ def write_store_file(path: Path, tensors: Sequence[Tensor]) -> dict[str, Any]:
             sums.add(chunk)
         file.flush()
         os.fsync(file.fileno())
-    for folder in (
-        path.parent,
-        path.parent.parent,
-    ):  # the second when this file was the first in its folder
+    # the second when this file was the first in its folder
+    for folder in (path.parent, path.parent.parent):
         fsync_dir(folder)
     blocks = [
         Block(*bounds, crc)
