@@ -5,6 +5,7 @@ libraries may enter.
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -56,6 +57,31 @@ ONE_PLACE = {  # library -> where it may be imported
     "matplotlib": r"mtopd/report/plots\.py",
     "obstore": r"mtopd/teacher_offload/storage\.py",
     "typer": r"pipelines/cli\.py",
+}
+# pipelines/, from the top: a file imports only files of the rows below its own.
+PIPELINES = (
+    ("cli",),
+    ("start",),
+    ("prepare",),  # what a verb checks and writes before its ranks start
+    ("checks", "stores", "caches", "doctor"),  # bodies of verbs
+    ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
+    ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
+    ("session",),
+    ("iteration", "engines"),
+    ("student",),
+)
+MEGATRON_DATACLASSES = {  # file below megatron/core -> dataclasses whose fields are options
+    "model_parallel_config.py": {"ModelParallelConfig"},
+    "transformer/transformer_config.py": {"TransformerConfig", "MLATransformerConfig"},
+    "distributed/distributed_data_parallel_config.py": {"DistributedDataParallelConfig"},
+    "optimizer/optimizer_config.py": {"OptimizerConfig"},
+}
+OUR_WORDS = {  # options of Megatron whose names are also words of ours, and where
+    "hidden_size": "an array of the teacher store, a column of the cache's index",
+    "num_layers": "a field of the teacher store's manifest",
+    "optimizer": "the prefix of optimizer state in a checkpoint",
+    "lr": "a setting of ours, a key of metrics.jsonl",
+    "bf16": "a way of multiplying in the row kernels",
 }
 UNSAFE = r"pickle\.load|torch\.load\(|yaml\.(load\((?!.*_Loader)|unsafe_load|full_load)|trust_remote_code=True|\bexec\("
 
@@ -193,7 +219,7 @@ def test_every_module_has_a_place_in_the_directions() -> None:
     gone = (PARTS | LOWER | BOTTOM) - names
     assert gone == set(), "no such modules any more"
     # What a checkpoint folder, a model family, a prompt and a report are is known without Megatron.
-    assert {"hf_checkpoint", "report"} <= LOWER
+    assert {"families", "hf_checkpoint", "prompt_table", "report"} <= LOWER
 
 
 def test_heavy_and_optional_libraries_enter_in_one_place() -> None:
@@ -246,3 +272,157 @@ def test_environment_is_not_configuration() -> None:
     } | {f"pipelines/{n}.py" for n in ("start", "cli", "checks", "doctor")}
     users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
     assert users <= allowed, users - allowed
+
+
+def test_pipelines_import_downwards_only() -> None:
+    """The command line starts verbs, a verb is made of phases, a phase takes a session and an
+    iteration.
+    """
+    level = {name: -i for i, names in enumerate(PIPELINES) for name in names}
+    wrong = [
+        f"{path.name} has no place in PIPELINES"
+        for path in sorted((REPOSITORY / "pipelines").glob("*.py"))
+        if path.stem not in {*level, "__init__"}
+    ]
+    for name, targets in imported_modules().items():
+        for target in sorted(targets):
+            if not (name.startswith("mtopd.pipelines.") and target.startswith("mtopd.pipelines.")):
+                continue
+            user, used = name.rpartition(".")[2], target.rpartition(".")[2]
+            if level.get(used, 0) >= level.get(user, 0):
+                wrong.append(f"pipelines/{user}.py imports {used}, which does not lie below it")
+    assert wrong == []
+
+
+def test_pipelines_stay_short() -> None:
+    """Composition: what grows here belongs into a part."""
+    limits = {"consolidate.py": 60}
+    long = [
+        f"pipelines/{path.name} has {count} lines, {limits.get(path.name, 250)} are allowed"
+        for path in sorted((REPOSITORY / "pipelines").glob("*.py"))
+        if (count := len(path.read_text().splitlines())) > limits.get(path.name, 250)
+    ]
+    assert long == []
+
+
+def test_no_job() -> None:
+    """What a rank holds is a session, what it works on is an iteration: a job is both and all else."""
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.strip("_").lower() == "job"
+    ]
+    assert wrong == [], "no class or function is named Job"
+
+
+def test_phases_take_an_iteration_not_its_number() -> None:
+    """A number is no use without the session it belongs to, so the two went everywhere together."""
+    wrong = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            kinds = {p.arg: ast.unparse(p.annotation) for p in parameters if p.annotation}
+            has_session = any(re.search(r"\bSession\b", kind) for kind in kinds.values())
+            numbers = [p for p, k in kinds.items() if "iteration" in p and re.search(r"\bint\b", k)]
+            if has_session and numbers:
+                where = f"{path.relative_to(REPOSITORY)}:{node.lineno} {node.name}"
+                wrong.append(f"{where} takes a Session and the number {numbers[0]}")
+    assert wrong == [], "pass the Iteration"
+
+
+def test_a_train_step_names_nothing_of_its_objective() -> None:
+    """An objective's sums are its own: another objective must not change pipelines/train.py."""
+    names = set()
+    for path in (REPOSITORY / "mtopd" / "objectives").glob("[a-z]*.py"):
+        names |= {text for text, _ in string_literals(path) if text.isidentifier()}
+    lines = ast.parse((REPOSITORY / "mtopd" / "metrics_lines.py").read_text())
+    for node in ast.walk(lines):
+        if isinstance(node, ast.ClassDef) and node.name == "DivergenceMetrics":
+            names |= {ast.unparse(s.target) for s in node.body if isinstance(s, ast.AnnAssign)}
+    assert {"kl_sum", "reverse_kl", "entropy"} <= names, "where have an objective's names gone?"
+    train = REPOSITORY / "pipelines" / "train.py"
+    registered = string_literals(REPOSITORY / "mtopd" / "objectives" / "__init__.py")
+    wrong = {
+        f"line {line}: {text!r}"
+        for text, line in string_literals(train)
+        if text in names - {name for name, _ in registered}
+    }
+    for node in ast.walk(ast.parse(train.read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "arg", None)
+        if isinstance(node, ast.Attribute | ast.keyword) and name in names - {"tokens"}:
+            wrong.add(f"line {node.lineno}: {name}")  # tokens: of the plan, whatever is learnt
+    assert wrong == set(), "pipelines/train.py names what its objective measures"
+
+
+def test_names_of_megatron_options_are_written_in_one_place() -> None:
+    """A literal outside says that a second file knows whose option it is, or whether it may
+    change.
+    """
+    options = megatron_options()
+    places = r"mtopd/megatron/options\.py|mtopd/families/.*"
+    wrong = []
+    for path in sources():
+        name = str(path.relative_to(REPOSITORY))
+        if not re.fullmatch(places, name):
+            wrong += [
+                f"{name}:{line} {text!r}"
+                for text, line in string_literals(path)
+                if text in options - OUR_WORDS.keys()
+            ]
+    assert wrong == [], "name Megatron's options in mtopd/megatron/options.py or mtopd/families/"
+
+
+def megatron_options() -> set[str]:
+    """Fields of the dataclasses that an entry of student.megatron can be, from Megatron's source."""
+    (core,) = importlib.metadata.files("megatron-core") and [
+        Path(str(file.locate())).parent
+        for file in importlib.metadata.files("megatron-core") or ()
+        if str(file) == "megatron/core/__init__.py"
+    ]
+    found = set()
+    for file, classes in MEGATRON_DATACLASSES.items():
+        for node in ast.walk(ast.parse((core / file).read_text())):
+            if isinstance(node, ast.ClassDef) and node.name in classes:
+                fields = [s for s in node.body if isinstance(s, ast.AnnAssign)]
+                assert fields, f"{node.name} of {file} has no fields"
+                found |= {ast.unparse(field.target) for field in fields}
+    return found
+
+
+def string_literals(path: Path) -> list[tuple[str, int]]:
+    """All strings of a file with their lines; docstrings are long, they match no name."""
+    return [
+        (node.value, node.lineno)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def test_any_is_for_what_a_library_leaves_open() -> None:
+    count = num_lines = 0
+    by_file = {}
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "Any"]
+        taken = [n for n in ast.walk(tree) if isinstance(n, ast.alias) and n.name == "Any"]
+        by_file[str(path.relative_to(REPOSITORY))] = len(names) + len(taken)
+        count += len(names) + len(taken)
+        num_lines += len(path.read_text().splitlines())
+    most = sorted(by_file, key=lambda name: -by_file[name])[:5]
+    assert count <= num_lines * 12 / 1000, (
+        f"{1000 * count / num_lines:.1f} Any per 1,000 lines, 12 are allowed; most are in {most}"
+    )
+
+
+def test_megatron_on_cpu_is_known_inside_megatron_only() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in modules().items()
+        for target in sorted(imports(path))
+        if re.match(r"mtopd\.megatron\.cpu\b", target) and not name.startswith("mtopd.megatron")
+    ]
+    assert wrong == [], "whether Megatron runs on CPU is the business of mtopd/megatron/ alone"
