@@ -52,18 +52,14 @@ def table(run_dir: Path) -> Group:
         for folder in sorted(
             {path.parents[1] for path in (*damaged, *(entry.segment for entry in entries))}
         ):
-            own = [entry for entry in entries if entry.segment.parents[1] == folder]
-            segments = {entry.segment: entry.sample.segment_bytes for entry in own}
-            size, num_damaged = (
-                sum(segments.values()),
-                sum(path.parents[1] == folder for path in damaged),
-            )
+            cached = [entry for entry in entries if entry.segment.parents[1] == folder]
+            segments = {entry.segment: entry.sample.segment_bytes for entry in cached}
             counts = (
-                len(own),
-                sum(entry.n_tokens for entry in own),
-                size,
+                len(cached),
+                sum(entry.n_tokens for entry in cached),
+                sum(segments.values()),
                 len(segments),
-                num_damaged,
+                sum(path.parents[1] == folder for path in damaged),
             )
             name = escape(names.get(folder.name, folder.name))
             rows.add_row(str(iteration), name, *(f"{count:,}" for count in counts))
@@ -102,16 +98,13 @@ def verify(run_dir: Path, console: Console) -> None:
                     highlight=False,
                     soft_wrap=True,
                 )
-            num_samples, num_bytes, num_damaged = (
-                num_samples + len(entries),
-                num_bytes + size,
-                num_damaged + len(causes),
-            )
+            num_samples += len(entries)
+            num_bytes += size
+            num_damaged += len(causes)
     if num_damaged:
         raise MtopdError(
             f"{num_damaged} samples or index files of the caches of {run_dir} are damaged; compute "
-            "an iteration's "
-            f"again with `mtopd teacher-pass {run_dir} --iteration N`"
+            f"an iteration's again with `mtopd teacher-pass {run_dir} --iteration N`"
         )
     _say(f"{num_samples:,} samples are whole, {num_bytes:,} bytes")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtopd.config import ConsolidateConfig, ParallelConfig, SpecialistConfig, StudentConfig
 from mtopd.families import ModelFacts, model_facts
@@ -70,7 +70,9 @@ def check_axes(parallel: ParallelConfig) -> None:
         )
 
 
-def check_experts(student: StudentConfig, facts: ModelFacts, megatron: Mapping[str, Any]) -> None:
+def check_experts(
+    student: StudentConfig, facts: ModelFacts, megatron: Mapping[str, object]
+) -> None:
     """A student's experts and latent attention, on its layout."""
     parallel = student.parallel
     experts, latent = facts.num_experts, facts.is_latent_attention
@@ -82,9 +84,8 @@ def check_experts(student: StudentConfig, facts: ModelFacts, megatron: Mapping[s
     # Megatron sums the replicated projections' gradients, and trains experts, only with it.
     if (experts or latent) and parallel.tp > 1 and not has_sequence_parallel(megatron):
         raise MtopdError(
-            f"student.parallel.tp {parallel.tp} with "
-            f"{'experts' if experts else 'latent attention'} needs sequence "
-            "parallelism: set student.megatron.sequence_parallel=true"
+            f"student.parallel.tp {parallel.tp} with {'experts' if experts else 'latent attention'} "
+            "needs sequence parallelism: set student.megatron.sequence_parallel=true"
         )
     if latent and parallel.cp > 1:
         raise MtopdError(
@@ -103,7 +104,7 @@ def check_experts(student: StudentConfig, facts: ModelFacts, megatron: Mapping[s
         )
 
 
-def check_routing(megatron: Mapping[str, Any]) -> None:
+def check_routing(megatron: Mapping[str, object]) -> None:
     """Of a deterministic run with experts: a step may not depend on how tokens meet in batches."""
     for name, allowed in LAYOUT_DEPENDENT.items():
         if megatron.get(name, allowed[0]) not in allowed:

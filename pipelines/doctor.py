@@ -83,7 +83,7 @@ def _machine() -> Iterator[Row]:
     path = (
         "compiled at first use"
         if chosen == "cpu"
-        else "plain torch, which is slow, for want of a compiler or ninja"
+        else "plain torch, which is slow: there is no compiler, or no ninja"
     )
     yield "C++ compiler", compiler, f"the divergence's row kernels on CPU: {path}"
     yield "CPU cores", str(len(os.sched_getaffinity(0))), "one for each CPU rank"

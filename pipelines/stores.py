@@ -54,8 +54,7 @@ def local_folder(location: str) -> Path:
     if "://" in location:
         raise MtopdError(
             "a store is written and removed in a local folder; copy it to an object store, or "
-            "remove it there, with "
-            "that store's own tool (e.g. `aws s3 sync`), teacher.json last"
+            "remove it there, with that store's own tool (e.g. `aws s3 sync`), teacher.json last"
         )
     return Path(location)
 

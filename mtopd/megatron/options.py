@@ -115,7 +115,7 @@ FREE_MEGATRON = (
 # Options that make a train step depend on how tokens meet in batches, not the same numbers on
 # another layout; with what each may be, the default first.  A kind of balancing that is a loss does
 # nothing at moe_aux_loss_coeff 0.
-LAYOUT_DEPENDENT: dict[str, tuple[Any, ...]] = {
+LAYOUT_DEPENDENT: dict[str, tuple[object, ...]] = {
     "moe_aux_loss_coeff": (0.0,),
     "moe_z_loss_coeff": (None,),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
@@ -132,7 +132,7 @@ _FIRST_STAGE, _LAST_STAGE = (
 _UNEVEN_SPLIT = {_FIRST_STAGE, _LAST_STAGE, "pipeline_model_parallel_layout"}
 
 
-def splits_unevenly(user: Mapping[str, Any]) -> bool:
+def splits_unevenly(user: Mapping[str, object]) -> bool:
     """Whether the user says how many layers a pipeline stage has."""
     return bool(_UNEVEN_SPLIT & user.keys())
 
@@ -148,7 +148,7 @@ def split_options(layers: Sequence[int]) -> list[str]:
     return [f"student.megatron.{option}" for option in options]
 
 
-def has_sequence_parallel(user: Mapping[str, Any]) -> bool:
+def has_sequence_parallel(user: Mapping[str, object]) -> bool:
     return bool(user.get("sequence_parallel"))
 
 
@@ -175,13 +175,13 @@ class MegatronFields:
     optimizer: Mapping[str, Any]
 
 
-def sort_fields(user: Mapping[str, Any]) -> MegatronFields:
+def sort_fields(user: Mapping[str, object]) -> MegatronFields:
     """A field that two dataclasses have (``use_distributed_optimizer``) goes to both.
 
     Raises MtopdError for a field that no dataclass has or that another key sets.  Values are
     coerced to the field's type (YAML reads 2e-3 as a string).
     """
-    tables: tuple[dict[str, Any], ...] = ({}, {}, {})
+    tables: tuple[dict[str, object], ...] = ({}, {}, {})
     if not user:  # importing Megatron takes seconds
         return MegatronFields(*tables)
     known = [{f.name: f for f in dataclasses.fields(kind)} for kind in megatron_dataclasses()]
@@ -212,7 +212,7 @@ def megatron_refuses() -> Iterator[None]:
         raise MtopdError(f"Megatron refuses the options under student.megatron: {error}") from error
 
 
-def _coerce(value: Any, default: Any, name: str) -> Any:
+def _coerce(value: object, default: object, name: str) -> object:
     """YAML's string as what the field's default is: a number, a dtype, a member of an enumeration."""
     import torch
 
@@ -237,7 +237,7 @@ def _coerce(value: Any, default: Any, name: str) -> Any:
 
 
 def config_overrides(
-    device: torch.device, user: Mapping[str, Any] | None = None, *, interleaved: bool = False
+    device: torch.device, user: Mapping[str, object] | None = None, *, interleaved: bool = False
 ) -> dict[str, Any]:
     """TransformerConfig fields for this backend, then the user's
     (``sort_fields(...).transformer``).

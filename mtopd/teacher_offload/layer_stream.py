@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +57,9 @@ class TeacherStream:
         host_budget: int,
         reader_threads: int,
     ) -> None:
-        self.stores, self.meshes, self.device = stores, meshes, device
+        self.stores = stores
+        self.meshes = meshes
+        self.device = device
         # of all ranks, for the loading thread alone: the default group is the caller's
         self.everyone = dist.new_group()
         self.parts = [plan_parts(s, m) for s, m in zip(stores, meshes, strict=True)]
@@ -98,7 +99,7 @@ class _Loaded:
 
     part: Part
     buffer: torch.Tensor
-    event: Any
+    event: torch.cuda.Event
 
 
 @dataclass
@@ -123,7 +124,9 @@ class LayerStream:
         ]
         # Where the thread may load the next layer: both buffers in turn, or one while the other
         # holds joined slices.
-        self._free: queue.SimpleQueue[tuple[torch.Tensor, Any] | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event] | None] = (
+            queue.SimpleQueue()
+        )
         for buffer in self._buffers[: 1 if self._joins else 2]:
             self._give_back(buffer)
         self._ready: queue.SimpleQueue[_Loaded | BaseException] = queue.SimpleQueue()
@@ -274,7 +277,7 @@ class LayerStream:
 
 def _exchange(
     r: Range, group: dist.ProcessGroup, share: torch.Tensor, view: torch.Tensor
-) -> list[Any]:
+) -> list[dist.Work]:
     """Start the collectives that fill ``view`` on every rank of ``group``.  Returns what to wait
     for.
     """
@@ -300,7 +303,8 @@ class _Arena:
     """
 
     def __init__(self, buffer: torch.Tensor | None) -> None:
-        self._buffer, self._used = buffer, 0
+        self._buffer = buffer
+        self._used = 0
 
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         first = parts[0]

@@ -61,7 +61,9 @@ class ReadAhead:
         threads: int,
         pinned: bool,
     ) -> None:
-        self._parts, self._stores, self._pinned = parts, stores, pinned
+        self._parts = parts
+        self._stores = stores
+        self._pinned = pinned
         sizes = {
             (t, p): part.host_bytes
             for t, teacher in enumerate(parts)
@@ -71,8 +73,7 @@ class ReadAhead:
         if sizes[largest] > budget:
             raise MtopdError(
                 f"teacher_offload.host_budget is {budget} bytes, but one share of teacher "
-                f"{stores[largest[0]].name!r} takes "
-                f"{sizes[largest]}; raise it to at least that"
+                f"{stores[largest[0]].name!r} takes {sizes[largest]}; raise it to at least that"
             )
         self._keeps = _choose_kept(sizes, budget, sizes[largest])
         streamed = [size for key, size in sizes.items() if key not in self._keeps]

@@ -134,8 +134,7 @@ class ObjectStorage:
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise MtopdError(
                 f"a {parts.scheme}:// URL must be scheme://bucket/path alone; credentials belong "
-                "in the provider's own "
-                "environment variables, e.g. AWS_ACCESS_KEY_ID"
+                "in the provider's own environment variables, e.g. AWS_ACCESS_KEY_ID"
             )
         if parts.scheme == "file":
             raise MtopdError(f"{url}: give the path of a folder without file://")
@@ -213,7 +212,7 @@ def _check_limit(label: str, size: int, limit: int) -> None:
         )
 
 
-def _ends_early(label: str, end: int, wanted: int) -> MtopdError:
+def _ends_early(label: str, end: int, expected: int) -> MtopdError:
     return MtopdError(
-        f"{label} ends at byte {end}, {wanted} were expected (truncated?); copy the store again"
+        f"{label} ends at byte {end}, {expected} were expected (truncated?); copy the store again"
     )

@@ -287,8 +287,7 @@ def open_store(location: str | Path, *, expected: str | None = None) -> TeacherS
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         raise MtopdError(
             f"{where} has schema {found!r}, this version reads {SCHEMA!r}; write the store again "
-            "with "
-            "`mtopd teachers add`"
+            "with `mtopd teachers add`"
         )
     try:
         files = {

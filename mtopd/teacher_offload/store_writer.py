@@ -67,7 +67,8 @@ class StoreWriter:
     """
 
     def __init__(self, target: Path, source: str) -> None:
-        self.target, self.source = target, source
+        self.target = target
+        self.source = source
         self.folder = adding_folder(target)
         self._files: dict[str, dict[str, Any]] = {}
         self._stack = contextlib.ExitStack()
@@ -95,8 +96,7 @@ class StoreWriter:
         except OSError as error:
             raise MtopdError(
                 f"cannot write {self.target}: {error.strerror}; {len(self._files)} finished files "
-                "are kept in "
-                f"{self.folder}: make room and start the same command again, or remove them with "
+                f"are kept in {self.folder}: make room and start the same command again, or remove them with "
                 "`mtopd teachers rm`"
             ) from error
 
@@ -266,7 +266,9 @@ class _BlockSums:
 
     def __init__(self, stops: Sequence[int]) -> None:
         self.crcs: list[int] = []
-        self._stops, self._position, self._crc = stops, 0, 0
+        self._stops = stops
+        self._position = 0
+        self._crc = 0
 
     def add(self, chunk: np.ndarray) -> None:
         while len(chunk):
