@@ -107,7 +107,7 @@ class Samples:
         self.num_bytes = self.num_rows * spec.row_bytes
         self.pool_NE = pool_NE
 
-    def request(self, index: int) -> RowKey:
+    def row_key(self, index: int) -> RowKey:
         return RowKey(
             sample_key(TEACHER, token_hash([1], [self.ids[index]], [1]), self.spec.hidden_dtype),
             self.ids[index],
@@ -137,7 +137,7 @@ def write_cache(samples: Samples, root: Path, writer: str = "w") -> None:
         root, writer=writer, generation=0, hidden_dtype=spec.hidden_dtype
     ) as cache:
         for index, rows_NE in enumerate(samples.rows):
-            cache.put(TEACHER, spec.hidden_size, *samples.request(index), rows_NE)
+            cache.put(TEACHER, spec.hidden_size, *samples.row_key(index), rows_NE)
 
 
 class Reading:
@@ -160,7 +160,7 @@ class Reading:
         rows = max(spec.buffer_mib * MIB // spec.row_bytes, 1300)
         self.buffer_NE = np.full((rows, spec.hidden_size), 1, numpy_dtype(spec.hidden_dtype))
         self.reader = HiddenCacheReader(root)
-        found = [self.reader.lookup(*samples.request(index)) for index in range(len(lengths))]
+        found = [self.reader.lookup(*samples.row_key(index)) for index in range(len(lengths))]
         self.entries = [entry for entry in found if entry is not None]
         assert len(self.entries) == len(lengths) and not self.reader.refused
 
@@ -383,7 +383,7 @@ def measure_memory(what: str, spec: Spec, folder: Path) -> int:
         for index, rows_NE in enumerate(samples.rows):
             # An array of its own for each put, as a pass makes it: what waits in the writer counts
             # as the writer's.
-            cache.put(TEACHER, spec.hidden_size, *samples.request(index), rows_NE.copy())
+            cache.put(TEACHER, spec.hidden_size, *samples.row_key(index), rows_NE.copy())
     return status_bytes("VmHWM") - before - 1300 * spec.row_bytes
 
 

@@ -18,7 +18,7 @@ MATH, CODE = "a1" * 32, "b2" * 32  # teacher fingerprints
 SIZES = {MATH: 4, CODE: 6}
 
 
-def request_of(sample_id: int, teacher: str = MATH, version: int = 7) -> RowKey:
+def row_key_of(sample_id: int, teacher: str = MATH, version: int = 7) -> RowKey:
     return RowKey(
         sample_key(teacher, token_hash([1, 2], [sample_id, 3], [1, 1]), "bfloat16"),
         sample_id,
@@ -39,7 +39,7 @@ def open_writer(
 def put(writer: HiddenCacheWriter, *sample_ids: int, teacher: str = MATH, n: int = 50) -> None:
     for sample_id in sample_ids:
         writer.put(
-            teacher, SIZES[teacher], *request_of(sample_id, teacher), rows_of(sample_id, teacher, n)
+            teacher, SIZES[teacher], *row_key_of(sample_id, teacher), rows_of(sample_id, teacher, n)
         )
 
 
@@ -53,7 +53,7 @@ def fill(root: Path, *sample_ids: int, generation: int = 0, n: int = 50) -> Path
 
 
 def get(reader: HiddenCacheReader, sample_id: int, teacher: str = MATH) -> np.ndarray:
-    entry = reader.lookup(*request_of(sample_id, teacher))
+    entry = reader.lookup(*row_key_of(sample_id, teacher))
     assert entry is not None, sample_id
     out_NE = np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
     reader.read(entry, out_NE)

@@ -30,7 +30,7 @@ TEACHER, SIZE, ROWS = "a1" * 32, 256, 1000
 PAGE = 4 << 10
 
 
-def request_of(sample_id: int) -> RowKey:
+def row_key_of(sample_id: int) -> RowKey:
     return RowKey(
         sample_key(TEACHER, token_hash([1, 2], [sample_id, 3], [1, 1]), "bfloat16"), sample_id, 7
     )
@@ -44,10 +44,10 @@ def write(root: Path, sample_ids: range) -> None:
     """What a run does when it starts: clean up, then compute and commit what is lacking."""
     recover(root)
     with HiddenCacheReader(root) as reader:
-        lacking = {request.sample_id for request in reader.missing(map(request_of, sample_ids))}
+        lacking = {row_key.sample_id for row_key in reader.missing(map(row_key_of, sample_ids))}
     with HiddenCacheWriter(root, writer="w", generation=1, hidden_dtype="bfloat16") as writer:
         for sample_id in sorted(lacking):
-            writer.put(TEACHER, SIZE, *request_of(sample_id), rows_of(sample_id))
+            writer.put(TEACHER, SIZE, *row_key_of(sample_id), rows_of(sample_id))
 
 
 def readable(root: Path, sample_ids: range) -> set[int]:
@@ -56,7 +56,7 @@ def readable(root: Path, sample_ids: range) -> set[int]:
     with HiddenCacheReader(root) as reader:
         assert not reader.refused, reader.refused
         for sample_id in sample_ids:
-            entry = reader.lookup(*request_of(sample_id))
+            entry = reader.lookup(*row_key_of(sample_id))
             if entry is not None:
                 rows_NE = np.empty((ROWS, SIZE), np.uint16)
                 reader.read(entry, rows_NE)
@@ -107,7 +107,7 @@ def main(disk: Path) -> None:
 def drop(root: Path, sample_ids: range) -> None:
     """Forget the segments of these samples, so that they are written anew."""
     with HiddenCacheReader(root) as reader:
-        entries = [reader.lookup(*request_of(sample_id)) for sample_id in sample_ids]
+        entries = [reader.lookup(*row_key_of(sample_id)) for sample_id in sample_ids]
     segments = {entry.segment for entry in entries if entry is not None}
     for segment in segments:
         (segment.parents[1] / "index" / f"{segment.name}.arrow").unlink()

@@ -70,18 +70,18 @@ def run(kills: int, folder: Path, seed: int) -> str:
     chance = random.Random(seed)
     (said, *_) = _round(folder / "undisturbed", range(SAMPLES), 0, [None] * WRITERS)
     wanted = _rows(folder / "undisturbed")
-    assert wanted.keys() == {_request(sample_id) for sample_id in range(SAMPLES)}, (
+    assert wanted.keys() == {_row_key(sample_id) for sample_id in range(SAMPLES)}, (
         "an undisturbed run lost samples"
     )
     assert all(
-        np.array_equal(rows_NE, _draw(request.sample_id)) for request, rows_NE in wanted.items()
+        np.array_equal(rows_NE, _draw(row_key.sample_id)) for row_key, rows_NE in wanted.items()
     )
     seconds = _seconds_of_phases(said.words)
 
     root, generation, present, killed = folder / "killed", 0, set[RowKey](), Counter[str]()
     survived = salvaged = finished = 0
     while killed.total() < kills:
-        lacking = [i for i in range(SAMPLES) if _request(i) not in present]
+        lacking = [i for i in range(SAMPLES) if _row_key(i) not in present]
         if not lacking:
             finished, present = finished + 1, set()
             shutil.rmtree(root)
@@ -107,7 +107,7 @@ def run(kills: int, folder: Path, seed: int) -> str:
                     committed |= pending
                     pending = set()
                 else:
-                    pending.add(_request(int(word.removeprefix("put "))))
+                    pending.add(_row_key(int(word.removeprefix("put "))))
                     put |= pending
         found = _rows(root)
         assert found.keys() >= committed, "a committed sample is gone"
@@ -116,9 +116,9 @@ def run(kills: int, folder: Path, seed: int) -> str:
         after = _rows(root)
         assert after.keys() >= found.keys(), "recovery lost a committed sample"
         assert after.keys() <= put, "recovery found a sample that nobody put"
-        for request, rows_NE in after.items():
-            assert np.array_equal(rows_NE, wanted[request]), (
-                f"sample {request.sample_id} is not what was put"
+        for row_key, rows_NE in after.items():
+            assert np.array_equal(rows_NE, wanted[row_key]), (
+                f"sample {row_key.sample_id} is not what was put"
             )
         assert after.keys() == found.keys() | set(recovery.salvaged), (
             "recovery changed something else than it says"
@@ -134,14 +134,14 @@ def run(kills: int, folder: Path, seed: int) -> str:
         )
     _round(
         root,
-        [i for i in range(SAMPLES) if _request(i) not in present],
+        [i for i in range(SAMPLES) if _row_key(i) not in present],
         generation + 1,
         [None] * WRITERS,
     )
     merge_index(root)  # as a pass does at its end
     found = _rows(root)
     assert found.keys() == wanted.keys(), "the next run did not finish"
-    assert all(np.array_equal(found[request], wanted[request]) for request in wanted)
+    assert all(np.array_equal(found[row_key], wanted[row_key]) for row_key in wanted)
     phases = ", ".join(f"{count} while {phase}" for phase, count in sorted(killed.items()))
     return (
         f"cache writers: {killed.total()} SIGKILLs ({phases}), {survived} committed samples read "
@@ -206,9 +206,9 @@ def _write(
         for teacher in SIZES:
             own = [sample_id for sample_id in sample_ids if _teacher(sample_id) == teacher]
             for count, sample_id in enumerate(own, 1):
-                rows_NE, request = _draw(sample_id), _request(sample_id)
+                rows_NE, row_key = _draw(sample_id), _row_key(sample_id)
                 say(f"put {sample_id}")
-                writer.put(teacher, SIZES[teacher], *request, rows_NE)
+                writer.put(teacher, SIZES[teacher], *row_key, rows_NE)
                 if count % SAMPLES_A_COMMIT == 0 or count == len(own):
                     commit()
 
@@ -217,7 +217,7 @@ def _teacher(sample_id: int) -> str:
     return list(SIZES)[sample_id // WRITERS % len(SIZES)]
 
 
-def _request(sample_id: int) -> RowKey:
+def _row_key(sample_id: int) -> RowKey:
     key = sample_key(_teacher(sample_id), token_hash([1, 2], [sample_id, 3], [1, 1]), "bfloat16")
     return RowKey(key, sample_id, student_version=7)
 
@@ -235,13 +235,13 @@ def _rows(root: Path) -> dict[RowKey, np.ndarray]:
     rows = {}
     with HiddenCacheReader(root) as reader:
         assert not reader.refused, reader.refused
-        for request in map(_request, range(SAMPLES)):
-            entry = reader.lookup(*request)
+        for row_key in map(_row_key, range(SAMPLES)):
+            entry = reader.lookup(*row_key)
             if entry is not None:
-                rows[request] = np.empty(
+                rows[row_key] = np.empty(
                     (entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype
                 )
-                reader.read(entry, rows[request])
+                reader.read(entry, rows[row_key])
     return rows
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 import zarr
-from cache_samples import CODE, MATH, fill, get, open_writer, put, request_of, rows_of, snapshot
+from cache_samples import CODE, MATH, fill, get, open_writer, put, row_key_of, rows_of, snapshot
 
 from mtopd.dtypes import dtype_name
 from mtopd.hidden_cache import (
@@ -33,11 +33,11 @@ from mtopd.types import MtopdError
 def test_tensors_round_trip_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     hidden_NE = torch.randn(5000, 8).to(dtype)
     hidden_NE[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
-    request = request_of(0)
+    row_key = row_key_of(0)
     with open_writer(tmp_path / "c", hidden_dtype=dtype_name(dtype)) as writer:
-        writer.put(MATH, 8, *request, as_rows(hidden_NE[::2]))  # not contiguous
+        writer.put(MATH, 8, *row_key, as_rows(hidden_NE[::2]))  # not contiguous
     with HiddenCacheReader(tmp_path / "c") as reader:
-        entry = reader.lookup(*request)
+        entry = reader.lookup(*row_key)
         assert entry is not None
         found_NE = torch.zeros(2500, 8, dtype=dtype)
         reader.read(entry, as_rows(found_NE))
@@ -52,7 +52,7 @@ def test_several_teachers_segments_and_shares(tmp_path: Path) -> None:
         put(writer, 0, 1)
         put(writer, 2, 3, teacher=CODE)
         writer.commit()
-        assert HiddenCacheReader(root).missing([request_of(0), request_of(1)]) == {}
+        assert HiddenCacheReader(root).missing([row_key_of(0), row_key_of(1)]) == {}
         put(writer, 4, n=3000)
     reader = HiddenCacheReader(root)
     for sample_id, teacher, n in (
@@ -63,7 +63,7 @@ def test_several_teachers_segments_and_shares(tmp_path: Path) -> None:
         (4, MATH, 3000),
     ):
         assert np.array_equal(get(reader, sample_id, teacher), rows_of(sample_id, teacher, n))
-    entry = reader.lookup(*request_of(4))
+    entry = reader.lookup(*row_key_of(4))
     assert entry is not None
     shares = [np.empty((1000, 4), np.uint16) for _ in range(3)]
     for rank, share_NE in enumerate(shares):
@@ -112,10 +112,10 @@ def test_the_folder_is_what_the_format_says(tmp_path: Path) -> None:
 def test_a_sample_without_rows_is_recorded(tmp_path: Path) -> None:
     fill(tmp_path / "c", 0, n=0)
     with HiddenCacheReader(tmp_path / "c") as reader:
-        entry = reader.lookup(*request_of(0))
+        entry = reader.lookup(*row_key_of(0))
         assert entry is not None and entry.n_tokens == 0
         reader.read(entry, np.empty((0, 4), np.uint16))
-        assert reader.missing([request_of(0)]) == {} and reader.bytes_read == 0
+        assert reader.missing([row_key_of(0)]) == {} and reader.bytes_read == 0
 
 
 def test_bytes_read_counts_storage(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_small_samples_of_a_chunk_are_read_at_once(tmp_path: Path) -> None:
     wanted = [(3, 0, 50), (0, 10, 20), (20, 0, 50), (1, 49, 50), (7, 0, 0), (29, 0, 50)]
     with HiddenCacheReader(tmp_path / "c") as reader:
         reads = [
-            Read(reader.lookup(*request_of(i)), a, b, np.zeros((b - a, 4), np.uint16))
+            Read(reader.lookup(*row_key_of(i)), a, b, np.zeros((b - a, 4), np.uint16))
             for i, a, b in wanted
         ]
         others = [
-            Read(reader.lookup(*request_of(i, CODE)), 0, 50, np.zeros((50, 6), np.uint16))
+            Read(reader.lookup(*row_key_of(i, CODE)), 0, 50, np.zeros((50, 6), np.uint16))
             for i in (1, 0)
         ]
         reader.read_many([*reads, *others])
@@ -158,11 +158,11 @@ def test_rows_of_another_sample_are_refused_in_a_shared_chunk(
     with open_writer(tmp_path / "c") as writer:
         put(writer, *range(30))
     with HiddenCacheReader(tmp_path / "c") as reader:
-        (entry,) = reader.copies(request_of(sample_id))
+        (entry,) = reader.copies(row_key_of(sample_id))
         named_wrong = entry._replace(sample=entry.sample._replace(crc32c=entry.sample.crc32c ^ 1))
         reader._copies[entry.row_key] = [named_wrong]
         reads = [
-            Read(reader.lookup(*request_of(i)), 0, 50, np.zeros((50, 4), np.uint16))
+            Read(reader.lookup(*row_key_of(i)), 0, 50, np.zeros((50, 4), np.uint16))
             for i in (sample_id, 0, 29)
         ]
         with pytest.raises(CacheMiss, match=f"sample {sample_id}: no sound copy.*another crc32c"):
@@ -173,12 +173,12 @@ def test_rows_of_another_sample_are_refused_in_a_shared_chunk(
 
 
 def test_equal_tokens_of_several_samples_are_several_entries(tmp_path: Path) -> None:
-    key = request_of(0).key
-    requests = [RowKey(key, 0, 7), RowKey(key, 1, 7), RowKey(key, 1, 8)]
+    key = row_key_of(0).key
+    row_keys = [RowKey(key, 0, 7), RowKey(key, 1, 7), RowKey(key, 1, 8)]
     with open_writer(tmp_path / "c") as writer:
-        for request in requests:
-            writer.put(MATH, 4, *request, rows_of(0))
-    assert list(HiddenCacheReader(tmp_path / "c").missing([*requests, (key, 0, 8)])) == [
+        for row_key in row_keys:
+            writer.put(MATH, 4, *row_key, rows_of(0))
+    assert list(HiddenCacheReader(tmp_path / "c").missing([*row_keys, (key, 0, 8)])) == [
         (key, 0, 8)
     ]
 
@@ -218,7 +218,7 @@ def test_the_key_refuses_nonsense(tokens: str, dtype: str) -> None:
 
 
 def key_of_version_1(sample_id: int) -> bytes:
-    """As earlier versions computed it, from the tokens of ``request_of``."""
+    """As earlier versions computed it, from the tokens of ``row_key_of``."""
     digest = hashlib.sha256(b"mtopd.hidden_cache.key.1")
     texts = [text.encode() for text in (MATH, "bfloat16", "0..len-1")]
     tokens = [np.array(ids, "<i8").tobytes() for ids in ([1, 2], [sample_id, 3], [1, 1])]
@@ -232,7 +232,7 @@ def test_rows_under_keys_of_an_older_version_are_computed_again(tmp_path: Path) 
     with open_writer(tmp_path / "c") as writer:
         for sample_id in (0, 1):
             writer.put(MATH, 4, key_of_version_1(sample_id), sample_id, 7, rows_of(sample_id))
-    expected = [request_of(sample_id) for sample_id in (0, 1)]
+    expected = [row_key_of(sample_id) for sample_id in (0, 1)]
     causes = HiddenCacheReader(tmp_path / "c").missing(expected)
     assert list(causes) == expected
     assert all("another version" in cause for cause in causes.values())
@@ -251,20 +251,20 @@ def test_another_sample_id_or_version_is_refused_with_the_cause(
 ) -> None:
     fill(tmp_path / "c", 0)
     reader = HiddenCacheReader(tmp_path / "c")
-    key = request_of(0).key
+    key = row_key_of(0).key
     with caplog.at_level(logging.WARNING):
         assert reader.lookup(key, 1, 7) is None
         assert reader.lookup(key, 0, 8) is None
-        assert reader.lookup(request_of(0, CODE).key, 0, 7) is None
+        assert reader.lookup(row_key_of(0, CODE).key, 0, 7) is None
     for text, record in zip(
         ("sample 1", "version 8", "another teacher"), caplog.records, strict=True
     ):
         assert text in record.message
     caplog.clear()
-    assert reader.lookup(*request_of(5)) is None and not caplog.records  # plain absence is no news
-    assert list(reader.missing([(key, 0, 8), request_of(5), request_of(0)])) == [
+    assert reader.lookup(*row_key_of(5)) is None and not caplog.records  # plain absence is no news
+    assert list(reader.missing([(key, 0, 8), row_key_of(5), row_key_of(0)])) == [
         (key, 0, 8),
-        request_of(5),
+        row_key_of(5),
     ]
 
 
@@ -273,14 +273,14 @@ def test_a_teacher_folder_keeps_its_size_dtype_and_fingerprint(tmp_path: Path) -
     fill(root, 0)
     before = snapshot(root)
     with pytest.raises(MtopdError, match="Remove the cache folder"), open_writer(root) as writer:
-        writer.put(MATH, 5, *request_of(1), np.ones((1, 5), np.uint16))
+        writer.put(MATH, 5, *row_key_of(1), np.ones((1, 5), np.uint16))
     with (
         pytest.raises(MtopdError, match="float32"),
         open_writer(root, hidden_dtype="float32") as writer,
     ):
-        writer.put(MATH, 4, *request_of(1), np.ones((1, 4), np.float32))
+        writer.put(MATH, 4, *row_key_of(1), np.ones((1, 4), np.float32))
     with pytest.raises(MtopdError, match="Remove the cache folder"), open_writer(root) as writer:
-        writer.put(MATH[:16] + CODE[:48], 4, *request_of(1), np.ones((1, 4), np.uint16))
+        writer.put(MATH[:16] + CODE[:48], 4, *row_key_of(1), np.ones((1, 4), np.uint16))
     assert snapshot(root) == before
 
 
@@ -289,13 +289,13 @@ def test_a_teacher_folder_keeps_its_size_dtype_and_fingerprint(tmp_path: Path) -
 )
 def test_rows_of_another_kind_are_refused(tmp_path: Path, rows: np.ndarray) -> None:
     with pytest.raises(MtopdError, match="needed uint16"), open_writer(tmp_path / "c") as writer:
-        writer.put(MATH, 4, *request_of(0), rows)
+        writer.put(MATH, 4, *row_key_of(0), rows)
 
 
 @pytest.mark.parametrize("fingerprint", ["../../../../etc", "A1" * 32, "a1", "a1" * 32 + "/"])
 def test_a_fingerprint_is_never_a_path(tmp_path: Path, fingerprint: str) -> None:
     with pytest.raises(MtopdError, match="sha256"), open_writer(tmp_path / "c") as writer:
-        writer.put(fingerprint, 4, *request_of(0), rows_of(0))
+        writer.put(fingerprint, 4, *row_key_of(0), rows_of(0))
     assert list(tmp_path.rglob("*")) == [tmp_path / "c", tmp_path / "c" / "FORMAT.json"]
 
 

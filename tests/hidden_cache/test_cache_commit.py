@@ -22,7 +22,7 @@ from cache_samples import (
     get,
     open_writer,
     put,
-    request_of,
+    row_key_of,
     rows_of,
     snapshot,
 )
@@ -46,16 +46,16 @@ from mtopd.types import MtopdError
 
 def test_uncommitted_is_absent(tmp_path: Path) -> None:
     root = tmp_path / "c"
-    assert list(HiddenCacheReader(root).missing([request_of(0)])) == [request_of(0)]  # no cache yet
+    assert list(HiddenCacheReader(root).missing([row_key_of(0)])) == [row_key_of(0)]  # no cache yet
     writer = open_writer(root)
     put(writer, 0, n=70000)  # a shard is on disk already
-    assert HiddenCacheReader(root).lookup(*request_of(0)) is None
+    assert HiddenCacheReader(root).lookup(*row_key_of(0)) is None
     writer.commit()
-    assert HiddenCacheReader(root).missing([request_of(0)]) == {}
+    assert HiddenCacheReader(root).missing([row_key_of(0)]) == {}
     put(writer, 1)
     writer.abort()
     writer.commit()  # nothing is left to commit
-    assert list(HiddenCacheReader(root).missing([request_of(0), request_of(1)])) == [request_of(1)]
+    assert list(HiddenCacheReader(root).missing([row_key_of(0), row_key_of(1)])) == [row_key_of(1)]
 
 
 def test_an_exception_commits_nothing_and_leaves_nothing(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_failed_append_drops_the_segment(tmp_path: Path, monkeypatch: pytest.M
     put(writer, 2, n=3000)
     writer.commit()
     reader = HiddenCacheReader(root)
-    assert list(reader.missing(map(request_of, (0, 1, 2)))) == [request_of(0), request_of(1)]
+    assert list(reader.missing(map(row_key_of, (0, 1, 2)))) == [row_key_of(0), row_key_of(1)]
     assert np.array_equal(get(reader, 2), rows_of(2, n=3000))
 
 
@@ -181,7 +181,7 @@ def test_sigkill_at_every_step_leaves_whole_commits_and_rewriting_works(tmp_path
         with HiddenCacheReader(root) as reader:
             present = [
                 [
-                    reader.lookup(*request_of(sample_id, teacher)) is not None
+                    reader.lookup(*row_key_of(sample_id, teacher)) is not None
                     for sample_id, teacher in commit
                 ]
                 for commit in commits
@@ -192,16 +192,16 @@ def test_sigkill_at_every_step_leaves_whole_commits_and_rewriting_works(tmp_path
                 [number < counts[-1]] * len(commit) for number, commit in enumerate(commits)
             ]
             assert reader.verify() == {} and reader.refused == {}
-            requests = [
-                request_of(sample_id, teacher)
+            row_keys = [
+                row_key_of(sample_id, teacher)
                 for commit in commits
                 for sample_id, teacher in commit
             ]
-            todo = set(reader.missing(requests))
+            todo = set(reader.missing(row_keys))
         recover(root)
         with open_writer(root, generation=1) as writer:
             for sample_id, teacher in (sample for commit in commits for sample in commit):
-                if request_of(sample_id, teacher) in todo:
+                if row_key_of(sample_id, teacher) in todo:
                     put(writer, sample_id, teacher=teacher)
         with HiddenCacheReader(root) as reader:
             for sample_id, teacher in (sample for commit in commits for sample in commit):
@@ -281,9 +281,9 @@ def test_what_a_killed_writer_left_whole_is_saved_bit_for_bit(tmp_path: Path) ->
     killed_writer(root, 1, 2, 3, n=30000)  # the end of the third was still in memory
     leftover = root / "t" / MATH[:16] / "index" / ".x.arrow.0.partial"
     leftover.write_bytes(b"half")
-    assert HiddenCacheReader(root).lookup(*request_of(1)) is None
+    assert HiddenCacheReader(root).lookup(*row_key_of(1)) is None
     found = recover(root)
-    assert found.salvaged == [request_of(1), request_of(2)] and found.dropped == [request_of(3)]
+    assert found.salvaged == [row_key_of(1), row_key_of(2)] and found.dropped == [row_key_of(3)]
     assert len(found.segments) == 1 and not leftover.exists()
     with HiddenCacheReader(root) as reader:
         assert reader.verify() == {} and len(reader.entries()) == 3
@@ -324,10 +324,10 @@ def test_damage_ends_what_is_saved(tmp_path: Path, place: str) -> None:
         flip(segment / "c/0/.0.partial", 15 * 8196)  # of the second sample
     else:
         flip(segment / "journal", len((segment / "journal").read_bytes()) // 2)
-    assert recover(root).salvaged == [request_of(1)]
+    assert recover(root).salvaged == [row_key_of(1)]
     with HiddenCacheReader(root) as reader:
         assert reader.verify() == {} and np.array_equal(get(reader, 1), rows_of(1, n=10240))
-        assert reader.lookup(*request_of(2)) is None
+        assert reader.lookup(*row_key_of(2)) is None
 
 
 def test_merging_leaves_one_index_and_every_sample(
@@ -349,7 +349,7 @@ def test_merging_leaves_one_index_and_every_sample(
     monkeypatch.undo()
     for _ in range(3):
         with HiddenCacheReader(root) as reader:
-            assert [len(reader.copies(request_of(sample_id))) for sample_id in range(4)] == [1] * 4
+            assert [len(reader.copies(row_key_of(sample_id))) for sample_id in range(4)] == [1] * 4
             assert reader.verify() == {}
         merge_index(root)
     (index,) = root.glob("t/*/index/*.arrow")
@@ -419,7 +419,7 @@ def test_a_full_queue_makes_put_wait_and_a_large_sample_passes(
         gate.set()
         producer.join(30)
         put(writer, 4, n=2_000_000)  # larger than the queue
-    assert HiddenCacheReader(tmp_path / "c").missing(map(request_of, range(5))) == {}
+    assert HiddenCacheReader(tmp_path / "c").missing(map(row_key_of, range(5))) == {}
 
 
 def test_a_segment_is_committed_after_its_time_or_size(
@@ -430,7 +430,7 @@ def test_a_segment_is_committed_after_its_time_or_size(
     monkeypatch.setattr(writer_module, "SEGMENT_SECONDS", 0.2)
     put(writer, 0)
     deadline = time.monotonic() + 30
-    while HiddenCacheReader(root).lookup(*request_of(0)) is None:
+    while HiddenCacheReader(root).lookup(*row_key_of(0)) is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     monkeypatch.setattr(writer_module, "SEGMENT_SECONDS", 1000)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_samples import CODE, MATH, fill, flip, get, open_writer, put, request_of, rows_of
+from cache_samples import CODE, MATH, fill, flip, get, open_writer, put, row_key_of, rows_of
 
 from mtopd.hidden_cache import (
     CacheMiss,
@@ -44,8 +44,8 @@ def test_damage_is_missing_with_its_cause_and_is_mended_by_writing_again(
     fill(root, 2)
     damage(segment)
     reader = HiddenCacheReader(root)
-    causes = reader.missing(map(request_of, (0, 1, 2)))
-    assert list(causes) == [request_of(0), request_of(1)] and causes == reader.verify()
+    causes = reader.missing(map(row_key_of, (0, 1, 2)))
+    assert list(causes) == [row_key_of(0), row_key_of(1)] and causes == reader.verify()
     assert all(str(segment) in cause for cause in causes.values())
     with pytest.raises(CacheMiss, match="sample 0"):
         get(reader, 0)
@@ -62,7 +62,7 @@ def test_damage_is_missing_with_its_cause_and_is_mended_by_writing_again(
 def test_damage_in_one_chunk_costs_the_samples_of_that_chunk(tmp_path: Path) -> None:
     segment = fill(tmp_path / "c", 0, 1, 2, n=1024)
     flip(segment / "c/0/0", 1024 * 4 * 2 + 4 + 10)  # in the second chunk
-    assert list(HiddenCacheReader(tmp_path / "c").verify()) == [request_of(1)]
+    assert list(HiddenCacheReader(tmp_path / "c").verify()) == [row_key_of(1)]
 
 
 def test_damage_of_a_chunk_read_for_many_is_a_miss_or_the_next_copy(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_damage_of_a_chunk_read_for_many_is_a_miss_or_the_next_copy(tmp_path: Pa
     flip(segment / "c/0/0", 20)
 
     def read_all(reader: HiddenCacheReader) -> list[np.ndarray]:
-        entries = [reader.lookup(*request_of(sample_id)) for sample_id in range(3)]
+        entries = [reader.lookup(*row_key_of(sample_id)) for sample_id in range(3)]
         reads = [
             Read(entry, 0, 50, np.zeros((50, 4), np.uint16))
             for entry in entries
@@ -91,7 +91,7 @@ def test_a_sound_segment_in_the_place_of_another_is_found(tmp_path: Path) -> Non
     first, second = fill(tmp_path / "c", 0), fill(tmp_path / "c", 1)
     os.replace(second / "c/0/0", first / "c/0/0")  # every zarr checksum holds
     reader = HiddenCacheReader(tmp_path / "c")
-    assert "not the one zarr.json names" in reader.verify()[request_of(0)]
+    assert "not the one zarr.json names" in reader.verify()[row_key_of(0)]
 
 
 def exchange(first: Path, second: Path) -> None:
@@ -108,8 +108,8 @@ def test_exchanged_segments_are_found_and_named_whatever_is_read(tmp_path: Path,
     exchange(first, second)
     with HiddenCacheReader(root) as reader:
         causes = reader.verify()
-        assert str(first) in causes[request_of(0)] and str(second) in causes[request_of(1)]
-        entry = reader.lookup(*request_of(0))
+        assert str(first) in causes[row_key_of(0)] and str(second) in causes[row_key_of(1)]
+        entry = reader.lookup(*row_key_of(0))
         assert entry is not None
         with pytest.raises(CacheMiss, match="not describe this segment"):
             reader.read_rows(
@@ -124,7 +124,7 @@ def test_a_segment_that_its_index_describes_otherwise_is_found(tmp_path: Path) -
     rows = load_index(path, load_teacher(root / "t" / MATH[:16]))
     path.write_bytes(dump_index([row._replace(segment_bytes=10**6) for row in rows], MATH))
     with HiddenCacheReader(root) as reader:
-        assert "zarr.json gives" in reader.verify()[request_of(0)] and reader.broken_segments() == [
+        assert "zarr.json gives" in reader.verify()[row_key_of(0)] and reader.broken_segments() == [
             segment
         ]
 
@@ -138,7 +138,7 @@ def test_exchanged_teachers_are_found_and_named(tmp_path: Path) -> None:
     exchange(math / "seg", code / "seg")
     with HiddenCacheReader(root) as reader:
         causes = reader.verify()
-        assert str(math) in causes[request_of(0)] and str(code) in causes[request_of(1, CODE)]
+        assert str(math) in causes[row_key_of(0)] and str(code) in causes[row_key_of(1, CODE)]
     exchange(math / "seg", code / "seg")
     exchange(math / "index", code / "index")
     with HiddenCacheReader(root) as reader:
@@ -185,7 +185,7 @@ def test_an_unreadable_index_is_logged_and_not_there(
     index.write_bytes(content)
     with HiddenCacheReader(root) as reader:
         assert list(reader.refused) == [index] and str(index) in caplog.text
-        assert list(reader.missing(map(request_of, (0, 1)))) == [request_of(0)]
+        assert list(reader.missing(map(row_key_of, (0, 1)))) == [row_key_of(0)]
     assert recover(root) == Recovery()  # its rows may be sound
 
 
@@ -196,8 +196,8 @@ def test_an_index_of_another_teacher_is_refused(tmp_path: Path) -> None:
         put(writer, 1, teacher=CODE)
     (index,) = (root / "t" / CODE[:16] / "index").iterdir()
     os.replace(index, root / "t" / MATH[:16] / "index" / index.name)
-    assert list(HiddenCacheReader(root).missing([request_of(0), request_of(1, CODE)])) == [
-        request_of(1, CODE)
+    assert list(HiddenCacheReader(root).missing([row_key_of(0), row_key_of(1, CODE)])) == [
+        row_key_of(1, CODE)
     ]
 
 
@@ -229,7 +229,7 @@ def test_an_index_that_points_outside_is_refused_whole(tmp_path: Path, bad: dict
     path.write_bytes(dump_index([GOOD, GOOD._replace(**bad)], MATH))
     reader = HiddenCacheReader(root)
     assert "outside" in reader.refused[path] and reader.lookup(b"k" * 32, 0, 0) is None
-    assert reader.missing([request_of(0)]) == {}
+    assert reader.missing([row_key_of(0)]) == {}
 
 
 def test_an_index_with_empty_fields_is_refused(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_damaged_teacher_record_hides_its_samples(tmp_path: Path) -> None:
     ):
         record.write_text(text)
         reader = HiddenCacheReader(tmp_path / "c")
-        assert len(reader.refused) == 1 and reader.lookup(*request_of(0)) is None
+        assert len(reader.refused) == 1 and reader.lookup(*row_key_of(0)) is None
 
 
 def test_a_teacher_folder_under_another_name_is_refused(tmp_path: Path) -> None:

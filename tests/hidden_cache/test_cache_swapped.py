@@ -31,7 +31,7 @@ SIZE, SAMPLES = 4, 4
 CHUNK_ROWS, SHARD_ROWS = 1024, 65536
 
 
-def request_of(teacher: str, sample_id: int) -> RowKey:
+def row_key_of(teacher: str, sample_id: int) -> RowKey:
     number = sample_id + (100 if teacher == CODE else 0)
     return RowKey(
         sample_key(teacher, token_hash([1, 2], [number, 3], [1, 1]), "bfloat16"), number, 7
@@ -51,7 +51,7 @@ def fill(root: Path, teacher: str, sample_ids: range, n: int) -> Path:
     with HiddenCacheWriter(root, writer="w", generation=1, hidden_dtype="bfloat16") as writer:
         for sample_id in sample_ids:
             writer.put(
-                teacher, SIZE, *request_of(teacher, sample_id), rows_of(teacher, sample_id, n)
+                teacher, SIZE, *row_key_of(teacher, sample_id), rows_of(teacher, sample_id, n)
             )
     (segment,) = set(seg.glob("*")) - before
     return segment
@@ -70,18 +70,18 @@ def damage(root: Path, samples: dict[str, range], n: int) -> dict[tuple[str, int
     found = {}
     with HiddenCacheReader(root) as reader:
         causes = reader.missing(
-            [request_of(teacher, i) for teacher, ids in samples.items() for i in ids]
+            [row_key_of(teacher, i) for teacher, ids in samples.items() for i in ids]
         )
         for teacher, sample_id in ((teacher, i) for teacher, ids in samples.items() for i in ids):
-            request, wanted_NE = request_of(teacher, sample_id), rows_of(teacher, sample_id, n)
-            if request in causes:
+            row_key, wanted_NE = row_key_of(teacher, sample_id), rows_of(teacher, sample_id, n)
+            if row_key in causes:
                 hidden = [
                     cause for path, cause in reader.refused.items() if teacher[:16] in str(path)
                 ]
-                found[teacher, sample_id] = "; ".join([causes[request], *hidden])
-            entry = reader.lookup(*request)
+                found[teacher, sample_id] = "; ".join([causes[row_key], *hidden])
+            entry = reader.lookup(*row_key)
             if entry is None:
-                assert request in causes, request
+                assert row_key in causes, row_key
                 continue
             cuts = sorted(
                 {0, 1, n // 4, n // 2, CHUNK_ROWS, SHARD_ROWS, n - 1, n} & set(range(n + 1))
@@ -94,7 +94,7 @@ def damage(root: Path, samples: dict[str, range], n: int) -> dict[tuple[str, int
                     found.setdefault((teacher, sample_id), str(miss))
                     continue
                 assert np.array_equal(out_NE, wanted_NE[start:stop]), (
-                    f"wrong rows {start} to {stop} of {request}"
+                    f"wrong rows {start} to {stop} of {row_key}"
                 )
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_samples import fill, flip, request_of, rows_of
+from cache_samples import fill, flip, row_key_of, rows_of
 
 from mtopd.hidden_cache import CachedStates, CacheMiss, HiddenCacheReader, StateFormat, shared_read
 from mtopd.types import SampleRows, TeacherRun
@@ -30,7 +30,7 @@ def states_of(
 
 
 def run_of(*sample_ids: int) -> TeacherRun:
-    rows = [SampleRows(i, 0, request_of(i).key, 0, LENGTHS[i]) for i in sample_ids]
+    rows = [SampleRows(i, 0, row_key_of(i).key, 0, LENGTHS[i]) for i in sample_ids]
     return TeacherRun(0, 0, sum(LENGTHS[i] for i in sample_ids), rows)
 
 

@@ -45,9 +45,9 @@ def leave(session: Session, kept: Rows) -> None:
         with hidden_cache.HiddenCacheWriter(
             root, writer="killed", generation=1, hidden_dtype="float32"
         ) as writer:
-            for request, (teacher, rows_NE) in kept.items():
+            for row_key, (teacher, rows_NE) in kept.items():
                 store = session.teachers.stores[teacher]
-                writer.put(store.fingerprint, store.hidden_size, *request, rows_NE)
+                writer.put(store.fingerprint, store.hidden_size, *row_key, rows_NE)
     dist.barrier()
 
 
@@ -103,8 +103,8 @@ def main() -> None:
         leave(session, {})
         teacher_pass.run(session, iteration)
         whole = cached_rows(session)
-        longest_first = sorted(whole, key=lambda request: -len(whole[request][1]))
-        of_first = [request for request in longest_first if whole[request][0] == 0]
+        longest_first = sorted(whole, key=lambda row_key: -len(whole[row_key][1]))
+        of_first = [row_key for row_key in longest_first if whole[row_key][0] == 0]
         losses = {
             "the shortest": longest_first[-3:],
             "every third": longest_first[::3],
@@ -113,12 +113,12 @@ def main() -> None:
         report(session, {"budget": budget, "lost": "all", **told(session, 2)})
         for name, lost in losses.items():
             leave(
-                session, {request: rows for request, rows in whole.items() if request not in lost}
+                session, {row_key: rows for row_key, rows in whole.items() if row_key not in lost}
             )
             teacher_pass.run(session, iteration)
             found = cached_rows(session)
             differ = [r.sample_id for r in whole if found[r][1].tobytes() != whole[r][1].tobytes()]
-            visited = len({whole[request][0] for request in lost})
+            visited = len({whole[row_key][0] for row_key in lost})
             report(
                 session,
                 {
