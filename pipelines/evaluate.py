@@ -1,4 +1,9 @@
-"""Greedy accuracy on held-out prompts, scored by each dataset's own verifier."""
+"""Greedy accuracy on held-out prompts, scored by each dataset's own verifier: of the student between
+iterations, of baselines once.
+
+Runs inside ``mtopd consolidate`` and ``mtopd specialist``.  Differs from the textbook in: a response
+that does not end by itself is wrong, whatever it says.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mtopd.data import CORRECT_SCORE
 from mtopd.families import model_facts
 from mtopd.files import write_json
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
@@ -26,7 +32,6 @@ from .iteration import Iteration
 from .session import Session
 from .student import Student
 
-_CORRECT = 0.999
 _BATCH = 64
 Accuracy = dict[str, float]  # by source
 
@@ -118,7 +123,7 @@ def accuracy(engine: Engine, prompts: Prompts, student: Student, max_response: i
         for (source, prompt), response in zip(chosen, responses, strict=True):
             if response.finish_reason == "stop":
                 text = decode_response(student.tokenizer, response.response_ids)
-                correct[source] += prompts.score(prompt, text) >= _CORRECT
+                correct[source] += prompts.score(prompt, text) >= CORRECT_SCORE
     dist.all_reduce(correct)
     counts = [len(source) for source in prompts.evaluation]
     return {
