@@ -22,9 +22,9 @@ from mtopd.dtypes import item_size, torch_dtype
 from mtopd.hidden_cache import (
     HiddenCacheReader,
     HiddenCacheWriter,
-    as_rows,
     merge_index,
     recover,
+    view_rows,
 )
 from mtopd.metrics_lines import PassMetrics, TeacherPassLine
 from mtopd.planning import Wave, plan_pass
@@ -150,7 +150,7 @@ def forward(session: Session, iteration: Iteration, visit: Visit) -> PassMetrics
                     iteration.cache_key(metadata),
                     metadata.sample_id,
                     iteration.number,
-                    as_rows(rows_TE),
+                    view_rows(rows_TE),
                 )
 
         result = run_teacher_pass(

@@ -12,17 +12,17 @@ sample is computed again into a new segment, and readers use the copy that is so
 
 from mtopd.hidden_cache.folder import remove
 from mtopd.hidden_cache.key import RowKey, sample_key
-from mtopd.hidden_cache.reader import CacheMiss, Entry, HiddenCacheReader, Read
+from mtopd.hidden_cache.reader import CacheEntry, CacheMiss, HiddenCacheReader, Read
 from mtopd.hidden_cache.recovery import Recovery, collect_garbage, merge_index, recover
-from mtopd.hidden_cache.rows import as_rows
+from mtopd.hidden_cache.rows import view_rows
 from mtopd.hidden_cache.segment import SegmentDamaged
 from mtopd.hidden_cache.shared_read import CachedStates, StateFormat
 from mtopd.hidden_cache.writer import HiddenCacheWriter
 
 __all__ = [
+    "CacheEntry",
     "CacheMiss",
     "CachedStates",
-    "Entry",
     "HiddenCacheReader",
     "HiddenCacheWriter",
     "Read",
@@ -30,10 +30,10 @@ __all__ = [
     "RowKey",
     "SegmentDamaged",
     "StateFormat",
-    "as_rows",
     "collect_garbage",
     "merge_index",
     "recover",
     "remove",
     "sample_key",
+    "view_rows",
 ]

@@ -21,13 +21,15 @@ class ByteQueue(Generic[Item]):
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._items: deque[tuple[Item, int]] = deque()
-        self._held = self._taken = 0  # bytes: in the queue and in hand; in hand
+        self._held = 0  # bytes in the queue and in the consumer's hands
+        self._taken = 0  # bytes in the consumer's hands
         self._ended = False
         self._changed = threading.Condition()
 
     def put(self, item: Item, num_bytes: int) -> None:
         """Append an item.  Returns at once after ``end``: the item is then never taken."""
         with self._changed:
+            # An empty queue takes an item of any size, or one above the limit would wait forever.
             self._changed.wait_for(
                 lambda: self._ended or not self._held or self._held + num_bytes <= self._limit,
             )

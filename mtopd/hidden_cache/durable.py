@@ -43,6 +43,7 @@ def publish_if_absent(path: Path, data: bytes) -> None:
     if path.exists():
         return
     partial = _write_partial(path, data)
+    # A link, unlike a rename, fails where the name exists: no writer replaces another's content.
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -80,6 +81,7 @@ def lost_file_raises(damaged: Callable[[str], Exception]) -> Iterator[None]:
 
 def _write_partial(path: Path, data: bytes) -> Path:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    # Renamed before its bytes are on disk, a file may be empty after a power loss.
     with partial.open("xb") as file:
         file.write(data)
         file.flush()

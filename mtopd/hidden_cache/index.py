@@ -93,10 +93,10 @@ def load_index(path: Path, layout: SegmentLayout) -> list[IndexRow]:
             f"format, teacher fingerprint (needed {layout.teacher_fingerprint}) or sha256 of the "
             "rows differ"
         )
-    row_bytes, sound_names = (
-        layout.row_bytes,
-        {s for s in {row.segment for row in rows} if _SEGMENT_NAME.fullmatch(s)},
-    )
+    # Many rows name one segment: each name is matched once.
+    segment_names = {row.segment for row in rows}
+    sound_names = {name for name in segment_names if _SEGMENT_NAME.fullmatch(name)}
+    row_bytes = layout.row_bytes
     for row in rows:
         fits = (
             row.row >= 0 <= row.n_tokens

@@ -88,6 +88,7 @@ class SegmentLayout:
         """The content of zarr.json.  ``segment``: the folder's name, so that no segment passes for
         another; ``chunk_crcs``: so that no shard or chunk does.
         """
+        # Uncompressed: hidden states give back less than a third, for about a core-second a GB.
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         sharding = {
             "chunk_shape": [self.chunk_rows, self.hidden_size],
@@ -142,8 +143,8 @@ def _zeros_appended(num_bytes: int) -> list[int]:
     every value.
     """
     zeros = np.zeros(num_bytes, np.uint8)
-    of_zeros = google_crc32c.value(zeros)
-    return [google_crc32c.extend(1 << bit, zeros) ^ of_zeros for bit in range(32)]
+    crc_of_zeros = google_crc32c.value(zeros)
+    return [google_crc32c.extend(1 << bit, zeros) ^ crc_of_zeros for bit in range(32)]
 
 
 def stored_crc(array: np.ndarray) -> bytes:

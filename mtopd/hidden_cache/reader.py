@@ -44,7 +44,7 @@ class CacheMiss(MtopdError):
     """No sound copy of an entry is left; the sample has to be computed again."""
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """One committed copy of a sample's rows."""
 
     row_key: RowKey
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 class Read(NamedTuple):
     """Rows [start, stop) of an entry into ``out_NE`` [stop - start, E]."""
 
-    entry: Entry
+    entry: CacheEntry
     start: int
     stop: int
     out_NE: np.ndarray
@@ -78,7 +78,7 @@ class HiddenCacheReader:
     def __init__(self, root: Path) -> None:
         self.bytes_read = 0  # from storage: whole zarr chunks, verification included
         self.refused: dict[Path, str] = {}  # index files that count as not there, with the cause
-        self._copies: dict[RowKey, list[Entry]] = {}
+        self._copies: dict[RowKey, list[CacheEntry]] = {}
         self._segments: dict[Path, SegmentReader] = {}
         self._open_shard = lru_cache(_OPEN_SHARDS)(OpenShard)
         self._pool: ThreadPoolExecutor | None = None
@@ -90,7 +90,7 @@ class HiddenCacheReader:
         self._by_key = {row_key.key: row_key for row_key in self._copies}
         self._by_sample_id = {row_key.sample_id: row_key for row_key in self._copies}
 
-    def lookup(self, key: bytes, sample_id: int, student_version: int) -> Entry | None:
+    def lookup(self, key: bytes, sample_id: int, student_version: int) -> CacheEntry | None:
         """The entry of a trajectory, or None; why a near match was refused is logged."""
         row_key = RowKey(key, sample_id, student_version)
         copies = self._copies.get(row_key)
@@ -101,13 +101,13 @@ class HiddenCacheReader:
             logger.warning("hidden cache: %s", cause)
         return None
 
-    def read(self, entry: Entry, out_NE: np.ndarray) -> None:
+    def read(self, entry: CacheEntry, out_NE: np.ndarray) -> None:
         """All rows of an entry into ``out_NE`` [n_tokens, E].  After CacheMiss its content is
         undefined.
         """
         self.read_rows(entry, 0, entry.n_tokens, out_NE)
 
-    def read_rows(self, entry: Entry, start: int, stop: int, out_NE: np.ndarray) -> None:
+    def read_rows(self, entry: CacheEntry, start: int, stop: int, out_NE: np.ndarray) -> None:
         """Rows [start, stop) of an entry, e.g. a tp rank's share, into ``out_NE`` [stop - start,
         E].
         """
@@ -131,29 +131,30 @@ class HiddenCacheReader:
         Of samples smaller than a chunk several lie in one: it is read and checked once for all of
         them.
         """
-        pieces, cut = [], []
+        pieces: list[Read] = []
+        cut: list[Read] = []  # their crc32c is that of two pieces: checked when both are there
         for read in reads:
-            of_read = _pieces(read)
-            pieces += of_read
-            if len(of_read) > 1:
+            read_pieces = _pieces(read)
+            pieces += read_pieces
+            if len(read_pieces) > 1:
                 cut.append(read)
         pieces.sort(key=lambda read: _place(read.entry))
         groups = [list(group) for _, group in itertools.groupby(pieces, key=_shared_chunk)]
         waiting = [group for group in groups if not self._copy_kept(group)]
         # Threads hide the latency of a disk, but of a few pages that are cached they cost more than
         # the reading.
-        is_little = sum(read.out_NE.nbytes for group in waiting for read in group) < _WORTH_THREADS
-        for _ in (map if is_little else self._map)(self._read_group, waiting):
+        is_small = sum(read.out_NE.nbytes for group in waiting for read in group) < _WORTH_THREADS
+        for _ in (map if is_small else self._map)(self._read_group, waiting):
             pass
         for read in cut:
             if not _is_sample(read.entry, read.out_NE):
                 self.read_rows(*read)  # names the damage, or finds another copy
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[CacheEntry]:
         """The copy of every sample that wins, in the order of the disk."""
         return sorted((copies[0] for copies in self._copies.values()), key=_place)
 
-    def copies(self, row_key: RowKey) -> list[Entry]:
+    def copies(self, row_key: RowKey) -> list[CacheEntry]:
         return list(self._copies.get(row_key, ()))
 
     def missing(
@@ -169,7 +170,7 @@ class HiddenCacheReader:
         causes: dict[RowKey, str | None] = dict.fromkeys(map(RowKey._make, row_keys))
         present = [self._copies[row_key][0] for row_key in causes if row_key in self._copies]
 
-        def check(entry: Entry) -> tuple[Entry, str | None]:
+        def check(entry: CacheEntry) -> tuple[CacheEntry, str | None]:
             try:
                 self.read(entry, _buffer(entry))
             except CacheMiss as miss:
@@ -192,7 +193,7 @@ class HiddenCacheReader:
         """
         return self.missing(self._copies, progress)
 
-    def is_sound(self, copy: Entry) -> bool:
+    def is_sound(self, copy: CacheEntry) -> bool:
         """Whether this copy's own rows can be read and verified."""
         try:
             self._read_copy(copy, 0, copy.n_tokens, _buffer(copy))
@@ -250,12 +251,12 @@ class HiddenCacheReader:
             }
             for sample in samples:
                 row_key = RowKey(sample.sample_key, sample.sample_id, sample.student_version)
-                entry = Entry(row_key, layout, segments[sample.segment], sample)
+                entry = CacheEntry(row_key, layout, segments[sample.segment], sample)
                 copies = self._copies.setdefault(row_key, [])
                 if entry not in copies:  # a merge that was cut short names it twice
                     copies.append(entry)
 
-    def _read_copy(self, copy: Entry, start: int, stop: int, out_NE: np.ndarray) -> None:
+    def _read_copy(self, copy: CacheEntry, start: int, stop: int, out_NE: np.ndarray) -> None:
         sample = copy.sample
         if start == stop:
             return  # nothing is stored for a sample without loss tokens, so nothing can be damaged
@@ -307,7 +308,7 @@ class HiddenCacheReader:
             read.out_NE[:] = found_NE
         return True
 
-    def _segment(self, copy: Entry) -> SegmentReader:
+    def _segment(self, copy: CacheEntry) -> SegmentReader:
         segment = self._segments.get(copy.segment)
         if segment is None:
             segment = SegmentReader(copy.segment, copy.layout, self._open_shard)
@@ -320,7 +321,7 @@ class HiddenCacheReader:
         return segment
 
     def _why_refused(self, row_key: RowKey) -> str | None:
-        """Why an entry that nearly fits is not the one asked for; None if there is none."""
+        """Why an entry that nearly fits is not the requested one; None if there is none."""
         if row_key.key in self._by_key:
             found = self._by_key[row_key.key]
             return (
@@ -336,15 +337,15 @@ class HiddenCacheReader:
         return None
 
 
-def _buffer(entry: Entry) -> np.ndarray:
+def _buffer(entry: CacheEntry) -> np.ndarray:
     return np.empty((entry.n_tokens, entry.layout.hidden_size), entry.layout.dtype)
 
 
-def _place(entry: Entry) -> tuple[str, int]:
+def _place(entry: CacheEntry) -> tuple[str, int]:
     return str(entry.segment), entry.sample.row  # as text: paths are slow to compare
 
 
-def _is_sample(entry: Entry, rows_NE: np.ndarray) -> bool:
+def _is_sample(entry: CacheEntry, rows_NE: np.ndarray) -> bool:
     """False where these are all of a sample's rows, but not those that the index names."""
     return len(rows_NE) != entry.n_tokens or crc32c(rows_NE) == entry.sample.crc32c
 
@@ -354,7 +355,7 @@ def _pieces(read: Read) -> list[Read]:
     want both, too.
     """
     entry, start, stop, out_NE = read
-    # in the first of them
+    # Rows that the first of the two chunks still holds.
     left = entry.layout.chunk_rows - (entry.sample.row + start) % entry.layout.chunk_rows
     if not left < stop - start <= entry.layout.chunk_rows:
         return [read] if start < stop else []

@@ -63,6 +63,7 @@ def recover(root: Path) -> Recovery:
             if segment.is_symlink() or not segment.is_dir():
                 continue  # not ours
             if segment.name in named:
+                # Its writer died after the commit and before it removed the journal.
                 (segment / "journal").unlink(missing_ok=True)
             elif not (is_damaged and (segment / "zarr.json").exists()):
                 _recover_segment(root, teacher, segment, found)
@@ -103,11 +104,11 @@ def _recover_segment(root: Path, teacher: Path, segment: Path, found: Recovery) 
 def _sound_samples(segment: Path, layout: SegmentLayout) -> Iterator[tuple[IndexRow, np.ndarray]]:
     """The journal's samples whose rows all lie in the longest prefix of sound chunks."""
     chunks = _sound_chunks(segment, layout)
-    # rows, at most
-    on_disk = sum(path.stat().st_size for path in segment.glob("c/*/*")) // layout.row_bytes
+    # Rows, at most: a journal line may reach the disk before its rows do.
+    rows_on_disk = sum(path.stat().st_size for path in segment.glob("c/*/*")) // layout.row_bytes
     chunk_NE = np.empty((0, layout.hidden_size), layout.dtype)
     for row in load_journal(segment):
-        if row.row + row.n_tokens > on_disk:
+        if row.row + row.n_tokens > rows_on_disk:
             return
         rows_NE = np.empty((row.n_tokens, layout.hidden_size), layout.dtype)
         filled = 0
@@ -119,7 +120,8 @@ def _sound_samples(segment: Path, layout: SegmentLayout) -> Iterator[tuple[Index
                 chunk_NE = following
             taken = chunk_NE[: row.n_tokens - filled]
             rows_NE[filled : filled + len(taken)] = taken
-            chunk_NE, filled = chunk_NE[len(taken) :], filled + len(taken)
+            chunk_NE = chunk_NE[len(taken) :]
+            filled += len(taken)
         if crc32c(rows_NE) != row.crc32c:
             return
         yield row, rows_NE
@@ -158,12 +160,14 @@ def merge_index(root: Path) -> None:
         }
         if len(found) > 1:
             layout = next(iter(found.values()))[0]
-            rows = list(dict.fromkeys(row for _, of_file in found.values() for row in of_file))
+            rows = list(
+                dict.fromkeys(row for _, index_rows in found.values() for row in index_rows)
+            )
             _replace_index(teacher, list(found), rows, layout)
 
 
 def _replace_index(
-    teacher: Path, old: list[Path], rows: list[IndexRow], layout: SegmentLayout
+    teacher: Path, replaced: list[Path], rows: list[IndexRow], layout: SegmentLayout
 ) -> None:
     folder = teacher / "index"
     with full_disk_raises(teacher.parents[1]):
@@ -171,7 +175,7 @@ def _replace_index(
             folder / f"merged-{uuid.uuid4().hex[:8]}.arrow",
             dump_index(rows, layout.teacher_fingerprint),
         )
-    for path in old:
+    for path in replaced:
         path.unlink()
     fsync_dir(folder)
 
@@ -193,6 +197,7 @@ def collect_garbage(root: Path) -> list[str]:
                 if len(copies) == 1
                 else [copy for copy in copies if reader.is_sound(copy)][:1]
             )
+            # Without a sound copy none is known to be superfluous: all stay.
             kept |= {copy.segment for copy in sound or copies}
             doubtful |= {copy.segment for copy in copies}
     superseded = doubtful - kept
@@ -203,7 +208,7 @@ def collect_garbage(root: Path) -> list[str]:
             if not isinstance(rows, MtopdError)
         }
         layout = next(iter(found.values()))[0]
-        rows = list(dict.fromkeys(row for _, of_file in found.values() for row in of_file))
+        rows = list(dict.fromkeys(row for _, index_rows in found.values() for row in index_rows))
         rows = [row for row in rows if teacher / "seg" / row.segment not in superseded]
         _replace_index(teacher, list(found), rows, layout)
     for segment in sorted(superseded):

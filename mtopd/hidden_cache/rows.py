@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def as_rows(hidden_NE: torch.Tensor) -> np.ndarray:
+def view_rows(hidden_NE: torch.Tensor) -> np.ndarray:
     """The memory of a contiguous CPU tensor as the cache stores it: float32, or the uint16 bits of
     bfloat16.
 

@@ -66,7 +66,8 @@ class SegmentWriter:
         make_dirs(path.parent)
         path.mkdir()  # an existing folder is another writer's
         fsync_dir(path.parent)
-        self.path, self.layout = path, layout
+        self.path = path
+        self.layout = layout
         self.rows = 0
         self._chunk_crcs: list[int] = []
         self._fd: int | None = None
@@ -83,7 +84,9 @@ class SegmentWriter:
         assert rows_NE.dtype == self.layout.dtype and rows_NE.shape[1:] == (
             self.layout.hidden_size,
         ), rows_NE.shape
-        first_row, chunk_rows, crc = self.rows, self.layout.chunk_rows, 0
+        first_row = self.rows
+        chunk_rows = self.layout.chunk_rows
+        crc = 0  # crc32c is linear: whole chunks are joined, so that every byte is summed once
         rest_NE = rows_NE
         while len(rest_NE):
             filled = self.rows % chunk_rows
@@ -114,6 +117,7 @@ class SegmentWriter:
         while self._finishing:
             self._finishing.popleft().result()
         self._disk.shutdown()
+        # Last: zarr reads a missing shard as zeros, so no array may open before its shards stand.
         metadata = self.layout.metadata(self.rows, self.path.name, self._chunk_crcs)
         publish(self.path / "zarr.json", json.dumps(metadata).encode())
 
@@ -144,8 +148,9 @@ class SegmentWriter:
 
     def _finish_shard(self) -> None:
         assert self._fd is not None
-        in_shard = (len(self._chunk_crcs) - 1) % CHUNKS_PER_SHARD + 1
-        self._write([memoryview(self.layout.shard_index(in_shard))])
+        num_chunks = (len(self._chunk_crcs) - 1) % CHUNKS_PER_SHARD + 1
+        self._write([memoryview(self.layout.shard_index(num_chunks))])
+        # A disk slower than the teacher must not let unsynced shards pile up.
         while len(self._finishing) >= _MAX_FINISHING:
             self._finishing.popleft().result()
         self._finishing.append(
@@ -160,6 +165,8 @@ class SegmentWriter:
 
 
 def _finish(fd: int, partial: Path, shard: Path) -> None:
+    # Synced before it is renamed: else a power loss may leave an empty shard under its final name,
+    # which zarr reads as zeros.
     try:
         os.fsync(fd)
     finally:
@@ -176,7 +183,7 @@ class OpenShard:
     def __init__(self, path: Path, layout: SegmentLayout, num_chunks: int) -> None:
         footer = layout.shard_index(num_chunks)
         body_bytes = num_chunks * layout.stored_chunk_bytes
-        self.fd = -1
+        self.fd = -1  # for __del__, when open fails
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         found = os.fstat(self.fd).st_size
         if found != body_bytes + len(footer):
@@ -206,7 +213,8 @@ class SegmentReader:
         layout: SegmentLayout,
         open_shard: Callable[[Path, SegmentLayout, int], OpenShard] = OpenShard,
     ) -> None:
-        self.path, self.layout = path, layout
+        self.path = path
+        self.layout = layout
         self._open_shard = open_shard
         self.rows, self._chunk_crcs = self._load_metadata()
 
@@ -225,16 +233,15 @@ class SegmentReader:
             raise self._damaged(
                 f"holds rows 0 to {self.rows}, rows {start} to {stop} were asked for"
             )
-        shard_rows, row_bytes, bytes_read, row, crc = (
-            self.layout.shard_rows,
-            self.layout.row_bytes,
-            0,
-            start,
-            0,
-        )
+        shard_rows = self.layout.shard_rows
+        row_bytes = self.layout.row_bytes
+        bytes_read = 0
+        row = start
+        crc = 0
         out = out_NE.reshape(-1).view(np.uint8)
         while row < stop:
-            shard, end = row // shard_rows, min(stop, (row // shard_rows + 1) * shard_rows)
+            shard = row // shard_rows
+            end = min(stop, (shard + 1) * shard_rows)
             piece = out[(row - start) * row_bytes : (end - start) * row_bytes]
             found, crc = self._read_shard(
                 shard, (row - shard * shard_rows) * row_bytes, piece, crc, rows_crc is not None
@@ -270,50 +277,47 @@ class SegmentReader:
         """
         chunk_bytes = self.layout.chunk_bytes
         first, end = start // chunk_bytes, -(-(start + len(out)) // chunk_bytes)
-        # bytes of the first chunk that are not asked for; after: of the last
-        before = start - first * chunk_bytes
-        after = end * chunk_bytes - start - len(out)
-        rest = np.empty(before + after, np.uint8)
+        # Chunks are read whole, to be verified: the bytes at both ends that nobody asked for.
+        head_bytes = start - first * chunk_bytes
+        tail_bytes = end * chunk_bytes - start - len(out)
+        ends = np.empty(head_bytes + tail_bytes, np.uint8)
         crcs = np.empty(end - first, "<u4")
         crc_bytes = crcs.view(np.uint8)
         chunks = [  # the pieces of each: head of the first, what is asked for, tail of the last
-            [out[max(at * chunk_bytes - before, 0) : (at + 1) * chunk_bytes - before]]
-            for at in range(end - first)
+            [out[max(i * chunk_bytes - head_bytes, 0) : (i + 1) * chunk_bytes - head_bytes]]
+            for i in range(end - first)
         ]
-        if before:
-            chunks[0].insert(0, rest[:before])
-        if after:
-            chunks[-1].append(rest[before:])
+        if head_bytes:
+            chunks[0].insert(0, ends[:head_bytes])
+        if tail_bytes:
+            chunks[-1].append(ends[head_bytes:])
         buffers = [
             buffer
-            for at, pieces in enumerate(chunks)
-            for buffer in (*pieces, crc_bytes[at * CRC_BYTES :][:CRC_BYTES])
+            for i, pieces in enumerate(chunks)
+            for buffer in (*pieces, crc_bytes[i * CRC_BYTES :][:CRC_BYTES])
         ]
-        position, needed = (
-            first * self.layout.stored_chunk_bytes,
-            len(crcs) * self.layout.stored_chunk_bytes,
-        )
+        position = first * self.layout.stored_chunk_bytes
+        needed = len(crcs) * self.layout.stored_chunk_bytes
         with lost_file_raises(self._damaged):
             file = self._open(shard)
             found = _transfer(lambda rest, done: os.preadv(file.fd, rest, position + done), buffers)
         if found != needed:
             raise self._damaged(f"shard {shard} gave {found} of {needed} bytes")
-        for at, pieces in enumerate(chunks):
-            of_chunk = 0
+        for i, pieces in enumerate(chunks):
+            chunk_crc = 0
             for piece in pieces:
-                of_chunk = google_crc32c.extend(of_chunk, piece)
-            if of_chunk != crcs[at]:
+                chunk_crc = google_crc32c.extend(chunk_crc, piece)
+            if chunk_crc != crcs[i]:
+                raise self._damaged(f"chunk {first + i} of shard {shard} does not match its crc32c")
+            # An exchanged chunk matches the crc32c beside it: only zarr.json can tell.
+            if chunk_crc != self._chunk_crcs[shard * CHUNKS_PER_SHARD + first + i]:
                 raise self._damaged(
-                    f"chunk {first + at} of shard {shard} does not match its crc32c"
-                )
-            if of_chunk != self._chunk_crcs[shard * CHUNKS_PER_SHARD + first + at]:
-                raise self._damaged(
-                    f"chunk {first + at} of shard {shard} is sound, but not the one zarr.json names"
+                    f"chunk {first + i} of shard {shard} is sound, but not the one zarr.json names"
                 )
             if wants_crc and len(pieces) == 1:
-                crc = joined_crc32c(crc, of_chunk, chunk_bytes)
+                crc = joined_crc32c(crc, chunk_crc, chunk_bytes)
             elif wants_crc:
-                crc = google_crc32c.extend(crc, pieces[1 if at == 0 and before else 0])
+                crc = google_crc32c.extend(crc, pieces[1 if i == 0 and head_bytes else 0])
         return found, crc
 
     def _load_metadata(self) -> tuple[int, list[int]]:

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from mtopd.hidden_cache.reader import CacheMiss, HiddenCacheReader, Read
-from mtopd.hidden_cache.rows import as_rows
+from mtopd.hidden_cache.rows import view_rows
 from mtopd.types import TeacherRun
 
 _SMALLEST_SHARE = 1 << 20  # bytes, about a chunk
 
 
-class Ranks(Protocol):
+class ReadingRanks(Protocol):
     """Where this rank stands among those that share the reading."""
 
     @property
@@ -45,17 +45,17 @@ class CachedStates:
     joins them.
 
     ``prefetch`` lets a background thread read the shares of a micro-batch's runs ahead, into pinned
-    memory on CUDA; they are joined by one all-gather when the first of them is asked for.  What was
-    given is forgotten, so at most the mini-batches that were announced and not yet used are held,
-    and one micro-batch's states on the device.  Of a micro-batch with less than a chunk for each
-    rank all ranks read all rows: a chunk is read whole anyway.
+    memory on CUDA; they are joined by one all-gather when the first of them is asked for.  States
+    that were returned are forgotten, so at most the mini-batches that were announced and not yet
+    used are held, and one micro-batch's states on the device.  Of a micro-batch with less than a
+    chunk for each rank all ranks read all rows: a chunk is read whole anyway.
     """
 
     def __init__(
         self,
         reader: HiddenCacheReader,
         formats: Sequence[StateFormat],
-        ranks: Ranks,
+        ranks: ReadingRanks,
         student_version: int,
     ) -> None:
         """``formats`` by teacher index."""
@@ -74,7 +74,7 @@ class CachedStates:
         """
         for runs in filter(None, micro_batches):
             num_shares = self._ranks.tp_size
-            num_bytes = sum(self._share_of(run, 1).num_bytes for run in runs)
+            num_bytes = sum(self._row_share(run, 1).num_bytes for run in runs)
             if num_bytes < num_shares * _SMALLEST_SHARE:
                 num_shares = 1
             read = self._thread.submit(self._read_shares, runs, num_shares)
@@ -88,7 +88,7 @@ class CachedStates:
                 self.prefetch([[run]])
             self._join(self._announced[run])
         joined = self._joined.pop(run)
-        share = self._share_of(run, len(joined))
+        share = self._row_share(run, len(joined))
         joined_TE = joined.reshape(-1).view(share.dtype).view(-1, share.hidden_size)
         self.stall_s += time.perf_counter() - started
         return joined_TE[: run.stop - run.start]
@@ -109,43 +109,46 @@ class CachedStates:
         if num_shares > 1:
             joined = share.new_empty(len(share) * num_shares)
             dist.all_gather_single(joined, share, group=self._ranks.tp_group)
-        joined, start = joined.view(num_shares, -1), 0
+        joined = joined.view(num_shares, -1)
+        start = 0
         for run in micro_batch.runs:
-            part = self._share_of(run, num_shares)
+            part = self._row_share(run, num_shares)
             self._joined[run] = joined[:, start : start + part.num_bytes]
             start += part.aligned_bytes
 
-    def _share_of(self, run: TeacherRun, num_shares: int) -> _Share:
+    def _row_share(self, run: TeacherRun, num_shares: int) -> _RowShare:
         rows = -(-(run.stop - run.start) // num_shares)
-        return _Share(rows, *self._formats[run.teacher_index])
+        return _RowShare(rows, *self._formats[run.teacher_index])
 
     def _read_shares(self, runs: Sequence[TeacherRun], num_shares: int) -> torch.Tensor:
         """Bytes of this rank's shares, one behind the other."""
-        shares = [self._share_of(run, num_shares) for run in runs]
+        shares = [self._row_share(run, num_shares) for run in runs]
         buffer = torch.empty(
             sum(share.aligned_bytes for share in shares),
             dtype=torch.uint8,
             pin_memory=self._ranks.device.type == "cuda",  # torch keeps and reuses pinned memory
         )
-        number, start = self._ranks.tp_rank if num_shares > 1 else 0, 0
+        share_index = self._ranks.tp_rank if num_shares > 1 else 0
+        start = 0
         reads: list[Read] = []
         for run, share in zip(runs, shares, strict=True):
             share_TE = buffer[start : start + share.num_bytes].view(share.dtype)
             share_TE = share_TE.view(share.rows, share.hidden_size)
-            reads += self._reads(run, number, as_rows(share_TE))
+            reads += self._reads(run, share_index, view_rows(share_TE))
             start += share.aligned_bytes
         self._reader.read_many(reads)
         return buffer
 
-    def _reads(self, run: TeacherRun, number: int, out_TE: np.ndarray) -> list[Read]:
-        """What fills ``out_TE``, share ``number`` of the run, which may begin and end inside a
+    def _reads(self, run: TeacherRun, share_index: int, out_TE: np.ndarray) -> list[Read]:
+        """What fills ``out_TE``, share ``share_index`` of the run, which may begin and end inside a
         sample; the last one's end is padding.
         """
-        share, reads = len(out_TE), []
-        place = -number * share  # in this share, of the sample's first row
+        share_rows = len(out_TE)
+        reads: list[Read] = []
+        place = -share_index * share_rows  # in this share, of the sample's first row
         for sample in run.samples:
             count = sample.stop - sample.first
-            start, stop = max(-place, 0), min(share - place, count)
+            start, stop = max(-place, 0), min(share_rows - place, count)
             if start < stop:
                 entry = self._reader.lookup(sample.key, sample.sample_id, self._student_version)
                 if entry is None:
@@ -168,7 +171,7 @@ class _MicroBatch(NamedTuple):
     read: Future[torch.Tensor]
 
 
-class _Share(NamedTuple):
+class _RowShare(NamedTuple):
     """Rows of a run that a rank reads, [ceil(T / shares), E]."""
 
     rows: int

@@ -66,16 +66,16 @@ class HiddenCacheWriter:
         check_hidden_dtype(hidden_dtype)
         with full_disk_raises(root):
             cache_folder.create_root(root)
-        self._root, self._hidden_dtype = root, hidden_dtype
+        self._root = root
+        self._hidden_dtype = hidden_dtype
         self._name = f"{writer}-{generation}"
         self._checked_layout: SegmentLayout | None = None
         self._queue: ByteQueue[_Sample] = ByteQueue(QUEUE_BYTES)
-        self._thread: threading.Thread | None = (
-            None  # lives from the first put to the next commit or abort
-        )
+        # Lives from the first put to the next commit or abort.
+        self._thread: threading.Thread | None = None
         self._is_aborting = False
         self._failure: BaseException | None = None
-        # Of the thread: the open segment
+        # The open segment; only the thread touches it.
         self._segment: SegmentWriter | None = None
         self._journal: Journal | None = None
         self._samples: list[IndexRow] = []  # the segment's totals are filled in when it is sealed
@@ -99,7 +99,7 @@ class HiddenCacheWriter:
                 f"sample {sample_id}: rows are {rows_NE.dtype} {rows_NE.shape}, needed "
                 f"{layout.dtype} "
                 f"[n, {hidden_size}] for hidden_dtype {self._hidden_dtype}. Convert the hidden "
-                "states first (as_rows)"
+                "states first (view_rows)"
             )
         assert len(key) == KEY_BYTES, len(key)
         if layout != self._checked_layout:
@@ -107,7 +107,8 @@ class HiddenCacheWriter:
                 cache_folder.create_teacher_folder(self._root, layout)
             self._checked_layout = layout
         if self._thread is None:
-            self._queue, self._is_aborting = ByteQueue(QUEUE_BYTES), False
+            self._queue = ByteQueue(QUEUE_BYTES)
+            self._is_aborting = False
             self._thread = threading.Thread(
                 target=self._work, name=f"hidden-cache-{self._name}", daemon=True
             )
@@ -166,6 +167,7 @@ class HiddenCacheWriter:
         self._queue.end(drop=True)  # a put that waits has to learn of the failure
 
     def _next(self) -> _Sample | None:
+        # An open segment is sealed in time even while no sample comes: a crash costs a minute.
         while self._segment is not None:
             with suppress(queue.Empty):
                 return self._queue.get(
@@ -187,7 +189,9 @@ class HiddenCacheWriter:
             self._segment = SegmentWriter(
                 teacher / "seg" / f"{self._name}-{uuid.uuid4().hex[:8]}", sample.layout
             )
-            self._journal, self._opened_at = Journal(self._segment.path), time.monotonic()
+            self._journal = Journal(self._segment.path)
+            self._opened_at = time.monotonic()
+        # Rows first, then the journal: a line names rows that were written.
         row, crc = self._segment.append(sample.rows_NE)
         n_tokens = len(sample.rows_NE)
         _, key, sample_id, version, _ = sample
@@ -201,7 +205,8 @@ class HiddenCacheWriter:
         if segment is None or journal is None:
             return
         layout = segment.layout
-        n_shards, segment_bytes = layout.num_shards(segment.rows), layout.num_bytes(segment.rows)
+        n_shards = layout.num_shards(segment.rows)
+        segment_bytes = layout.num_bytes(segment.rows)
         samples = [
             sample._replace(n_shards=n_shards, segment_bytes=segment_bytes)
             for sample in self._samples
@@ -210,7 +215,7 @@ class HiddenCacheWriter:
         segment.seal()
         # From here on the segment stays: if publishing fails half-way, the index may be on disk
         # already.
-        self._segment, self._journal, self._samples = None, None, []
+        self._forget_segment()
         try:
             publish(cache_folder.index_path(segment.path), index)
         except BaseException:
@@ -218,10 +223,15 @@ class HiddenCacheWriter:
             raise
         journal.remove()
 
+    def _forget_segment(self) -> None:
+        self._segment = None
+        self._journal = None
+        self._samples = []
+
     def _discard(self) -> None:
         """Remove the open segment, if there is one."""
         segment, journal = self._segment, self._journal
-        self._segment, self._journal, self._samples = None, None, []
+        self._forget_segment()
         if journal is not None:
             journal.close()
         if segment is not None:

@@ -22,8 +22,8 @@ from mtopd.hidden_cache import (
     HiddenCacheWriter,
     Read,
     RowKey,
-    as_rows,
     sample_key,
+    view_rows,
 )
 from mtopd.trajectories import token_hash
 from mtopd.types import MtopdError
@@ -35,12 +35,12 @@ def test_tensors_round_trip_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> N
     hidden_NE[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     row_key = row_key_of(0)
     with open_writer(tmp_path / "c", hidden_dtype=dtype_name(dtype)) as writer:
-        writer.put(MATH, 8, *row_key, as_rows(hidden_NE[::2]))  # not contiguous
+        writer.put(MATH, 8, *row_key, view_rows(hidden_NE[::2]))  # not contiguous
     with HiddenCacheReader(tmp_path / "c") as reader:
         entry = reader.lookup(*row_key)
         assert entry is not None
         found_NE = torch.zeros(2500, 8, dtype=dtype)
-        reader.read(entry, as_rows(found_NE))
+        reader.read(entry, view_rows(found_NE))
         assert torch.equal(
             found_NE.view(torch.uint8), hidden_NE[::2].contiguous().view(torch.uint8)
         )
