@@ -19,6 +19,10 @@ Columns of the table:
     grad err          the larger relative L2 error of the two gradients, against float64 on the same (rounded) inputs,
                       where the mean KL between student and teacher is about 1, 4e-3 and 4e-5
 
+"naive eager" and "naive torch.compile" make logits as most systems do: in the dtype of the inputs,
+so bfloat16 inputs give logits rounded to bfloat16.  Their column "grad err bf16" is what that
+rounding does to the gradient near convergence.
+
 "ours, main_grad" adds the weight gradient to a float32 buffer that outlives the step, as a Megatron
 trainer does.  The teacher of a timing is independent of the student; that of an accuracy case is
 the student with noise on its logits. All tokens have the weight 1/T, because Liger knows only the
@@ -63,12 +67,10 @@ SCHEMA_VERSION = 1
 MIB = 1 << 20
 TARGET_KLS = (1.0, 4e-3, 4e-5)
 ACCURACY_TOKENS = 64
-ACCURACY_VOCAB_ON_CPU = (
-    32000  # float64 at 151936 columns takes minutes there and shows the same errors
-)
-NOISE_SIZE = (
-    64  # hidden columns, at least, in which only the teacher of an accuracy case has anything
-)
+# Float64 at 151936 columns takes minutes there and shows the same errors.
+ACCURACY_VOCAB_ON_CPU = 32000
+# Hidden columns, at least, in which only the teacher of an accuracy case has anything.
+NOISE_SIZE = 64
 LOGIT_STD = 3.0  # of the student: the largest of 150000 logits is then near 13
 NOISE_STD = 1.6  # of a teacher's extra logits before they are scaled
 
@@ -225,6 +227,7 @@ def naive_loss(
     teacher_weight_VE: Tensor,
     token_weight_T: Tensor,
 ) -> Tensor:
+    # The product is rounded to the dtype of its operands before it becomes float32.
     student_logits_TV = (student_hidden_TD @ student_weight_VD.T).float()
     with torch.no_grad():
         teacher_logits_TV = (teacher_hidden_TE @ teacher_weight_VE.T).float()
@@ -261,9 +264,8 @@ def liger_loss(name: str) -> Callable[..., Tensor]:
 
 def build_liger_chunked(inputs: Inputs) -> Step:
     module = liger_loss(LIGER_CHUNKED)
-    labels_T = torch.zeros_like(
-        inputs.token_weight_T, dtype=torch.long
-    )  # only says that no token is ignored
+    # Only says that no token is ignored.
+    labels_T = torch.zeros_like(inputs.token_weight_T, dtype=torch.long)
     return differentiated(lambda: module(*inputs.student, *inputs.teacher, labels_T))
 
 
@@ -414,12 +416,12 @@ class Timings:
     """
 
     def __init__(self, inputs: Inputs, device: str) -> None:
-        self._inputs, self._device = inputs, device
+        self._inputs = inputs
+        self._device = device
         self.steps: dict[str, Step] = {}
         self.errors: dict[str, str] = {}
-        self.samples: dict[
-            str, list[float]
-        ] = {}  # NaN where a step failed, so that repeats stay aligned
+        # NaN where a step failed, so that repeats stay aligned.
+        self.samples: dict[str, list[float]] = {}
 
     def add(self, name: str, build: Callable[[], Step]) -> None:
         try:
@@ -574,9 +576,8 @@ def noise_scale(student_logits_TV: Tensor, noise_logits_TV: Tensor, target_kl: f
         )
         if abs(kl / target_kl - 1) < 0.01:
             break
-        scale *= math.sqrt(
-            target_kl / kl
-        )  # the KL grows with the square of small noise, more slowly later
+        # The KL grows with the square of small noise, more slowly later.
+        scale *= math.sqrt(target_kl / kl)
     return scale
 
 
@@ -895,9 +896,8 @@ def parse_arguments() -> argparse.Namespace:
         "--json", type=Path, metavar="PATH", help="default: to stdout, after the tables"
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it still run?")
-    parser.add_argument(
-        "--memory-of", choices=list(PROVIDERS), help=argparse.SUPPRESS
-    )  # for `cpu_memory`
+    # For `cpu_memory`.
+    parser.add_argument("--memory-of", choices=list(PROVIDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -920,9 +920,8 @@ def main() -> None:
         chunk_rows=arguments.chunk_rows,
     )
     console = Console()
-    console.width = max(
-        console.width, 160
-    )  # a pipe counts as 80 columns, into which the table does not fit
+    # A pipe counts as 80 columns, into which the table does not fit.
+    console.width = max(console.width, 160)
     run = describe_run(settings)
     run["shapes"] = []
     for shape in arguments.shapes or (

@@ -16,13 +16,10 @@ from torch import Tensor
 from mtopd.kernels.rows import DIVERGENCES, NO_BETA
 
 
-def check_choices(
-    divergence: str, beta: float | None, logits: str, teacher_neginf: str, backend: str
-) -> None:
+def check_choices(divergence: str, beta: float | None, teacher_neginf: str, backend: str) -> None:
     """Raise ValueError for names that do not exist and for a beta that does not fit the divergence."""
     for name, value, known in (
         ("divergence", divergence, DIVERGENCES),
-        ("logits", logits, ("fp32", "bf16")),
         ("teacher_neginf", teacher_neginf, ("error", "floor")),
         ("backend", backend, ("auto", "triton", "cpu", "torch")),
     ):
@@ -60,8 +57,7 @@ def check_accumulator(
     ):
         raise ValueError(
             f"weight_grad_accumulator is {list(accumulator_vD.shape)} on {accumulator_vD.device}, "
-            "but student_weight "
-            f"is {list(student_weight_vD.shape)} on {student_weight_vD.device}"
+            f"but student_weight is {list(student_weight_vD.shape)} on {student_weight_vD.device}"
         )
     if (
         accumulator_vD.dtype != dtype
@@ -70,9 +66,8 @@ def check_accumulator(
     ):
         raise ValueError(
             f"weight_grad_accumulator has dtype {accumulator_vD.dtype}, strides "
-            f"{accumulator_vD.stride()} and "
-            f"requires_grad={accumulator_vD.requires_grad}; a contiguous {dtype} buffer without "
-            "gradient is needed"
+            f"{accumulator_vD.stride()} and requires_grad={accumulator_vD.requires_grad}; "
+            f"a contiguous {dtype} buffer without gradient is needed"
         )
     if not student_weight_vD.requires_grad:
         raise ValueError(
@@ -81,9 +76,8 @@ def check_accumulator(
     if torch._C._current_graph_task_id() != -1:
         raise ValueError(
             "weight_grad_accumulator cannot be used under activation recompute: the gradient would "
-            "be added again in "
-            "backward.  Keep the loss out of the recomputed part, or leave weight_grad_accumulator "
-            "None"
+            "be added again in backward.  Keep the loss out of the recomputed part, or leave "
+            "weight_grad_accumulator None"
         )
 
 
@@ -148,9 +142,8 @@ def check_matmul_precision(*operands: Tensor) -> None:
     if precision != "highest" and any(operand.dtype == torch.float32 for operand in operands):
         raise ValueError(
             f"torch.get_float32_matmul_precision() is {precision!r}: float32 operands would be "
-            "rounded, which is wrong "
-            "near convergence.  Set it to 'highest', or pass bfloat16 tensors: their products are "
-            "exact"
+            "rounded, which is wrong near convergence.  Set it to 'highest', or pass bfloat16 "
+            "tensors: their products are exact"
         )
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from mtopd.kernels.checks import check_matmul_precision, check_numbers, check_tensors
 from mtopd.kernels.products import has_wide_product, hidden_times_weight_
 from mtopd.kernels.rows import (
-    REVERSE_KL_AS_MIXTURE,
     Kind,
     LogitTransform,
     Mixture,
@@ -41,9 +40,8 @@ _WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1792 << 20}
 # more where there are so few columns that a chunk would not be worth its overhead.
 _CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 _SMALL_CHUNK_ELEMENTS, _SMALL_CHUNK_ROWS = 1 << 17, 1024
-_GRADIENT_CHUNKS = (
-    8  # logit chunks of a gradient chunk, where derivatives are kept apart from logits
-)
+# Logit chunks of a gradient chunk, where derivatives are kept apart from logits.
+_GRADIENT_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,6 @@ class Call:
     tp: TensorParallel
     dtype: torch.dtype
     shard_rows: int  # v with padding
-    round_to_bf16: bool
     workspace_bytes: int
 
     @classmethod
@@ -129,11 +126,10 @@ class Call:
         teacher_bias: Tensor | None,
         backend: str,
         workspace_bytes: int | None,
-        kind: Kind = Kind.REVERSE_KL,
-        mixture: Mixture = REVERSE_KL_AS_MIXTURE,
-        round_to_bf16: bool = False,
+        kind: Kind,
+        mixture: Mixture,
     ) -> Call:
-        """The arguments of the public functions, checked (ValueError) and cut to this rank's valid
+        """The arguments of the public function, checked (ValueError) and cut to this rank's valid
         columns.
         """
         tensors = (student_hidden_TD, student_weight_vD, teacher_hidden_TE, teacher_weight_vE)
@@ -188,7 +184,6 @@ class Call:
             tp=tp,
             dtype=dtype,
             shard_rows=shard_rows,
-            round_to_bf16=round_to_bf16,
             workspace_bytes=workspace_bytes,
         )
 
@@ -231,15 +226,13 @@ class Call:
         row_bytes = row_elements * self.dtype.itemsize
         if self.gradient_dtype != self.dtype:
             row_bytes += _GRADIENT_CHUNKS * self.shard_rows * self.gradient_dtype.itemsize
-        if self.round_to_bf16:
-            row_bytes += self.shard_rows * torch.bfloat16.itemsize
         reserved = self.upcast_bytes + self.problem.scratch_bytes
         affordable = max(1, (self.workspace_bytes - reserved) // row_bytes)
-        wanted = max(
+        full_speed_rows = max(
             _CHUNK_ROWS.get(device, 128),
             min(_SMALL_CHUNK_ELEMENTS // self.shard_rows, _SMALL_CHUNK_ROWS),
         )
-        rows = min(affordable, wanted)
+        rows = min(affordable, full_speed_rows)
         return rows - rows % 64 if rows > 64 else rows  # whole tiles of the products
 
     @property
@@ -314,11 +307,15 @@ class Chunk:
         student_Cv: Tensor,
         teacher_Cv: Tensor,
     ) -> None:
-        self.tokens, self.rows_C = tokens, rows_C
-        self._call, self._padded_rows_C = call, padded_rows_C
-        self._whole_student_Cv, self._whole_teacher_Cv = student_Cv, teacher_Cv
+        self.tokens = tokens
+        self.rows_C = rows_C
+        self._call = call
+        self._padded_rows_C = padded_rows_C
+        self._whole_student_Cv = student_Cv
+        self._whole_teacher_Cv = teacher_Cv
         # Raw products of the real tokens, without those that fill the chunk up.
-        self.student_Cv, self.teacher_Cv = student_Cv[: len(rows_C)], teacher_Cv[: len(rows_C)]
+        self.student_Cv = student_Cv[: len(rows_C)]
+        self.teacher_Cv = teacher_Cv[: len(rows_C)]
         self._statistics: Gathered | None = None
         self._centre: Gathered | None = None
 
@@ -363,8 +360,6 @@ class Chunk:
             else head.hidden_TX.index_select(0, self._padded_rows_C)
         )
         hidden_times_weight_(out_Cv, hidden_CX, head.weight_vX, self._call.tile_rows)
-        if self._call.round_to_bf16:
-            out_Cv.copy_(out_Cv.bfloat16())
 
 
 _kept: dict[torch.dtype, Tensor] = {}
@@ -374,8 +369,8 @@ _kept: dict[torch.dtype, Tensor] = {}
 def _borrowed(num_elements: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """Uninitialised memory, [num_elements].
 
-    On CPU it is kept for the next call: pages that the system hands out anew cost a tenth of the
-    products. CUDA's allocator keeps memory by itself.
+    On CPU it is kept for the next call: fresh pages from the system cost a tenth of the time of the
+    products.  CUDA's allocator keeps memory by itself.
     """
     kept = _kept.pop(dtype, None) if device.type == "cpu" else None
     if kept is None or kept.numel() < num_elements:

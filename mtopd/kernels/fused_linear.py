@@ -5,12 +5,12 @@ Legend: T tokens, D student hidden size, E teacher hidden size (X: either), V vo
 rank's rows of it, A tokens with a weight, C tokens of a logit chunk, G tokens of a gradient chunk,
 R tensor-parallel ranks.
 
-The gradients of both student tensors are made in the forward pass, while a chunk's logits are
-there: four matrix products per token and no recomputation.  Two levels of chunks: logits of C
+The gradients of both student tensors are computed in the forward pass, while a chunk's logits are
+in memory: four matrix products per token and no recomputation.  Two levels of chunks: logits of C
 tokens at a time; their derivatives, where they are narrower than the logits (16-bit operands on
 CUDA), are collected for G tokens before the two products that use them, so that these run at a good
-size and the sum over tokens in the weight gradient is read and written seldom. The arithmetic of a
-row is in `rows`.
+size and the sum over tokens in the weight gradient is read and written seldom.  The arithmetic
+of a row is in `rows`.
 
 Invariants:
 * No tensor of [T, v] exists.  Logits, derivatives and upcast weights live in one workspace of
@@ -32,7 +32,6 @@ gradient.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +72,6 @@ def fused_linear_divergence(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     teacher_bias: Tensor | None = None,
-    logits: str = "fp32",
     teacher_neginf: str = "error",
     weight_grad_accumulator: Tensor | None = None,
     backend: str = "auto",
@@ -87,32 +85,29 @@ def fused_linear_divergence(
     divides z last; no temperature**2.
 
     token_weight [T]: 0 = masked; holds 1/N and the teacher's weight.  The same on every tp rank, as
-    are hidden states. divergence, beta: the definitions and their sources are in
-    `mtopd.kernels.rows`.  Beta, in (0, 1), is needed by
-        jsd, skewed_reverse_kl and skewed_forward_kl.
+        are hidden states.
+    divergence, beta: the definitions and their sources are in `mtopd.kernels.rows`.  jsd,
+        skewed_reverse_kl and skewed_forward_kl need a beta in (0, 1).
     vocab_size: columns >= it take no part; tp rank r holds columns r * v to (r + 1) * v.  None: all
-    columns. teacher_bias [v]: this rank's part.  -inf excludes a token from the teacher. logits:
-    "fp32", or "bf16", which rounds logits as most systems do.  That is wrong near convergence
-    (gradients off
-        by 6 % at KL 0.4, 30 to 50 % at 4e-3, 100 % and more at 4e-5) and no faster: it is there for
-        comparison.
+        columns.
+    teacher_bias [v]: this rank's part.  -inf excludes a token from the teacher.
     teacher_neginf: "error" refuses reverse_kl where the teacher excludes a token that the student
-    can sample (the
-        divergence is infinite); "floor" takes log q = -87.3 there.  The other divergences are
-        finite.
+        can sample (the divergence is infinite); "floor" takes log q = -87.3 there.  The other
+        divergences are finite.
     weight_grad_accumulator [v, D] in float32 (float64 for float64 inputs), Megatron's main_grad:
-    the gradient of
-        student_weight is added to it in forward, if gradients are enabled.  Backward then needs an
-        upstream gradient of 1, sets student_weight.grad_added_to_main_grad and returns zeros, so
-        that hooks fire.  Not with activation recompute, which would add it twice.
+        the gradient of student_weight is added to it in forward, if gradients are enabled.
+        Backward then needs an upstream gradient of 1, sets student_weight.grad_added_to_main_grad
+        and returns zeros, so that hooks fire.  Not with activation recompute, which would add it
+        twice.
     backend: the row kernels: "triton" (CUDA), "cpu" (compiled C++), "torch" (slow), or "auto",
-    logged once. workspace_bytes: bound on temporary memory (module docstring); None: 192 MiB on
-    CPU, 1792 MiB on CUDA.
+        logged once.
+    workspace_bytes: bound on temporary memory (module docstring); None: 192 MiB on CPU, 1792 MiB on
+        CUDA.
 
     Raises ValueError, alike on every tp rank, for inputs that do not fit together and for -inf
     teacher logits as said. NaN or +inf logits in a token with a weight give a NaN loss.
     """
-    check_choices(divergence, beta, logits, teacher_neginf, backend)
+    check_choices(divergence, beta, teacher_neginf, backend)
     call = Call.of(
         student_hidden,
         student_weight,
@@ -131,25 +126,14 @@ def fused_linear_divergence(
         workspace_bytes=workspace_bytes,
         kind=NO_BETA.get(divergence, Kind.MIXTURE),
         mixture=REVERSE_KL_AS_MIXTURE if beta is None else mixture_of(divergence, beta),
-        round_to_bf16=logits == "bf16",
     )
     is_grad_enabled = torch.is_grad_enabled()
     accumulator_vD = weight_grad_accumulator if is_grad_enabled else None
     if accumulator_vD is not None:
         check_accumulator(accumulator_vD, student_weight, call.dtype)
-    if logits == "bf16":
-        warnings.warn(
-            (
-                "logits='bf16' gives wrong gradients near convergence (a third off at KL 4e-3); "
-                "use "
-                "logits='fp32'"
-            ),
-            stacklevel=2,
-        )
     refuses = divergence == "reverse_kl" and teacher_neginf == "error"
-    if refuses and has_neginf(
-        call.problem.teacher.bias_v, call.tp
-    ):  # looked at before anything is accumulated
+    # A bias is looked at before anything is accumulated.
+    if refuses and has_neginf(call.problem.teacher.bias_v, call.tp):
         _refuse_excluded_tokens(_evaluate(call, None).excluded_A, call.rows_A)
     loss, per_token_T, entropy_T, excluded_A = _GradientInForward.apply(
         student_hidden, student_weight, call, accumulator_vD, is_grad_enabled
@@ -160,7 +144,7 @@ def fused_linear_divergence(
 
 
 class _GradientInForward(torch.autograd.Function):
-    """The student's gradients are ready when forward returns; backward hands them over, scaled."""
+    """The student's gradients are ready when forward returns; backward scales and returns them."""
 
     @staticmethod
     def forward(
@@ -209,9 +193,8 @@ class _GradientInForward(torch.autograd.Function):
             if is_retained or loss_grad != 1:
                 raise ValueError(
                     "weight_grad_accumulator has the gradient for an upstream gradient of 1 and "
-                    "one backward; found "
-                    f"{loss_grad.item():g}{' and a retained graph' if is_retained else ''}.  Put "
-                    "scales into "
+                    f"one backward; found {loss_grad.item():g}"
+                    f"{' and a retained graph' if is_retained else ''}.  Put scales into "
                     "token_weight, or leave weight_grad_accumulator None"
                 )
             ctx.accumulated_weight.grad_added_to_main_grad = True
@@ -240,9 +223,8 @@ def _scaled(
         return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
     if is_retained:
         return gradient * scale
-    if (
-        scale.device.type == "cpu" and scale == 1
-    ):  # on CUDA the question would cost more than the multiplication
+    # On CUDA the question would cost more than the multiplication.
+    if scale.device.type == "cpu" and scale == 1:
         return gradient
     return gradient.mul_(scale)
 
@@ -312,7 +294,9 @@ class _StudentGradients:
     def __init__(
         self, call: Call, hidden_TD: Tensor | None, weight_vD: Tensor | None, accumulates: bool
     ) -> None:
-        self._call, self.hidden_TD, self.weight_vD = call, hidden_TD, weight_vD
+        self._call = call
+        self.hidden_TD = hidden_TD
+        self.weight_vD = weight_vD
         self._has_weight_sum = accumulates
         self._buffer_Gv: Tensor | None = None
         self._collected: list[slice] = []  # chunks whose derivatives are in the buffer, in order
@@ -373,10 +357,7 @@ def _refuse_excluded_tokens(excluded_A: Tensor, rows_A: Tensor) -> None:
     if is_excluded_A.any():
         raise ValueError(
             "the teacher's logit is -inf for a token that the student can sample, in "
-            f"{int(is_excluded_A.sum())} of "
-            f"{len(rows_A)} tokens with a weight (first: row {int(rows_A[is_excluded_A][0])}); the "
-            "reverse KL is "
-            "infinite there.  Exclude such tokens on both sides, give the teacher finite logits, "
-            "or take "
-            "teacher_neginf='floor'"
+            f"{int(is_excluded_A.sum())} of {len(rows_A)} tokens with a weight (first: row "
+            f"{int(rows_A[is_excluded_A][0])}); the reverse KL is infinite there.  Exclude such "
+            "tokens on both sides, give the teacher finite logits, or take teacher_neginf='floor'"
         )

@@ -34,7 +34,7 @@ same):
   where it cancels.
 * p and E_p come from the same exponentials, so the gradient of a row sums to zero.
 
-What has no mass: columns >= vocab_size are never here.  Student logits of -inf add q to the value
+What has no mass: columns >= vocab_size never reach the row kernels.  Student logits of -inf add q to the value
 and nothing to the gradient.  Where the teacher's logit is -inf and the student's is not, log q is
 LOG_PROB_FLOOR for reverse_kl (callers that want an error look at EXCLUDED_MASS); the other
 divergences are finite there.  NaN logits give a NaN value. Formulas: Kullback-Leibler and
@@ -116,8 +116,7 @@ class Mixture(NamedTuple):
 
 REVERSE_KL_AS_MIXTURE = Mixture()
 NO_BETA = {"reverse_kl": Kind.REVERSE_KL, "forward_kl": Kind.FORWARD_KL, "tvd": Kind.TVD}
-WITH_BETA = ("jsd", "skewed_reverse_kl", "skewed_forward_kl")
-DIVERGENCES = (*NO_BETA, *WITH_BETA)
+DIVERGENCES = (*NO_BETA, "jsd", "skewed_reverse_kl", "skewed_forward_kl")
 
 
 def mixture_of(divergence: str, beta: float) -> Mixture:
@@ -147,9 +146,8 @@ class RowProblem:
     temperature: float = 1.0
     student: LogitTransform = LogitTransform()
     teacher: LogitTransform = LogitTransform()
-    scratch_bytes: int = (
-        16 << 20
-    )  # plain torch works on as many rows at a time as fit in it; the others need none
+    # Plain torch works on as many rows at a time as fit in it; the others need none.
+    scratch_bytes: int = 16 << 20
 
     @property
     def needs_centre(self) -> bool:
@@ -196,7 +194,7 @@ def merge(problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -
     by_name = dict(zip(Statistic, statistics_R9C.double().unbind(1), strict=True))
     student_max_RC, teacher_max_RC = by_name[Statistic.STUDENT_MAX], by_name[Statistic.TEACHER_MAX]
     student_sum_RC, teacher_sum_RC = by_name[Statistic.STUDENT_SUM], by_name[Statistic.TEACHER_SUM]
-    # From a rank's own frame to the frame of the whole row.  A rank without mass has a shift of
+    # From one rank's frame to the frame of the whole row.  A rank without mass has a shift of
     # -inf and sums of 0.
     student_max_C, teacher_max_C = student_max_RC.amax(0), teacher_max_RC.amax(0)
     student_shift_RC = (student_max_RC - student_max_C) / problem.temperature
@@ -206,7 +204,7 @@ def merge(problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -
     student_factor_RC, teacher_factor_RC = student_shift_RC.exp(), teacher_shift_RC.exp()
     mass_RC = student_sum_RC * student_factor_RC
     mass_C, teacher_mass_C = mass_RC.sum(0), (teacher_sum_RC * teacher_factor_RC).sum(0)
-    # sum e_q - sum e_p: a rank's own difference moves with its teacher's frame, its student sum
+    # sum e_q - sum e_p: one rank's difference moves with its teacher's frame, its student sum
     # with the distance of the two frames.
     difference_C = (
         by_name[Statistic.SUM_DIFFERENCE] * teacher_factor_RC

@@ -47,15 +47,16 @@ class CpuRows:
     DEVICES = ("cpu",)
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, model = ctypes.c_void_p, _Model
-        self._statistics, self._merge, self._gradient = (
-            library[f"mtopd_{name}"] for name in ("statistics", "merge", "gradient")
-        )
-        common = [_Shape, model, model, ctypes.c_float]
+        pointer = ctypes.c_void_p
+        self._statistics = library["mtopd_statistics"]
+        self._merge = library["mtopd_merge"]
+        self._gradient = library["mtopd_gradient"]
+        common = [_Shape, _Model, _Model, ctypes.c_float]
         self._statistics.argtypes = [pointer, pointer, *common, pointer, ctypes.c_int]
         gradient_arguments = [ctypes.c_int, _Mixture, pointer, pointer, pointer, ctypes.c_int]
         self._gradient.argtypes = [pointer, pointer, pointer, *common, *gradient_arguments]
-        number, size = ctypes.c_double, ctypes.c_int64
+        number = ctypes.c_double
+        size = ctypes.c_int64
         self._merge.argtypes = [pointer, pointer, size, size, number, number, ctypes.c_int, pointer]
         for function in (self._statistics, self._merge, self._gradient):
             function.restype = None
@@ -75,10 +76,8 @@ class CpuRows:
         return statistics_9C
 
     def merge(self, problem: RowProblem, statistics_R9C: Tensor, token_weight_C: Tensor) -> Tensor:
-        statistics_R9C, token_weight_C = (
-            statistics_R9C.contiguous(),
-            token_weight_C.float().contiguous(),
-        )
+        statistics_R9C = statistics_R9C.contiguous()
+        token_weight_C = token_weight_C.float().contiguous()
         rows_9C = torch.empty(len(Row), statistics_R9C.shape[2])
         self._merge(
             statistics_R9C.data_ptr(),
@@ -141,8 +140,8 @@ def _model(transform: LogitTransform) -> _Model:
 
 
 def _library() -> ctypes.CDLL:
-    """Compile once per source, compiler flags and torch version; processes wait for each other, the
-    kernel ends a dead one's lock.
+    """Compile once per source, compiler flags and torch version; processes wait for each other, and
+    the operating system releases the lock of a dead one.
     """
     flags = [
         "-O3",
@@ -157,9 +156,8 @@ def _library() -> ctypes.CDLL:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = folder / f"rows_cpu_{key.hexdigest()[:16]}.so"
-        if (
-            not library.exists()
-        ):  # it appears whole, by a rename: only those who build it need the lock
+        # It appears whole, by a rename: only a process that builds it needs the lock.
+        if not library.exists():
             with open(folder / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():

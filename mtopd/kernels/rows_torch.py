@@ -254,9 +254,8 @@ def _transform(raw_Kv: Tensor, transform: LogitTransform) -> tuple[Tensor, Tenso
     if transform.softcap is None:
         return logits_Kv, None
     logits_Kv /= transform.softcap
-    slope_Kv = logits_Kv.cosh().pow_(
-        -2
-    )  # keeps its relative accuracy where 1 - tanh**2 has cancelled
+    # This form keeps its relative accuracy where 1 - tanh**2 has cancelled.
+    slope_Kv = logits_Kv.cosh().pow_(-2)
     return logits_Kv.tanh_().mul_(transform.softcap), slope_Kv
 
 

@@ -249,35 +249,35 @@ def merge_kernel(
     excluded_log_e = tl.zeros((BLOCK,), tl.float64)
     for rank in range(num_ranks):
         ptr = statistics_ptr + rank * _NUM_STATISTICS * num_rows + row
-        own_student_max = tl.load(ptr, mask=mask, other=0.0)
-        own_p = tl.load(ptr + num_rows, mask=mask, other=1.0).to(tl.float64)
-        own_delta = tl.load(ptr + 2 * num_rows, mask=mask, other=0.0).to(tl.float64)
-        own_log_e = tl.load(ptr + 3 * num_rows, mask=mask, other=0.0).to(tl.float64)
-        own_teacher_max = tl.load(ptr + 4 * num_rows, mask=mask, other=0.0)
-        own_q = tl.load(ptr + 5 * num_rows, mask=mask, other=1.0).to(tl.float64)
-        own_difference = tl.load(ptr + 6 * num_rows, mask=mask, other=0.0).to(tl.float64)
-        own_excluded = tl.load(ptr + 7 * num_rows, mask=mask, other=0.0).to(tl.float64)
-        own_excluded_log_e = tl.load(ptr + 8 * num_rows, mask=mask, other=0.0).to(tl.float64)
-        has_p = own_student_max != _NEGINF
-        has_q = own_teacher_max != _NEGINF
+        rank_student_max = tl.load(ptr, mask=mask, other=0.0)
+        rank_p = tl.load(ptr + num_rows, mask=mask, other=1.0).to(tl.float64)
+        rank_delta = tl.load(ptr + 2 * num_rows, mask=mask, other=0.0).to(tl.float64)
+        rank_log_e = tl.load(ptr + 3 * num_rows, mask=mask, other=0.0).to(tl.float64)
+        rank_teacher_max = tl.load(ptr + 4 * num_rows, mask=mask, other=0.0)
+        rank_q = tl.load(ptr + 5 * num_rows, mask=mask, other=1.0).to(tl.float64)
+        rank_difference = tl.load(ptr + 6 * num_rows, mask=mask, other=0.0).to(tl.float64)
+        rank_excluded = tl.load(ptr + 7 * num_rows, mask=mask, other=0.0).to(tl.float64)
+        rank_excluded_log_e = tl.load(ptr + 8 * num_rows, mask=mask, other=0.0).to(tl.float64)
+        has_p = rank_student_max != _NEGINF
+        has_q = rank_teacher_max != _NEGINF
         shift_p = (
-            tl.where(has_p, own_student_max.to(tl.float64) - student_max.to(tl.float64), 0.0)
+            tl.where(has_p, rank_student_max.to(tl.float64) - student_max.to(tl.float64), 0.0)
             * inverse_temperature
         )
         shift_q = (
-            tl.where(has_q, own_teacher_max.to(tl.float64) - teacher_max.to(tl.float64), 0.0)
+            tl.where(has_q, rank_teacher_max.to(tl.float64) - teacher_max.to(tl.float64), 0.0)
             * inverse_temperature
         )
         factor_p = tl.where(has_p, tl.exp(shift_p), 0.0)
         factor_q = tl.where(has_q, tl.exp(shift_q), 0.0)
         frame = tl.where(has_p & has_q, shift_p - shift_q, 0.0)
-        mass += own_p * factor_p
-        teacher_mass += own_q * factor_q
-        difference += own_difference * factor_q + own_p * (factor_q - factor_p)
-        sum_delta += factor_p * (own_p * own_delta + (own_p - own_excluded) * frame)
-        sum_log_e += factor_p * own_p * (own_log_e + shift_p)
-        excluded += factor_p * own_excluded
-        excluded_log_e += factor_p * (own_p * own_excluded_log_e + own_excluded * shift_p)
+        mass += rank_p * factor_p
+        teacher_mass += rank_q * factor_q
+        difference += rank_difference * factor_q + rank_p * (factor_q - factor_p)
+        sum_delta += factor_p * (rank_p * rank_delta + (rank_p - rank_excluded) * frame)
+        sum_log_e += factor_p * rank_p * (rank_log_e + shift_p)
+        excluded += factor_p * rank_excluded
+        excluded_log_e += factor_p * (rank_p * rank_excluded_log_e + rank_excluded * shift_p)
     relative = difference / mass
     log_mass = tl.log(mass)
     log_ratio = tl.where(
@@ -304,20 +304,20 @@ def merge_kernel(
 
 
 @triton.jit
-def _mixture_term(own, mixture, delta, near_expm1, far_exp, is_near, w_own, w_other):
-    """Of KL(own || m): the Bregman term, log(m / own), log(m / own) - (m - own) / m.
+def _mixture_term(probs, mixture, delta, near_expm1, far_exp, is_near, w_self, w_other):
+    """Of KL(probs || m): the Bregman term, log(m / probs), log(m / probs) - (m - probs) / m.
 
-    m = w_own own + w_other other; delta = log own - log other; near_expm1 = expm1(-delta) where
-    is_near; far_exp = exp(-|delta|).
+    m = w_self * probs + w_other * other; delta = log probs - log other; near_expm1 = expm1(-delta)
+    where is_near; far_exp = exp(-|delta|).
     """
     is_small = delta > -0.5
     y = tl.where(is_small, w_other * tl.where(is_near, near_expm1, far_exp - 1.0), 0.0)
     log_small, remainder = _log1p(y)
-    log_ratio = tl.where(is_small, log_small, tl.log(w_own * far_exp + w_other) - delta)
+    log_ratio = tl.where(is_small, log_small, tl.log(w_self * far_exp + w_other) - delta)
     use_series = is_small & (tl.abs(y) < _SERIES_LIMIT)
     has_mass = mixture > 0
-    far_share = tl.where(has_mass, (mixture - own) / tl.where(has_mass, mixture, 1.0), 0.0)
-    term = tl.where(use_series, own * remainder, mixture - own - own * log_ratio)
+    far_share = tl.where(has_mass, (mixture - probs) / tl.where(has_mass, mixture, 1.0), 0.0)
+    term = tl.where(use_series, probs * remainder, mixture - probs - probs * log_ratio)
     excess = tl.where(use_series, y * (y / (1.0 + y)) - remainder, log_ratio - far_share)
     return term, log_ratio, excess
 

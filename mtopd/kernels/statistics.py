@@ -100,7 +100,8 @@ def distribution_statistics(
         )
     if k < 1:
         raise ValueError(f"k is {k}; at least 1 is needed")
-    tp, shard_rows = TensorParallel.of(tp_group), student_Nv.shape[1]
+    tp = TensorParallel.of(tp_group)
+    shard_rows = student_Nv.shape[1]
     check_numbers(
         positive={"temperature": temperature},
         finite={},
@@ -161,9 +162,8 @@ def _likeliest(both: list[Tensor], k: int, first: int) -> Tensor:
     top_22NK = both[0].new_full((2, 2, num_rows, k), -math.inf)
     top_22NK[1] = -1
     for model, logits_Nv in enumerate(both) if num_columns else ():
-        top = logits_Nv.topk(
-            min(k, num_columns), sorted=False
-        )  # sorting would be the dearest part of it
+        # Sorting would be the most expensive part of it.
+        top = logits_Nv.topk(min(k, num_columns), sorted=False)
         top_22NK[0, model, :, :num_columns] = top.values
         top_22NK[1, model, :, :num_columns] = top.indices + first  # below 2**24: exact in float32
     return top_22NK

@@ -66,13 +66,8 @@ def run_checks(rank: int, group: dist.ProcessGroup) -> None:
 def check_against_dense(group: dist.ProcessGroup, seed: int = 0) -> None:
     rows = ROWS * group.size()
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(9))
-    for vocab_size in (
-        None,
-        rows - 3,
-        rows - ROWS,
-        rows - ROWS - 5,
-        5,
-    ):  # padding: none, some, a whole rank and more
+    # Padding: none, some, a whole rank and more.
+    for vocab_size in (None, rows - 3, rows - ROWS, rows - ROWS - 5, 5):
         for options in (
             {},
             {
@@ -170,9 +165,8 @@ def check_collectives_travel_behind_products(group: dist.ProcessGroup) -> None:
             sharded(case, group, workspace_bytes=CHUNKED, divergence=name, beta=beta)
         starts = [i for i, event in enumerate(events) if event == "start"]
         last_wait = max(i for i, event in enumerate(events) if event == "wait")
-        steady = starts[
-            : -3 if name in ("reverse_kl", "forward_kl") else -4
-        ]  # the last chunk has no successor
+        # The last chunk has no successor.
+        steady = starts[: -3 if name in ("reverse_kl", "forward_kl") else -4]
         assert len(steady) >= 3
         for start in steady:
             assert events[start + 1 : start + 3].count("product") >= 1, (name, events)
@@ -239,8 +233,8 @@ def check_statistics(group: dist.ProcessGroup) -> None:
         columns = slice(group.rank() * ROWS, (group.rank() + 1) * ROWS)
         shards = (student[:, columns], teacher[:, columns])
         actual = distribution_statistics(*shards, vocab_size=vocab_size, k=8, tp_group=group)
-        for value, wanted in zip(actual, whole, strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-7)
+        for value, expected in zip(actual, whole, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
             copies = gather(value, group)
             assert all(torch.equal(copy, copies[0]) for copy in copies)
 

@@ -220,9 +220,8 @@ def check_ranks(kernels: RowKernels, device: str) -> None:
 def check_offsets(kernels: RowKernels, device: str) -> None:
     """Offsets common to a row, and ranks whose maxima are further apart than float32 exponentiates."""
     student_CV, teacher_CV = logits_like_a_model(2, 500, 0.5, seed=4)
-    student_CV, teacher_CV = (
-        z.mul(64).round().div(64) for z in (student_CV, teacher_CV)
-    )  # exact at 1e4
+    # Exact at 1e4.
+    student_CV, teacher_CV = (z.mul(64).round().div(64) for z in (student_CV, teacher_CV))
     for offset in (1e3, 1e4, -1e4):
         for name, beta in SIX:
             shifted = ((student_CV + offset).to(device), (teacher_CV - offset).to(device))
@@ -240,17 +239,19 @@ def check_offsets(kernels: RowKernels, device: str) -> None:
             cuts=(200,),
         )
         assert_close(actual, oracle(name, beta, near_CV, near_teacher_CV), (name, "near"))
-    for of_student, of_teacher in ((200, 0), (0, 200), (200, 200), (150, -150)):
+    for student_offset, teacher_offset in ((200, 0), (0, 200), (200, 200), (150, -150)):
         student, teacher = student_CV.clone(), teacher_CV.clone()
-        student[:, 250:] += of_student
-        teacher[:, 250:] += of_teacher
+        student[:, 250:] += student_offset
+        teacher[:, 250:] += teacher_offset
         for name, beta in SIX:
             actual = run(
                 kernels, problem(name, beta), student.to(device), teacher.to(device), cuts=(250,)
             )
             expected = oracle(name, beta, student, teacher)
             if expected.gradient_CV.norm() > 1e-6:  # differences of 300 in float32: an ulp is 3e-5
-                assert_close(actual, expected, (name, of_student, of_teacher), gradient_error=3e-5)
+                assert_close(
+                    actual, expected, (name, student_offset, teacher_offset), gradient_error=3e-5
+                )
             else:  # p is a single token, or both are: nothing to learn
                 assert actual.gradient_CV.norm() <= 1e-6
 
@@ -290,9 +291,8 @@ def check_transforms(kernels: RowKernels, device: str) -> None:
 
 
 _GRAD = [-0.029946, -0.081402, 0.111348]
-EXTREMES: dict[
-    str, tuple[list[float], list[float], float, list[float]]
-] = {  # spec: worked out in float64
+# Worked out in float64.
+EXTREMES: dict[str, tuple[list[float], list[float], float, list[float]]] = {
     "plain": ([1, 2, 3], [1, 2, 2.5], 0.02914512, _GRAD),
     "shifted": ([1001, 1002, 1003], [-999, -998, -997.5], 0.02914512, _GRAD),
     "both-neginf": ([1, 2, 3, -INF], [1, 2, 2.5, -INF], 0.02914512, [*_GRAD, 0]),
@@ -300,12 +300,8 @@ EXTREMES: dict[
     "p-0": ([0, 200, 1], [0, 1, 200], 199, [0, 0, 0]),
     "q-0": ([0, 1, 2], [0, 1, 200], 65.87469, [11.858622, 32.235073, -44.093697]),
     "identical-shifted": ([10001, 10002, 10003], [-9999, -9998, -9997], 0, [0, 0, 0]),
-    "no-mass": (
-        [0, 200, 1],
-        [-INF, 200, 1],
-        0,
-        [0, 0, 0],
-    ),  # excluded where the student has no float32 mass
+    # Excluded where the student has no float32 mass.
+    "no-mass": ([0, 200, 1], [-INF, 200, 1], 0, [0, 0, 0]),
 }
 
 
@@ -404,9 +400,8 @@ def check_identities(kernels: RowKernels, device: str) -> None:
             out = run(kernels, this, *(z.to(device) for z in damaged), cuts=(256,))
             assert out.value_C.isnan().tolist() == [False, False, True, False, False], (name, which)
             assert not out.gradient_CV[[0, 1, 3, 4]].isnan().any()
-            assert name == "tvd" or bool(
-                out.gradient_CV[2].isnan().any()
-            )  # a sign hides what it is the sign of
+            # A sign hides what it is the sign of.
+            assert name == "tvd" or bool(out.gradient_CV[2].isnan().any())
 
 
 CHECKS = [

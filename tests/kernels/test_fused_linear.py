@@ -16,11 +16,8 @@ ONE_ROW = 1  # workspace_bytes too small for a row: chunks of one
 FEW_ROWS = 300_000
 
 
-LEVELS = [
-    (1.15, 1.0),
-    (0.07, 4e-3),
-    (0.007, 4e-5),
-]  # noise of the teacher, and the reverse KL that it makes
+# Noise of the teacher, and the reverse KL that it makes.
+LEVELS = [(1.15, 1.0), (0.07, 4e-3), (0.007, 4e-5)]
 
 
 def assert_level(case: Case, level: float) -> None:
@@ -323,10 +320,10 @@ def test_bfloat16_operands(
     assert actual.loss.dtype == actual.per_token.dtype == actual.entropy.dtype == torch.float32
     # The value's error is that of float32 products: noise of 1e-6 in delta, squared or times delta.
     value_bound = {1.0: 1e-5, 4e-3: 1e-4, 4e-5: 1e-3}[level]
-    for got, wanted, bound in zip(
+    for value, expected, bound in zip(
         actual, oracle, (value_bound, value_bound, 2e-6, 3e-3, 3e-3), strict=True
     ):
-        assert relative_error(got.cpu(), wanted) <= bound
+        assert relative_error(value.cpu(), expected) <= bound
 
 
 def test_derivatives_are_collected_for_large_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,11 +46,8 @@ GRAD = [-0.029946, -0.081402, 0.111348]
         (from_logits([0, 200, 1], [0, 1, 200]), 199, [0, 0, 0]),
         (from_logits([0, 1, 2], [0, 1, 200]), 65.87469, [11.858622, 32.235073, -44.093697]),
         (from_logits([10001, 10002, 10003], [-9999, -9998, -9997]), 0, [0, 0, 0]),
-        (
-            from_logits([0, 200, 1], [-INF, 200, 1]),
-            0,
-            [0, 0, 0],
-        ),  # excluded where the student has no float32 mass
+        # Excluded where the student has no float32 mass.
+        (from_logits([0, 200, 1], [-INF, 200, 1]), 0, [0, 0, 0]),
     ],
     ids=[
         "plain",
@@ -196,7 +193,6 @@ def test_nan_logits_give_a_nan_loss() -> None:
         ({"divergence": "skewed_reverse_kl", "beta": 0}, "the limit at 0 is 'reverse_kl'"),
         ({"divergence": "skewed_forward_kl", "beta": INF}, "the limit at 0 is 'forward_kl'"),
         ({"divergence": "tvd", "beta": 0.1}, "divergence='tvd' takes no beta"),
-        ({"logits": "fp16"}, "logits='fp16' is unknown; known: 'fp32', 'bf16'"),
         ({"teacher_neginf": "clamp"}, "teacher_neginf='clamp' is unknown"),
         ({"backend": "liger"}, "backend='liger' is unknown"),
         ({"backend": "triton"}, "backend='triton' works on cuda, but the tensors are on cpu"),
@@ -308,18 +304,15 @@ def metered(monkeypatch: pytest.MonkeyPatch) -> None:
         {},
         {"student_softcap": 5.0, "teacher_softcap": 5.0, "temperature": 0.7},
         {"divergence": "jsd", "beta": 0.5},
-        {"logits": "bf16"},
     ],
-    ids=["plain", "softcap", "jsd", "bf16"],
+    ids=["plain", "softcap", "jsd"],
 )
-@pytest.mark.filterwarnings("ignore:logits='bf16'")
 def test_memory_does_not_grow_with_tokens_times_vocabulary(
     options: dict[str, Any], backend: str
 ) -> None:
-    workspace_bytes, largest = (
-        (4 if backend == "cpu" else 16) << 20,
-        [],
-    )  # plain torch: rows in float64
+    # Plain torch has its rows in float64.
+    workspace_bytes = (4 if backend == "cpu" else 16) << 20
+    largest = []
     for num_tokens in (64, 2048):
         case = make_case(num_tokens, 15, 16, 8192, masked=0, **options)
         hidden, weight = case.leaves()
@@ -388,15 +381,6 @@ def test_resident_memory_does_not_grow_with_tokens() -> None:
     assert many - few < 16 << 20, f"{few} bytes at 256 tokens, {many} at 8192"
 
 
-def test_bf16_logits_are_there_for_comparison() -> None:
-    """They carry a warning, and near convergence a gradient that is mostly noise."""
-    case = make_case(64, 96, 128, 2051, distance=0.07)
-    with pytest.warns(UserWarning, match="wrong gradients near convergence"):
-        rounded = fused(case, logits="bf16")
-    assert relative_error(rounded.weight_grad, dense(case).weight_grad) > 0.1
-    assert relative_error(fused(case).weight_grad, dense(case).weight_grad) < 1e-4
-
-
 def test_accumulator_takes_the_weight_gradient() -> None:
     """What was there stays; the parameter gets zeros, so that hooks fire, and a mark that says why."""
     case = make_case(vocab_size=990)
@@ -441,9 +425,8 @@ def test_accumulator_is_refused_under_recompute(use_reentrant: bool) -> None:
     hidden, weight = case.leaves()
     main_grad = torch.zeros(1003, 24)
 
-    def loss(
-        hidden_TD: Tensor,
-    ) -> Tensor:  # the last product keeps an input: backward has to run all of this again
+    # The last product keeps an input: backward has to run all of this again.
+    def loss(hidden_TD: Tensor) -> Tensor:
         loss = case.call(hidden_TD, weight, weight_grad_accumulator=main_grad).loss
         return loss + (hidden_TD * hidden_TD).sum()
 

@@ -48,7 +48,9 @@ def test_a_whole_vocabulary_over_eight_ranks(vocab_size: int, shard_rows: int) -
 def test_the_compiled_merge_is_the_plain_one(kind: rows.Kind) -> None:
     """Also of ranks without columns, or whose columns one side or both exclude, and NaN stays NaN."""
     generator = torch.Generator().manual_seed(3)
-    of_rows = rows.RowProblem(kind=kind, temperature=1.3, student=rows.LogitTransform(scale=0.7))
+    row_problem = rows.RowProblem(
+        kind=kind, temperature=1.3, student=rows.LogitTransform(scale=0.7)
+    )
     parts = []
     for rank in range(5):
         student_Cv = torch.randn(40, 33, generator=generator) * 4
@@ -61,20 +63,21 @@ def test_the_compiled_merge_is_the_plain_one(kind: rows.Kind) -> None:
             (31, teacher_Cv),
         ):
             excluded[row] = -math.inf if row < 30 or rank != 2 else excluded[row]
-        parts.append(rows_cpu.KERNELS.statistics(of_rows, student_Cv, teacher_Cv))
+        parts.append(rows_cpu.KERNELS.statistics(row_problem, student_Cv, teacher_Cv))
     statistics_R9C = torch.stack([*parts, rows.no_columns(40, student_Cv)])
     weight_C = torch.rand(40, generator=generator)
-    found, wanted = (
-        merge(of_rows, statistics_R9C, weight_C) for merge in (rows_cpu.KERNELS.merge, rows.merge)
+    found, expected = (
+        merge(row_problem, statistics_R9C, weight_C)
+        for merge in (rows_cpu.KERNELS.merge, rows.merge)
     )
-    assert bool((wanted[rows.Row.EXCLUDED_MASS] > 0).any()) and bool(
-        wanted[:, :30].isfinite().all()
+    assert bool((expected[rows.Row.EXCLUDED_MASS] > 0).any()) and bool(
+        expected[:, :30].isfinite().all()
     )
-    torch.testing.assert_close(found, wanted, rtol=3e-7, atol=0)
+    torch.testing.assert_close(found, expected, rtol=3e-7, atol=0)
     for name in (rows.Statistic.STUDENT_MAX, rows.Statistic.TEACHER_SUM):
         damaged = statistics_R9C.clone()
         damaged[1, name, 0] = math.nan
-        value_C = rows_cpu.KERNELS.merge(of_rows, damaged, weight_C)
+        value_C = rows_cpu.KERNELS.merge(row_problem, damaged, weight_C)
         assert value_C[:, 0].isnan().any() and torch.equal(value_C[:, 1:], found[:, 1:])
 
 

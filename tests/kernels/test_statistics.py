@@ -61,8 +61,8 @@ def expected(case: Case, k: int) -> list[Tensor]:
 def test_against_the_definitions(options: dict[str, Any], k: int, backend: str) -> None:
     case = make_case(distance=1.5, **options)
     actual = measure(case, k=k, backend=backend)
-    for name, value, wanted in zip(actual._fields, actual, expected(case, k), strict=True):
-        torch.testing.assert_close(value.double(), wanted.double(), rtol=2e-5, atol=2e-7, msg=name)
+    for name, value, oracle in zip(actual._fields, actual, expected(case, k), strict=True):
+        torch.testing.assert_close(value.double(), oracle.double(), rtol=2e-5, atol=2e-7, msg=name)
     assert options.get("student_logit_scale", 1) < 0 or 0 < actual.overlap_ratio.mean() < 1
 
 
@@ -70,9 +70,9 @@ def test_forward_kl_of_close_distributions() -> None:
     """It is put together from two sums that nearly cancel there."""
     for distance, tolerance in ((1e-1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3)):
         case = make_case(distance=distance)
-        wanted = expected(case, 1)[2]
-        assert 0.2 < wanted.mean() / distance**2 < 2
-        error = (measure(case).forward_kl.double() - wanted).norm() / wanted.norm()
+        forward_kl = expected(case, 1)[2]
+        assert 0.2 < forward_kl.mean() / distance**2 < 2
+        error = (measure(case).forward_kl.double() - forward_kl).norm() / forward_kl.norm()
         assert error < tolerance, (distance, error)
 
 

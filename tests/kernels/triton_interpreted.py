@@ -9,9 +9,8 @@ from row_cases import CHECKS, SIX
 from mtopd.kernels.rows_triton import KERNELS
 
 torch.set_num_threads(1)
-warnings.simplefilter(
-    "ignore", RuntimeWarning
-)  # numpy, about the NaN and inf that the kernels mask
+# Numpy's, about the NaN and inf that the kernels mask.
+warnings.simplefilter("ignore", RuntimeWarning)
 for check in CHECKS:
     check(KERNELS, "cpu")
     print(check.__name__)
