@@ -68,7 +68,9 @@ class CheckpointWriter:
     """
 
     def __init__(self, trainer: Trainer, run: RunDir, published: Callable[[int], None]) -> None:
-        self._trainer, self._run, self._published = trainer, run, published
+        self._trainer = trainer
+        self._run = run
+        self._published = published
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: _InFlight | None = None
 
@@ -77,7 +79,8 @@ class CheckpointWriter:
         for the next start.
         """
         self.wait()
-        trainer, rank = self._trainer, self._trainer.ranks.rank
+        trainer = self._trainer
+        rank = trainer.ranks.rank
         target = self._run.checkpoint(iteration)
         partial = target.with_name(f".{target.name}.tmp")
         if rank == 0:
@@ -85,9 +88,11 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         trainer.finish_param_sync()
+        # The asynchronous save plans the files and writes none: copy and write are done below.
         request = dist_checkpointing.save(
             _sharded_state(trainer, loading=False), str(partial), async_sharded_save=True
         )
+        # Copied now, written later: the next train step changes the tensors in place.
         buckets = [
             (
                 path,
@@ -106,13 +111,14 @@ class CheckpointWriter:
             "train_steps": trainer.steps_done,
         }
         written = self._thread.submit(
-            _write, buckets, transforms, partial / _rng_file(rank), _rng_state()
+            _write_buckets, buckets, transforms, partial / _rng_file(rank), _rng_state()
         )
         self._in_flight = _InFlight(iteration, partial, request, written, contents)
 
     def advance(self) -> None:
         """Publish the save in flight if every rank has written its part; returns at once."""
         if self._in_flight is not None:
+            # Ranks publish together: one that still writes keeps the others from it.
             done = torch.tensor(
                 int(self._in_flight.written.done()), device=self._trainer.ranks.device
             )
@@ -132,6 +138,7 @@ class CheckpointWriter:
             raise MtopdError(
                 f"cannot write checkpoint {save.partial}: {errors[0]}; the former one stays"
             )
+        # Megatron's finalizers gather the results of all ranks and write the index.
         if save.request.async_fn:
             save.request.async_fn_args[2].put(save.written.result().results)
         for finalize in save.request.finalize_fns:
@@ -139,8 +146,9 @@ class CheckpointWriter:
         if self._trainer.ranks.rank == 0:
             digests = {name: digest for outcome in outcomes for name, digest in outcome.items()}
             for path in save.partial.iterdir():  # what rank 0 wrote beside the tensors
-                digests.setdefault(path.name, _sha256(path))
+                digests.setdefault(path.name, _file_sha256(path))
             target = self._run.checkpoint(save.iteration)
+            # Sealed under its temporary name: what has the final name is whole.
             self._run.seal(save.partial, {"files": dict(sorted(digests.items())), **save.contents})
             replace_tree(save.partial, target)
             self._published(save.iteration)
@@ -160,12 +168,11 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     """
     folder = run.checkpoint(iteration)
     seal = _verified_seal(folder, trainer)
-    for what, here in _optimizer_kind(trainer).items():
-        if seal["optimizer"][what] != here:
+    for option, value in _optimizer_kind(trainer).items():
+        if seal["optimizer"][option] != value:
             raise MtopdError(
-                f"{folder} was written with {what}={seal['optimizer'][what]} and cannot be loaded "
-                f"with {what}={here}: "
-                "Megatron keeps the optimizer's state in another form; set it as it was"
+                f"{folder} was written with {option}={seal['optimizer'][option]} and cannot be "
+                f"loaded with {option}={value}: Megatron keeps the optimizer's state in another form; set it as it was"
             )
     state = dist_checkpointing.load(
         _sharded_state(trainer, loading=True),
@@ -175,6 +182,7 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     )
     with torch.no_grad():
         for index, chunk in enumerate(trainer.chunks):
+            # Not strict: `_sharded_state` leaves out Transformer Engine's (empty) extra state.
             missing, unexpected = chunk.load_state_dict(state[f"chunk{index}"], strict=False)
             assert not unexpected and all("_extra_state" in name for name in missing), (
                 missing,
@@ -203,18 +211,20 @@ def sealed(run: RunDir) -> list[int]:
 
 def prune(run: RunDir, *, keep: int) -> None:
     """Remove all sealed checkpoints but the newest ``keep``."""
-    for old in sealed(run)[:-keep]:
-        remove_tree(run.checkpoint(old))
+    for iteration in sealed(run)[:-keep]:
+        remove_tree(run.checkpoint(iteration))
 
 
 def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     """Megatron's description of every tensor: its place in the whole model, whatever the layout."""
+    # The form of the distributed optimizer's state that another layout can load.
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": trainer.ranks.dp_cp_group,
     }
+    # Before its first step an optimizer has no moments, and no place to load them into.
     create_state(trainer.optimizer)
     chunks = {
         f"chunk{index}": {
@@ -231,7 +241,7 @@ def _sharded_state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
     return {**chunks, "optimizer": optimizer}
 
 
-def _write(
+def _write_buckets(
     buckets: list[Any], transforms: object, rng_path: Path, rng_state: Mapping[str, torch.Tensor]
 ) -> _Written:
     """In the writer's thread: every bucket a file, written and synced by Megatron's own function."""
@@ -248,9 +258,9 @@ def _write(
         if isinstance(result, Exception):
             raise result
         results[index] = result
-        digests[bucket[1]] = _sha256(Path(bucket[0]))
+        digests[bucket[1]] = _file_sha256(Path(bucket[0]))
     save_file(dict(rng_state), rng_path)
-    digests[rng_path.name] = _sha256(rng_path)
+    digests[rng_path.name] = _file_sha256(rng_path)
     return _Written(results, digests)
 
 
@@ -303,13 +313,15 @@ def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
         raise MtopdError(
             f"{folder} is a link; a checkpoint lies in its run directory itself: remove the link"
         )
-    seal, ranks = read_seal(folder), trainer.ranks
+    seal = read_seal(folder)
+    ranks = trainer.ranks
     if not isinstance(seal.get("files"), dict):
         raise MtopdError(
             f"{folder / SEAL} lists no files: another version wrote {folder}; remove it or use "
             "that version"
         )
     found = {path.name: path for path in folder.iterdir() if path.name != SEAL}
+    # Names first: no file is read while one is missing, unknown or a link.
     wrong = sorted(found.keys() ^ seal["files"].keys())
     wrong += [
         name
@@ -317,11 +329,11 @@ def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
         if path.is_symlink() or not path.is_file()
     ]
     if not wrong:
-        mine = sorted(seal["files"])[ranks.rank :: ranks.world_size]
-        wrong = [name for name in mine if _sha256(found[name]) != seal["files"][name]]
-    of_ranks: list[list[str]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(of_ranks, wrong)
-    if bad := [name for names in of_ranks for name in names]:
+        share = sorted(seal["files"])[ranks.rank :: ranks.world_size]
+        wrong = [name for name in share if _file_sha256(found[name]) != seal["files"][name]]
+    wrong_by_rank: list[list[str]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(wrong_by_rank, wrong)
+    if bad := [name for names in wrong_by_rank for name in names]:
         raise MtopdError(
             f"{folder / bad[0]} does not match the checkpoint's seal; it was damaged or exchanged: "
             f"remove {folder} to "
@@ -330,7 +342,7 @@ def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
     return seal
 
 
-def _sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -355,6 +367,7 @@ class _LoadSharded(torch_strategy.TorchDistLoadShardedStrategy):
         self._index = index
 
     def load(self, sharded_state_dict: object, checkpoint_dir: str | Path) -> object:
+        # Megatron's load opens the index itself, by an unrestricted unpickler.
         original = torch_strategy._get_filesystem_reader
         torch_strategy._get_filesystem_reader = lambda folder, cache_metadata=False: _SealedReader(
             folder, self._index
@@ -383,11 +396,13 @@ def read_index(path: Path, files: Collection[str]) -> Metadata:
     Raises MtopdError for anything more: an entry that is no tensor would be unpickled by torch,
     whatever it holds.
     """
+    # An unpickler that refuses foreign classes is not enough: torch loads an entry that the index
+    # calls bytes with weights_only=False.
     index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
-    tensors = isinstance(index, Metadata) and all(
+    names_tensors = isinstance(index, Metadata) and all(
         isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()
     )
-    if not tensors:
+    if not names_tensors:
         raise MtopdError(
             f"{path} names pickled objects, which no checkpoint of this program holds; {_EXCHANGED}"
         )

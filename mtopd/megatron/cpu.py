@@ -78,9 +78,8 @@ def install() -> None:
     """
     if _installed:
         return
-    os.environ["TORCHDYNAMO_DISABLE"] = (
-        "1"  # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing here
-    )
+    # Megatron's jit_fuser is torch.compile: minutes of compiling for nothing on CPU.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # By default glibc stops giving freed blocks back once large ones have come and gone: every
     # streamed teacher would then leave memory behind (1010 MiB instead of 680 after 12 teachers).
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
@@ -88,6 +87,7 @@ def install() -> None:
     # already replaced.
     import megatron.core.tensor_parallel.random as megatron_random
 
+    # Megatron passes current_device() on as device=..., where an index would mean a GPU.
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.set_device = cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
@@ -96,6 +96,7 @@ def install() -> None:
     cuda.stream = lambda stream=None: contextlib.nullcontext()
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    # Tensor-parallel ranks draw from states of their own, swapped into torch's one generator.
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         torch.get_rng_state()
@@ -108,8 +109,8 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def own_code() -> Iterator[None]:
-    """Around code, or a function, that names its devices itself: there the mode would only cost
+def no_device_rewrite() -> Iterator[None]:
+    """Around code, or a function, that never writes device="cuda": the mode would only cost it
     time, 2 us for each torch call.
     """
     with torch._C.DisableTorchFunction() if _installed else contextlib.nullcontext():

@@ -37,7 +37,8 @@ class TeacherLayers:
     ) -> None:
         # Beyond the query groups Megatron reads the global (student's) tensor-parallel rank: wrong
         # on this mesh.  The slices of a store divide them.
-        is_latent, tp = config.multi_latent_attention, config.tensor_model_parallel_size
+        is_latent = config.multi_latent_attention
+        tp = config.tensor_model_parallel_size
         assert (config.num_attention_heads if is_latent else config.num_query_groups) % tp == 0
         assert not config.apply_query_key_layer_scaling, (
             "the number of a layer must not change its result"
@@ -61,7 +62,7 @@ class TeacherLayers:
             )
         self._kinds = [built[id(layer)] for layer in spec.layer_specs]  # by layer index
         self.layer = self._kinds[0]  # the layer last bound
-        self._rope = None  # latent attention turns its own
+        self._rope = None  # latent attention has rotary embeddings of its own
         if not config.multi_latent_attention:
             self._rope = RotaryEmbedding(
                 kv_channels=config.kv_channels,

@@ -117,7 +117,7 @@ def loss(
     # done here.
     if ddp.use_forward_hook:
         ddp.param_to_bucket_group[weight_vD].finish_param_sync()
-    with cpu.own_code():
+    with cpu.no_device_rewrite():
         value = objective(student_hidden_TD, weight_vD, micro_batch)
     if ddp.ddp_config.overlap_grad_reduce:
         value = ReachesWeight.apply(value, weight_vD)
@@ -134,9 +134,10 @@ class ReachesWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, weight_vD: torch.Tensor) -> torch.Tensor:
-        ctx.like = weight_vD.new_zeros(()).expand_as(weight_vD)
+        # Expanded from one number: no gradient of the weight's size is allocated.
+        ctx.zeros_vD = weight_vD.new_zeros(()).expand_as(weight_vD)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gradients[0], ctx.like
+        return gradients[0], ctx.zeros_vD

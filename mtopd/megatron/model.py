@@ -40,7 +40,7 @@ class HiddenStateModel(GPTModel):
         there.
         """
         if self.share_embeddings_and_output_weights:
-            # gives the embedding even when untied: ask only when tied
+            # It returns the embedding of untied models, too: call it for tied ones only.
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
@@ -48,7 +48,7 @@ class HiddenStateModel(GPTModel):
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Any:
     """Layer specs: Transformer Engine's where it is installed, Megatron's local ones where not."""
     if not have_transformer_engine():
-        return without_te.block_spec(config, vp_stage)
+        return without_te.local_block_spec(config, vp_stage)
     return get_gpt_decoder_block_spec(
         config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage
     )

@@ -45,6 +45,7 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
     )
+    # A partial: a field that the user's table sets, too, overrides instead of a TypeError.
     with megatron_refuses():
         optimizer_config = defaults(**fields)
     optimizer = get_megatron_optimizer(optimizer_config, list(ddp))

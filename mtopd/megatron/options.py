@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # What a run fixes by other keys, or by how it computes; the rest of Megatron's options passes
 # through.
-_OURS = {
+_SET_ELSEWHERE = {
     **{
-        f"{name}_parallel_size": f"student.parallel.{ours}"
-        for name, ours in (
+        f"{name}_parallel_size": f"student.parallel.{key}"
+        for name, key in (
             ("tensor_model", "tp"),
             ("pipeline_model", "pp"),
             ("virtual_pipeline_model", "vpp"),
@@ -139,11 +139,11 @@ def splits_unevenly(user: Mapping[str, object]) -> bool:
 
 def split_options(layers: Sequence[int]) -> list[str]:
     """The options, as the command line takes them, that give pipeline stages these ``layers``."""
-    first, *between, last = layers
+    first, *middle, last = layers
     options = [f"{_FIRST_STAGE}={first}", f"{_LAST_STAGE}={last}"]
-    if len({first, *between}) == 1:  # one option alone says it
+    if len({first, *middle}) == 1:  # one option alone says it
         del options[0]
-    elif len({*between, last}) == 1:
+    elif len({*middle, last}) == 1:
         del options[1]
     return [f"student.megatron.{option}" for option in options]
 
@@ -186,11 +186,11 @@ def sort_fields(user: Mapping[str, object]) -> MegatronFields:
         return MegatronFields(*tables)
     known = [{f.name: f for f in dataclasses.fields(kind)} for kind in megatron_dataclasses()]
     for name, value in user.items():
-        if name in _OURS:
-            raise MtopdError(f"student.megatron.{name} is not set here; set {_OURS[name]}")
+        if name in _SET_ELSEWHERE:
+            raise MtopdError(f"student.megatron.{name} is not set here; set {_SET_ELSEWHERE[name]}")
         if not any(name in fields for fields in known):
-            near = difflib.get_close_matches(name, [n for fields in known for n in fields], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            matches = difflib.get_close_matches(name, [n for fields in known for n in fields], n=1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else ""
             raise MtopdError(
                 f"student.megatron.{name} is not a field of Megatron's TransformerConfig, "
                 f"DistributedDataParallelConfig or OptimizerConfig{hint}"

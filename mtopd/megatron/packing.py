@@ -58,7 +58,7 @@ def loss_rows_of_rank(sample: TrainedTokens, seq_length: int, ranks: Ranks) -> l
     return [part for part in rows if part]
 
 
-@cpu.own_code()
+@cpu.no_device_rewrite()
 def pack_rows(
     samples: Sequence[TrainedTokens],
     token_weights: Sequence[float],
@@ -79,6 +79,7 @@ def pack_rows(
     starts = _starts(lengths)  # of the samples, one behind the other
     begins = starts[:-1] if packed else np.arange(len(samples)) * shape[1]
     place_of_token = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], lengths)
+    # The last token of a response is never an input: nothing after it is predicted.
     tokens = [part for s in samples for part in (s.prompt_ids, s.response_ids[:-1])]
     input_ids_BS = np.zeros(shape, np.int64)
     position_ids_BS = np.tile(np.arange(shape[1]), (shape[0], 1))
@@ -90,12 +91,14 @@ def pack_rows(
             starts = np.append(starts, shape[1])
         position_ids_BS[0] -= np.repeat(starts[:-1], np.diff(starts))
     if ranks.cp_size > 1:
-        whole = np.arange(shape[1])
+        positions_S = np.arange(shape[1])
         chunks = zigzag_chunks(shape[1], ranks.cp_rank, ranks.cp_size)
-        held = np.concatenate([whole[chunk] for chunk in chunks])
-        input_ids_BS, position_ids_BS = input_ids_BS.take(held, 1), position_ids_BS.take(held, 1)
+        held = np.concatenate([positions_S[chunk] for chunk in chunks])
+        input_ids_BS = input_ids_BS.take(held, 1)
+        position_ids_BS = position_ids_BS.take(held, 1)
         is_held = np.isin(positions, held)
-        positions, owners = np.searchsorted(held, positions[is_held]), owners[is_held]
+        positions = np.searchsorted(held, positions[is_held])
+        owners = owners[is_held]
     return PackedMicroBatch(
         input_ids_BS=torch.from_numpy(input_ids_BS).to(ranks.device),
         position_ids_BS=torch.from_numpy(position_ids_BS).to(ranks.device),
@@ -111,7 +114,5 @@ def pack_rows(
 
 
 def _starts(lengths: Sequence[int]) -> Integers:
-    """Where each of some things stands that lie one behind the other, and where the last one
-    ends.
-    """
+    """Start of each of several consecutive pieces of these ``lengths``, and the end of the last."""
     return np.cumsum([0, *lengths])

@@ -65,7 +65,8 @@ def initialize(layout: ParallelConfig, *, seed: int) -> Ranks:
 
     What the layout leaves over is data parallel.
     """
-    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     kind, _ = pick_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -163,6 +164,7 @@ def build_teacher_mesh(tp: int, ep: int = 1) -> TeacherMesh:
     ep_group, expert_peer_group = _rows_and_columns(ep)
     single, _ = _rows_and_columns(1)
     collection = ProcessGroupCollection()
+    # A teacher has only tp and ep: every other kind of group is this rank alone.
     for name in ("tp", "tp_cp", "tp_dp_cp", "mp"):
         setattr(collection, name, tp_group)
     for name in ("ep", "tp_ep", "tp_ep_pp"):

@@ -121,6 +121,7 @@ class Trainer:
             "one shape per train step"
         )
         batch_size, seq_length = shape[0], shape[1] * self.ranks.cp_size
+        # Used by `_scale`, for what routers add to the loss.
         self._num_positions = batch_size * seq_length * len(micro_batches) * self.ranks.dp_size
         self._num_backwards += 1
         # Every chunk of an interleaved schedule goes through all micro-batches by itself.
@@ -137,14 +138,15 @@ class Trainer:
             forward_only=False,
         )
 
-    @cpu.own_code()
+    @cpu.no_device_rewrite()
     def reduce(self, finish: Callable[[], LocalSums]) -> StepSums:
         """Hand the step's numbers, those that the objective finishes with, to every rank, in
         float64.  Collective: one reduction.
 
         The same reduction tells every rank whether one holds a gradient that is NaN or inf.
         """
-        local, ranks = finish(), self.ranks
+        local = finish()
+        ranks = self.ranks
         options: dict[str, Any] = {"dtype": torch.float64, "device": ranks.device}
         loss_rows = torch.zeros(len(local.loss_rows), **options)
         if local.loss_rows and ranks.is_last_stage and ranks.tp_rank == 0:  # alike on all tp ranks
@@ -195,6 +197,7 @@ class Trainer:
         Parameters stay.  Views (``main_grad``, buckets) stay valid: only their storages are emptied
         and filled again.
         """
+        # The plain optimizer of float32 weights holds the model's own parameters: they stay.
         weights = {
             p.untyped_storage().data_ptr() for chunk in self.chunks for p in chunk.parameters()
         }
@@ -213,18 +216,18 @@ class Trainer:
             t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.nbytes
         }
         storages = {pointer: s for pointer, s in storages.items() if pointer not in weights}
-        waiting = []
+        offloaded = []
         for storage in storages.values():
             host = torch.empty(
                 storage.nbytes(), dtype=torch.uint8, pin_memory=self.ranks.device.type == "cuda"
             )
             host.copy_(_bytes(storage))
-            waiting.append((storage, host))
+            offloaded.append((storage, host))
             storage.resize_(0)
         try:
             yield
         finally:
-            for storage, host in waiting:
+            for storage, host in offloaded:
                 storage.resize_(host.nbytes)
                 _bytes(storage).copy_(host)
 

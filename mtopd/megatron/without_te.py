@@ -112,7 +112,8 @@ class CausalAttention(MegatronModule):
         self, query_SBHC: torch.Tensor, key_SBGC: torch.Tensor, value_SBGC: torch.Tensor
     ) -> torch.Tensor:
         """[S, B, H, width of a value]"""
-        mask, cp_size = None, self._cp_group.size()
+        mask = None
+        cp_size = self._cp_group.size()
         if cp_size > 1:
             # Backward is a reduce-scatter: every rank's queries add to the gradient of every key.
             key_SBGC, value_SBGC = (
@@ -122,13 +123,16 @@ class CausalAttention(MegatronModule):
                 for x in (key_SBGC, value_SBGC)
             )
             position_S = torch.arange(len(key_SBGC), device=query_SBHC.device)
-            of_rank = [
+            # Keys come by rank, not by position: the mask compares the positions of both.
+            position_by_rank = [
                 torch.cat(
                     [position_S[chunk] for chunk in zigzag_chunks(len(position_S), rank, cp_size)]
                 )
                 for rank in range(cp_size)
             ]
-            mask = of_rank[self._cp_group.rank()][:, None] >= torch.cat(of_rank)[None, :]
+            local_position = position_by_rank[self._cp_group.rank()]
+            mask = local_position[:, None] >= torch.cat(position_by_rank)[None, :]
+        # Heads are split over tp: the tracked generator gives each tp rank a dropout of its own.
         dropout = self._dropout if self.training else 0.0
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             output_BHSC = F.scaled_dot_product_attention(
@@ -144,7 +148,7 @@ class CausalAttention(MegatronModule):
         return output_BHSC.permute(2, 0, 1, 3)
 
 
-def block_spec(
+def local_block_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer specs with the modules above."""
@@ -162,6 +166,7 @@ def block_spec(
                 "k_layernorm",
                 "kv_layernorm",
             ):
+                # Megatron's own wrapper refuses sequence parallelism; IdentityOp stays.
                 if getattr(getattr(part, name, None), "__name__", "") == "WrappedTorchNorm":
                     setattr(part, name, RMSNorm)
         attention.core_attention = CausalAttention
@@ -184,17 +189,17 @@ def install() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         utils: Any = moe_utils
-        utils.te_general_gemm = None  # tested against None where the router computes in float32
+        # The router in float32 compares the name with None, and it exists only with the import.
+        utils.te_general_gemm = None
     attention: Any = multi_latent_attention
-    # else it is a stand-in that isinstance() refuses
+    # Without it TELinear is a stand-in that isinstance() refuses; HAVE_TE is asked first.
     attention.HAVE_TE = isinstance(attention.TELinear, type)
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    restore, describe = (
-        DistributedOptimizer._set_main_param_and_optimizer_states,
-        DistributedOptimizer.state_dict,
-    )
+    restore = DistributedOptimizer._set_main_param_and_optimizer_states
+    describe = DistributedOptimizer.state_dict
+    # Installed before: a second wrapper around the first would hide the step from it.
     if getattr(restore, "keeps_step", False):
         return
 
