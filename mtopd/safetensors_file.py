@@ -53,6 +53,7 @@ def header_length(label: str, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
         raise _refusal(label, f"it has {size} bytes, the length of the header alone takes 8")
     (claimed,) = struct.unpack("<Q", prefix[:8])
+    # Checked before the header is read: a hostile length must not allocate memory.
     if claimed > min(MAX_HEADER_BYTES, size - 8):
         raise _refusal(label, f"its header claims {claimed} bytes in a file of {size}")
     return 8 + int(claimed)
@@ -61,8 +62,8 @@ def header_length(label: str, prefix: bytes, size: int) -> int:
 def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
     """Entries, in file order, of a file of ``size`` that begins with the whole header ``data``."""
 
-    def refuse(what: str) -> MtopdError:
-        return _refusal(label, what)
+    def refuse(problem: str) -> MtopdError:
+        return _refusal(label, problem)
 
     if header_length(label, data, size) != len(data):
         raise refuse(f"its header does not end at byte {len(data)}, where its manifest says")
@@ -105,6 +106,7 @@ def checked_entries(
             raise refuse(f"the entry of tensor {row[0]!r} is malformed: {str(row)[:200]}")
         entries.append(TensorEntry(name, dtype, tuple(shape), header + start, header + stop))
     entries.sort(key=lambda e: (e.start, e.stop))
+    # No gap, no overlap: every byte of the file belongs to exactly one tensor.
     expected = header
     for entry in entries:
         if entry.start != expected:
@@ -118,15 +120,18 @@ def checked_entries(
     return entries
 
 
-def _refusal(label: str, what: str) -> MtopdError:
-    return MtopdError(f"{label} is not a whole safetensors file: {what}; copy or export it again")
+def _refusal(label: str, problem: str) -> MtopdError:
+    return MtopdError(
+        f"{label} is not a whole safetensors file: {problem}; copy or export it again"
+    )
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
     """The header for (name, dtype, shape) in the order in which their bytes will follow, padded to
     64 bytes.
     """
-    table, offset = {}, 0
+    table: dict[str, object] = {}
+    offset = 0
     for name, dtype, shape in tensors:
         stop = offset + prod(shape) * item_size(dtype)
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}

@@ -172,7 +172,8 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
         if seal["optimizer"][option] != value:
             raise MtopdError(
                 f"{folder} was written with {option}={seal['optimizer'][option]} and cannot be "
-                f"loaded with {option}={value}: Megatron keeps the optimizer's state in another form; set it as it was"
+                f"loaded with {option}={value}: Megatron keeps the optimizer's state in "
+                "another form; set it as it was"
             )
     state = dist_checkpointing.load(
         _sharded_state(trainer, loading=True),

@@ -31,8 +31,8 @@ def write_report(run_dir: Path, console: Console) -> Report:
     write_atomic(run_dir / "report.html", render_page(record, report, str(run_dir)).encode())
     console.print(_console_table(report))
     checks = [
-        f"{name}: {found}, wanted {wanted}: {result}"
-        for name, found, wanted, result in check_rows(report)
+        f"{name}: {found}, expected {expected}: {result}"
+        for name, found, expected, result in check_rows(report)
     ]
     for line in (*checks, f"{verdict(report)}, report {run_dir / 'report.html'}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -39,15 +39,17 @@ def result_rows(report: Report) -> list[list[str]]:
 
 
 def check_rows(report: Report) -> list[list[str]]:
-    """Cells of the table of checks: what, found, wanted, verdict."""
+    """Cells of the table of checks: what, found, expected, verdict."""
     rows = []
     for name, check in report["checks"].items():
-        wanted = f"{check['expected']:,}" if "expected" in check else f"at most {check['at_most']}"
+        expected = (
+            f"{check['expected']:,}" if "expected" in check else f"at most {check['at_most']}"
+        )
         rows.append(
             [
                 name.replace("_", " "),
                 f"{check['found']:,}",
-                wanted,
+                expected,
                 "ok" if check["ok"] else "WRONG",
             ]
         )

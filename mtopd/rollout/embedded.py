@@ -11,7 +11,7 @@ sampling is the student's own distribution at temperature 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ import torch
 from mtopd.hf_checkpoint import fill, stored_names
 from mtopd.rollout.engine import Request, Response
 from mtopd.rollout.philox import uniform
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs
 
@@ -28,7 +31,7 @@ class EmbeddedEngine:
 
     def __init__(
         self,
-        hf_config: Any,
+        hf_config: PretrainedConfig,
         *,
         dtype: torch.dtype,
         vocab_size: int,
@@ -43,7 +46,7 @@ class EmbeddedEngine:
         )
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             if any(part in name for part in self._model._keep_in_fp32_modules_strict):
-                # as from_pretrained has it: a rounded bias chooses other experts
+                # As from_pretrained keeps it: a rounded router bias chooses other experts.
                 tensor.data = tensor.data.float()
         self._model.to(device).eval().requires_grad_(False)
         tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
@@ -52,20 +55,18 @@ class EmbeddedEngine:
             for name, tensor in self._model.state_dict().items()
             if name not in tied
         }
-        self._vocab_size, self._eos_id, self._pad_id, self._device = (
-            vocab_size,
-            eos_id,
-            pad_id,
-            device,
-        )
+        self._vocab_size = vocab_size
+        self._eos_id = eos_id
+        self._pad_id = pad_id
+        self._device = device
 
     def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
-        wanted = {stored for names in self._stored.values() for stored in names}
-        given = tensors.keys() - (
+        expected = {stored for names in self._stored.values() for stored in names}
+        found = tensors.keys() - (
             {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
         )
-        assert given == wanted, given ^ wanted
+        assert found == expected, found ^ expected
         for name, tensor in self._model.state_dict().items():
             if name in self._stored:
                 fill(tensor, self._stored[name], tensors)
@@ -121,11 +122,15 @@ class EmbeddedEngine:
                     running[i] = token != self._eos_id
             if not running.any():
                 break
-            ids_BS, position_BS = token_A[:, None], position_BS[:, -1:] + 1
+            ids_BS = token_A[:, None]
+            position_BS = position_BS[:, -1:] + 1
             mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)
+            # A finished row costs as much as a running one; dropping it copies the whole cache.
             if running.mean() < _COMPACT_BELOW:
                 keep = torch.from_numpy(np.flatnonzero(running)).to(self._device)
-                ids_BS, position_BS, mask_BS = ids_BS[keep], position_BS[keep], mask_BS[keep]
+                ids_BS = ids_BS[keep]
+                position_BS = position_BS[keep]
+                mask_BS = mask_BS[keep]
                 cache.batch_select_indices(keep)
                 row_A = row_A[running]
         return [

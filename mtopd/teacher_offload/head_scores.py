@@ -53,15 +53,16 @@ def noise_floor(store: TeacherStore, exact_TE: torch.Tensor, cached_TE: torch.Te
         )
         chunk_sums = torch.stack([exact_Tv.logsumexp(-1), cached_Tv.logsumexp(-1)])
         sums = torch.logaddexp(rank_sums, chunk_sums)
+        # Online softmax: what was summed so far moves to the new log-sum-exp.
         moved_T *= torch.exp(rank_sums[0] - sums[0])
         moved_T += (torch.exp(exact_Tv - sums[0][:, None]) * (exact_Tv - cached_Tv)).sum(-1)
         rank_sums = sums
     gathered = [torch.empty_like(rank_sums) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, rank_sums)
-    whole = torch.stack(gathered).logsumexp(0)
-    moved_T *= torch.exp(rank_sums[0] - whole[0])
+    totals = torch.stack(gathered).logsumexp(0)
+    moved_T *= torch.exp(rank_sums[0] - totals[0])
     dist.all_reduce(moved_T)
-    return float((moved_T - (whole[0] - whole[1])).clamp(min=0.0).mean())
+    return float((moved_T - (totals[0] - totals[1])).clamp(min=0.0).mean())
 
 
 def _head_rows(

@@ -66,12 +66,10 @@ class HeadSlot:
     def __init__(
         self, stores: Sequence[TeacherStore], *, first_row: int, num_rows: int, device: torch.device
     ) -> None:
-        self._stores, self._first_row, self._num_rows, self._device = (
-            stores,
-            first_row,
-            num_rows,
-            device,
-        )
+        self._stores = stores
+        self._first_row = first_row
+        self._num_rows = num_rows
+        self._device = device
         self._index: int | None = None
         self._head: TeacherHead | None = None
         self._leased = False
@@ -102,7 +100,8 @@ class HeadSlot:
                 f"a head is still referenced while teacher {teacher_index}'s is asked for"
             )
             started = time.perf_counter()
-            self._head, self._index = self._load(teacher_index), teacher_index
+            self._head = self._load(teacher_index)
+            self._index = teacher_index
             self.counters.stall_s += time.perf_counter() - started
             self._stage_next()
         self._leased = True
@@ -113,7 +112,8 @@ class HeadSlot:
 
     def drop(self) -> None:
         """Forget the resident head: the end of a train step."""
-        self._head, self._index = None, None
+        self._head = None
+        self._index = None
 
     def close(self) -> None:
         self.drop()
@@ -134,7 +134,9 @@ class HeadSlot:
             # the order was not what was announced: nothing can be read ahead
             self._expected.clear()
             self._stage(teacher_index)
-        staged, counters, store = self._staged, self.counters, self._stores[teacher_index]
+        staged = self._staged
+        counters = self.counters
+        store = self._stores[teacher_index]
         assert staged is not None
         count = staged.read.result()
         self._staged = None
@@ -143,6 +145,7 @@ class HeadSlot:
         )
         weight_vE[: len(staged.rows_vE)].copy_(staged.rows_vE)
         weight_vE[len(staged.rows_vE) :].zero_()
+        # The storage tells when the last reference is gone, a view's or an autograd graph's too.
         self._live += 1
         weakref.finalize(weight_vE.untyped_storage(), self._released)
         counters.loads[teacher_index] = counters.loads.get(teacher_index, 0) + 1
@@ -177,6 +180,7 @@ class HeadSlot:
         blocks = (
             store.head.blocks_of(start, start + (last - first) * row_bytes) if first < last else ()
         )
+        # Whole blocks, whose checksums can be verified: the rows are a view inside of them.
         needed = blocks[-1].stop - blocks[0].start if blocks else 0
         is_small = needed <= _KEPT_BYTES
         if is_small or self._host.nbytes < needed:

@@ -60,8 +60,9 @@ class TeacherStream:
         self.stores = stores
         self.meshes = meshes
         self.device = device
-        # of all ranks, for the loading thread alone: the default group is the caller's
-        self.everyone = dist.new_group()
+        # All ranks once more, for the loading thread alone: two threads' collectives in one group
+        # could pair up differently on another rank.
+        self.thread_group = dist.new_group()
         self.parts = [plan_parts(s, m) for s, m in zip(stores, meshes, strict=True)]
         self.reads = ReadAhead(
             self.parts,
@@ -113,7 +114,8 @@ class LayerStream:
     counters: StreamCounters = field(default_factory=StreamCounters)
 
     def __enter__(self) -> LayerStream:
-        store, mesh = self.stream.stores[self.teacher], self.stream.meshes[self.teacher]
+        store = self.stream.stores[self.teacher]
+        mesh = self.stream.meshes[self.teacher]
         self.device = self.stream.device
         self._parts = self.stream.parts[self.teacher]
         self._first_expert = mesh.ep_rank * store.num_experts // mesh.ep_size
@@ -130,7 +132,7 @@ class LayerStream:
         for buffer in self._buffers[: 1 if self._joins else 2]:
             self._give_back(buffer)
         self._ready: queue.SimpleQueue[_Loaded | BaseException] = queue.SimpleQueue()
-        self._lane = torch.cuda.Stream(self.device)
+        self._load_stream = torch.cuda.Stream(self.device)
         self._resident(0)
         self._loader = threading.Thread(target=self._load_all, name="teacher-load", daemon=True)
         self._loader.start()
@@ -184,7 +186,8 @@ class LayerStream:
             raise loaded
         torch.cuda.current_stream().wait_event(loaded.event)
         if loaded.buffer.is_cuda:
-            # it was allocated on the loading thread's
+            # Allocated on the loading thread's stream, used on this one: without this the allocator
+            # would reuse its memory too early.
             loaded.buffer.record_stream(torch.cuda.current_stream())
         return loaded
 
@@ -199,14 +202,14 @@ class LayerStream:
     # -- the loading thread ------------------------------------------------------------------------
     def _load_all(self) -> None:
         try:
-            with torch.cuda.stream(self._lane), torch.no_grad():
+            with torch.cuda.stream(self._load_stream), torch.no_grad():
                 for index, part in enumerate(self._parts):
                     if 0 < index < len(self._parts) - 1:
                         free = self._free.get()
                         if free is None:
                             return
                         buffer, used = free
-                        self._lane.wait_event(used)
+                        self._load_stream.wait_event(used)
                     else:
                         buffer = torch.empty(
                             part.device_bytes, dtype=torch.uint8, device=self.device
@@ -214,7 +217,7 @@ class LayerStream:
                     self._load((self.teacher, index), part, buffer)
                     event = torch.cuda.Event()
                     event.record()
-                    # this thread may wait: the share's host memory is reused from here on
+                    # The copies from the share's host memory are done: it may be read into again.
                     event.synchronize()
                     self.stream.reads.release()
                     self._ready.put(_Loaded(part, buffer, event))
@@ -227,20 +230,21 @@ class LayerStream:
         their ranks.
         """
         shares: list[torch.Tensor] = []
+        # A failed read is told to all ranks before any exchange, which would wait forever.
         error = None
         try:
             found, shares = self.stream.reads.take()
             assert found == key, (found, key)
         except MtopdError as failure:
             error = failure
-        _raise_together(error, self.stream.everyone, self.device)
+        _raise_together(error, self.stream.thread_group, self.device)
         mesh = self.stream.meshes[self.teacher]
         groups: dict[Group, dist.ProcessGroup] = {
-            "everyone": self.stream.everyone,
+            "everyone": self.stream.thread_group,
             "tp_peers": mesh.peer_group,
             "expert_peers": mesh.expert_peer_group,
         }
-        pending = []
+        pending: list[dist.Work] = []
         for r, share in zip(part.ranges, shares, strict=True):
             view = buffer[r.offset : r.offset + r.device_bytes]
             pending += _exchange(r, groups[r.group], share, view)
@@ -282,10 +286,11 @@ def _exchange(
     for.
     """
     if r.share_bytes is not None:
-        mine = view[r.group_rank * r.share_bytes : (r.group_rank + 1) * r.share_bytes]
-        mine[: share.nbytes].copy_(share, non_blocking=True)
-        return [dist.all_gather_single(view, mine, group=group, async_op=True)]
-    works = []
+        local = view[r.group_rank * r.share_bytes : (r.group_rank + 1) * r.share_bytes]
+        local[: share.nbytes].copy_(share, non_blocking=True)
+        return [dist.all_gather_single(view, local, group=group, async_op=True)]
+    # Shares that end at block borders may be uneven, and gloo has no uneven all-gather.
+    works: list[dist.Work] = []
     for owner in range(len(r.owners)):
         start, stop = r.bytes_of(owner)
         if start < stop:
@@ -319,7 +324,7 @@ class _Arena:
             return first.as_strided(shape, first.stride())
         nbytes = sum(p.nbytes for p in parts)
         joined = self._buffer[self._used : self._used + nbytes].view(first.dtype).view(shape)
-        # the next may be of a wider dtype
+        # The next weight may have a wider dtype; and products of unaligned memory round otherwise.
         self._used += -(-nbytes // JOIN_ALIGNMENT) * JOIN_ALIGNMENT
         torch.cat(parts, out=joined)
         return joined

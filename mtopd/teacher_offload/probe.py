@@ -43,20 +43,20 @@ def check_probe(
     probe.
 
     ``dtype`` is the one the teacher computes in ("float32", "bfloat16").  Raises MtopdError beyond
-    its tolerance, when a log-prob is not finite, and, in words of its own, when all are -ln V.
+    its tolerance, when a log-prob is not finite, and, with another message, when all are -ln V.
     """
-    wanted = np.asarray(reference["log_probs"], np.float64)
+    expected = np.asarray(reference["log_probs"], np.float64)
     found = np.asarray(log_probs, np.float64)
-    if found.shape != wanted.shape:
+    if found.shape != expected.shape:
         raise MtopdError(
-            f"teacher {name!r}: {found.shape} log-probs came out of a probe of {wanted.shape}"
+            f"teacher {name!r}: {found.shape} log-probs came out of a probe of {expected.shape}"
         )
     if np.abs(found + math.log(vocab_size)).max() < UNIFORM:
         raise MtopdError(
             f"teacher {name!r}: the teacher's weights were not loaded: every log-prob is -ln V = "
             f"{-math.log(vocab_size):.3f}; add the teacher again"
         )
-    difference = float(np.abs(found - wanted).mean())
+    difference = float(np.abs(found - expected).mean())
     if not difference <= TOLERANCE[dtype]:  # also when it is NaN
         raise MtopdError(
             f"teacher {name!r} is not the one that was added: its log-probs differ from those of "
@@ -128,8 +128,8 @@ class Probe:
             floor = noise_floor(store, rows_TE, cached_TE)
         if dist.get_rank() == 0:
             if reference["by"] == "self" and not proofs.reference_path(self._index).exists():
-                _write(proofs.reference_path(self._index), reference)
-            _write(proofs.noise_floor_path(self._index), {"nats": floor})
+                _write_values(proofs.reference_path(self._index), reference)
+            _write_values(proofs.noise_floor_path(self._index), {"nats": floor})
         proofs.noise_floors[self._index] = floor
         proofs.proved.add(self._index)
         self.report = {
@@ -153,6 +153,6 @@ def _find_reference(store: TeacherStore, path: Path) -> dict[str, Any]:
     return {"by": "self", "input_ids": ids, "targets": targets, "log_probs": None}
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
+def _write_values(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
     write_json(path, values)

@@ -40,7 +40,7 @@ class ReadCounters:
 
 
 @dataclass
-class _Share:
+class _PartShare:
     key: Key
     memory: torch.Tensor  # uint8, this rank's bytes of the part, range after range
     reads: list[Future[int]]
@@ -80,10 +80,10 @@ class ReadAhead:
         kept = sum(sizes[key] for key in self._keeps)
         self._ring = _Ring(min(budget - kept, sum(streamed)))
         self._ring_memory: torch.Tensor | None = None
-        self._kept: dict[Key, _Share] = {}
+        self._kept: dict[Key, _PartShare] = {}
         self._kept_bytes = 0
         self._expected: deque[Key] = deque()
-        self._ahead: deque[_Share] = deque()
+        self._ahead: deque[_PartShare] = deque()
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="teacher-read")
         self.counters = ReadCounters()
@@ -107,6 +107,7 @@ class ReadAhead:
         share = self._ahead[0]
         self.counters.bytes_read += sum(read.result() for read in share.reads)
         if not share.in_ring:
+            # Kept only from here on, when its reads are known to have succeeded.
             if not share.reads:
                 self.counters.bytes_kept += share.memory.nbytes
             share.reads = []
@@ -145,7 +146,7 @@ class ReadAhead:
                         self._readers.submit(read_blocks, *request)
                         for request in _requests(self._stores[key[0]], part, memory)
                     ]
-                    share = _Share(key, memory, reads, in_ring=key not in self._keeps)
+                    share = _PartShare(key, memory, reads, in_ring=key not in self._keeps)
                 self._expected.popleft()
                 self._ahead.append(share)
 
@@ -233,10 +234,10 @@ class _Ring:
     def _place(self, size: int) -> int | None:
         if not self._live:
             return 0 if size <= self.size else None
-        oldest, newest = self._live[0][0], self._live[-1][1]
-        # not wrapped: room behind the newest, else before the oldest
-        if self._live[-1][0] >= oldest:
-            if self.size - newest >= size:
-                return newest
-            return 0 if oldest >= size else None
-        return newest if oldest - newest >= size else None
+        used_from, used_to = self._live[0][0], self._live[-1][1]
+        # Not wrapped: room behind the newest share, else before the oldest.
+        if self._live[-1][0] >= used_from:
+            if self.size - used_to >= size:
+                return used_to
+            return 0 if used_from >= size else None
+        return used_to if used_from - used_to >= size else None

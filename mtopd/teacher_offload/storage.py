@@ -79,7 +79,7 @@ class FolderStorage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # that were looked at: resolving a path costs more than a small read
+        # Paths already checked: resolving one costs more than a small read.
         self._files: dict[str, Path] = {}
         self.location = str(folder)
 
@@ -108,7 +108,7 @@ class FolderStorage:
 
     def read_into(self, path: str, start: int, out: np.ndarray) -> None:
         file = self._inside(path)
-        done = 0
+        done = 0  # a read may be short: one call gives 2 GiB at most
         try:
             descriptor = os.open(file, os.O_RDONLY)
             try:
@@ -147,8 +147,8 @@ class ObjectStorage:
         self._obstore = obstore
         self.location = url.rstrip("/")
         try:
-            # No client options: given here they would hide those of the environment
-            # (AWS_ALLOW_HTTP, AWS_TIMEOUT).
+            # No client options: they would hide those of the environment (AWS_ALLOW_HTTP,
+            # AWS_TIMEOUT).
             self._store: Any = obstore.store.from_url(self.location, retry_config=_RETRY)
         except (obstore.exceptions.BaseError, ValueError, TypeError):
             raise MtopdError(
@@ -174,16 +174,16 @@ class ObjectStorage:
             if isinstance(
                 error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
             ):
-                what = "access was denied"
+                problem = "access was denied"
                 advice = (
                     "check the provider's credentials in the environment, e.g. AWS_ACCESS_KEY_ID"
                 )
             else:
-                what = f"the request failed, also after {_RETRIES} retries where one could help"
+                problem = f"the request failed, also after {_RETRIES} retries where one could help"
                 advice = "check the endpoint, e.g. AWS_ENDPOINT_URL, the region and the network"
             code = re.search(r"<Code>(\w+)</Code>", str(error))
-            said = f" (the server said {code[1]})" if code else ""
-            raise MtopdError(f"cannot read {label}: {what}{said}; {advice}") from None
+            answer = f" (the server said {code[1]})" if code else ""
+            raise MtopdError(f"cannot read {label}: {problem}{answer}; {advice}") from None
 
     def size(self, path: str) -> int | None:
         found = self._call(path, self._obstore.head)

@@ -232,7 +232,8 @@ def block_ranges(entries: Sequence[TensorEntry], header: int) -> list[tuple[int,
     """[start, stop) of every block of a file with ``header`` bytes of header: each section in steps
     of BLOCK_BYTES.
     """
-    bounds, section = [(0, header)], None
+    bounds = [(0, header)]
+    section = None
     for entry in entries:
         prefix = names.section_of(entry.name)
         if prefix == section:
@@ -270,7 +271,7 @@ def open_store(location: str | Path, *, expected: str | None = None) -> TeacherS
     do.
     """
     storage = open_storage(location)
-    where = f"{storage.location}/{names.MANIFEST}"
+    manifest_path = f"{storage.location}/{names.MANIFEST}"
     text = storage.read(names.MANIFEST, _MANIFEST_LIMIT)
     if text is None:
         raise MtopdError(
@@ -281,13 +282,13 @@ def open_store(location: str | Path, *, expected: str | None = None) -> TeacherS
         manifest = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MtopdError(
-            f"{where} is not valid JSON ({error}); it was damaged: copy the store again"
+            f"{manifest_path} is not valid JSON ({error}); it was damaged: copy the store again"
         ) from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         raise MtopdError(
-            f"{where} has schema {found!r}, this version reads {SCHEMA!r}; write the store again "
-            "with `mtopd teachers add`"
+            f"{manifest_path} has schema {found!r}, this version reads {SCHEMA!r}; write the "
+            "store again with `mtopd teachers add`"
         )
     try:
         files = {
@@ -302,24 +303,26 @@ def open_store(location: str | Path, *, expected: str | None = None) -> TeacherS
         }
         if missing := needed - set(store.files):
             raise MtopdError(
-                f"{where} lists no {sorted(missing)[0]}; write the store again with `mtopd "
+                f"{manifest_path} lists no {sorted(missing)[0]}; write the store again with `mtopd "
                 "teachers add`"
             )
+        # The fingerprint stands for every byte: file table -> sha256 -> block checksums -> bytes.
         if fingerprint(manifest["files"]) != store.fingerprint:
             raise MtopdError(
-                f"{where} was changed: its fingerprint does not match its file table; write the "
-                "store again"
+                f"{manifest_path} was changed: its fingerprint does not match its file table; "
+                "write the store again"
             )
         for path, file in store.files.items():
             if names.is_experts_path(path) and file.num_sections != store.num_experts:
                 raise MtopdError(
-                    f"{where} tells of {store.num_experts} experts, {path} has {file.num_sections}"
+                    f"{manifest_path} tells of {store.num_experts} experts, {path} has "
+                    f"{file.num_sections}"
                 )
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, MtopdError):
             raise
         raise MtopdError(
-            f"{where} is malformed ({type(error).__name__}: {error}); write the store again"
+            f"{manifest_path} is malformed ({type(error).__name__}: {error}); write the store again"
         ) from None
     if expected is not None and store.fingerprint != expected:
         raise MtopdError(
@@ -332,10 +335,11 @@ def open_store(location: str | Path, *, expected: str | None = None) -> TeacherS
 def file_in_manifest(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFile:
     """One file of a store by its entry of the manifest, which has to agree with itself."""
     label = f"{storage.location}/{_relative(storage.location, path)}"
-    size, header = int(entry["size"]), int(entry["header_bytes"])
+    size = int(entry["size"])
+    header = int(entry["header_bytes"])
 
-    def refuse(what: str) -> MtopdError:
-        return MtopdError(f"{label}: the manifest is malformed: {what}; copy the store again")
+    def refuse(problem: str) -> MtopdError:
+        return MtopdError(f"{label}: the manifest is malformed: {problem}; copy the store again")
 
     if not 0 < header <= min(size, 8 + MAX_HEADER_BYTES):
         raise refuse(f"a header of {header} bytes in a file of {size}")
@@ -344,7 +348,8 @@ def file_in_manifest(storage: Storage, path: str, entry: Mapping[str, Any]) -> S
         for name, dtype, shape, start, stop in entry["tensors"]
     )
     entries = tuple(checked_entries(rows, header, size, refuse))
-    ranges, crcs = block_ranges(entries, header), entry["block_crc32c"]
+    ranges = block_ranges(entries, header)
+    crcs = entry["block_crc32c"]
     if len(ranges) != len(crcs):
         raise MtopdError(
             f"{label}: the manifest lists {len(crcs)} block checksums for {len(ranges)} blocks"
@@ -369,7 +374,8 @@ def check_files(store: TeacherStore) -> TeacherStore:
 
 def check_file(file: StoreFile) -> None:
     """Raises MtopdError unless the file is there and its size and header are as in the manifest."""
-    location, size = file.storage.location, file.storage.size(file.path)
+    location = file.storage.location
+    size = file.storage.size(file.path)
     if size is None:
         raise MtopdError(
             f"teacher store {location} lacks {file.path}; copy it again or write it with `mtopd "

@@ -111,12 +111,12 @@ class StoreWriter:
             bad = {
                 Path(path).name
                 for path, entry in self._files.items()
-                if not self._whole(path, entry)
+                if not self._is_whole(path, entry)
             }
             self._files = {
                 path: entry for path, entry in self._files.items() if Path(path).name not in bad
             }
-        # first, which makes room; a record without its file would be dropped
+        # Unrecorded files go before anything is written: they may have filled the disk.
         for path in self.folder.iterdir():
             if path.name in (_RECORDS, _LOCK):
                 continue
@@ -127,7 +127,7 @@ class StoreWriter:
                 shutil.rmtree(path)
         self._record()
 
-    def _whole(self, path: str, entry: Mapping[str, Any]) -> bool:
+    def _is_whole(self, path: str, entry: Mapping[str, Any]) -> bool:
         try:
             file = file_in_manifest(FolderStorage(self.folder), path, entry)
             check_file(file)
@@ -195,6 +195,7 @@ def _locked(folder: Path) -> Iterator[None]:
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock on a file that was renamed meanwhile locks another store: try again.
             if _is_at(descriptor, folder / _LOCK):
                 yield
                 return
@@ -245,7 +246,7 @@ def write_store_file(path: Path, tensors: Sequence[Tensor]) -> dict[str, Any]:
             sums.add(chunk)
         file.flush()
         os.fsync(file.fileno())
-    # the second when this file was the first in its folder
+    # The parent as well: this file may be the first in its folder.
     for folder in (path.parent, path.parent.parent):
         fsync_dir(folder)
     blocks = [
@@ -309,6 +310,7 @@ def remove_store(folder: Path) -> None:
             f"{folder} is no teacher store (no teacher.json of ours); nothing was removed"
         )
     with _locked(folder) if (folder / _LOCK).exists() else contextlib.nullcontext():
+        # Renamed first: a kill leaves no half of it under a store's name.
         doomed = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.removed")
         os.replace(folder, doomed)
     # The marks go last: what a kill leaves here can be removed by the same rule.

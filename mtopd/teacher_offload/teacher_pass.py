@@ -30,7 +30,7 @@ class TeacherSample:
     rows: np.ndarray
 
 
-class Probe(Protocol):
+class PassProbe(Protocol):
     """What proves that this is the right teacher (`teacher_offload.probe`)."""
 
     @property
@@ -54,7 +54,7 @@ def run_teacher_pass(
     waves: Sequence[Wave],
     *,
     keep: Callable[[int, torch.Tensor], None],
-    probe: Probe | None = None,
+    probe: PassProbe | None = None,
 ) -> PassResult:
     """Run ``waves``, this replica's plan (the same on all its tp ranks), and hand the rows of
     samples to ``keep``.
@@ -67,9 +67,10 @@ def run_teacher_pass(
     done = []
     for wave in waves:
         probes = [probe] if probe is not None else []
-        probe = None  # once
+        probe = None  # in the first wave only
         ids = [np.asarray(p.input_ids, np.int64)[None] for p in probes]
-        ids += [_pad([samples[i] for i in batch]) for batch in wave.batches]
+        ids += [_right_pad([samples[i] for i in batch]) for batch in wave.batches]
+        # Layers of experts are collective: a replica with fewer batches runs a token of padding.
         ids += [np.zeros((1, 1), np.int64)] * (wave.num_batches - len(wave.batches))
         with stream.visit(teacher) as weights:
             rows_VE, first_row = weights.embedding()
@@ -92,7 +93,7 @@ def run_teacher_pass(
     return PassResult(done, sum(len(s.input_ids) for s in samples.values()))
 
 
-def _pad(batch: Sequence[TeacherSample]) -> np.ndarray:
+def _right_pad(batch: Sequence[TeacherSample]) -> np.ndarray:
     """[B, S] right-padded: causal attention never looks at what follows."""
     ids_BS = np.zeros((len(batch), max(len(s.input_ids) for s in batch)), np.int64)
     for row, sample in enumerate(batch):

@@ -14,5 +14,5 @@ def test_write_leaves_both_files_and_ends_with_the_verdict(run: RunDir) -> None:
         "consolidated: worst recovery 0.85, mean 0.90, reverse KL 0.18 -> 0.039 (5x), report "
         f"{run.path}/report.html"
     )
-    assert "head loads: 90, wanted 90: ok" in lines
+    assert "head loads: 90, expected 90: ok" in lines
     assert written(run)[2] == page  # the same run gives the same bytes
