@@ -420,7 +420,7 @@ def overlap(spec: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         stream.expect([0])
         if warm:
-            for ahead in stream.reads._ahead:
+            for ahead in stream.reads._shares:
                 for request in ahead.reads:
                     request.result()
             started = time.perf_counter()

@@ -80,7 +80,7 @@ def _teacher(
     record: RunRecord, steps: Sequence[TrainStepLine], teacher: Mapping[str, Any]
 ) -> dict[str, Any]:
     name = teacher["name"]
-    passes = [metrics for of, metrics in record.passes if of == name]
+    passes = [metrics for teacher_name, metrics in record.passes if teacher_name == name]
     return {
         "name": name,
         "fingerprint": teacher["fingerprint"],

@@ -144,13 +144,14 @@ def time_plot(report: Report) -> Plot:
 
 
 def memory_plot(report: Report, colours: Mapping[str, str]) -> Plot:
-    rows, whole = [("process, host", report["peak_host_bytes"], GREY)], []
+    stored: list[tuple[str, int]] = []
+    rows = [("process, host", report["peak_host_bytes"], GREY)]
     rows.append(("head, device", report["peak_head_bytes"], GREY))
     for t in reversed(report["teachers"]):
         name = _label(t["name"])
         rows.append((f"{name}: read ahead, host", t["peak_host_bytes"], colours[t["name"]]))
         rows.append((f"{name}: layers, device", t["peak_device_bytes"], colours[t["name"]]))
-        whole.append((rows[-1][0], t["stored_bytes"]))
+        stored.append((rows[-1][0], t["stored_bytes"]))
 
     def draw(axes: Axes) -> None:
         for name, count, colour in rows:
@@ -164,7 +165,7 @@ def memory_plot(report: Report, colours: Mapping[str, str]) -> Plot:
                     ha="center",
                     fontsize=9,
                 )
-        for name, count in whole:
+        for name, count in stored:
             if count:
                 axes.plot(
                     count, name, "o", markerfacecolor="none", markeredgecolor=GREY, markersize=7

@@ -83,7 +83,7 @@ class ReadAhead:
         self._kept: dict[Key, _PartShare] = {}
         self._kept_bytes = 0
         self._expected: deque[Key] = deque()
-        self._ahead: deque[_PartShare] = deque()
+        self._shares: deque[_PartShare] = deque()  # being read or read, in the order of use
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="teacher-read")
         self.counters = ReadCounters()
@@ -102,9 +102,9 @@ class ReadAhead:
 
         Raises MtopdError when a block could not be read or does not match its checksum.
         """
-        if not self._ahead:
+        if not self._shares:
             self._advance()
-        share = self._ahead[0]
+        share = self._shares[0]
         self.counters.bytes_read += sum(read.result() for read in share.reads)
         if not share.in_ring:
             # Kept only from here on, when its reads are known to have succeeded.
@@ -117,7 +117,7 @@ class ReadAhead:
 
     def release(self) -> None:
         """The part last taken is no longer used; its memory may be read into again."""
-        share = self._ahead.popleft()
+        share = self._shares.popleft()
         if share.in_ring:
             self._ring.free()
         self._advance()
@@ -136,7 +136,7 @@ class ReadAhead:
                 part = self._parts[key[0]][key[1]]
                 if key in self._kept:
                     share = self._kept[key]
-                elif any(share.key == key and not share.in_ring for share in self._ahead):
+                elif any(share.key == key and not share.in_ring for share in self._shares):
                     break  # a kept part expected twice: the second use waits until the first has it
                 else:
                     memory = self._memory(key, part.host_bytes)
@@ -148,7 +148,7 @@ class ReadAhead:
                     ]
                     share = _PartShare(key, memory, reads, in_ring=key not in self._keeps)
                 self._expected.popleft()
-                self._ahead.append(share)
+                self._shares.append(share)
 
     def _memory(self, key: Key, size: int) -> torch.Tensor | None:
         """Room for a share, or None while the ring is full."""
@@ -171,16 +171,16 @@ class ReadAhead:
     def _forget(self) -> None:
         """Drop what is expected and what was read ahead; nothing writes into the ring afterwards."""
         self._expected.clear()
-        reads = [read for share in self._ahead for read in share.reads]
+        reads = [read for share in self._shares for read in share.reads]
         for read in reads:
             read.cancel()
         wait(reads)
-        for share in self._ahead:
+        for share in self._shares:
             if share.in_ring:
                 self._ring.free()
             elif share.reads:
                 self._kept_bytes -= share.memory.nbytes  # never taken: not known to be whole
-        self._ahead.clear()
+        self._shares.clear()
 
 
 def _choose_kept(sizes: dict[Key, int], budget: int, largest: int) -> set[Key]:

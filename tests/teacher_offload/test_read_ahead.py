@@ -109,10 +109,10 @@ def test_reading_runs_ahead_over_layers_and_teachers(
 ) -> None:
     reads = open_reads(stores, parts, sum(sizes(parts)))
     reads.expect([(t, p) for t in (0, 1) for p in range(len(parts[t]))])
-    for share in reads._ahead:
+    for share in reads._shares:
         for read in share.reads:
             read.result(timeout=30)
-    assert [share.key[0] for share in reads._ahead] == [0] * 6 + [1] * 9, (
+    assert [share.key[0] for share in reads._shares] == [0] * 6 + [1] * 9, (
         "nothing but memory bounds the look-ahead"
     )
     reads.close()
