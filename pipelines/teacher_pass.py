@@ -86,9 +86,10 @@ def plan(session: Session, iteration: Iteration) -> list[Visit]:
     those of a pass that nothing disturbed.
     """
     offload, teachers = session.config.teacher_offload, session.teachers
-    all_missing, visits = missing(session, iteration), []
+    all_samples, all_missing = iteration.samples, missing(session, iteration)
+    visits = []
     for index, store in enumerate(teachers.stores):
-        samples = [s for s in iteration.samples if s.teacher_index == index]
+        samples = [s for s in all_samples if s.teacher_index == index]
         places = {i for i, s in enumerate(samples) if s.sample_id in all_missing}
         if places:
             waves = plan_pass(
