@@ -199,7 +199,7 @@ class BareSteps:
                 del head
             heads.drop()
             heads.take_counters()
-        with train.open_states(session, self.iteration) as states:
+        with train.open_hidden_states(session, self.iteration) as states:
             for plan in self.plans:
                 runs = train.teacher_runs(session, self.iteration, plan)
                 packed = train.pack(session, self.iteration, plan, runs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from mtopd.dtypes import torch_dtype
-from mtopd.families import FAMILIES
+from mtopd.families import FAMILIES, model_facts
 from mtopd.files import publish_tree, remove_tree
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.types import MtopdError
@@ -165,6 +165,27 @@ def fill(tensor: torch.Tensor, names: Sequence[str], tensors: Tensors) -> None:
                 f"{tuple(piece.shape)}"
             )
         piece.copy_(found)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an HF checkpoint that answering takes."""
+    stored, facts = HFTensors(folder), model_facts(load_hf_config(folder))
+    return {name: stored[name] for name in stored if not facts.is_further_head(name)}
+
+
+def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
+    """The plain mean of checkpoints, in the dtype of the first: a running float32 sum, so that one
+    checkpoint is in memory beside it.
+    """
+    first, *others = folders
+    weights = read_weights(first)
+    sums = {name: tensor.float() for name, tensor in weights.items()}
+    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+    del weights
+    for folder in others:
+        for name, tensor in read_weights(folder).items():
+            sums[name] += tensor.float()
+    return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}
 
 
 # -- writing ---------------------------------------------------------------------------------------

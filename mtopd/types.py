@@ -111,12 +111,6 @@ class TrainStepPlan:
     num_tokens: Mapping[int, int]  # loss tokens of each teacher in the whole mini-batch (N_i)
     waste: float  # share of all rows that is padding
 
-    def teachers_of(self, dp_rank: int) -> list[int]:
-        """Distinct teacher indices in this dp rank's part, ascending: the head loads this train
-        step needs there.
-        """
-        return sorted({s.teacher_index for mb in self.micro_batches[dp_rank] for s in mb.samples})
-
 
 @dataclass(frozen=True, slots=True)
 class SampleRows:

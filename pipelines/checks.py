@@ -1,6 +1,7 @@
 """Every refusal that needs no process group: one clear line for each mistake a user can make.
 
-Whether a layout fits is said here alone; the parts that rely on it assert it.
+Whether model and layout fit is said here; what the settings alone show is in `config`; the parts
+that rely on either assert it.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def consolidate(
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
     run = RunDir(loaded.run_dir)
     final = run.export(loaded.train.num_iterations)
-    start.run(run, loaded, prepared, "consolidate:main", final=final)
+    start.start_ranks(run, loaded, prepared, "consolidate:main", final=final)
     if is_first():
         write_report(loaded.run_dir, console if loaded.log_json else Console())
 
@@ -95,7 +95,7 @@ def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJso
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
     run, final = RunDir(loaded.run_dir), loaded.run_dir / "export" / "final"
-    start.run(run, loaded, prepare.specialist, "supervised:main", final=final)
+    start.start_ranks(run, loaded, prepare.specialist, "supervised:main", final=final)
     if is_first() and loaded.store is not None:
         stores.add(loaded.store.name, final, loaded.store.path, console, slices=loaded.store.slices)
 

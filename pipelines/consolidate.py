@@ -1,12 +1,12 @@
 """Consolidate many teachers into one student by on-policy distillation.
 
-One iteration has four phases; each leaves files that the next one reads, and can be run alone from
-them:
+One iteration has four phases.  The first three can each be run alone, from the files of the one
+before:
 
     rollout         trajectories/   the student answers prompts; every prompt names its teacher
     teacher pass    hidden_cache/   teachers are streamed one after the other, each reads its own
     train           metrics.jsonl   exact reverse KL, samples sorted by teacher, one head resident
-    update weights  checkpoints/    the student's weights go to the rollout engine
+    update weights  -               the student's weights go to the rollout engine
 
 A run that was killed and is started again continues from the newest checkpoint; what was sealed is
 not done again.
@@ -23,11 +23,11 @@ from .session import Session
 def main(run_dir: Path, generation: int) -> None:
     """All iterations, on this rank."""
     session = Session(run_dir, generation)
-    start = session.resume()
+    first = session.resume()
     evaluate.baselines(session)
-    evaluate.run(session, start)
+    evaluate.run(session, first)
 
-    for iteration in session.iterations(start):
+    for iteration in session.iterations(first):
         # 1. The student answers: only its own current tokens are ever trained on.
         with session.timed("rollout", iteration):
             rollout.run(session, iteration)

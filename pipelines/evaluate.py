@@ -8,16 +8,14 @@ that does not end by itself is wrong, whatever it says.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mtopd.data import CORRECT_SCORE
-from mtopd.families import model_facts
 from mtopd.files import write_json
-from mtopd.hf_checkpoint import HFTensors, load_hf_config
+from mtopd.hf_checkpoint import average_weights, read_weights
 from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches
@@ -53,7 +51,7 @@ def run(session: Session, iteration: Iteration) -> None:
         if session.ranks.rank == 0:
             write(session.run, iteration.evaluation.stem, found)
     session.metrics.write(EvaluationLine(found), num_done)
-    session.progress.note(f"iteration {num_done}: {in_words(found)}")
+    session.progress.note(f"iteration {num_done}: {format_accuracy(found)}")
 
 
 def baselines(session: Session) -> None:
@@ -80,28 +78,7 @@ def baselines(session: Session) -> None:
             write(session.run, "baselines", {"models": results, "weight_average": average})
     for name, found in (*results.items(), ("weight average", average)):
         if found is not None:
-            session.progress.note(f"{name}: {in_words(found)}")
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an HF checkpoint that answering takes."""
-    stored, facts = HFTensors(folder), model_facts(load_hf_config(folder))
-    return {name: stored[name] for name in stored if not facts.is_further_head(name)}
-
-
-def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
-    """The plain mean of checkpoints, in the dtype of the first: a running float32 sum, so that one
-    checkpoint is in memory beside it.
-    """
-    first, *others = folders
-    weights = read_weights(first)
-    sums = {name: tensor.float() for name, tensor in weights.items()}
-    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-    del weights
-    for folder in others:
-        for name, tensor in read_weights(folder).items():
-            sums[name] += tensor.float()
-    return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}
+            session.progress.note(f"{name}: {format_accuracy(found)}")
 
 
 def accuracy(engine: Engine, prompts: Prompts, student: Student, max_response: int) -> Accuracy:
@@ -133,7 +110,7 @@ def accuracy(engine: Engine, prompts: Prompts, student: Student, max_response: i
     }
 
 
-def in_words(found: Accuracy) -> str:
+def format_accuracy(found: Accuracy) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 

@@ -14,7 +14,7 @@ from mtopd.types import SampleMetadata
 
 
 class Iteration:
-    """The noun that every phase takes.  Number n begins with the student after n iterations."""
+    """What every phase works on.  Number n begins with the student after n iterations."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Iteration:
 
     @property
     def next(self) -> Iteration:
-        """The one that begins with what this one leaves; after the last it is a name alone."""
+        """The one that begins with what this one leaves; after the last it has a number, no files."""
         return Iteration(self.number + 1, self._run, self._config, self._teachers, self._ranks)
 
     @property
@@ -44,15 +44,15 @@ class Iteration:
 
     @property
     def seed(self) -> int:
-        """Of the order in which the samples are trained."""
+        """Seed of the shuffle of samples into train steps."""
         return self._seed(self.number)
 
-    def train_step(self, number: int) -> int:
+    def step_number(self, number: int) -> int:
         """The number in the run of this iteration's train step ``number``."""
         return self.number * self._config.train.train_steps_per_iteration + number
 
     def step_seed(self, train_step: int) -> int:
-        """Of what a train step draws."""
+        """Seed of the tokens that a train step measures its statistics on."""
         return self._seed(train_step)
 
     def _seed(self, number: int) -> int:

@@ -36,9 +36,9 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
     with session.timed(phase, iteration):
         PHASES[phase].run(session, iteration)
     if phase == "train":
-        # Nothing goes for it: this is a look at one phase.
+        # Nothing is pruned for this checkpoint: the run itself has not moved on.
         trainer = session.student.trainer
         writer = checkpoint.CheckpointWriter(trainer, session.run, lambda published: None)
-        writer.save(chosen + 1, session.state())
+        writer.save(chosen + 1, session.checkpoint_state())
         writer.close()
     session.close()

@@ -42,12 +42,12 @@ def consolidate(
     manifest = {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table}
     for change in _start(run, config, manifest, accept_changed=accept_changed):
         say(f"accepted: {change}")
-    say_split(config, max(store.hidden_size for store in stores), say)
+    report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
     write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
 
 
-def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
+def report_stage_imbalance(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
     """Where the output layers make the other pipeline stages wait: by how much, and which split is
     better.
     """
@@ -75,7 +75,8 @@ def say_split(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> 
 
 def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     """Check a supervised run and write its run directory's first files.  The caller holds the lock."""
-    # Nothing is promised of another layout: experts may be balanced by a loss.
+    # A specialist may use a load-balancing loss: it need not give the same numbers on another
+    # layout.
     tokenizer = check_student(config.student, deterministic=False)
     check_world(config.student)
     check_batch(config)

@@ -28,7 +28,7 @@ from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress
 from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
-from mtopd.teacher_offload.probe import Proofs
+from mtopd.teacher_offload.probe import TeacherProbes
 from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.teacher_offload.teachers import Teachers
 from mtopd.tokenizer import tokenizer_hash
@@ -40,7 +40,9 @@ from .student import Student
 
 
 class Session:
-    """One rank from its start to its end.  Every method is collective."""
+    """One rank from its start to its end.  ``timed``, ``resume``, ``restore``, ``save``, ``finish`` and
+    ``close`` are collective.
+    """
 
     def __init__(self, run_dir: Path, generation: int) -> None:
         self.run = RunDir(run_dir, generation)
@@ -54,7 +56,7 @@ class Session:
         self.engine.update_weights(self.student.weights())
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)
-        self.proofs = Proofs(self.run.path, self.teachers)
+        self.probes = TeacherProbes(self.run.path, self.teachers)
         is_first = self.ranks.rank == 0
         as_json = self.config.log_json
         self.metrics = MetricsWriter(self.run.metrics, enabled=is_first, echo=as_json)
@@ -66,9 +68,9 @@ class Session:
     def iteration(self, number: int) -> Iteration:
         return Iteration(number, self.run, self.config, self.teachers, self.ranks)
 
-    def iterations(self, start: Iteration) -> Iterator[Iteration]:
-        """``start`` and all that follow."""
-        for number in range(start.number, self.config.train.num_iterations):
+    def iterations(self, first: Iteration) -> Iterator[Iteration]:
+        """``first`` and all that follow."""
+        for number in range(first.number, self.config.train.num_iterations):
             yield self.iteration(number)
 
     @contextlib.contextmanager
@@ -83,10 +85,10 @@ class Session:
         started = time.perf_counter()
         yield
         line = PhaseLine(phase, time.perf_counter() - started)
-        # Time that a killed start spent was spent, too: every start has its own line.
+        # Each start has its own line, so that time lost to a kill is counted.
         self.metrics.write(line, iteration.number, part=f"start {self.run.generation}")
 
-    def leave_out_step(self, step: int, why: str) -> None:
+    def skip_step(self, step: int, why: str) -> None:
         """Count a refused train step: weights, optimizer and schedule are as before.  Raises
         MtopdError if it is one too many.
         """
@@ -116,7 +118,7 @@ class Session:
         """Load the checkpoint that ``iteration`` begins with."""
         state = checkpoint.load(self.student.trainer, self.run, iteration.number)
         folder = self.run.checkpoint(iteration.number)
-        check_accepted(self.run, folder, state["taught_by"], taught_by(self))
+        check_accepted(self.run, folder, state["taught_by"], teacher_identities(self))
         self.num_bad_steps = int(state["bad_steps"])
         self.engine.update_weights(self.student.weights())
 
@@ -125,16 +127,14 @@ class Session:
         is_due = (iteration.number + 1) % self.config.checkpoint.every == 0
         if is_due or iteration.is_last:
             with self.timed("checkpoint", iteration):
-                self.checkpoints.save(iteration.number + 1, self.state())
+                self.checkpoints.save(iteration.number + 1, self.checkpoint_state())
 
-    def state(self) -> dict[str, Any]:
+    def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trainer's own."""
-        return {"bad_steps": self.num_bad_steps, "taught_by": taught_by(self)}
+        return {"bad_steps": self.num_bad_steps, "taught_by": teacher_identities(self)}
 
     def _retain(self, published: int) -> None:
-        """What a published checkpoint replaces goes: older ones, and iterations whose weights it
-        holds.
-        """
+        """Remove older checkpoints, and the files of iterations before the newest one."""
         checkpoint.prune(self.run, keep=self.config.checkpoint.keep)
         for done in range(published - 1):  # the newest iteration stays to be looked at
             remove_tree(self.run.iteration(done))
@@ -160,7 +160,7 @@ class Session:
         dist.destroy_process_group()
 
 
-def taught_by(session: Session) -> dict[str, Any]:
+def teacher_identities(session: Session) -> dict[str, Any]:
     """Who teaches what, in which tokens, as JSON has it."""
     config, stores = session.config, session.teachers.stores
     teachers = [

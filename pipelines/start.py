@@ -1,6 +1,6 @@
 """Start the ranks of a run on this node with torchrun's library, or take part in an outer torchrun.
 
-Every verb that runs ranks comes here: `run` locks the run directory, lets the verb check and write
+Every verb that runs ranks comes here: `start_ranks` locks the run directory, lets the verb check and write
 what its ranks read, and then calls one function on every rank.
 
 A rank that was started here dies with its launcher: the kernel sends it SIGKILL
@@ -36,7 +36,7 @@ Config = TypeVar("Config", ConsolidateConfig, SpecialistConfig)
 _PR_SET_PDEATHSIG = 1
 
 
-def run(
+def start_ranks(
     run: RunDir,
     config: Config,
     prepare: Callable[[Config, RunDir, Callable[[str], None]], None],
@@ -59,7 +59,7 @@ def run(
         return False
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _take_part(run, is_ready, target, *arguments)
+        _join_outer_torchrun(run, is_ready, target, *arguments)
         return
     with run.lock():
         if is_ready():
@@ -78,10 +78,12 @@ def phase(run_dir: Path, name: str, iteration: int | None, overrides: list[str])
         )
     config = load_config(run_dir / "config.yaml", overrides, ConsolidateConfig)
     chosen = "newest" if iteration is None else str(iteration)
-    run(RunDir(run_dir), config, prepare.consolidate, "phase:main", name, chosen)
+    start_ranks(RunDir(run_dir), config, prepare.consolidate, "phase:main", name, chosen)
 
 
-def _take_part(run: RunDir, is_ready: Callable[[], bool], target: str, *arguments: str) -> None:
+def _join_outer_torchrun(
+    run: RunDir, is_ready: Callable[[], bool], target: str, *arguments: str
+) -> None:
     """One rank of an outer torchrun.  Rank 0 locks and prepares; the others wait for its word."""
     import torch.distributed as dist
 
@@ -136,7 +138,7 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
         )
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.update(GLOO_SOCKET_IFNAME="lo", TORCHDYNAMO_DISABLE="1")
-        # our one line says it
+        # our error line replaces torch's report
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         entry = ["-u", "-m", "mtopd.pipelines.start"]
         rank = [target, str(run_dir), str(generation), str(error_path), *arguments]

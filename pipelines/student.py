@@ -1,4 +1,6 @@
-"""The model that is trained, on this rank, and the way of its weights out: to a rollout engine, to HF."""
+"""The model that is trained, on this rank, and the export of its weights, to a rollout engine or as
+an HF checkpoint.
+"""
 
 from __future__ import annotations
 

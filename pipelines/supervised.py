@@ -74,7 +74,7 @@ def main(run_dir: Path, generation: int) -> None:
 
     checkpoints.close()
     found = accuracy()
-    progress.note(evaluate.in_words(found))
+    progress.note(evaluate.format_accuracy(found))
     if is_first:
         evaluate.write(run, "final", found)
     metrics.close()
@@ -110,7 +110,7 @@ def train_step(
         raise MtopdError(
             f"train step {step} was refused: {error}, the loss is {loss}; weights are as after the "
             "step before.  Lower train.optimizer.lr, or look at its examples: "
-            f"{named(drawn, prompts.names)}"
+            f"{describe_rows(drawn, prompts.names)}"
         ) from None
     seconds = time.perf_counter() - started
     return SupervisedStepLine(
@@ -146,13 +146,15 @@ def draw(
     ]
 
 
-def named(drawn: list[tuple[int, int]], names: Sequence[str]) -> str:
+def describe_rows(drawn: list[tuple[int, int]], names: Sequence[str]) -> str:
     """The rows of each source, ascending."""
     rows = {
         name: sorted({row for source, row in drawn if source == number})
         for number, name in enumerate(names)
     }
-    return "; ".join(f"{name} {', '.join(map(str, of))}" for name, of in rows.items() if of)
+    return "; ".join(
+        f"{name} {', '.join(map(str, numbers))}" for name, numbers in rows.items() if numbers
+    )
 
 
 def pack(

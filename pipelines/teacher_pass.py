@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Visit:
+class TeacherPlan:
     """One teacher's work in this iteration: the batches in which a sample has no rows yet."""
 
     teacher: int
@@ -65,29 +65,29 @@ def run(session: Session, iteration: Iteration) -> None:
                 len(found.dropped),
             )
     dist.barrier()
-    visits = plan(session, iteration)
-    if visits:
-        teachers.stream.expect([v.teacher for v in visits for _ in v.waves[0]])
-    for visit in visits:
-        name = teachers.stores[visit.teacher].name
-        line = TeacherPassLine({name: forward(session, iteration, visit)})
+    teacher_plans = plan(session, iteration)
+    if teacher_plans:
+        teachers.stream.expect([v.teacher for v in teacher_plans for _ in v.waves[0]])
+    for teacher_plan in teacher_plans:
+        name = teachers.stores[teacher_plan.teacher].name
+        line = TeacherPassLine({name: forward_teacher(session, iteration, teacher_plan)})
         session.metrics.write(line, iteration.number, part=name)
-    if session.ranks.rank == 0 and (visits or not is_sealed(folder)):
+    if session.ranks.rank == 0 and (teacher_plans or not is_sealed(folder)):
         if folder.exists():
             merge_index(folder)
         session.run.seal(folder)
     dist.barrier()
 
 
-def plan(session: Session, iteration: Iteration) -> list[Visit]:
+def plan(session: Session, iteration: Iteration) -> list[TeacherPlan]:
     """The teachers that have something to do, in index order; the same on every rank.  Collective.
 
-    Batches are planned over all of a teacher's samples, whatever the cache holds: their bits are
-    those of a pass that nothing disturbed.
+    Batches are planned over all of a teacher's samples, whatever the cache holds: a repaired cache
+    is bit-identical to an uninterrupted one.
     """
     offload, teachers = session.config.teacher_offload, session.teachers
-    all_samples, all_missing = iteration.samples, missing(session, iteration)
-    visits = []
+    all_samples, all_missing = iteration.samples, missing_samples(session, iteration)
+    teacher_plans = []
     for index, store in enumerate(teachers.stores):
         samples = [s for s in all_samples if s.teacher_index == index]
         places = {i for i, s in enumerate(samples) if s.sample_id in all_missing}
@@ -100,11 +100,13 @@ def plan(session: Session, iteration: Iteration) -> list[Visit]:
                 activation_budget=offload.activation_budget,
                 requested=places,
             )
-            visits.append(Visit(index, samples, {samples[i].sample_id for i in places}, waves))
-    return visits
+            teacher_plans.append(
+                TeacherPlan(index, samples, {samples[i].sample_id for i in places}, waves)
+            )
+    return teacher_plans
 
 
-def missing(session: Session, iteration: Iteration) -> set[int]:
+def missing_samples(session: Session, iteration: Iteration) -> set[int]:
     """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.
     Collective.
     """
@@ -122,16 +124,18 @@ def missing(session: Session, iteration: Iteration) -> set[int]:
     return {sample_id for part in found for sample_id in part}
 
 
-def forward(session: Session, iteration: Iteration, visit: Visit) -> PassMetrics:
+def forward_teacher(
+    session: Session, iteration: Iteration, teacher_plan: TeacherPlan
+) -> PassMetrics:
     """Stream one teacher over its samples and keep the rows that are missing.  Collective."""
-    teachers, index = session.teachers, visit.teacher
+    teachers, index = session.teachers, teacher_plan.teacher
     store, mesh = teachers.stores[index], teachers.meshes[index]
     hidden_dtype = teachers.hidden_dtype(index)
-    waves = visit.waves[mesh.replica]
+    waves = teacher_plan.waves[mesh.replica]
     planned = [i for wave in waves for batch in wave.batches for i in batch]
-    probe = session.proofs.probe(index)
+    probe = session.probes.probe(index)
     with (
-        student_off_device(session, index),
+        offload_student(session, index),
         HiddenCacheWriter(
             iteration.hidden_cache,
             writer=f"replica{mesh.replica:04d}",
@@ -141,9 +145,9 @@ def forward(session: Session, iteration: Iteration, visit: Visit) -> PassMetrics
     ):
 
         def keep(place: int, rows_TE: torch.Tensor) -> None:
-            metadata = visit.samples[place]
+            metadata = teacher_plan.samples[place]
             # The norm's output is the same on all tp ranks of a replica.
-            if mesh.tp_rank == 0 and metadata.sample_id in visit.missing:
+            if mesh.tp_rank == 0 and metadata.sample_id in teacher_plan.missing:
                 rows_TE = rows_TE.to(torch_dtype(hidden_dtype)).cpu().contiguous()
                 writer.put(
                     store.fingerprint,
@@ -159,12 +163,12 @@ def forward(session: Session, iteration: Iteration, visit: Visit) -> PassMetrics
             index,
             teachers.layers(index),
             mesh.tp_group,
-            {i: teacher_sample(iteration, visit.samples[i]) for i in planned},
+            {i: teacher_sample(iteration, teacher_plan.samples[i]) for i in planned},
             waves,
             keep=keep,
             probe=probe,
         )
-    return count(session, visit, result, probe)
+    return reduce_counters(session, teacher_plan, result, probe)
 
 
 def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSample:
@@ -175,7 +179,7 @@ def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSampl
     return TeacherSample(input_ids, positions)
 
 
-def student_off_device(session: Session, index: int) -> AbstractContextManager[None]:
+def offload_student(session: Session, index: int) -> AbstractContextManager[None]:
     """The student's gradients and optimizer state make room on the device where this pass needs
     it.
     """
@@ -186,17 +190,19 @@ def student_off_device(session: Session, index: int) -> AbstractContextManager[N
         embedding, *layers, _ = (part.device_bytes for part in session.teachers.stream.parts[index])
         needed = embedding + 2 * max(layers) + 2 * offload.activation_budget
         moves = torch.cuda.mem_get_info(device)[0] < needed
-    return session.student.trainer.off_device() if moves else contextlib.nullcontext()
+    return session.student.trainer.offloaded() if moves else contextlib.nullcontext()
 
 
-def count(session: Session, visit: Visit, result: PassResult, probe: Probe | None) -> PassMetrics:
+def reduce_counters(
+    session: Session, teacher_plan: TeacherPlan, result: PassResult, probe: Probe | None
+) -> PassMetrics:
     """What the whole job did for one teacher: sums over ranks, and the slowest or largest rank's
     peaks.  Collective.
     """
     teachers, device = session.teachers, session.ranks.device
     reads = teachers.stream.take_counters()
-    # Those run beside what was missing, too.
-    tokens = result.tokens if teachers.meshes[visit.teacher].tp_rank == 0 else 0
+    # Includes samples that ran only because they share a batch with a missing one.
+    tokens = result.tokens if teachers.meshes[teacher_plan.teacher].tp_rank == 0 else 0
     added = [reads.bytes_read, reads.bytes_kept, tokens]
     largest = [
         sum(w.stall_s for w in result.waves),
@@ -211,9 +217,9 @@ def count(session: Session, visit: Visit, result: PassResult, probe: Probe | Non
     return PassMetrics(
         bytes_read=int(sums[0]),
         bytes_kept=int(sums[1]),
-        stored_bytes=teachers.stores[visit.teacher].pass_bytes(),
+        stored_bytes=teachers.stores[teacher_plan.teacher].pass_bytes(),
         tokens=int(sums[2]),
-        samples=len(visit.missing),
+        samples=len(teacher_plan.missing),
         waves=len(result.waves),
         stall_s=float(peaks[0]),
         peak_device_bytes=int(peaks[1]),

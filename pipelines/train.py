@@ -39,16 +39,16 @@ def run(session: Session, iteration: Iteration) -> None:
     plans = plan(session, iteration)
     runs = [teacher_runs(session, iteration, step_plan) for step_plan in plans]
     if heads := session.teachers.heads:
-        teachers = (dict.fromkeys(run.teacher_index for run in _flat(of)) for of in runs)
-        heads.expect(itertools.chain(*teachers))
-    with open_states(session, iteration) as states:
-        if states:
-            states.prefetch(runs[0])
+        per_step = [dict.fromkeys(run.teacher_index for run in _flat(part)) for part in runs]
+        heads.expect(itertools.chain(*per_step))
+    with open_hidden_states(session, iteration) as hidden_states:
+        if hidden_states:
+            hidden_states.prefetch(runs[0])
         for number, step_plan in enumerate(plans):
-            if states and number + 1 < len(plans):
-                states.prefetch(runs[number + 1])
-            step = iteration.train_step(number)
-            line = train_step(session, iteration, step_plan, runs[number], states, step)
+            if hidden_states and number + 1 < len(plans):
+                hidden_states.prefetch(runs[number + 1])
+            step = iteration.step_number(number)
+            line = train_step(session, iteration, step_plan, runs[number], hidden_states, step)
             session.metrics.write(line, iteration.number, step=step)
             session.progress.advance(tokens=sum(step_plan.num_tokens.values()))
 
@@ -56,16 +56,16 @@ def run(session: Session, iteration: Iteration) -> None:
 def train_step(
     session: Session,
     iteration: Iteration,
-    plan: TrainStepPlan,
+    step_plan: TrainStepPlan,
     runs: Runs,
-    states: CachedStates | None,
+    hidden_states: CachedStates | None,
     step: int,
 ) -> TrainStepLine | BadStepLine:
     """One optimizer update, or none where something is NaN or inf.  Collective."""
     started = time.perf_counter()
     trainer = session.student.trainer
-    objective = build_objective(session, iteration, runs, states, step)
-    micro_batches = pack(session, iteration, plan, runs)
+    objective = build_objective(session, iteration, runs, hidden_states, step)
+    micro_batches = pack(session, iteration, step_plan, runs)
     trainer.forward_backward(micro_batches, objective)
     sums = trainer.reduce(objective.finish)
     heads = objective.head_metrics(sums)
@@ -73,11 +73,11 @@ def train_step(
         objective.refuse_non_finite(sums)
         grad_norm, lr = trainer.optimizer_step(sums)
     except NonFiniteGradients as error:
-        why = f"{error}; {objective.culprits()}"
-        session.leave_out_step(step, why)
+        why = f"{error}; {objective.explain_non_finite()}"
+        session.skip_step(step, why)
         return BadStepLine(refused=why, bad_steps=session.num_bad_steps, heads=heads)
-    num_tokens = sum(plan.num_tokens.values())
-    divergence = objective.metrics(sums, plan)
+    num_tokens = sum(step_plan.num_tokens.values())
+    divergence = objective.metrics(sums, step_plan)
     wall_s = time.perf_counter() - started
     return TrainStepLine(
         **vars(divergence),
@@ -87,7 +87,7 @@ def train_step(
         grad_norm=grad_norm,
         lr=lr,
         micro_batches=len(micro_batches),
-        waste=plan.waste,
+        waste=step_plan.waste,
         wall_s=wall_s,
     )
 
@@ -113,15 +113,19 @@ def plan(session: Session, iteration: Iteration) -> list[TrainStepPlan]:
 
 
 def build_objective(
-    session: Session, iteration: Iteration, runs: Runs, states: CachedStates | None, step: int
+    session: Session,
+    iteration: Iteration,
+    runs: Runs,
+    hidden_states: CachedStates | None,
+    step: int,
 ) -> Objective:
     """The loss of one train step."""
-    floors = session.proofs.noise_floors
+    floors = session.probes.noise_floors
     stores = session.teachers.stores
     return OBJECTIVES["reverse_kl"](
         teachers=[TeacherFacts(store.name, floors.get(i)) for i, store in enumerate(stores)],
         heads=session.teachers.heads,
-        hidden_states=states,
+        hidden_states=hidden_states,
         vocab_size=session.student.vocab_size,
         tp_group=session.ranks.tp_group,
         runs=_flat(runs),
@@ -130,7 +134,7 @@ def build_objective(
 
 
 @contextlib.contextmanager
-def open_states(session: Session, iteration: Iteration) -> Iterator[CachedStates | None]:
+def open_hidden_states(session: Session, iteration: Iteration) -> Iterator[CachedStates | None]:
     """The iteration's hidden states; ranks before the last stage never open them."""
     teachers = session.teachers
     if not session.ranks.is_last_stage:
@@ -147,7 +151,7 @@ def open_states(session: Session, iteration: Iteration) -> Iterator[CachedStates
         yield states
 
 
-def teacher_runs(session: Session, iteration: Iteration, plan: TrainStepPlan) -> Runs:
+def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPlan) -> Runs:
     """Contiguous runs of one teacher among the loss rows of this rank's micro-batches; none off the
     last stage.
     """
@@ -158,7 +162,7 @@ def teacher_runs(session: Session, iteration: Iteration, plan: TrainStepPlan) ->
             SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), part.start, part.stop)
             for s in samples
             for part in loss_rows_of_rank(
-                iteration.tokens.tokens(s.sample_id), plan.seq_length, session.ranks
+                iteration.tokens.tokens(s.sample_id), step_plan.seq_length, session.ranks
             )
         ]
         runs: list[TeacherRun] = []
@@ -169,24 +173,24 @@ def teacher_runs(session: Session, iteration: Iteration, plan: TrainStepPlan) ->
             runs.append(TeacherRun(teacher_index, start, stop, entries))
         return runs
 
-    micro_batches = plan.micro_batches[session.ranks.dp_rank]
+    micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
     if not session.ranks.is_last_stage:
         return [[] for _ in micro_batches]
     return [runs_of(micro_batch) for micro_batch in micro_batches]
 
 
 def pack(
-    session: Session, iteration: Iteration, plan: TrainStepPlan, runs: Runs
+    session: Session, iteration: Iteration, step_plan: TrainStepPlan, runs: Runs
 ) -> list[PackedMicroBatch]:
     """The tensors of this rank's micro-batches, each with its runs."""
-    num_rows = 1 if plan.packed else session.config.train.micro_batch_size or 1
-    micro_batches = plan.micro_batches[session.ranks.dp_rank]
+    num_rows = 1 if step_plan.packed else session.config.train.micro_batch_size or 1
+    micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
     return [
         pack_rows(
             [iteration.tokens.tokens(s.sample_id) for s in micro_batch.samples],
             [s.token_weight for s in micro_batch.samples],
-            shape=(num_rows, plan.seq_length),
-            packed=plan.packed,
+            shape=(num_rows, step_plan.seq_length),
+            packed=step_plan.packed,
             ranks=session.ranks,
             payload=payload,
         )

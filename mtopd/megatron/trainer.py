@@ -190,7 +190,7 @@ class Trainer:
 
     # -- between train steps -----------------------------------------------------------------------
     @contextlib.contextmanager
-    def off_device(self) -> Iterator[None]:
+    def offloaded(self) -> Iterator[None]:
         """Gradients and optimizer state wait in host memory while the block runs; afterwards they
         are the same bits.
 

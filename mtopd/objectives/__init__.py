@@ -32,7 +32,7 @@ class Objective(Protocol):
     def refuse_non_finite(self, sums: StepSums) -> None:
         """Raise NonFiniteGradients on every rank where the loss is NaN or inf."""
 
-    def culprits(self) -> str:
+    def explain_non_finite(self) -> str:
         """Whose hidden states made a loss NaN or inf, in which samples.  Collective."""
 
     def metrics(self, sums: StepSums, plan: TrainStepPlan) -> DivergenceMetrics:

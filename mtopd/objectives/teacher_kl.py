@@ -199,7 +199,7 @@ class TeacherKL:
         if not math.isfinite(loss) or self._total(sums, "non_finite"):
             raise NonFiniteGradients(f"the loss is {loss}")
 
-    def culprits(self) -> str:
+    def explain_non_finite(self) -> str:
         found: list[tuple[int, str]] = []
         for run, kl_R in self._per_token:
             bad_rows = (~kl_R.isfinite()).nonzero()[:, 0].tolist()

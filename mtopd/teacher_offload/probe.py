@@ -67,7 +67,7 @@ def check_probe(
     return difference
 
 
-class Proofs:
+class TeacherProbes:
     """The teachers that this start has proved to be the right ones, and what rounding their states
     costs: nats, kept in the run directory, since a start that finds its cache sealed probes none.
     """
@@ -97,11 +97,11 @@ class Proofs:
 class Probe:
     """The probe of one teacher in one pass."""
 
-    def __init__(self, proofs: Proofs, index: int) -> None:
-        self._proofs = proofs
+    def __init__(self, probes: TeacherProbes, index: int) -> None:
+        self._proofs = probes
         self._index = index
-        self._store = proofs.teachers.stores[index]
-        self._reference = _find_reference(self._store, proofs.reference_path(index))
+        self._store = probes.teachers.stores[index]
+        self._reference = _find_reference(self._store, probes.reference_path(index))
         self.input_ids: list[int] = self._reference["input_ids"]
         # What the pass reports: who made the reference, and differences in nats
         self.report: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class Probe:
         """``rows_TE``: last hidden states of ``input_ids`` on every rank.  Raises MtopdError when
         they are another teacher's.  Collective over the job.
         """
-        proofs, store, reference = self._proofs, self._store, self._reference
+        probes, store, reference = self._proofs, self._store, self._reference
         found = log_probs(store, rows_TE, np.asarray(reference["targets"]))
         if reference["log_probs"] is None:
             reference["log_probs"] = found.tolist()
@@ -121,17 +121,17 @@ class Probe:
             vocab_size=store.vocab_size,
             dtype=store.dtype,
         )
-        hidden_dtype = torch_dtype(proofs.teachers.hidden_dtype(self._index))
+        hidden_dtype = torch_dtype(probes.teachers.hidden_dtype(self._index))
         cached_TE = rows_TE.to(hidden_dtype).to(rows_TE.dtype)
         floor = 0.0
         if not torch.equal(cached_TE, rows_TE):
             floor = noise_floor(store, rows_TE, cached_TE)
         if dist.get_rank() == 0:
-            if reference["by"] == "self" and not proofs.reference_path(self._index).exists():
-                _write_values(proofs.reference_path(self._index), reference)
-            _write_values(proofs.noise_floor_path(self._index), {"nats": floor})
-        proofs.noise_floors[self._index] = floor
-        proofs.proved.add(self._index)
+            if reference["by"] == "self" and not probes.reference_path(self._index).exists():
+                _write_values(probes.reference_path(self._index), reference)
+            _write_values(probes.noise_floor_path(self._index), {"nats": floor})
+        probes.noise_floors[self._index] = floor
+        probes.proved.add(self._index)
         self.report = {
             "probe": reference["by"],
             "probe_difference": difference,

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, StudentConfig
 from mtopd.files import write_json
+from mtopd.hf_checkpoint import read_weights
 from mtopd.pipelines.engines import embedded
-from mtopd.pipelines.evaluate import read_weights
 from mtopd.pipelines.student import Student
 from mtopd.progress import quiet_libraries
 from mtopd.rollout.engine import Engine, Request

@@ -129,4 +129,7 @@ def test_a_mini_batch_is_dealt_by_shares_and_named_by_source_and_row() -> None:
         row < len(prompts.train[s]) for s, row in drawn
     )
     assert drawn == supervised.draw(prompts, {"words": 3.0, "sums": 1.0}, 8, seed=1)
-    assert supervised.named([(0, 4), (1, 2), (0, 1), (0, 4)], prompts.names) == "words 1, 4; sums 2"
+    assert (
+        supervised.describe_rows([(0, 4), (1, 2), (0, 1), (0, 4)], prompts.names)
+        == "words 1, 4; sums 2"
+    )

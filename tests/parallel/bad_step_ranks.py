@@ -52,7 +52,7 @@ def main() -> None:
             print(f"PASSED {text}", flush=True)
 
     def step(number: int) -> dict:
-        with train.open_states(session, iteration) as states:
+        with train.open_hidden_states(session, iteration) as states:
             runs = train.teacher_runs(session, iteration, plan)
             return to_values(train.train_step(session, iteration, plan, runs, states, number))
 
@@ -83,7 +83,7 @@ def main() -> None:
     assert (
         values["bad_steps"] == 1
         and wanted[:-1] in str(values["refused"])
-        and session.state()["bad_steps"] == 1
+        and session.checkpoint_state()["bad_steps"] == 1
     )
     assert wanted in refusal(1)
     say("one step left out")

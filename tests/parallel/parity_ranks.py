@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from mtopd.hf_checkpoint import read_weights
 from mtopd.hidden_cache import HiddenCacheReader, shared_read
 from mtopd.megatron import packing
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.optimizer import torch_optimizers
 from mtopd.metrics_lines import to_values
-from mtopd.pipelines import evaluate, teacher_pass, train
+from mtopd.pipelines import teacher_pass, train
 from mtopd.pipelines.engines import embedded
 from mtopd.pipelines.iteration import Iteration
 from mtopd.pipelines.session import Session
@@ -240,7 +241,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     results = []
     for step in range(3):
         before = heads.made
-        with train.open_states(session, iteration) as states:
+        with train.open_hidden_states(session, iteration) as states:
             assert (states is not None) == session.ranks.is_last_stage, (
                 "other stages never open the cache"
             )
@@ -260,7 +261,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
         index,
         floor,
     ) in (
-        session.proofs.noise_floors.items()
+        session.probes.noise_floors.items()
     ):  # of a teacher held against itself the KL is what rounding makes it
         kl = values["reverse_kl_by_teacher"][teachers.stores[index].name]
         assert kl / 4 < floor < kl * 4 if rounded else floor == 0, (floor, kl)
@@ -275,7 +276,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
         assert error < 1e-5, f"streamed states are {error} from transformers'"
         checks.append(f"states {error:.1e}")
     check_off_device(session)
-    assert session.proofs.proved == set(range(len(teachers.stores))), (
+    assert session.probes.proved == set(range(len(teachers.stores))), (
         "every teacher was proved to be the right one"
     )
     if session.ranks.rank == 0:
@@ -331,7 +332,7 @@ def check_off_device(session: Session) -> None:
     for tensor in moved:
         tensor.uniform_()
     before = [t.clone() for t in moved]
-    with trainer.off_device():
+    with trainer.offloaded():
         assert all(t.untyped_storage().nbytes() == 0 for t in moved)
         assert all(p.untyped_storage().nbytes() > 0 for p in parameters), "weights stay"
     for tensor, wanted in zip(moved, before, strict=True):
@@ -347,7 +348,7 @@ def check_argmax(session: Session) -> str:
     folder = session.run.path / "export" / "check"
     session.student.export(session.run, folder)
     engine = embedded(session.student)
-    engine.update_weights(evaluate.read_weights(folder))
+    engine.update_weights(read_weights(folder))
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
     responses = engine.generate(
         [Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, greedy=True

@@ -101,7 +101,7 @@ def test_no_split_that_megatron_can_be_told_is_better(
 
 def test_the_start_proposes_an_uneven_split_where_it_helps(tmp_path: Path) -> None:
     from mtopd.config import ConsolidateConfig, validate
-    from mtopd.pipelines.prepare import say_split
+    from mtopd.pipelines.prepare import report_stage_imbalance
     from tests.small_models import save_model
 
     save_model(tmp_path, seed=0, layers=8, vocab=2000)
@@ -119,7 +119,7 @@ def test_the_start_proposes_an_uneven_split_where_it_helps(tmp_path: Path) -> No
         config = validate(
             {**values, "student": {**values["student"], **student}}, ConsolidateConfig, "test"
         )
-        say_split(config, 64, lines.append)
+        report_stage_imbalance(config, 64, lines.append)
         return lines
 
     first = "student.megatron.num_layers_in_first_pipeline_stage"
