@@ -1,11 +1,11 @@
 """The demo's tokenizer, and what every other part asks of a Hugging Face tokenizer.
 
 ``build_char_tokenizer`` makes an ordinary tokenizer folder (``AutoTokenizer.from_pretrained`` reads
-it, no code of ours needed): three special tokens, printable ASCII and newline, and a few template
-tokens mined from the prompts, so that an instruction repeated in every prompt of a domain costs one
-token.  Prompts are encoded longest template first, the rest and every response character by
-character; decoding gives the exact text back.  A character outside the vocabulary is refused, never
-dropped.
+it without code of this package): three special tokens, printable ASCII and newline, and a few
+template tokens mined from the prompts, so that an instruction repeated in every prompt of a domain
+costs one token.  Prompts are encoded longest template first, the rest and every response character
+by character; decoding gives the exact text back.  A character outside the vocabulary is refused,
+never dropped.
 
 The other functions work with any tokenizer that has a chat template.  Two tokenizers are the same
 when every id names the same token: equal sizes prove nothing.

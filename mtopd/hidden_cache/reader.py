@@ -165,7 +165,7 @@ class HiddenCacheReader:
         """The row keys that have to be computed, each with the cause.  Reads and verifies all
         others in full.
 
-        ``progress`` is told the bytes of rows of each one that was read.
+        ``progress`` is called with the bytes of rows of each one that was read.
         """
         causes: dict[RowKey, str | None] = dict.fromkeys(map(RowKey._make, row_keys))
         present = [self._copies[row_key][0] for row_key in causes if row_key in self._copies]

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Recovery:
-    """What was found in the segments that no index file names; these segments are gone now."""
+    """What was found in the segments that no index file names; these segments were deleted."""
 
     segments: list[str] = field(default_factory=list)
     salvaged: list[RowKey] = field(default_factory=list)  # committed again, bit for bit
@@ -61,7 +61,7 @@ def recover(root: Path) -> Recovery:
         is_damaged = any(isinstance(rows, MtopdError) for rows in index.values())
         for segment in cache_folder.entries(teacher / "seg"):
             if segment.is_symlink() or not segment.is_dir():
-                continue  # not ours
+                continue  # no writer makes these
             if segment.name in named:
                 # Its writer died after the commit and before it removed the journal.
                 (segment / "journal").unlink(missing_ok=True)

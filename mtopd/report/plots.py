@@ -16,7 +16,7 @@ from mtopd.report.numbers import Report
 from mtopd.report.record import RunRecord
 from mtopd.report.tables import in_bytes
 
-COLOURS = (  # told apart by colour-blind eyes
+COLOURS = (  # distinguishable for colour-blind readers
     *("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B58900"),
     *("#56B4E9", "#666666", "#332288", "#999933", "#882255"),
 )

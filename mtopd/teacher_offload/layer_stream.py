@@ -230,7 +230,7 @@ class LayerStream:
         their ranks.
         """
         shares: list[torch.Tensor] = []
-        # A failed read is told to all ranks before any exchange, which would wait forever.
+        # A failed read is raised on all ranks before any exchange, which would wait forever.
         error = None
         try:
             found, shares = self.stream.reads.take()
