@@ -188,7 +188,7 @@ class BareSteps:
         """With the same objective, everything at hand and nothing measured."""
         from mtopd.objectives import TeacherFacts, TeacherKL
         from mtopd.pipelines import train
-        from mtopd.step_sums import LocalSums
+        from mtopd.step_sums import StepSums
 
         session, weights, steps = self.session, {}, []
         stores, trainer = session.teachers.stores, session.student.trainer
@@ -214,11 +214,12 @@ class BareSteps:
                     hidden_states=ReadyStates(hidden),
                     vocab_size=session.student.vocab_size,
                     tp_group=session.ranks.tp_group,
+                    device=session.ranks.device,
                     runs=(),
                     seed=0,
                 )
                 trainer.forward_backward(packed, objective)
-                trainer.optimizer_step(trainer.reduce(lambda: LocalSums({})))
+                trainer.optimizer_step(StepSums({}, 0, trainer.num_backwards))
 
         return run
 

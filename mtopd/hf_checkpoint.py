@@ -183,8 +183,14 @@ def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
     dtypes = {name: tensor.dtype for name, tensor in weights.items()}
     del weights
     for folder in others:
-        for name, tensor in read_weights(folder).items():
-            sums[name] += tensor.float()
+        weights = read_weights(folder)
+        if lacking := sorted(sums.keys() - weights.keys()):
+            raise MtopdError(
+                f"{folder} has no tensor {lacking[0]!r}, which {first} has; they cannot be averaged"
+            )
+        for name, total in sums.items():
+            total += weights[name].float()
+        del weights
     return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}
 
 

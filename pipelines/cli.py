@@ -75,8 +75,6 @@ def consolidate(
     log_json: LogJson = False,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
-    from mtopd.report import write_report
-
     from . import prepare
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
@@ -85,6 +83,8 @@ def consolidate(
     final = run.export(loaded.train.num_iterations)
     start.start_ranks(run, loaded, prepared, "consolidate:main", final=final)
     if is_first():
+        from mtopd.report import write_report  # plots, which no rank needs
+
         write_report(loaded.run_dir, console if loaded.log_json else Console())
 
 

@@ -43,7 +43,7 @@ def run(session: Session, iteration: Iteration) -> None:
         done = trajectories.read_shard_metadata(folder, name)
         num_tokens = sum(done["response_len"].to_pylist())
         num_stopped = done["finish_reason"].to_pylist().count("stop")
-        counts += torch.tensor([num_tokens, len(done), num_stopped])
+        counts += counts.new_tensor([num_tokens, len(done), num_stopped])
     dist.all_reduce(counts)
     tokens, samples, stopped = (int(n) for n in counts.tolist())
     # The line first: a kill in between writes it twice, the other order would lose it.

@@ -128,6 +128,7 @@ def build_objective(
         hidden_states=hidden_states,
         vocab_size=session.student.vocab_size,
         tp_group=session.ranks.tp_group,
+        device=session.ranks.device,
         runs=_flat(runs),
         seed=iteration.step_seed(step),
     )

@@ -121,3 +121,12 @@ def test_one_checkpoint_at_a_time_is_in_memory_beside_the_sum(
     # The last tensor of a checkpoint is the loop's variable until the next one's first.
     assert len(found) == 6 and max(found) <= 1, found
     assert {tensor.dtype for tensor in average.values()} == {torch.bfloat16}
+
+
+def test_checkpoints_of_other_tensors_are_not_averaged(folders: list[Path], tmp_path: Path) -> None:
+    """A tensor too many is left out, as the first has none; one too few is refused by name."""
+    save_model(tmp_path / "tied", seed=4, tied=True)
+    average = hf_checkpoint.average_weights([tmp_path / "tied", folders[0]])
+    assert "lm_head.weight" not in average
+    with pytest.raises(MtopdError, match=r"tied has no tensor 'lm_head\.weight'"):
+        hf_checkpoint.average_weights([folders[0], tmp_path / "tied"])

@@ -65,7 +65,7 @@ class Trainer:
         self.distributed_optimizer = ddp_config.use_distributed_optimizer
         self._gathers_late = self.distributed_optimizer and ddp_config.overlap_param_gather
         self._num_positions = 1  # of the mini-batch, padding too
-        self._num_backwards = 0
+        self.num_backwards = 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self._scale
         if ddp_config.overlap_grad_reduce:
@@ -123,7 +123,7 @@ class Trainer:
         batch_size, seq_length = shape[0], shape[1] * self.ranks.cp_size
         # Used by `_scale`, for what routers add to the loss.
         self._num_positions = batch_size * seq_length * len(micro_batches) * self.ranks.dp_size
-        self._num_backwards += 1
+        self.num_backwards += 1
         # Every chunk of an interleaved schedule goes through all micro-batches by itself.
         iterators = [iter(micro_batches) for _ in self.ddp]
         get_forward_backward_func()(
@@ -169,7 +169,7 @@ class Trainer:
         reduced |= {name: next(values) for name in local.added}
         for name in local.largest:
             reduced[name] = max(itertools.islice(values, ranks.world_size))
-        return StepSums(reduced, num_bad_ranks, self._num_backwards)
+        return StepSums(reduced, num_bad_ranks, self.num_backwards)
 
     def optimizer_step(self, sums: StepSums) -> tuple[float, float]:
         """Clip, update, advance the schedule.  Returns (gradient norm, learning rate used).
@@ -177,7 +177,7 @@ class Trainer:
         ``sums`` are those of the last ``forward_backward``.  Raises NonFiniteGradients, on every
         rank, before anything is updated.
         """
-        assert sums.backward == self._num_backwards, "sums of another train step"
+        assert sums.backward == self.num_backwards, "sums of another train step"
         # The norm does not see all: what tp ranks hold alike, it counts on the first alone.
         if sums.num_bad_ranks:
             raise NonFiniteGradients(

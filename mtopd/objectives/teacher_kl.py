@@ -85,6 +85,7 @@ class TeacherKL:
         hidden_states: HiddenStates | None,
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
+        device: torch.device,
         runs: Sequence[TeacherRun],
         seed: int,
     ) -> None:
@@ -98,7 +99,7 @@ class TeacherKL:
         self._statistics = TokenStatistics(
             runs, seed=seed, vocab_size=vocab_size, tp_group=tp_group
         )
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums = dict.fromkeys([*self._names(_LOSS_ROWS), "entropy"], zero)
         self._per_token: list[tuple[TeacherRun, torch.Tensor]] = []
 
@@ -157,7 +158,7 @@ class TeacherKL:
         added = {
             "loss": (kl_R.double() * token_weight_R.double()).sum(),
             "kl_sum": kl_R.double().sum(),
-            "tokens": torch.tensor(float(run.stop - run.start), dtype=torch.float64),
+            "tokens": torch.full_like(self._sums["entropy"], run.stop - run.start),
             "non_finite": (~kl_R.isfinite()).sum().double(),
         }
         for name, value in added.items():

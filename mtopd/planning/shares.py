@@ -150,7 +150,7 @@ def plan_parts(store: Store, mesh: Mesh) -> list[Part]:
 
     The mesh divides the store: that was checked before the ranks started.
     """
-    assert store.slices % mesh.tp_size == 0 and store.num_experts % mesh.ep_size == 0, (store, mesh)
+    assert store.slices % mesh.tp_size == 0 and store.num_experts % mesh.ep_size == 0, mesh
     layers = [
         _plan_part(store, mesh, store.layer(i), store.experts(i), turn=i + 1)
         for i in range(store.num_layers)

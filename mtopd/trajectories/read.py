@@ -24,19 +24,32 @@ from mtopd.trajectories.format import (
     damaged,
     load_shard,
     sealed_shards,
+    token_hash,
 )
 from mtopd.types import MtopdError, SampleMetadata, Trajectory
 
 
 def verify_shards(folder: Path) -> None:
-    """Compare every byte of all sealed shards with their seals; raises MtopdError that names the
-    damaged file.
+    """Compare every byte of all sealed shards with their seals, and every sample's tokens with its
+    ``token_hash``, which names its cached rows.  Raises MtopdError that names the damaged file, or
+    the sample.
     """
-    for shard in _load_shards(folder):
+    shards = _load_shards(folder)
+    for shard in shards:
         for path in (shard.metadata_path, shard.tokens_path):
             shard.check_size(path)
             with open(path, "rb") as file:
                 shard.check_sha256(path, hashlib.file_digest(file, "sha256").hexdigest())
+    for shard, metadata in zip(shards, _read_tables(shards), strict=True):
+        # Another harness may have written the hashes.
+        sealed = zip(*(metadata[n].to_pylist() for n in ("sample_id", "token_hash")), strict=True)
+        for batch in map(_Batch, _map_tokens(shard, metadata).to_batches()):
+            for row in range(len(batch)):
+                (sample_id, expected), fields = next(sealed), batch.fields(row)
+                found = token_hash(fields.prompt_ids, fields.response_ids, fields.loss_mask)
+                if found != expected:
+                    what = f"the tokens of sample {sample_id} do not match their hash"
+                    raise damaged(shard.tokens_path, what)
 
 
 def read_metadata(folder: Path) -> pa.Table:

@@ -56,6 +56,7 @@ def off_stage(num_teachers: int) -> LocalSums:
         hidden_states=None,
         vocab_size=37,
         tp_group=None,
+        device=torch.device("cpu"),
         runs=(),
         seed=0,
     ).finish()
@@ -106,6 +107,7 @@ class Step:
             hidden_states=self,
             vocab_size=37,
             tp_group=None,
+            device=torch.device("cpu"),
             runs=runs,
             seed=seed,
         )

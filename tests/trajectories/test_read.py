@@ -132,6 +132,18 @@ def test_flipped_token_is_refused_on_every_rank_though_one_of_each_node_reads(fo
         assert result["num_reads"] == (2 if result["rank"] in (0, 2) else 0)
 
 
+def test_a_hash_of_other_tokens_is_refused_though_it_is_sealed(folder: Path) -> None:
+    """Rows of the hidden cache are found by it: another harness may not make it up."""
+    path = folder / "a.meta.parquet"
+    table = pq.read_table(path)
+    hashes = table["token_hash"].to_pylist()
+    made_up = replace_column(table, "token_hash", [*hashes[:2], "0" * 64, hashes[3]], pa.string())
+    pq.write_table(made_up, path)
+    reseal(folder, "a")
+    with pytest.raises(MtopdError, match=r"a\.tokens\.arrow is damaged: the tokens of sample 2 "):
+        verify_shards(folder)
+
+
 def test_an_opening_reads_each_seal_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, original = Counter(), io.open
 
