@@ -2,7 +2,7 @@
 party: torch, numpy.
 """
 
-from mtopd.kernels.fused_linear import Divergence, fused_linear_divergence
+from mtopd.kernels.divergence import Divergence, fused_linear_divergence
 from mtopd.kernels.statistics import DistributionStatistics, distribution_statistics, output_logits
 
 __all__ = [

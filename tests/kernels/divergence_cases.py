@@ -15,6 +15,11 @@ from torch import Tensor
 
 from mtopd.kernels import Divergence, fused_linear_divergence, reference
 
+ONE_ROW = 1  # workspace_bytes too small for a row: chunks of one
+FEW_ROWS = 300_000
+# Noise of the teacher, and the reverse KL that it makes.
+LEVELS = [(1.15, 1.0), (0.07, 4e-3), (0.007, 4e-5)]
+
 
 class Answer(NamedTuple):
     """What is compared, all detached."""
@@ -162,6 +167,18 @@ def _logits(
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
     """L2 norm of the difference over the L2 norm of the oracle, in float64."""
     return float((actual.double() - oracle.double()).norm() / oracle.double().norm())
+
+
+def assert_level(case: Case, level: float) -> None:
+    """The reverse KL of the case, whatever divergence it is made for, is about `level`, and not
+    below 1.
+    """
+    reverse = Case(
+        **{**vars(case), "options": {**case.options, "divergence": "reverse_kl", "beta": None}}
+    )
+    kl = dense(reverse).per_token
+    mean_kl = float(kl.sum() / (kl != 0).sum())
+    assert level / 2.5 < mean_kl < level * 2.5 and (level < 1 or mean_kl >= 1), mean_kl
 
 
 def assert_as_good_as_dense(actual: Answer, case: Case, at_most: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What each tensor-parallel rank runs in `test_fused_linear_tp`: gloo on the loopback interface, a
+"""What each tensor-parallel rank runs in `test_divergence_tp`: gloo on the loopback interface, a
 file as rendezvous.
 
 Every rank builds the same whole case from a seed, keeps its rows of the vocabulary, and compares

@@ -2,7 +2,7 @@
 oracle.
 
 Legend: C rows, V all columns, v those of one (here simulated) rank.  `test_rows` runs them on the
-CPU implementations, `test_rows_triton` in a process of its own under Triton's interpreter, and on a
+implementations for CPU, `test_rows_triton` in a process of its own under Triton's interpreter, and on a
 GPU where there is one.
 """
 

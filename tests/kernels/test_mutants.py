@@ -14,23 +14,23 @@ from divergence_cases import assert_as_good_as_dense, fused, make_case
 from row_cases import check_levels, check_transforms
 from torch import Tensor
 
-from mtopd.kernels import chunks, fused_linear, rows, rows_cpu
+from mtopd.kernels import chunks, divergence, rows, rows_cpu
 
 
 def zero_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "_scaled", lambda gradient, *_: torch.zeros_like(gradient))
+    monkeypatch.setattr(divergence, "_scaled", lambda gradient, *_: torch.zeros_like(gradient))
 
 
 def zero_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        fused_linear, "add_gradient_times_hidden_", lambda total, *_, **__: total.zero_()
+        divergence, "add_gradient_times_hidden_", lambda total, *_, **__: total.zero_()
     )
 
 
 def scaled_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = fused_linear._scaled
+    original = divergence._scaled
     monkeypatch.setattr(
-        fused_linear, "_scaled", lambda gradient, *rest: original(gradient, *rest).mul_(1.00001)
+        divergence, "_scaled", lambda gradient, *rest: original(gradient, *rest).mul_(1.00001)
     )
 
 
