@@ -192,9 +192,8 @@ class Reading:
         """Rows read from the cache, verified; as many samples in one call as the buffer holds."""
         num_rows, reads = 0, list[Read]()
         for index, start, stop, out_NE in self.places(parts):
-            if (
-                reads and out_NE.ctypes.data == self.buffer_NE.ctypes.data
-            ):  # full: from its begin again
+            # The buffer is full: start again at its beginning.
+            if reads and out_NE.ctypes.data == self.buffer_NE.ctypes.data:
                 self.reader.read_many(reads)
                 reads = []
             reads.append(Read(self.entries[index], start, stop, out_NE))
@@ -481,9 +480,8 @@ def at_once(asked: Sequence[tuple[Worker, str]]) -> tuple[float, list[Any]]:
 
 
 def measure_processes(spec: Spec, folder: Path) -> dict[str, Any]:
-    spec = replace(
-        spec, num_samples=spec.num_samples // PROCESSES
-    )  # together as many as one process alone
+    # Together as many as one process alone.
+    spec = replace(spec, num_samples=spec.num_samples // PROCESSES)
     root, results = folder / "cache", {}
     with workers(spec, folder) as first, workers(spec, folder) as second:
         num_bytes, num_rows = (

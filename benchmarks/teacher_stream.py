@@ -132,9 +132,8 @@ def reset_peak() -> int:
 
 
 def read_by_kernel() -> int:
-    return int(
-        Path("/proc/self/io").read_text().split()[1]
-    )  # rchar: read calls, page cache included
+    # rchar: read calls, page cache included.
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 @dataclasses.dataclass

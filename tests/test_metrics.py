@@ -76,9 +76,8 @@ def test_the_last_line_of_a_step_stands_in_the_place_of_the_first(path: Path) ->
 
 def test_half_a_last_line_is_not_read_and_the_next_start_cuts_it_off(path: Path) -> None:
     append(path, (step_line(1.0), 0, 0), (step_line(2.0), 0, 1))
-    path.write_bytes(
-        path.read_bytes()[:-1]
-    )  # even a line that lacks only its end may be half a number
+    # Even a line that lacks only its end may be half a number.
+    path.write_bytes(path.read_bytes()[:-1])
     assert losses(path) == [1.0]
     append(path, (step_line(2.5), 0, 1))
     assert [json.loads(text)["loss"] for text in path.read_text().splitlines()] == [1.0, 2.5]

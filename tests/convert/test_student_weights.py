@@ -28,11 +28,8 @@ LAYOUTS = {
     "qwen3": [*DENSE, UNEVEN],
     "qwen3_moe": [*EXPERTS, ({"pp": 2, "vpp": 2, "dp": 2, "ep": 2}, {})],
     "mixtral": [({"tp": 2, "pp": 2, "ep": 2}, SP)],
-    "deepseek_v3": [
-        *EXPERTS,
-        ({"pp": 2, "vpp": 2, "dp": 2}, {}),
-        UNEVEN,
-    ],  # a dense layer first: kinds differ by place
+    # A dense layer first: kinds differ by place.
+    "deepseek_v3": [*EXPERTS, ({"pp": 2, "vpp": 2, "dp": 2}, {}), UNEVEN],
 }
 
 

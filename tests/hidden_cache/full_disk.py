@@ -88,9 +88,8 @@ def main(disk: Path) -> None:
                 with pytest.raises(MtopdError, match=said):
                     write(root, after)
             except pytest.fail.Exception:
-                assert room > needed - 6, (
-                    f"{room} of {needed} pages were enough"
-                )  # a folder takes a page or none
+                # A folder takes a page or none.
+                assert room > needed - 6, f"{room} of {needed} pages were enough"
                 break
             refusals += 1
             assert readable(root, range(8)) >= set(before), "earlier data is gone"

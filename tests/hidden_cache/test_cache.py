@@ -191,9 +191,8 @@ def test_the_key_changes_with_everything_that_decides_the_rows() -> None:
         sample_key(MATH, token_hash([1, 2], [3, 5], [1, 1]), "bfloat16"),
         sample_key(MATH, token_hash([1, 2], [3, 4], [1, 0]), "bfloat16"),
         sample_key(MATH, token_hash([1, 2], [3, 4], [1, 1]), "float32"),
-        sample_key(
-            MATH, token_hash([1], [2, 3, 4], [1, 1, 1]), "bfloat16"
-        ),  # the same ids, split elsewhere
+        # The same ids, split elsewhere.
+        sample_key(MATH, token_hash([1], [2, 3, 4], [1, 1, 1]), "bfloat16"),
         sample_key(MATH, token_hash([1, 2, 3], [4], [1]), "bfloat16"),
         sample_key(MATH, token_hash([1, 2], [], []), "bfloat16"),
         sample_key(MATH, token_hash([1, 2], [3, 4], [1, 1]), "bfloat16", token_hash([5], [], [])),

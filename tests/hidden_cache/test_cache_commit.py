@@ -357,9 +357,8 @@ def test_merging_leaves_one_index_and_every_sample(
     merge_index(root)
     assert snapshot(root) == before and recover(root) == Recovery()
     index.write_bytes(b"damaged")
-    assert (
-        recover(root) == Recovery() and len(list(root.glob("t/*/seg/*"))) == 4
-    )  # its rows may be sound
+    # Its rows may be sound.
+    assert recover(root) == Recovery() and len(list(root.glob("t/*/seg/*"))) == 4
 
 
 def test_a_reader_sees_every_sample_while_indexes_are_merged(

@@ -112,9 +112,8 @@ def test_exchanged_segments_are_found_and_named_whatever_is_read(tmp_path: Path,
         entry = reader.lookup(*row_key_of(0))
         assert entry is not None
         with pytest.raises(CacheMiss, match="not describe this segment"):
-            reader.read_rows(
-                entry, 3, 5, np.empty((2, 4), np.uint16)
-            )  # a share has no checksum of its own
+            # A share has no checksum of its own.
+            reader.read_rows(entry, 3, 5, np.empty((2, 4), np.uint16))
 
 
 def test_a_segment_that_its_index_describes_otherwise_is_found(tmp_path: Path) -> None:

@@ -262,9 +262,8 @@ def test_a_shard_that_shrinks_while_it_is_read(
 
 
 def test_padding_is_zero(tmp_path: Path) -> None:
-    write(
-        tmp_path / "s", BF16, random_rows(BF16, 2010), pieces=(1000, 2000)
-    )  # the last chunk's memory held row 0
+    # The last chunk's memory held row 0.
+    write(tmp_path / "s", BF16, random_rows(BF16, 2010), pieces=(1000, 2000))
     padding = (tmp_path / "s/c/0/0").read_bytes()[
         BF16.stored_chunk_bytes + 986 * 8 : 2 * BF16.stored_chunk_bytes - 4
     ]

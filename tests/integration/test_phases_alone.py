@@ -29,9 +29,8 @@ from tests.integration.test_kill_and_resume import start, workplace  # noqa: F40
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings(
-        "ignore:torch.distributed is disabled"
-    ),  # a checkpoint is read by one process
+    # A checkpoint is read by one process.
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 LAST = 3  # the iteration whose files a finished run keeps
 

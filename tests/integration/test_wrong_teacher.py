@@ -25,9 +25,8 @@ def root(tmp_path: Path) -> Path:
     save_model(tmp_path / "student", seed=1, layers=2)
     for i in range(2):
         save_model(tmp_path / f"t{i}", seed=2 + i, layers=2)
-        head = (
-            {"logit_scale": 0.7, "softcap": 8.0} if i == 0 else {}
-        )  # its own code would do this to its logits
+        # Its own code would do this to its logits.
+        head = {"logit_scale": 0.7, "softcap": 8.0} if i == 0 else {}
         add_teacher(f"t{i}", tmp_path / f"t{i}", tmp_path / "stores" / f"t{i}", slices=1, **head)
     write_prompts(tmp_path / "prompts.jsonl", count=16)
     config = {
@@ -73,9 +72,8 @@ def consolidate(root: Path) -> tuple[int, str]:
 
 def test_another_teachers_weights_are_refused_and_nothing_of_them_is_kept(root: Path) -> None:
     values = manifest(root, "t1")
-    values["probe"] = manifest(root, "t0")[
-        "probe"
-    ]  # as if t1's files were those of another checkpoint
+    # As if t1's files were those of another checkpoint.
+    values["probe"] = manifest(root, "t0")["probe"]
     (root / "stores" / "t1" / "teacher.json").write_text(json.dumps(values))
     code, output = consolidate(root)
     assert (

@@ -140,9 +140,8 @@ def oracle(
     (value_C * weight_C.double()).sum().backward()
     assert raw_CV.grad is not None
     log_p_CV = (logits_CV.detach() / problem.temperature).log_softmax(-1)
-    gradient_CV = (
-        raw_CV.grad * problem.student.scale
-    )  # the seam's derivative is in h @ W.T times the scale
+    # The seam's derivative is in h @ W.T times the scale.
+    gradient_CV = raw_CV.grad * problem.student.scale
     return RowAnswer(
         value_C.detach(), gradient_CV / problem.student.scale, -(log_p_CV.exp() * log_p_CV).sum(-1)
     )

@@ -270,9 +270,8 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = {"saved": state(trainer, bridge)}
         with slow_writer() as released:
             writer.save(3, {"shares": {"a": 1.5}})
-            losses = train(
-                trainer, range(3, 6)
-            )  # weights and moments change before they are written
+            # Weights and moments change before they are written.
+            losses = train(trainer, range(3, 6))
             writer.advance()
             assert checkpoint.newest(run) is None, "a save under way is no checkpoint"
             released.set()

@@ -166,10 +166,8 @@ class Executes:
     [
         (pickle.dumps(Executes()), "builtins.print"),
         (b"cos\nsystem\n(S'true'\ntR.", "os.system"),
-        (
-            b"ctorch.distributed.checkpoint.filesystem\nio\n.",
-            "filesystem.io",
-        ),  # a module that the module imports
+        # A module that the module imports.
+        (b"ctorch.distributed.checkpoint.filesystem\nio\n.", "filesystem.io"),
         (_by_dotted_name("torch.distributed.checkpoint.filesystem", "os.system"), "os.system"),
         (b"ctorch\nload\n.", "torch.load"),
     ],

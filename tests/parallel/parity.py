@@ -534,17 +534,12 @@ def judge(root: Path, chosen: list[Row]) -> list[Verdict]:
             of_gradients = 4e-6 if row.student == "latent" else 2e-6
             limits = {"loss": 1e-6, "gradients": of_gradients, "weights": 1e-5, "metrics": 1e-5}
         if row.dtype == "bfloat16":
-            limits = {
-                "loss": 2e-3,
-                "gradients": 2e-2,
-                "weights": 4e-3,
-                "metrics": 2e-2,
-            }  # a weight's rounding: 2^-8
+            # A weight's rounding: 2^-8.
+            limits = {"loss": 2e-3, "gradients": 2e-2, "weights": 4e-3, "metrics": 2e-2}
             if row.base is None:
                 limits = {"loss": 1e-2, "gradients": 5e-2, "metrics": 5e-2}
-        if (
-            row.teachers == NEAR
-        ):  # a loss of differences: its own rounding is as large as its gradient's
+        # A loss of differences: its own rounding is as large as its gradient's.
+        if row.teachers == NEAR:
             limits = {"loss": 1e-2, "gradients": 4 * orders, "weights": 1e-5, "metrics": 1e-2}
         gradients, worst = distance(result.tensors, against, "gradients/")
         start = {

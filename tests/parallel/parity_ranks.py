@@ -103,9 +103,8 @@ def check_states(
             reader.read(entry, rows.numpy())
             wanted = reference[f"states/{names[sample.sample_id]}"]
             assert rows.shape == wanted.shape
-            for row, want in zip(
-                rows, wanted, strict=True
-            ):  # each token on its own: a shifted row cannot hide
+            # Each token on its own: a shifted row cannot hide.
+            for row, want in zip(rows, wanted, strict=True):
                 worst = max(worst, relative(row, want))
     return worst
 
@@ -257,12 +256,8 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
     found |= {f"weights/{name}": tensor for name, tensor in session.student.weights().items()}
     values = results[0]
     rounded = row["cache_dtype"] == "bfloat16"
-    for (
-        index,
-        floor,
-    ) in (
-        session.probes.noise_floors.items()
-    ):  # of a teacher held against itself the KL is what rounding makes it
+    # Of a teacher held against itself the KL is what rounding makes it.
+    for index, floor in session.probes.noise_floors.items():
         kl = values["reverse_kl_by_teacher"][teachers.stores[index].name]
         assert kl / 4 < floor < kl * 4 if rounded else floor == 0, (floor, kl)
     assert values["below_10x_noise_floor"] == (row["teachers"] if rounded else [])

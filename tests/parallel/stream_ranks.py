@@ -214,12 +214,8 @@ def check_resident(spec: dict[str, Any]) -> str:
     )
     stream.expect([0] * 4)
     compared = 0
-    for length in (
-        7,
-        16,
-        33,
-        64,
-    ):  # below 4 tokens MKL takes another kernel for weights that stand transposed
+    # Below 4 tokens MKL takes another kernel for weights that stand transposed.
+    for length in (7, 16, 33, 64):
         ids = (np.arange(length) * 7 + 3) % 90
         states, _ = teacher.run(stream, 0, [ids, ids])  # one for each replica
         positions = torch.arange(length)[None]

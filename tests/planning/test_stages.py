@@ -35,14 +35,8 @@ def test_stages_are_priced_by_hand() -> None:
     ("num_layers", "pp_size", "vpp_size", "even", "layers", "best"),
     [
         (8, 2, 1, 1.352, (6, 2), 1.028),
-        (
-            8,
-            4,
-            1,
-            2.055,
-            (3, 2, 2, 1),
-            1.731,
-        ),  # (1, 3, 3, 1) and (5, 1, 1, 1) have as expensive a last stage
+        # (1, 3, 3, 1) and (5, 1, 1, 1) have as expensive a last stage.
+        (8, 4, 1, 2.055, (3, 2, 2, 1), 1.731),
         (16, 4, 1, 1.640, (5, 5, 5, 1), 1.050),
         (16, 4, 2, 1.640, (6, 4, 4, 2), 1.247),
         (28, 7, 1, 1.805, (2, 5, 5, 5, 5, 5, 1), 1.156),
@@ -76,9 +70,8 @@ def test_no_split_that_megatron_can_be_told_is_better(
 ) -> None:
     num_layers = each * pp_size * vpp_size
     splits = []
-    for first, last in product(
-        [None, *range(1, num_layers)], repeat=2
-    ):  # Megatron's two options and its rule
+    # Megatron's two options and its rule.
+    for first, last in product([None, *range(1, num_layers)], repeat=2):
         left = num_layers - (first or 0) - (last or 0)
         stages = pp_size - (first is not None) - (last is not None)
         if left >= stages and (left % stages == 0 if stages else left == 0):

@@ -141,9 +141,8 @@ def check_step(plan: TrainStepPlan, mini_batch: list[SampleMetadata], options: d
             for part in plan.micro_batches
         ]
         most_expensive = max(cost(n) for n in length.values())
-        assert max(costs) <= (math.fsum(costs) / dp_size + most_expensive) * (
-            1 + 1e-4
-        )  # costs are rounded to one in 1e6
+        # Costs are rounded to one in 1e6.
+        assert max(costs) <= (math.fsum(costs) / dp_size + most_expensive) * (1 + 1e-4)
 
     rows = [
         sum(length[s.sample_id] for s in mb.samples) for part in plan.micro_batches for mb in part
@@ -243,16 +242,10 @@ def test_dealing_is_by_cost_within_the_room_of_an_even_deal() -> None:
 @pytest.mark.parametrize(
     ("token_budget", "cost", "expected"),
     [
-        (
-            8,
-            None,
-            [8, 9],
-        ),  # three packs, an empty one: by tokens the long sample has company on its rank
-        (
-            8,
-            SampleCost(0.0, 1.0),
-            [1, 16],
-        ),  # attention makes it cost more than its tokens; the waste is the same
+        # Three packs, an empty one: by tokens the long sample has company on its rank.
+        (8, None, [8, 9]),
+        # Attention makes it cost more than its tokens; the waste is the same.
+        (8, SampleCost(0.0, 1.0), [1, 16]),
         (24, SampleCost(0.0, 1.0), [5, 12]),  # that would be a waste of 25 % instead of none
     ],
 )

@@ -32,9 +32,8 @@ def test_a_resumed_run_counts_every_step_once(run: RunDir) -> None:
         write_iteration(metrics, iteration, reverse_kl=2.0)
     metrics.close()
     after = report_of(run)
-    assert after["reverse_kl"]["last"] == pytest.approx(
-        2.0
-    )  # the last line of a step is the one that counts
+    # The last line of a step is the one that counts.
+    assert after["reverse_kl"]["last"] == pytest.approx(2.0)
     assert after["reverse_kl"]["first"] == before["reverse_kl"]["first"]
     assert {**after, "reverse_kl": None} == {**before, "reverse_kl": None}
 

@@ -150,9 +150,8 @@ def check(
         torch.nn.functional.embedding(ids[i].T, tensors["model.embed_tokens.weight"]) for i in mine
     ]
     while len(hidden) < -(-len(ids) // mesh.num_replicas):
-        hidden.append(
-            torch.zeros(1, 1, hf_config.hidden_size, dtype=dtype)
-        )  # every rank makes the same number of calls
+        # Every rank makes the same number of calls.
+        hidden.append(torch.zeros(1, 1, hf_config.hidden_size, dtype=dtype))
     for layer in range(hf_config.num_hidden_layers):
         weights = joined(bridge, tensors, layer, slices, mesh)
         layers.bind(layer, weights)
@@ -200,9 +199,8 @@ def check(
 
 def main() -> None:
     root, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-    parallel.initialize(
-        ParallelConfig(tp=2, pp=2), seed=1
-    )  # the student's groups: nothing of them may leak into a teacher's result
+    # The student's groups: nothing of them may leak into a teacher's result.
+    parallel.initialize(ParallelConfig(tp=2, pp=2), seed=1)
     for name, slices, sizes in plan:
         chunks = load_file(root / f"{name}.chunks.safetensors")
         for tp, ep, dtype in [(*size, torch.float32) for size in sizes] + [

@@ -18,9 +18,8 @@ from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
 from mtopd.types import MtopdError
 
-Rows = dict[
-    hidden_cache.RowKey, tuple[int, np.ndarray]
-]  # teacher index and rows by what names them
+# Teacher index and rows by what names them.
+Rows = dict[hidden_cache.RowKey, tuple[int, np.ndarray]]
 
 
 def cached_rows(session: Session) -> Rows:

@@ -50,9 +50,8 @@ def use(slot: HeadSlot, index: int) -> torch.Size:
         return head.weight_vE.shape
 
 
-@pytest.mark.parametrize(
-    "kept_bytes", [1 << 20, 0]
-)  # small rows stay in host memory, large ones are read again
+# Small rows stay in host memory, large ones are read again.
+@pytest.mark.parametrize("kept_bytes", [1 << 20, 0])
 def test_a_head_is_loaded_once_until_it_is_dropped(
     teachers: list[tuple[torch.nn.Module, TeacherStore]],
     kept_bytes: int,

@@ -69,9 +69,8 @@ def test_slices_join_to_the_checkpoints_tensors(
         joined(LAYER, "self_attention.linear_proj.weight.T").T,
         hf["model.layers.1.self_attn.o_proj.weight"],
     )
-    qkv = joined(LAYER, "self_attention.linear_qkv.weight").view(
-        2, 64, 64
-    )  # 2 groups of 2 q heads, k, v of 16
+    # 2 groups of 2 q heads, k, v of 16.
+    qkv = joined(LAYER, "self_attention.linear_qkv.weight").view(2, 64, 64)
     assert torch.equal(qkv[:, 32:48].reshape(-1, 64), hf["model.layers.1.self_attn.k_proj.weight"])
     assert torch.equal(qkv[:, :32].reshape(-1, 64), hf["model.layers.1.self_attn.q_proj.weight"])
     head = joined("head.safetensors", "weight")

@@ -80,9 +80,8 @@ def test_an_interrupted_add_goes_on_where_it_was(source: Path, tmp_path: Path) -
         p.name for p in (tmp_path / "whole").iterdir()
     )
     again = {path: (target / path).stat().st_mtime_ns for path in before}
-    assert (
-        add_teacher("t", source, target, slices=2).fingerprint == whole.fingerprint
-    )  # the same command once more
+    # The same command once more.
+    assert add_teacher("t", source, target, slices=2).fingerprint == whole.fingerprint
     assert unchanged(target, again) == set(again)
 
 
@@ -213,10 +212,8 @@ def with_experts(
     if layer == 0:
         return parts, []
     generator = torch.Generator().manual_seed(layer)
-    odd = (
-        "common/odd",
-        torch.randn(3, generator=generator).to(torch.bfloat16),
-    )  # what follows it is not aligned
+    # What follows it is not aligned.
+    odd = ("common/odd", torch.randn(3, generator=generator).to(torch.bfloat16))
     bias = ("common/mlp.router.expert_bias", torch.randn(3, generator=generator))
     experts = [
         (

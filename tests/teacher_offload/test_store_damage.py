@@ -25,9 +25,8 @@ PATHS = ("embedding.safetensors", LAYER, "final_norm.safetensors", "head.safeten
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("originals")
-    for seed, name in enumerate(
-        ("t", "u")
-    ):  # one architecture: their files differ in nothing but values
+    # One architecture: their files differ in nothing but values.
+    for seed, name in enumerate(("t", "u")):
         save_model(root / f"hf-{name}", seed=seed, layers=2, tied=False)
         add_teacher(name, root / f"hf-{name}", root / name, slices=2)
     return root
