@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from mtopd.dtypes import torch_dtype
 from mtopd.files import read_json, write_json
 from mtopd.teacher_offload.head_scores import log_probs, noise_floor
 from mtopd.teacher_offload.store import TeacherStore
-from mtopd.teacher_offload.teachers import Teachers
 from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from mtopd.teacher_offload.teachers import Teachers  # whose layers bring Megatron along
 
 # Tokens of a probe without a reference; each position's targets are its neighbours in the
 # vocabulary.
