@@ -28,8 +28,8 @@ from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress
 from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
-from mtopd.teacher_offload.probe import TeacherProbes
 from mtopd.teacher_offload.store import TeacherStore, open_store
+from mtopd.teacher_offload.teacher_probes import TeacherProbes
 from mtopd.teacher_offload.teachers import Teachers
 from mtopd.tokenizer import tokenizer_hash
 from mtopd.types import MtopdError

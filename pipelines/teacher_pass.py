@@ -29,8 +29,8 @@ from mtopd.hidden_cache import (
 from mtopd.metrics_lines import PassMetrics, TeacherPassLine
 from mtopd.planning import Wave, plan_pass
 from mtopd.run_dir import is_sealed
-from mtopd.teacher_offload.probe import Probe
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, run_teacher_pass
+from mtopd.teacher_offload.teacher_probes import Probe
 from mtopd.types import SampleMetadata, first_loss_position, num_input_tokens
 
 from .iteration import Iteration
