@@ -5,12 +5,12 @@ without secrets.
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -168,28 +168,31 @@ def test_what_is_no_plain_url_is_refused(url: str, said: str) -> None:
 
 
 @contextlib.contextmanager
-def hangs_up(port: int) -> Iterator[list[object]]:
-    """Whatever connects to ``port`` is counted and gets no answer."""
-    connections: list[object] = []
-    with socket.create_server(("127.0.0.1", port)) as listening:
+def overloaded(port: int) -> Iterator[list[str]]:
+    """A server on ``port`` that counts what it is asked for and answers 503, every time."""
+    asked: list[str] = []
 
-        def serve() -> None:
-            with contextlib.suppress(OSError):  # shut down below
-                while True:
-                    connection, address = listening.accept()
-                    connections.append(address)
-                    connection.close()
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
-        thread = threading.Thread(target=serve, daemon=True)
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield connections
-        listening.shutdown(socket.SHUT_RDWR)
+        yield asked
+        server.shutdown()
         thread.join()
 
 
-@pytest.mark.parametrize("port_is_open", [False, True])
-def test_a_server_that_is_gone_ends_in_an_error_after_bounded_retries(
-    local: TeacherStore, monkeypatch: pytest.MonkeyPatch, port_is_open: bool
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_server_that_does_not_serve_ends_in_an_error_after_bounded_retries(
+    local: TeacherStore, monkeypatch: pytest.MonkeyPatch, is_gone: bool
 ) -> None:
     with s3_server() as other:
         for name, value in other.environment.items():
@@ -199,15 +202,14 @@ def test_a_server_that_is_gone_ends_in_an_error_after_bounded_retries(
         other.stop()
         port = urlsplit(other.url).port
         assert port is not None
-        counted = hangs_up(port) if port_is_open else contextlib.nullcontext()
         with (
-            counted as connections,
+            contextlib.nullcontext() if is_gone else overloaded(port) as asked,
             pytest.raises(
                 MtopdError, match=rf"cannot read {URL}/{LAYER}: the request failed.* 5 retries"
             ) as caught,
         ):
             read_range(store.files[LAYER], 0, 4096)
-        assert connections is None or len(connections) == 6, "one request and five retries"
+        assert asked is None or len(asked) == 6, "one request and five retries"
         assert other.key not in str(caught.value) and other.secret not in str(caught.value)
 
 
