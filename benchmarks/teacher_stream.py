@@ -291,13 +291,11 @@ def read(spec: dict[str, Any]) -> dict[str, Any]:
     bench = Bench(spec)
     stream = bench.stream(spec["host_budget"])
     ranges = [
-        (r.file, r.blocks[0].start, r.blocks[-1].stop)
-        for part in stream.parts[0]
-        for r in part.ranges
+        (r.path, r.borders[0], r.borders[-1]) for part in stream.parts[0] for r in part.ranges
     ]
     requests = [
-        (Path(spec["store"]) / file.path, at, min(at + REQUEST, stop))
-        for file, start, stop in ranges
+        (Path(spec["store"]) / path, at, min(at + REQUEST, stop))
+        for path, start, stop in ranges
         for at in range(start, stop, REQUEST)
     ]
     paths = sorted({path for path, _, _ in requests})
