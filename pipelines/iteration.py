@@ -32,6 +32,7 @@ class Iteration:
         self._config = config
         self._teachers = teachers
         self._ranks = ranks
+        self._cache_keys: dict[int, bytes] = {}
 
     @property
     def next(self) -> Iteration:
@@ -72,7 +73,11 @@ class Iteration:
         return [*self.tokens.samples.values()]
 
     def cache_key(self, sample: SampleMetadata) -> bytes:
-        """What names the sample's rows in the hidden cache."""
-        index = sample.teacher_index
-        fingerprint = self._teachers.stores[index].fingerprint
-        return sample_key(fingerprint, sample.token_hash, self._teachers.hidden_dtype(index))
+        """What names the sample's rows in the hidden cache, hashed once for all phases."""
+        key = self._cache_keys.get(sample.sample_id)
+        if key is None:
+            index = sample.teacher_index
+            fingerprint = self._teachers.stores[index].fingerprint
+            key = sample_key(fingerprint, sample.token_hash, self._teachers.hidden_dtype(index))
+            self._cache_keys[sample.sample_id] = key
+        return key

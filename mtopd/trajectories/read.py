@@ -125,6 +125,7 @@ class TokenStore:
         self._row_of = {
             sample_id: row for row, sample_id in enumerate(self.metadata["sample_id"].to_pylist())
         }
+        self._fields: dict[int, TokenFields] = {}
         self._places: list[tuple[_Batch, int]] = []  # of each row
         for shard, metadata in zip(shards, tables, strict=True):
             for batch in map(_Batch, _map_tokens(shard, metadata).to_batches()):
@@ -136,8 +137,12 @@ class TokenStore:
         return {sample.sample_id: sample for sample in sample_metadata(self.metadata)}
 
     def tokens(self, sample_id: int) -> TokenFields:
-        batch, row = self._places[self._row(sample_id)]
-        return batch.fields(row)
+        """Looked up once: every phase asks for a sample's fields again."""
+        fields = self._fields.get(sample_id)
+        if fields is None:
+            batch, row = self._places[self._row(sample_id)]
+            fields = self._fields[sample_id] = batch.fields(row)
+        return fields
 
     def get(self, sample_id: int) -> Trajectory:
         """The trajectory as it was written."""
