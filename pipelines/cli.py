@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
-from mtopd.progress import console, is_first, print_error, say
+from mtopd.progress import console, is_first, print_error
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
-from . import start
+from . import cli_stores, start
 
 app = typer.Typer(
     name="mtopd",
@@ -29,15 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-teachers_app = typer.Typer(
-    help="Teacher stores: the format teachers are streamed from.", no_args_is_help=True
-)
-app.add_typer(teachers_app, name="teachers")
-cache_app = typer.Typer(
-    help="Hidden caches of a run: teachers' last hidden states on disk.", no_args_is_help=True
-)
-app.add_typer(cache_app, name="cache")
-
+app.add_typer(cli_stores.teachers_app, name="teachers")
+app.add_typer(cli_stores.cache_app, name="cache")
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
 Overrides = Annotated[
     list[str] | None,
@@ -130,87 +123,6 @@ def report(run_dir: RunDirectory) -> None:
     from mtopd.report import write_report
 
     write_report(run_dir, Console())
-
-
-StoreFolder = Annotated[Path, typer.Argument(help="Folder that holds the stores.")]
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="A teacher store: folder or URL.")]
-
-
-@teachers_app.command("add")
-def teachers_add(
-    name: Annotated[str, typer.Argument(help="The teacher's name.")],
-    source: Annotated[Path, typer.Option("--from", help="HF checkpoint folder.")],
-    to: Annotated[str, typer.Option(help="Folder that holds the stores.")] = "teachers",
-    slices: Annotated[
-        int, typer.Option(help="Largest tensor-parallel size that can load it without a copy.")
-    ] = 1,
-    logit_scale: Annotated[
-        float, typer.Option(help="Factor the checkpoint's own code puts on its logits.")
-    ] = 1.0,
-    softcap: Annotated[
-        float | None, typer.Option(help="Soft cap the checkpoint's own code puts on them.")
-    ] = None,
-) -> None:
-    """Write the teacher store TO/NAME from an HF checkpoint; start again to resume."""
-    from . import stores
-
-    folder = stores.local_folder(to) / name
-    stores.add(
-        name, source, folder, console, slices=slices, logit_scale=logit_scale, softcap=softcap
-    )
-
-
-@teachers_app.command("ls")
-def teachers_ls(folder: StoreFolder = Path("teachers")) -> None:
-    """List the teacher stores of a folder; what cannot be read is named with its cause."""
-    from . import stores
-
-    Console(soft_wrap=True, highlight=False).print(stores.table(folder))
-
-
-@teachers_app.command("verify")
-def teachers_verify(store: StorePath) -> None:
-    """Read every byte of a store and name each block that is damaged."""
-    from . import stores
-
-    stores.verify(store, console)
-
-
-@teachers_app.command("rm")
-def teachers_rm(
-    store: StorePath, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
-) -> None:
-    """Remove a teacher store, and what an interrupted `teachers add` of it left."""
-    from . import stores
-
-    for folder in stores.removable(stores.local_folder(store)):
-        if yes or typer.confirm(f"remove {folder}?", err=True, abort=True):
-            stores.remove_store(folder)
-            say(f"removed {folder}")
-
-
-@cache_app.command("ls")
-def cache_ls(run_dir: RunDirectory) -> None:
-    """Samples, rows, bytes, segments and damaged files by iteration and teacher."""
-    from . import caches
-
-    Console(soft_wrap=True, highlight=False).print(caches.table(run_dir))
-
-
-@cache_app.command("verify")
-def cache_verify(run_dir: RunDirectory) -> None:
-    """Read all rows and name every damaged sample with its cause; exit code 2 if there is one."""
-    from . import caches
-
-    caches.verify(run_dir, console)
-
-
-@cache_app.command("gc")
-def cache_gc(run_dir: RunDirectory) -> None:
-    """Delete what crashes left, and segments computed again; refused while the run is in use."""
-    from . import caches
-
-    caches.gc(run_dir, console)
 
 
 @app.command()
