@@ -47,6 +47,13 @@ AcceptChanged = Annotated[
         "--accept-changed", help="Go on although teachers, routes or tokenizer have changed."
     ),
 ]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Stop before the ranks start: everything is checked, the prompts are prepared.",
+    ),
+]
 Iteration = Annotated[
     int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")
 ]
@@ -66,6 +73,7 @@ def consolidate(
     overrides: Overrides = None,
     accept_changed: AcceptChanged = False,
     log_json: LogJson = False,
+    check: Check = False,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
     from . import prepare
@@ -74,22 +82,27 @@ def consolidate(
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
     run = RunDir(loaded.run_dir)
     final = run.export(loaded.train.num_iterations)
-    start.start_ranks(run, loaded, prepared, "consolidate:main", final=final)
-    if is_first():
+    start.start_ranks(run, loaded, prepared, "consolidate:main", final=final, check=check)
+    if is_first() and not check:
         from mtopd.report import write_report  # plots, which no rank needs
 
         write_report(loaded.run_dir, console if loaded.log_json else Console())
 
 
 @app.command()
-def specialist(config: ConfigFile, overrides: Overrides = None, log_json: LogJson = False) -> None:
+def specialist(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    log_json: LogJson = False,
+    check: Check = False,
+) -> None:
     """Train one model on supervised examples: an HF checkpoint and, if asked, a teacher store."""
     from . import prepare, stores
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
     run, final = RunDir(loaded.run_dir), loaded.run_dir / "export" / "final"
-    start.start_ranks(run, loaded, prepare.specialist, "supervised:main", final=final)
-    if is_first() and loaded.store is not None:
+    start.start_ranks(run, loaded, prepare.specialist, "supervised:main", final=final, check=check)
+    if is_first() and loaded.store is not None and not check:
         stores.add(loaded.store.name, final, loaded.store.path, console, slices=loaded.store.slices)
 
 

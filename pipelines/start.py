@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
+from mtopd.config import ConsolidateConfig, ParallelConfig, SpecialistConfig, load_config
 from mtopd.files import write_atomic
 from mtopd.progress import is_first, print_error, quiet_libraries, say
 from mtopd.run_dir import RunDir, is_sealed
@@ -43,28 +43,43 @@ def start_ranks(
     target: str,
     *arguments: str,
     final: Path | None = None,
+    check: bool = False,
 ) -> None:
     """Call ``target`` ("module:function" of pipelines) on every rank, with the run directory, the
     number of this start and ``arguments``.
 
     ``prepare`` is called before, once, under the lock.  Where ``final`` is sealed the run was
-    finished before, and nothing is started.
+    finished before, and nothing is started; nor with ``check``, which only says what would be.
     """
 
     def is_ready() -> bool:
         prepare(config, run, say)
-        if final is None or not is_sealed(final):
-            return True
-        say(f"{run.path} is finished; remove it to start over")
-        return False
+        if final is not None and is_sealed(final):
+            say(f"{run.path} is finished; remove it to start over")
+            return False
+        if check:
+            say(f"all is well: {run.path} would start {_ranks(config.student.parallel)}")
+        return not check
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_outer_torchrun(run, is_ready, target, *arguments)
         return
     with run.lock():
         if is_ready():
-            say(f"starting {config.student.parallel.world_size} ranks")
+            say(f"starting {_ranks(config.student.parallel)}")
             launch(config.student.parallel.world_size, target, run.path, run.generation, *arguments)
+
+
+def _ranks(parallel: ParallelConfig) -> str:
+    """How many ranks, and by which axes where there is more than one."""
+    axes = " x ".join(
+        f"{axis} {size}"
+        for axis in ("tp", "pp", "cp", "dp")
+        if (size := getattr(parallel, axis)) > 1
+    )
+    if not axes:
+        return "1 rank"
+    return f"{parallel.world_size} ranks ({axes})"
 
 
 def phase(run_dir: Path, name: str, iteration: int | None, overrides: list[str]) -> None:

@@ -185,6 +185,29 @@ def test_bad_input_is_one_line_and_leaves_nothing_to_trust(
     assert not (run / "prompts.arrow").exists() and not list(run.rglob("SEALED"))
 
 
+def test_check_does_what_a_start_does_before_its_ranks(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again, and with what it cannot use, in one process; the ranks never start."""
+    run, arguments = workplace / "run", ["consolidate", str(workplace / "config.yaml"), "--check"]
+    for start_number in (1, 2):
+        monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+        cli.main()
+        found = " ".join(capsys.readouterr().err.split())
+        assert "all is well" in found and "would start 4 ranks (tp 2 x pp 2)" in found
+        assert json.loads((run / "generation.json").read_text())["generation"] == start_number
+        assert (run / "prompts.arrow").is_file() and not (run / "report.json").exists()
+    line = refused(workplace, capsys, monkeypatch, *arguments, "train.optimizer.lr=-1")
+    assert "train.optimizer.lr" in line
+    final = run / "export" / "000001"
+    final.mkdir(parents=True)
+    (final / "SEALED").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+    cli.main()
+    found = capsys.readouterr().err
+    assert "is finished" in found and "all is well" not in found
+
+
 def test_a_run_directory_of_another_config_is_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
