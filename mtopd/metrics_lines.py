@@ -132,7 +132,12 @@ class SupervisedStepLine(Line):
     loss: float
     grad_norm: float
     lr: float
-    tokens: int  # that are trained
+    tokens: int  # of answers: those that are trained
+    tokens_per_s: float
+    # Tokens that the model read: of each sample prompt and answer without the last token, which is
+    # predicted alone.  Padding does not count.
+    positions: int
+    positions_per_s: float
     wall_s: float
 
 
@@ -190,7 +195,6 @@ class DivergenceMetrics:
 class TrainStepLine(DivergenceMetrics, SupervisedStepLine):
     """A train step of a consolidation: what the objective measured, and what the trainer did."""
 
-    tokens_per_s: float
     micro_batches: int
     waste: float  # share of the computed positions that holds padding
     heads: HeadMetrics = field(metadata={_GROUP: HeadMetrics})

@@ -1,7 +1,8 @@
 """What a run says on the terminal: rank 0's progress display, single lines, errors.
 
-The display is one bar over the iterations, the phase, tokens per second of training.  On a terminal
-it is a rich bar; elsewhere a line every few seconds, so that logs stay readable.
+The display is one bar over the iterations, the phase, answer tokens and positions of training
+per second since the start.  On a terminal it is a rich bar; elsewhere a line every few seconds, so
+that logs stay readable.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Progress:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._started = self._last_line = time.perf_counter()
-        self._tokens = 0
+        self._tokens = self._positions = 0
         self._bar: RichProgress | None = None
         if enabled and sys.stdout.isatty():
             columns = (
@@ -46,13 +47,19 @@ class Progress:
             self._last_line = time.perf_counter()
             print(f"{done}/{total} {name}  {self._rate()}", flush=True)
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, *, tokens: int, positions: int) -> None:
+        """A train step was taken: on so many tokens of answers, read at so many positions."""
         self._tokens += tokens
+        self._positions += positions
         if self._bar is not None:
             self._bar.update(self._task, rate=self._rate())
 
     def _rate(self) -> str:
-        return f"{self._tokens / (time.perf_counter() - self._started):,.0f} tokens/s"
+        seconds = time.perf_counter() - self._started
+        return (
+            f"{self._tokens / seconds:,.0f} answer tokens/s, "
+            f"{self._positions / seconds:,.0f} positions/s"
+        )
 
     def note(self, text: str) -> None:
         """A line that stays, e.g. the result of an evaluation."""

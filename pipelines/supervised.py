@@ -63,7 +63,7 @@ def main(run_dir: Path, generation: int) -> None:
     for step in range(start, config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
         line = train_step(student, prompts, config, shares, step)
-        progress.advance(tokens=line.tokens)
+        progress.advance(tokens=line.tokens, positions=line.positions)
         metrics.write(line, step, step=step)
         if reached_targets(config.train.stop, step, accuracy, shares, metrics):
             progress.note(f"every source is at its target accuracy after {step + 1} steps")
@@ -113,8 +113,16 @@ def train_step(
             f"{describe_rows(drawn, prompts.names)}"
         ) from None
     seconds = time.perf_counter() - started
+    positions = sum(num_input_tokens(len(e.prompt_ids), len(e.response_ids)) for e in batch)
     return SupervisedStepLine(
-        loss=loss, grad_norm=grad_norm, lr=lr, tokens=num_tokens, wall_s=seconds
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=num_tokens,
+        tokens_per_s=num_tokens / seconds,
+        positions=positions,
+        positions_per_s=positions / seconds,
+        wall_s=seconds,
     )
 
 

@@ -23,7 +23,14 @@ from mtopd.objectives import OBJECTIVES, Objective, TeacherFacts
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.step_sums import NonFiniteGradients
-from mtopd.types import MicroBatch, MtopdError, SampleRows, TeacherRun, TrainStepPlan
+from mtopd.types import (
+    MicroBatch,
+    MtopdError,
+    SampleRows,
+    TeacherRun,
+    TrainStepPlan,
+    num_input_tokens,
+)
 
 from .iteration import Iteration
 from .session import Session
@@ -50,7 +57,10 @@ def run(session: Session, iteration: Iteration) -> None:
             step = iteration.step_number(number)
             line = train_step(session, iteration, step_plan, runs[number], hidden_states, step)
             session.metrics.write(line, iteration.number, step=step)
-            session.progress.advance(tokens=sum(step_plan.num_tokens.values()))
+            session.progress.advance(
+                tokens=sum(step_plan.num_tokens.values()),
+                positions=num_positions(iteration, step_plan),
+            )
 
 
 def train_step(
@@ -77,6 +87,7 @@ def train_step(
         session.skip_step(step, why)
         return BadStepLine(refused=why, bad_steps=session.num_bad_steps, heads=heads)
     num_tokens = sum(step_plan.num_tokens.values())
+    positions = num_positions(iteration, step_plan)
     divergence = objective.metrics(sums, step_plan)
     wall_s = time.perf_counter() - started
     return TrainStepLine(
@@ -84,6 +95,8 @@ def train_step(
         heads=heads,
         tokens=num_tokens,
         tokens_per_s=num_tokens / wall_s,
+        positions=positions,
+        positions_per_s=positions / wall_s,
         grad_norm=grad_norm,
         lr=lr,
         micro_batches=len(micro_batches),
@@ -110,6 +123,13 @@ def plan(session: Session, iteration: Iteration) -> list[TrainStepPlan]:
         normalization=config.train.normalization,
         seed=iteration.seed,
     )
+
+
+def num_positions(iteration: Iteration, step_plan: TrainStepPlan) -> int:
+    """Tokens of the whole mini-batch that the model reads; padding does not count."""
+    planned = (s for part in step_plan.micro_batches for batch in part for s in batch.samples)
+    samples = (iteration.tokens.samples[s.sample_id] for s in planned)
+    return sum(num_input_tokens(s.prompt_len, s.response_len) for s in samples)
 
 
 def build_objective(

@@ -14,7 +14,7 @@ from mtopd.run_dir import SCHEMA
 
 Report = Mapping[str, Any]  # as JSON has it
 
-_KL_STEPS = 10  # train steps at either end of the run that reverse_kl is taken over
+_KL_STEPS = 10  # at most so many train steps at either end of the run make its first and last KL
 _MIN_GAIN = 0.05  # where the teacher is less than this above the base, recovery says nothing
 _LAST_PHASE = "update_weights"  # ends an iteration
 
@@ -46,6 +46,10 @@ def build_report(record: RunRecord) -> Report:
         "stall_s": {"teacher_pass": _total(p.stall_s for p in passes),
                     "train": _total(s.heads.stall_s for s in steps)},
         "train_steps": len(steps),
+        "train_tokens": _total(s.tokens for s in steps),
+        "tokens_per_s": _rate((s.tokens, s.wall_s) for s in steps),
+        "positions": _total(s.positions for s in steps),
+        "positions_per_s": _rate((s.positions, s.wall_s) for s in steps),
         "rollout_tokens": _total(line.tokens for line in record.lines(RolloutLine)),
         "waves": _peak(p.waves for p in passes),
         "teachers": [_teacher(record, steps, teacher) for teacher in record.teachers],
@@ -53,7 +57,7 @@ def build_report(record: RunRecord) -> Report:
         "peak_head_bytes": heads,
         "peak_device_bytes": max(heads, _peak(p.peak_device_bytes for p in passes)),
         "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
-        "reverse_kl": {"first": _token_mean_kl(steps[:_KL_STEPS]), "last": _token_mean_kl(steps[-_KL_STEPS:])},
+        "reverse_kl": first_and_last_kl(steps),
         "domains": domains,
         "worst_recovery": min(recovered, default=None),
         "mean_recovery": sum(recovered) / len(recovered) if recovered else None,
@@ -132,6 +136,18 @@ def worst_recovery(
     return min((r for r in found if r is not None), default=None)
 
 
+def first_and_last_kl(steps: Sequence[TrainStepLine]) -> dict[str, float | None]:
+    """Token means over as many ``steps`` at either end of the run, which never overlap: of one
+    train step there is a first KL and no last.
+    """
+    count = max(1, min(_KL_STEPS, len(steps) // 2))
+    last = steps[-count:] if len(steps) > 1 else []
+    return {
+        "first": _token_mean_kl(steps[:count]),
+        "last": _token_mean_kl(last),
+    }
+
+
 def _token_mean_kl(steps: Sequence[TrainStepLine]) -> float | None:
     tokens = _total(s.tokens for s in steps)
     return sum(s.reverse_kl * s.tokens for s in steps) / tokens if tokens else None
@@ -148,6 +164,13 @@ def _numbers(values: Iterable[object]) -> Iterator[float]:
 
 def _total(values: Iterable[object]) -> float:
     return sum(_numbers(values))
+
+
+def _rate(counts: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Counts per second, over those that were counted; None where an older run has none."""
+    known = [(n, s) for n, s in counts if n is not None and s is not None]
+    seconds = _total(s for _, s in known)
+    return _total(n for n, _ in known) / seconds if seconds else None
 
 
 def _peak(values: Iterable[object]) -> float:

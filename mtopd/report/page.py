@@ -13,11 +13,12 @@ from mtopd.report.numbers import Report
 from mtopd.report.record import RunRecord
 from mtopd.report.tables import (
     check_rows,
-    nats,
     number,
+    per_second,
     progress,
     result_columns,
     result_rows,
+    reverse_kl,
     teacher_rows,
 )
 
@@ -58,13 +59,13 @@ def render_page(record: RunRecord, report: Report, title: str) -> str:
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: label, value."""
-    kl = report["reverse_kl"]
-    arrow = "\N{RIGHTWARDS ARROW}"
+    rates = per_second(report["tokens_per_s"]), per_second(report["positions_per_s"])
     return [
         ("worst recovery", number(report["worst_recovery"])),
         ("mean recovery", number(report["mean_recovery"])),
-        ("reverse KL, nats per token", f"{nats(kl['first'])} {arrow} {nats(kl['last'])}"),
+        ("reverse KL, nats per token", reverse_kl(report, "\N{RIGHTWARDS ARROW}")),
         ("train steps", f"{report['train_steps']:,}"),
+        ("answer tokens, positions a second of train steps", " / ".join(rates)),
         ("rollout tokens", f"{report['rollout_tokens']:,}"),
         ("wall time of all phases", f"{sum(report['wall_s'].values()):,.0f} s"),
     ]

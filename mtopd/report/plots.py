@@ -107,7 +107,8 @@ def kl_plot(record: RunRecord, colours: Mapping[str, str]) -> Plot:
         for name, colour in colours.items():
             found = [(step, line.reverse_kl_by_teacher.get(name)) for _, step, line in steps]
             points = [(x, y) for x, y in found if x is not None and y is not None]
-            axes.plot(*_means(points, width), color=colour, linewidth=1.3)
+            mark = "o" if len(points) == 1 else None  # a line of one point would not be seen
+            axes.plot(*_means(points, width), color=colour, linewidth=1.3, marker=mark)
         label = "train step" if width <= 1 else f"train step (means of {width} steps)"
         axes.set(xlabel=label, ylabel="reverse KL, nats per token", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")

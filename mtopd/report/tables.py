@@ -76,14 +76,22 @@ def teacher_rows(report: Report) -> list[list[str]]:
 
 def verdict(report: Report) -> str:
     """The run in one line."""
-    kl = report["reverse_kl"]
-    ratio = f" ({kl['first'] / kl['last']:.0f}x)" if kl["first"] is not None and kl["last"] else ""
     return (
         f"{'consolidated' if report['finished'] else 'unfinished, ' + progress(report)}: "
         f"worst recovery {number(report['worst_recovery'])}, mean "
         f"{number(report['mean_recovery'])}, "
-        f"reverse KL {nats(kl['first'])} -> {nats(kl['last'])}{ratio}"
+        f"reverse KL {reverse_kl(report, '->')}"
     )
+
+
+def reverse_kl(report: Report, arrow: str) -> str:
+    """First and last KL and how many times lower it has become; of one train step its KL alone."""
+    first, last = report["reverse_kl"]["first"], report["reverse_kl"]["last"]
+    if report["train_steps"] < 2:
+        return nats(first)
+    ratio = first / last if first is not None and last else 0
+    lower = f" ({ratio:.1f}x)" if 1 <= ratio < 10 else f" ({ratio:.0f}x)" if ratio >= 10 else ""
+    return f"{nats(first)} {arrow} {nats(last)}{lower}"
 
 
 def progress(report: Report) -> str:
@@ -101,6 +109,10 @@ def nats(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.1%}"
+
+
+def per_second(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:,.0f}"
 
 
 def in_bytes(count: float | None) -> str:

@@ -32,6 +32,11 @@ pytestmark = [
     # A checkpoint is read by one process.
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
+# What a start of its own has otherwise: seconds, and no small heads in memory yet.
+SECONDS = (
+    *("wall_s", "tokens_per_s", "positions_per_s", "stall_s", "statistics_s"),
+    "head_bytes_read",
+)
 LAST = 3  # the iteration whose files a finished run keeps
 
 
@@ -52,6 +57,14 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     assert "worst recovery" in errors, "the table of the report is not among the lines"
     states = rows_of(run)
     shards = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
+    read = sum(
+        prompt_len + response_len - 1  # the last token is predicted alone
+        for table in shards.values()
+        for prompt_len, response_len in zip(
+            *(table[name].to_pylist() for name in ("prompt_len", "response_len")), strict=True
+        )
+    )
+    assert read == sum(line["positions"] for line in steps if line["iteration"] == LAST)
     final = checkpoint_tensors(run, LAST + 1)
     assert checkpoint.sealed(run) == [2, 3, 4], (
         "the last `keep` of checkpoints 1 to 4, older ones go"
@@ -75,8 +88,7 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     again = train_steps(mtopd("train", str(run.path), "--iteration", str(LAST), "--log-json"))
     last = [line for line in steps if line["iteration"] == LAST]
     for line in (*again, *last):
-        # A start of its own has other seconds, and no small heads in memory yet.
-        for name in ("wall_s", "tokens_per_s", "stall_s", "statistics_s", "head_bytes_read"):
+        for name in SECONDS:
             del line[name]
     assert again == last and all(line["kl_noise_floor"] for line in again), (
         "the floors are those of the first start"

@@ -69,8 +69,9 @@ def step_line(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> TrainS
         "head_bytes_read": dict.fromkeys(names, 64),
         "peak_resident_heads": 1,
         "peak_head_bytes": 64,
+        "positions": 3 * (step + 1),
         "stall_s": 0.25,
-        "wall_s": 1.0,
+        "wall_s": 2.0,
     }
     return from_values(TrainStepLine, {**values, **changes})
 

@@ -1,11 +1,13 @@
 """The report's numbers follow from the run directory."""
 
+import json
+
 import pytest
 
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import BadStepLine, TeacherPassLine, from_values
 from mtopd.report import build_report, read_run
-from mtopd.report.numbers import recovery
+from mtopd.report.numbers import first_and_last_kl, recovery
 from mtopd.report.tables import check_rows
 from mtopd.run_dir import RunDir
 from tests.report.runs import BASELINES, TEACHERS, config_of, pass_metrics, report_of, step_line
@@ -52,6 +54,38 @@ def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
     # KL times tokens is 1 in every step: ten steps over their tokens
     kl = report_of(run)["reverse_kl"]
     assert kl == pytest.approx({"first": 10 / sum(range(1, 11)), "last": 10 / sum(range(21, 31))})
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "at_either_end"), [(0, 0), (1, 1), (2, 1), (3, 1), (19, 9), (20, 10), (21, 10)]
+)
+def test_first_and_last_kl_never_share_a_train_step(num_steps: int, at_either_end: int) -> None:
+    # KL times tokens is 1 in every step, and step n has n tokens.
+    found = first_and_last_kl([step_line(step) for step in range(num_steps)])
+    tokens = [*range(1, num_steps + 1)]
+
+    def mean(part: list[int]) -> float | None:
+        return len(part) / sum(part) if part else None
+
+    last = tokens[num_steps - at_either_end :] if num_steps > 1 else []
+    assert found == pytest.approx({"first": mean(tokens[:at_either_end]), "last": mean(last)})
+
+
+def test_positions_stand_beside_answer_tokens(run: RunDir) -> None:
+    report = report_of(run)
+    tokens = sum(range(1, 31))
+    assert (report["train_tokens"], report["positions"]) == (tokens, 3 * tokens)
+    assert report["tokens_per_s"] == pytest.approx(tokens / 60)
+    assert report["positions_per_s"] == pytest.approx(3 * tokens / 60)
+
+
+def test_a_run_of_before_positions_were_counted_has_none(run: RunDir) -> None:
+    lines = [json.loads(text) for text in run.metrics.read_text().splitlines()]
+    for line in lines:
+        line.pop("positions", None)
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = report_of(run)
+    assert report["positions_per_s"] is None and report["tokens_per_s"] == pytest.approx(465 / 60)
 
 
 def test_recovery(run: RunDir) -> None:

@@ -11,7 +11,7 @@ def test_write_leaves_both_files_and_ends_with_the_verdict(run: RunDir) -> None:
     assert json.loads((run.path / "report.json").read_text()) == report
     assert {path.name for path in run.path.glob("*report*")} == {"report.json", "report.html"}
     assert lines[-1] == (
-        "consolidated: worst recovery 0.85, mean 0.90, reverse KL 0.18 -> 0.039 (5x), report "
+        "consolidated: worst recovery 0.85, mean 0.90, reverse KL 0.18 -> 0.039 (4.6x), report "
         f"{run.path}/report.html"
     )
     assert "head loads: 90, expected 90: ok" in lines
