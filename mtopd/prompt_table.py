@@ -6,9 +6,12 @@ then held-out rows.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -189,3 +192,34 @@ def load_source(source: SourceConfig) -> tuple[PromptSource, PromptSource | None
         if source.eval_path is not None:
             held_out = load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
     return with_fields(train, source.fields), held_out and with_fields(held_out, source.fields)
+
+
+def source_identity(source: SourceConfig) -> dict[str, Any]:
+    """What a source's prompts are made of, by content: equal identities give equal rows.
+
+    A file counts by its bytes, under the key that names it in the config, wherever it lies; a
+    reasoning-gym dataset by its name, its options, its draws and the package's version.
+    """
+    if source.reasoning_gym is None:
+        paths = {"path": source.path, "eval_path": source.eval_path}
+        return {key: _file_hash(source.name, path) for key, path in paths.items() if path}
+    return {
+        "reasoning_gym": source.reasoning_gym,
+        "version": importlib.metadata.version("reasoning-gym"),
+        "config": dict(source.config),
+        "train_size": source.train_size,
+        "seed": source.seed,
+        "eval_size": source.eval_size,
+        "eval_seed": source.eval_seed,
+    }
+
+
+def _file_hash(name: str, path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MtopdError(
+            f"source '{name}': {path} cannot be read ({error.strerror}); correct the path, or its "
+            "permissions"
+        ) from None
