@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smoke test parity integration lint soak benchmark benchmark-quick clean-demo clean-smoke help
+.PHONY: demo smoke test parity integration lint fuzz soak benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
 	@echo "make lint         ruff and mypy"
+	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
 	@echo "make benchmark    divergence, teacher stream, hidden cache and train step at real sizes (about 30 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
@@ -39,7 +40,11 @@ parity: $(READY)
 integration: $(READY)
 	$(BIN)/python -m pytest -m integration
 
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz.run
+
 soak: $(READY)
+	$(BIN)/python -m tests.fuzz.run --count 2000 --whole 200 --seed $$(date +%s)
 	$(BIN)/python -m tests.hidden_cache.kill_writers --kills 60
 	$(BIN)/python -m tests.teacher_offload.kill_add --kills 20
 	$(BIN)/python -m tests.integration.kill_pass --kills 20
