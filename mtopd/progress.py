@@ -81,7 +81,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """A line to the user about what is going on, once whatever the number of ranks."""
     if is_first():
-        console.print(text, style="dim", highlight=False, markup=False)
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_error(text: str) -> None:

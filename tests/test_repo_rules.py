@@ -28,6 +28,7 @@ LOWER = {
     "trajectories",
     "run_dir",
     "manifest",
+    "content",
     "files",
     "metrics",
     "metrics_lines",
