@@ -26,7 +26,9 @@ from mtopd.types import MtopdError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}, as chat templates want it
+# {"role": ..., "content": ..., and whatever else the chat template reads}, as it stands in the file
+Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, as it stands in the file
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
 CHARACTERS = (*map(chr, range(32, 127)), "\n")
@@ -110,30 +112,84 @@ def _common_prefix(texts: Sequence[str]) -> str:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    tools: Sequence[Tools | None] | None = None,
+    where: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each conversation through the chat template, up to where the response begins."""
+    """Token ids of each conversation through the chat template, up to where the response begins.
+
+    Messages and ``tools`` (of each conversation) reach the template whole; ``where`` names each
+    conversation in errors.  Raises MtopdError for what the template or the tokenizer does not take.
+    """
     if tokenizer.chat_template is None:
         raise MtopdError(
             "the tokenizer has no chat template; add chat_template.jinja to its folder"
         )
     if not conversations:
         return []
-    batch = [[dict(message) for message in conversation] for conversation in conversations]
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            batch, add_generation_prompt=True, return_dict=True
+    names = where or [f"conversation {i}" for i in range(len(conversations))]
+    texts = [
+        _render(tokenizer, conversation, offered, name)
+        for conversation, offered, name in zip(
+            conversations, tools or [None] * len(conversations), names, strict=True
         )
+    ]
+    return _encode(tokenizer, texts, names)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Sequence[Message],
+    tools: Tools | None,
+    where: str,
+) -> str:
+    """The prompt's text.  transformers renders in Jinja's sandbox: a template runs no code."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in conversation],
+            tools=None if tools is None else [dict(tool) for tool in tools],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except Exception as error:  # a template can raise anything
+        raise MtopdError(
+            f"{where}: {_template_file(tokenizer)} does not take its messages: {_said(error)}; "
+            "change the messages or the template"
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def _template_file(tokenizer: PreTrainedTokenizerBase) -> str:
+    folder = Path(tokenizer.name_or_path)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            return f"the chat template in {folder / name}"
+    return "the tokenizer's chat template"
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of texts in which the template's own tokens already stand."""
+    try:
+        encoded: Any = tokenizer(list(texts), add_special_tokens=False)
     except Exception as error:  # tokenizers raises bare Exception
-        for conversation in batch:
-            _refuse_unknown_characters(tokenizer, conversation, error)
+        for text in texts:
+            _refuse_unknown_characters(tokenizer, text, error)
         raise
     ids: list[list[int]] = encoded["input_ids"]
     unknown = tokenizer.unk_token_id
-    for conversation, row in zip(batch, ids, strict=True):
-        if unknown is not None and unknown in row:
+    for text, row, name in zip(texts, ids, names, strict=True):
+        if unknown is not None and row.count(unknown) > text.count(str(tokenizer.unk_token)):
             raise MtopdError(
-                f"the tokenizer does not know a part of {conversation}; it would train on {unknown}"
+                f"{name}: the tokenizer does not know a part of {text!r}; it would train on "
+                f"{tokenizer.unk_token}"
             )
     return ids
 
@@ -201,14 +257,14 @@ def _quoted(token: str | None) -> str:
 
 
 def _refuse_unknown_characters(
-    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Message], error: Exception
+    tokenizer: PreTrainedTokenizerBase, text: str, error: Exception
 ) -> None:
     if not tokenizer.init_kwargs.get(_RESPONSES_BY_CHARACTER):
         return
     vocabulary = tokenizer.get_vocab()
-    for message in conversation:
-        text = message["content"]
-        for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text):
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    for part in re.split(special, text):
+        for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(part):
             if piece not in vocabulary:
                 raise _unknown_character(piece, text) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,50 @@ def test_any_chat_tokenizer_works_the_same_way(foreign_tokenizer, tmp_path: Path
     ]
 
 
+def test_messages_and_tools_reach_the_template_whole(
+    foreign_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    foreign = copy.deepcopy(foreign_tokenizer)
+    foreign.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>"
+        "{{ m['content'] }}{{ m['name'] }}{{ m['tool_calls'] }}{{ m['tool_call_id'] }}{% endfor %}"
+    )
+    call = {"function": {"name": "add", "arguments": {"a": 3, "b": [4]}}}
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "3+4?"}], "name": "eve"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "7", "tool_call_id": "c1"},
+    ]
+    offered = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"prompt": chat, "tools": offered}, {"prompt": chat}]
+    source = load_prompt_file("x", write_jsonl(tmp_path / "a.jsonl", *rows))
+    prompts = tokenize_prompts(source, foreign, [{}], context_length=512, max_response=8)
+    wanted = [
+        foreign.apply_chat_template(chat, tools=tools, add_generation_prompt=True)["input_ids"]
+        for tools in (offered, None)
+    ]
+    assert [list(prompt.prompt_ids) for prompt in prompts] == wanted
+    assert wanted[0] != wanted[1]
+
+
+def test_what_a_template_raises_is_one_line_that_names_row_and_file(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tokenizer_folder, tmp_path / "t")
+    file = tmp_path / "t" / "chat_template.jinja"
+    for template, said in [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ messages[0]['content'].__class__.__mro__ }}", "SecurityError"),
+        ("{{ messages[7]['content'] }}", "UndefinedError"),
+    ]:
+        file.write_text(template)
+        tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "t"))
+        with pytest.raises(MtopdError, match=rf"^prompt a/3: .*chat_template.jinja .*{said}") as e:
+            encode_prompts(tokenizer, [[{"role": "user", "content": "a"}]], where=["prompt a/3"])
+        assert "\n" not in str(e.value)
+
+
 def test_tokenizer_without_chat_template_or_eos_is_refused(tokenizer_folder: Path, sources) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_folder / "tokenizer.json"))
     with pytest.raises(MtopdError, match="no chat template"):
@@ -190,3 +236,12 @@ def test_a_part_the_tokenizer_maps_to_unknown_is_refused() -> None:
     assert encode_prompts(lossy, [[{"role": "user", "content": "known"}]]) == [[1]]
     with pytest.raises(MtopdError, match="does not know a part"):
         encode_prompts(lossy, [[{"role": "user", "content": "known news"}]])
+
+
+def test_a_token_that_the_template_writes_is_not_unknown(foreign_tokenizer) -> None:
+    """GPT-2, OPT and SmolLM: one token begins, ends and is the unknown one."""
+    one = copy.deepcopy(foreign_tokenizer)
+    one.unk_token = "<|end|>"
+    turns = [{"role": role, "content": "a"} for role in ("user", "bot", "user")]
+    (ids,) = encode_prompts(one, [turns])
+    assert ids.count(one.eos_token_id) == 3

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtopd.data.verifiers import open_dataset, quiet
-from mtopd.tokenizer import Message
+from mtopd.tokenizer import Message, Tools
 from mtopd.types import MtopdError
 
 EVAL_SEED = 10_000_019
@@ -27,17 +27,21 @@ _DRAWS_PER_EVAL_PROMPT = 16  # bounds the search for unique eval prompts
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One prompt as text.  ``verify`` is empty when nothing can score a response."""
+    """One prompt: its messages and tools as they stand in the file.  ``verify`` is empty when
+    nothing can score a response.
+    """
 
     messages: tuple[Message, ...]
     answer: str | None
     route: Mapping[str, str]
     verify: Mapping[str, Any]
+    tools: Tools | None = None
 
     @property
     def question(self) -> str:
         """The text of the last message."""
-        return self.messages[-1]["content"]
+        content = self.messages[-1].get("content") or ""
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +183,11 @@ def _file_row(record: Mapping[str, Any], where: str, domain: str) -> PromptRow:
         key: _text(value) for key, value in record.items() if isinstance(value, str | int | float)
     }
     route_fields = {"domain": domain, **fields}
-    for key in ("prompt", "answer"):
+    for key in ("prompt", "answer", "tools"):
         route_fields.pop(key, None)
     verify_with = {} if answer is None else {"verifier": "exact_match", "answer": answer}
-    return PromptRow(_messages(record["prompt"], where), answer, route_fields, verify_with)
+    messages, tools = _messages(record["prompt"], where), _tools(record.get("tools"), where)
+    return PromptRow(messages, answer, route_fields, verify_with, tools)
 
 
 def _text(value: str | int | float) -> str:
@@ -190,21 +195,46 @@ def _text(value: str | int | float) -> str:
 
 
 def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
+    """The messages whole: what the chat template reads beside role and content is kept."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages if isinstance(messages, list) else [None]:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise MtopdError(
                 f"{where}: prompt must be a string or a list of messages with string role and "
                 "content"
             )
-    if not messages or not messages[-1]["content"] or messages[-1]["role"] == "assistant":
+        _check_content(message.get("content"), where)
+    if not messages or not _is_question(messages[-1]):
         raise MtopdError(
             f"{where}: prompt is empty or ends with an assistant message; it must end where one "
             "answers"
         )
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    return tuple(messages)
+
+
+def _is_question(message: Message) -> bool:
+    return bool(message.get("content")) and message["role"] != "assistant"
+
+
+def _check_content(content: Any, where: str) -> None:
+    """A message's content is text, parts of text, or nothing (beside tool calls)."""
+    if content is None or isinstance(content, str):
+        return
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise MtopdError(
+                f"{where}: a message's content has a part of type {kind!r}; only text is trained: "
+                "give a string, or parts of type 'text'"
+            )
+
+
+def _tools(tools: Any, where: str) -> Tools | None:
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise MtopdError(f"{where}: tools must be a list of objects, each the schema of a function")
+    return tuple(tools)
 
 
 def with_fields(source: PromptSource, fields: Mapping[str, str]) -> PromptSource:

@@ -84,7 +84,13 @@ def supervised_examples(
 def _prompt_ids(
     source: PromptSource, tokenizer: PreTrainedTokenizerBase, numbers: Sequence[int]
 ) -> list[list[int]]:
-    return encode_prompts(tokenizer, [source.rows[number].messages for number in numbers])
+    rows = [source.rows[number] for number in numbers]
+    return encode_prompts(
+        tokenizer,
+        [row.messages for row in rows],
+        [row.tools for row in rows],
+        [f"prompt {source.name}/{number}" for number in numbers],
+    )
 
 
 def _check_room(prompt_id: str, prompt_len: int, response_len: int, context_length: int) -> None:
