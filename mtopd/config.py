@@ -20,7 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mtopd.types import MtopdError
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -309,7 +310,9 @@ class StopConfig(Model):
 class TeacherStoreConfig(Model):
     name: Name
     path: LocalPath
-    slices: Count = 1
+    # largest tensor-parallel size that can load it without a copy; auto: as many as the model has,
+    # up to 8
+    slices: Count | Literal["auto"] = 1
 
 
 class SupervisedConfig(Model):

@@ -28,8 +28,13 @@ def teachers_add(
     source: Annotated[Path, typer.Option("--from", help="HF checkpoint folder.")],
     to: Annotated[str, typer.Option(help="Folder that holds the stores.")] = "teachers",
     slices: Annotated[
-        int, typer.Option(help="Largest tensor-parallel size that can load it without a copy.")
-    ] = 1,
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Largest tensor-parallel size that can load it without a copy; auto: as many as "
+            "the model has, up to 8.",
+        ),
+    ] = "1",
     logit_scale: Annotated[
         float, typer.Option(help="Factor the checkpoint's own code puts on its logits.")
     ] = 1.0,

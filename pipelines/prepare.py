@@ -16,7 +16,14 @@ from mtopd.prompt_table import write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.tokenizer import tokenizer_hash
 
-from .checks import check_baselines, check_batch, check_student, check_teachers, check_world
+from .checks import (
+    check_baselines,
+    check_batch,
+    check_store,
+    check_student,
+    check_teachers,
+    check_world,
+)
 
 Say = Callable[[str], None]
 
@@ -80,6 +87,7 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     tokenizer = check_student(config.student, deterministic=False)
     check_world(config.student)
     check_batch(config)
+    check_store(config)
     _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -10,13 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from mtopd.config import NAME_PATTERN
 from mtopd.dtypes import safetensors_name
 from mtopd.teacher_offload.names import MANIFEST
 from mtopd.teacher_offload.store import TeacherStore, check_files, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
 
-__all__ = ["add", "local_folder", "removable", "remove_store", "table", "verify"]
+__all__ = ["add", "check_name", "local_folder", "removable", "remove_store", "table", "verify"]
 
 
 def add(
@@ -25,11 +28,16 @@ def add(
     target: Path,
     console: Console,
     *,
-    slices: int,
+    slices: str | int,
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
-    """Write a store, or finish one, with a progress bar; prints what was written."""
+    """Write a store, or finish one, with a progress bar; prints what was written.
+
+    ``slices``: a number, also as the command line has it, or "auto".
+    """
+    check_name(name)
+    number = _slices(slices)
     from mtopd.convert.teacher import add_teacher
 
     with Progress(console=console, transient=True) as progress:
@@ -38,7 +46,7 @@ def add(
             name,
             source,
             target,
-            slices=slices,
+            slices=number,
             logit_scale=logit_scale,
             softcap=softcap,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
@@ -47,6 +55,24 @@ def add(
         f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint "
         f"{store.fingerprint[:16]}"
     )
+
+
+def check_name(name: str) -> None:
+    """A teacher's name is that of its store's folder, and a key of configs and reports."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise MtopdError(
+            f"a teacher's name begins with a letter or digit and has letters, digits, _, . and - "
+            f"alone, found {name!r}; the folder that holds the store is --to"
+        )
+
+
+def _slices(given: str | int) -> int | Literal["auto"]:
+    if given == "auto":
+        return "auto"
+    try:
+        return int(given)
+    except ValueError:
+        raise MtopdError(f"slices {given!r}: give a number, or auto") from None
 
 
 def local_folder(location: str) -> Path:

@@ -15,9 +15,10 @@ from mtopd.dtypes import torch_dtype
 from mtopd.families import drop_further_heads, model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config, write_hf_checkpoint
 from mtopd.megatron import parallel
-from mtopd.megatron.model import build_chunks, padded_vocab_size
+from mtopd.megatron.model import build_chunks
 from mtopd.megatron.options import config_overrides, megatron_refuses, sort_fields
 from mtopd.megatron.trainer import Trainer
+from mtopd.planning.capacity import padded_vocab_size
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.tokenizer import load_tokenizer, vocab_size
 

@@ -165,7 +165,7 @@ def escaping_manifest(root: Path) -> None:
         (no_route, ["chemistry", "route"]),
         (long_prompt, ["context_length", "18", "tokens"]),
         (empty_dataset, ["prompts.jsonl", "no rows"]),
-        (indivisible_world, ["3", "divide"]),
+        (indivisible_world, ["student.parallel.tp 3", "tp 1 or 2 work"]),
         (bad_megatron_field, ["layernorm_epsilo", "layernorm_epsilon"]),
         (escaping_manifest, ["../../student/model.safetensors", "inside"]),
     ],

@@ -66,6 +66,7 @@ PIPELINES = (
     ("start",),
     ("prepare",),  # what a verb checks and writes before its ranks start
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
+    ("layouts",),  # refusals of layouts
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
     ("session",),

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.probe import transformers_probe
 from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
-from mtopd.families import model_facts
+from mtopd.families import check_variant, model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
+from mtopd.planning import choose_slices
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.teacher_offload.store_writer import StoreWriter, Tensor
@@ -36,7 +37,7 @@ def add_teacher(
     source: Path,
     target: Path,
     *,
-    slices: int,
+    slices: int | Literal["auto"],
     logit_scale: float = 1.0,
     softcap: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -44,11 +45,11 @@ def add_teacher(
     """Write the store of the HF checkpoint ``source`` to ``target``, whole or not at all.
 
     ``slices`` is the largest tensor-parallel size that can load it without a copy; any divisor of
-    it can load it. ``logit_scale`` and ``softcap`` tell what the checkpoint's own code does to
-    logits after the output layer. The manifest's "probe" holds log-probs of a few tokens by
-    transformers' own code.  Started again after a kill it goes on where it was; where the store is
-    there already, from the same source, it is opened. Raises MtopdError when the checkpoint is
-    damaged, unsupported, or cannot be cut into ``slices``.
+    it can load it; "auto": as many as the model has, up to 8. ``logit_scale`` and ``softcap`` tell
+    what the checkpoint's own code does to logits after the output layer. The manifest's "probe"
+    holds log-probs of a few tokens by transformers' own code.  Started again after a kill it goes
+    on where it was; where the store is there already, from the same source, it is opened. Raises
+    MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
     """
     from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 
@@ -56,7 +57,9 @@ def add_teacher(
         if given is not None and not 0 < given < math.inf:
             raise MtopdError(f"the {what} is {given}; it must be a positive number")
     hf_config = load_hf_config(source)
+    check_variant(hf_config, str(source / "config.json"))
     facts = model_facts(hf_config)
+    slices = choose_slices(slices, facts.tp_counts, str(source))
     tokenizer = load_tokenizer(source)
     if (known := vocab_size(tokenizer)) > facts.vocab_size:
         raise MtopdError(

@@ -39,12 +39,12 @@ def model_facts(hf_config: PretrainedConfig) -> ModelFacts:
     return FAMILIES[hf_config.model_type].facts(hf_config)
 
 
-def check_variant(hf_config: PretrainedConfig) -> None:
+def check_variant(hf_config: PretrainedConfig, where: str = "") -> None:
     """Raises MtopdError for options of a family that Megatron's layers do not have, or compute
-    differently.
+    differently.  ``where``: the file that holds the config.
     """
     for reason in FAMILIES[hf_config.model_type].refusals(hf_config):
-        raise MtopdError(reason)
+        raise MtopdError(f"{where}: {reason}" if where else reason)
 
 
 def drop_further_heads(hf_config: PretrainedConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtopd.planning import Architecture
+from mtopd.planning import Architecture, ModelSizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,6 +31,13 @@ class ModelFacts:
     is_latent_attention: bool = False  # MLA
     num_experts: int = 0  # routed ones of a layer that has experts
     num_dense_layers: int = 0  # of a model with experts: its first layers, which have none
+    # FFN columns of a layer, 0 where no layer has such a part
+    dense_ffn_size: int = 0
+    expert_ffn_size: int = 0
+    shared_ffn_size: int = 0
+    # Attention weights of a layer: those that tp splits, and those that every tp rank holds
+    split_attention_params: int = 0
+    common_attention_params: int = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -43,6 +50,39 @@ class ModelFacts:
             key_value_size=self.num_key_value_heads * self.value_head_dim,
             vocab_size=self.vocab_size,
         )
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """The numbers from which planning says what a rank holds."""
+        return ModelSizes(
+            num_layers=self.num_layers,
+            num_dense_layers=self.num_dense_layers if self.num_experts else self.num_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            has_tied_embeddings=self.has_tied_embeddings,
+            split_attention_params=self.split_attention_params,
+            common_attention_params=self.common_attention_params,
+            dense_ffn_size=self.dense_ffn_size,
+            num_experts=self.num_experts,
+            expert_ffn_size=self.expert_ffn_size,
+            shared_ffn_size=self.shared_ffn_size,
+            active_ffn_size=self.ffn_size,
+            attention_size=self.num_attention_heads * self.value_head_dim,
+            key_value_size=self.num_key_value_heads * self.value_head_dim,
+            num_attention_heads=self.num_attention_heads,
+        )
+
+    @property
+    def tp_counts(self) -> dict[str, int]:
+        """What tensor parallelism divides, and how many there are: a size that works divides all."""
+        heads = {"attention heads": self.num_attention_heads}
+        if not self.is_latent_attention:
+            heads = {"key-value heads": self.num_key_value_heads, **heads}
+        ffn = {
+            "columns in an FFN": self.dense_ffn_size,
+            "columns in the shared experts": self.shared_ffn_size,
+        }
+        return heads | {what: count for what, count in ffn.items() if count}
 
     def num_experts_of(self, layer: int) -> int:
         """Routed experts of a layer, 0 in a dense one."""
@@ -91,6 +131,11 @@ def dense_facts(hf_config: PretrainedConfig) -> ModelFacts:
         max_positions=hf_config.max_position_embeddings,
         rope_theta=float(hf_config.rope_parameters["rope_theta"]),  # transformers 5 keeps it there
         has_tied_embeddings=bool(hf_config.tie_word_embeddings),
+        dense_ffn_size=hf_config.intermediate_size,
+        split_attention_params=2
+        * hf_config.hidden_size
+        * head_dim
+        * (heads + hf_config.num_key_value_heads),
     )
 
 

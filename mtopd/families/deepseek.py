@@ -37,6 +37,12 @@ _BESIDE_EXPERTS = (
 
 def _facts(hf_config: PretrainedConfig) -> ModelFacts:
     experts = hf_config.num_experts_per_tok + hf_config.n_shared_experts
+    heads, value_dim = hf_config.num_attention_heads, hf_config.v_head_dim
+    query, rotary = hf_config.q_lora_rank or 0, hf_config.qk_rope_head_dim
+    compressed, plain = hf_config.kv_lora_rank, hf_config.qk_nope_head_dim
+    up = query * (plain + rotary) + compressed * (plain + value_dim)
+    # The down-projections are replicated, with the norms behind them.
+    down = hf_config.hidden_size * (query + compressed + rotary)
     return replace(
         dense_facts(hf_config),
         ffn_size=experts * hf_config.moe_intermediate_size,
@@ -44,6 +50,10 @@ def _facts(hf_config: PretrainedConfig) -> ModelFacts:
         is_latent_attention=True,
         num_experts=hf_config.n_routed_experts,
         num_dense_layers=hf_config.first_k_dense_replace,
+        expert_ffn_size=hf_config.moe_intermediate_size,
+        shared_ffn_size=hf_config.n_shared_experts * hf_config.moe_intermediate_size,
+        split_attention_params=heads * (up + value_dim * hf_config.hidden_size),
+        common_attention_params=down + query + compressed,
     )
 
 

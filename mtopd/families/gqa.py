@@ -23,9 +23,25 @@ if TYPE_CHECKING:
 _QK_NORMS = ("q_layernorm.weight", "k_layernorm.weight", "linear_qkv.weight")
 
 
+def _qwen2_facts(hf_config: PretrainedConfig) -> ModelFacts:
+    facts = dense_facts(hf_config)
+    biases = facts.head_dim * (facts.num_attention_heads + 2 * facts.num_key_value_heads)
+    return replace(facts, split_attention_params=facts.split_attention_params + biases)
+
+
+def _qwen3_facts(hf_config: PretrainedConfig) -> ModelFacts:
+    facts = dense_facts(hf_config)
+    return replace(facts, common_attention_params=2 * facts.head_dim)
+
+
 def _qwen3_moe_facts(hf_config: PretrainedConfig) -> ModelFacts:
-    ffn_size = hf_config.num_experts_per_tok * hf_config.moe_intermediate_size
-    return replace(dense_facts(hf_config), ffn_size=ffn_size, num_experts=hf_config.num_experts)
+    return replace(
+        _qwen3_facts(hf_config),
+        ffn_size=hf_config.num_experts_per_tok * hf_config.moe_intermediate_size,
+        num_experts=hf_config.num_experts,
+        dense_ffn_size=0,
+        expert_ffn_size=hf_config.moe_intermediate_size,
+    )
 
 
 def _qwen3_moe_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -34,9 +50,12 @@ def _qwen3_moe_fields(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _mixtral_facts(hf_config: PretrainedConfig) -> ModelFacts:
-    ffn_size = hf_config.num_experts_per_tok * hf_config.intermediate_size
     return replace(
-        dense_facts(hf_config), ffn_size=ffn_size, num_experts=hf_config.num_local_experts
+        dense_facts(hf_config),
+        ffn_size=hf_config.num_experts_per_tok * hf_config.intermediate_size,
+        num_experts=hf_config.num_local_experts,
+        dense_ffn_size=0,
+        expert_ffn_size=hf_config.intermediate_size,
     )
 
 
@@ -47,9 +66,11 @@ LLAMA = Family(
     layer_names=names_of_layer,
 )
 QWEN2 = replace(
-    LLAMA, layer_names=partial(names_of_layer, attention=("linear_qkv.weight", "linear_qkv.bias"))
+    LLAMA,
+    facts=_qwen2_facts,
+    layer_names=partial(names_of_layer, attention=("linear_qkv.weight", "linear_qkv.bias")),
 )
-QWEN3 = replace(LLAMA, layer_names=partial(names_of_layer, attention=_QK_NORMS))
+QWEN3 = replace(LLAMA, facts=_qwen3_facts, layer_names=partial(names_of_layer, attention=_QK_NORMS))
 QWEN3_MOE = Family(
     facts=_qwen3_moe_facts,
     megatron_fields=_qwen3_moe_fields,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,16 +14,6 @@ from mtopd.families import ModelFacts
 from mtopd.megatron import without_te
 from mtopd.megatron.parallel import Ranks
 from mtopd.megatron.without_te import have_transformer_engine
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding in Megatron: a multiple of 128, and of 8 on every tp rank.
-
-    Megatron's own rule, 128 on every rank, would leave whole ranks of a small vocabulary with
-    nothing but padding.
-    """
-    multiple = math.lcm(128, 8 * tp)
-    return -(-vocab_size // multiple) * multiple
 
 
 class HiddenStateModel(GPTModel):

@@ -8,10 +8,20 @@ of its imports does.
     prompts           which prompts an iteration rolls out, and which rank
     train_steps       which rank trains on which sample, in which micro-batch, with which weight
     stages            what a model computes, and its layers over the pipeline stages
+    layouts           which parallel sizes fit a model
+    capacity          what a rank of a run holds in memory
     teacher_passes    which replica of a teacher runs which samples, in which batches and waves
     shares            which bytes of a teacher each rank reads, and where they stand on the device
 """
 
+from mtopd.planning.capacity import Capacity, Layout, ModelSizes, rank_capacity
+from mtopd.planning.layouts import (
+    choose_slices,
+    in_words,
+    sizes_that_work,
+    undivided,
+    working_sizes,
+)
 from mtopd.planning.prompts import plan_batches, select_prompts
 from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Mesh, Part, Range, plan_parts
 from mtopd.planning.stages import (
@@ -30,20 +40,29 @@ __all__ = [
     "JOIN_ALIGNMENT",
     "MAX_STAGE_IMBALANCE",
     "Architecture",
+    "Capacity",
     "Group",
+    "Layout",
     "Mesh",
+    "ModelSizes",
     "Part",
     "Range",
     "SampleCost",
     "StageSplit",
     "Wave",
+    "choose_slices",
     "expressible_splits",
+    "in_words",
     "plan_batches",
     "plan_parts",
     "plan_pass",
     "plan_train_steps",
     "price_stages",
     "propose_split",
+    "rank_capacity",
     "row_length",
     "select_prompts",
+    "sizes_that_work",
+    "undivided",
+    "working_sizes",
 ]

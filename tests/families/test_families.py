@@ -43,13 +43,22 @@ DENSE = ModelFacts(
     max_positions=128,
     rope_theta=1e4,
     has_tied_embeddings=True,
+    dense_ffn_size=96,
+    split_attention_params=4 * 64 * 64,
 )
 FACTS = {
     "llama": DENSE,
-    "qwen2": DENSE,
-    "qwen3": DENSE,
-    "qwen3_moe": replace(DENSE, ffn_size=2 * 32, num_experts=8),
-    "mixtral": replace(DENSE, ffn_size=2 * 96, num_experts=4),
+    "qwen2": replace(DENSE, split_attention_params=4 * 64 * 64 + 3 * 64),
+    "qwen3": replace(DENSE, common_attention_params=2 * 16),
+    "qwen3_moe": replace(
+        DENSE,
+        ffn_size=2 * 32,
+        num_experts=8,
+        common_attention_params=2 * 16,
+        dense_ffn_size=0,
+        expert_ffn_size=32,
+    ),
+    "mixtral": replace(DENSE, ffn_size=2 * 96, num_experts=4, dense_ffn_size=0, expert_ffn_size=96),
     "deepseek_v3": replace(
         DENSE,
         ffn_size=(4 + 2) * 32,
@@ -58,6 +67,10 @@ FACTS = {
         is_latent_attention=True,
         num_experts=8,
         num_dense_layers=1,
+        expert_ffn_size=32,
+        shared_ffn_size=2 * 32,
+        split_attention_params=4 * (24 * (16 + 8) + 32 * (16 + 12) + 12 * 64),
+        common_attention_params=64 * (24 + 32 + 8) + 24 + 32,
     ),
 }
 

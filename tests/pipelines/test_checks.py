@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mtopd.config import SpecialistConfig, StudentConfig
-from mtopd.pipelines.checks import check_mesh, check_student
+from mtopd.pipelines.checks import check_student
+from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
@@ -35,14 +37,25 @@ from tests.small_models import save_model, write_prompts
             "qwen3_moe",
             {"dp": 3, "ep": 3},
             {},
-            "has 8 experts, which student.parallel.ep 3 does not divide",
+            "student.parallel.ep 3: .* has 8 experts; ep 1 works$",
         ),
-        ("qwen3", {"dp": 2, "ep": 2}, {}, "has 0 experts, which student.parallel.ep 2"),
+        (
+            "qwen3_moe",
+            {"dp": 4, "ep": 3},
+            {},
+            "student.parallel.ep 3: .* has 8 experts; ep 1, 2 or 4 work$",
+        ),
+        (
+            "qwen3",
+            {"dp": 2, "ep": 2},
+            {},
+            "student.parallel.ep 2: .* has no experts; ep 1 works$",
+        ),
         (
             "qwen3_moe",
             {"ep": 2},
             {},
-            "ep 2 x etp 1 = 2 does not divide the 1 ranks of a pipeline stage; set",
+            "ep 2: a pipeline stage has 1 ranks and .* 8 experts; ep 1 works$",
         ),
         ("qwen3", {"vpp": 2}, {}, "student.parallel.vpp 2 needs a pipeline"),
         (
@@ -77,8 +90,36 @@ from tests.small_models import save_model, write_prompts
             "=True .* deterministic=false, or leave it at False",
         ),
         ("deepseek_v3", {"cp": 2}, {}, "cp 2 does not go with latent attention"),
-        ("qwen3", {"pp": 3}, {}, "has 4 layers, which 3-way"),
-        ("qwen3", {"pp": 2, "vpp": 4}, {}, "has 4 layers, which 8-way"),
+        (
+            "qwen3",
+            {"tp": 4},
+            {},
+            "student.parallel.tp 4: .* has 2 key-value heads; tp 1 or 2 work$",
+        ),
+        (
+            "llama",
+            {"tp": 3},
+            {},
+            "has 2 key-value heads, 4 attention heads and 128 columns in an FFN; tp 1 or 2 work$",
+        ),
+        (
+            "deepseek_v3",
+            {"tp": 8},
+            {"sequence_parallel": True},
+            "has 4 attention heads and 4 columns|has 4 attention heads",
+        ),
+        (
+            "qwen3",
+            {"pp": 3},
+            {},
+            "student.parallel.pp 3: .* has 4 layers; pp 1, 2 or 4 work$",
+        ),
+        (
+            "qwen3",
+            {"pp": 2, "vpp": 4},
+            {},
+            "pp 2 with vpp 4: .* has 4 layers; pp x vpp may be 1, 2 or 4$",
+        ),
     ],
 )
 def test_layouts_that_would_be_wrong_are_refused_before_any_process_starts(
@@ -98,11 +139,7 @@ def test_layouts_that_would_be_wrong_are_refused_before_any_process_starts(
 def test_what_a_loss_at_coefficient_0_balances_depends_on_no_layout(tmp_path: Path) -> None:
     save_model(tmp_path, seed=0, model_type="qwen3_moe")
     for kind in ("none", "seq_aux_loss"):
-        megatron = {
-            "moe_router_load_balancing_type": kind,
-            "moe_router_group_topk": 1,
-            "moe_router_num_groups": 2,
-        }
+        megatron = {"moe_router_load_balancing_type": kind}
         check_student(StudentConfig(model=tmp_path, megatron=megatron), deterministic=True)
 
 
@@ -129,20 +166,63 @@ def test_a_specialist_may_balance_its_experts_by_a_loss(tmp_path: Path) -> None:
     with run.lock():
         specialist(config, run, print)
     assert run.generation == 1
+    values["store"] = {"name": "t", "path": tmp_path / "t", "slices": 3}
+    with (
+        run.lock(),
+        pytest.raises(MtopdError, match=r"slices 3: .* has 2 key-value heads .* 1 or 2 work"),
+    ):
+        specialist(SpecialistConfig.model_validate(values), run, print)
 
 
 @pytest.mark.parametrize(
     ("num_experts", "tp", "ep", "message"),
     [
-        (8, 4, 1, "has 2 slices, which tp 4 does not divide; .* a divisor, or add the teacher"),
-        (8, 1, 3, "has 8 experts, which ep 3 does not divide; set its parallel.ep to a divisor$"),
-        (0, 1, 2, "has 0 experts, which ep 2 does not divide; set its parallel.ep to 1$"),
+        (8, 4, 1, "has 2 slices, which its parallel.tp 4 .*; tp 1 or 2 work, or add the teacher"),
+        (8, 1, 3, "has 8 experts, which its parallel.ep 3 does not divide; ep 1, 2 or 4 work$"),
+        (0, 1, 2, "has no experts, which its parallel.ep 2 does not divide; ep 1 works$"),
     ],
 )
 def test_a_mesh_that_does_not_divide_its_teacher_is_refused(
     num_experts: int, tp: int, ep: int, message: str
 ) -> None:
     store = SimpleNamespace(slices=2, num_experts=num_experts)
-    check_mesh("t0", store, 2, 4 if num_experts else 1)  # type: ignore[arg-type]
+    check_mesh("t0", store, 2, 4 if num_experts else 1, world_size=4)  # type: ignore[arg-type]
     with pytest.raises(MtopdError, match=f"teacher 't0' {message}"):
-        check_mesh("t0", store, tp, ep)  # type: ignore[arg-type]
+        check_mesh("t0", store, tp, ep, world_size=4)  # type: ignore[arg-type]
+
+
+def test_an_uneven_number_of_layers_is_answered_with_a_split_that_works(tmp_path: Path) -> None:
+    save_model(tmp_path, seed=0, layers=5)
+    with pytest.raises(
+        MtopdError, match=r"pp 1 or 5 work, or an uneven split, e.g. (.*)$"
+    ) as error:
+        check_student(StudentConfig(model=tmp_path, parallel={"pp": 3}), deterministic=True)
+    options = dict(
+        o.removeprefix("student.megatron.").split("=")
+        for o in str(error.value).split("e.g. ")[1].split()
+    )
+    megatron = {name: int(value) for name, value in options.items()}
+    check_student(
+        StudentConfig(model=tmp_path, parallel={"pp": 3}, megatron=megatron), deterministic=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'linear'",
+        ),
+    ],
+)
+def test_a_variant_of_the_student_is_refused_by_its_file_before_any_process_starts(
+    tmp_path: Path, fields: dict, named: str
+) -> None:
+    save_model(tmp_path, seed=0, model_type="llama")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(MtopdError, match=f"{path}: .*{named}"):
+        check_student(StudentConfig(model=tmp_path), deterministic=True)

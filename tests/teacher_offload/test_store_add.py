@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -375,3 +376,40 @@ def test_ls_names_stores_and_what_cannot_be_read(
     assert "torn cannot be read" in said and "is not valid JSON" in said
     assert ".half.adding is unfinished" in said and "notes" not in said
     assert command(monkeypatch, "ls", tmp_path / "nowhere") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "message"),
+    [
+        ("t", "0", "slices 0: slices 1 or 2 work, or auto"),
+        ("t", "-2", "slices -2: slices 1 or 2 work, or auto"),
+        ("t", "4", "has 2 key-value heads; slices 1 or 2 work, or auto"),
+        ("t", "two", "slices 'two': give a number, or auto"),
+        ("../t", "1", "a teacher's name begins with a letter or digit .* found '../t'"),
+        ("a/b", "1", "letters, digits, _, . and - alone, found 'a/b'"),
+    ],
+)
+def test_slices_and_names_are_refused_before_a_byte_is_written(
+    source: Path,
+    tmp_path: Path,
+    name: str,
+    slices: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["add", name, "--from", str(source), "--to", str(tmp_path / "to" / "stores")]
+    monkeypatch.setattr(sys, "argv", ["mtopd", "teachers", *arguments, "--slices", slices])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(message, said), said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_auto_takes_as_many_slices_as_the_model_has(source: Path, tmp_path: Path) -> None:
+    store = add_teacher("t", source, tmp_path / "auto", slices="auto")
+    assert store.slices == 2
+    # the same command again finds the store, whether the number is given or not
+    assert add_teacher("t", source, tmp_path / "auto", slices=2).fingerprint == store.fingerprint
