@@ -121,6 +121,8 @@ class DataConfig(Model):
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     context_length: Count  # prompt + response tokens of a sample
     max_response: Count
+    # prompts that leave no room for the response: all named in one error, or left out and counted
+    overlong: Literal["error", "drop"] = "error"
 
     @model_validator(mode="after")
     def _room(self) -> DataConfig:

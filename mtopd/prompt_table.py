@@ -18,11 +18,13 @@ import pyarrow as pa
 
 from mtopd.config import DataConfig, SourceConfig
 from mtopd.data import (
+    Overlong,
     PromptSource,
     SupervisedExample,
     load_prompt_file,
     load_reasoning_gym,
-    supervised_examples,
+    refuse_overlong,
+    tokenize_answers,
     tokenize_prompts,
     verify,
     with_fields,
@@ -132,41 +134,56 @@ def write_prompt_table(
     if run.prompts.exists():
         return
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    overlong: list[Overlong] = []
     for number, source in enumerate(config.sources):
         progress(f"preparing prompts of {source.name}")
         train, held_out = load_source(source)
         for rows, is_held_out in ((train, False), (held_out, True)):
             if rows is None:
                 continue
+            learn = supervised and not is_held_out
+            answers = tokenize_answers(rows, tokenizer) if learn else None
+            num_overlong = len(overlong)
             prompts = tokenize_prompts(
                 rows,
                 tokenizer,
                 routes,
                 context_length=config.context_length,
                 max_response=config.max_response,
+                answers=answers,
+                overlong=overlong,
             )
-            learn = supervised and not is_held_out
-            examples = (
-                supervised_examples(rows, tokenizer, context_length=config.context_length)
-                if learn
-                else None
-            )
+            if config.overlong == "drop":
+                _say_dropped(rows, len(overlong) - num_overlong, progress)
             columns["source"] += [number] * len(prompts)
             columns["held_out"] += [is_held_out] * len(prompts)
             columns["prompt_id"] += [p.prompt_id for p in prompts]
             columns["route"] += [json.dumps(dict(p.route), sort_keys=True) for p in prompts]
             columns["teacher_index"] += [p.teacher_index for p in prompts]
             columns["prompt_ids"] += [p.prompt_ids for p in prompts]
-            columns["answer_ids"] += (
-                [e.response_ids for e in examples] if examples else [()] * len(prompts)
-            )
+            columns["answer_ids"] += [answers[p.prompt_id] if answers else () for p in prompts]
             columns["verify"] += [
                 json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts
             ]
+    if config.overlong == "error":
+        refuse_overlong(overlong, config.context_length)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
     write_atomic(run.prompts, sink.getvalue().to_pybytes())
+
+
+def _say_dropped(source: PromptSource, num_dropped: int, progress: Callable[[str], None]) -> None:
+    if num_dropped == len(source.rows):
+        raise MtopdError(
+            f"all {num_dropped} prompts of {source.name} leave no room for the response, and "
+            "data.overlong=drop leaves them out: raise data.context_length, or remove the source"
+        )
+    if num_dropped:
+        progress(
+            f"{source.name}: {num_dropped} of {len(source.rows)} prompts leave no room for the "
+            "response and are left out"
+        )
 
 
 def load_source(source: SourceConfig) -> tuple[PromptSource, PromptSource | None]:

@@ -194,11 +194,12 @@ def _encode(
     return ids
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a response's text, without EOS."""
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: str = "response"
+) -> list[int]:
+    """Token ids of a response's text, without EOS; ``where`` names it in errors."""
     if not tokenizer.init_kwargs.get(_RESPONSES_BY_CHARACTER):
-        encoded: Any = tokenizer(text, add_special_tokens=False)
-        return list(encoded["input_ids"])
+        return _encode(tokenizer, [text], [f"{where}: its answer"])[0]
     vocabulary = tokenizer.get_vocab()
     for character in text:
         if character not in vocabulary:

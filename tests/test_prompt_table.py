@@ -1,37 +1,60 @@
-"""The run's prompts: what they are made of."""
+"""The run's prompt table: what is left out of it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from mtopd.config import SourceConfig
-from mtopd.prompt_table import source_identity
+from mtopd.config import DataConfig
+from mtopd.prompt_table import Prompts, write_prompt_table
+from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
+from tests.prompt_examples import write_jsonl
 
 
-def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
-    path, moved = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    path.write_text('{"prompt": "a"}\n')
-    first = source_identity(SourceConfig(name="x", path=path))
-    path.rename(moved)
-    assert source_identity(SourceConfig(name="x", path=moved)) == first
-    moved.write_text('{"prompt": "b"}\n')
-    assert source_identity(SourceConfig(name="x", path=moved)) != first
-    both = source_identity(SourceConfig(name="x", path=moved, eval_path=moved))
-    assert both["eval_path"] == both["path"]
-    with pytest.raises(MtopdError, match=r"source 'x': .*a\.jsonl cannot be read"):
-        source_identity(SourceConfig(name="x", path=path))
+def data_config(tmp_path: Path, overlong: str, *lengths: int) -> DataConfig:
+    rows = [{"prompt": "x" * length, "answer": str(length)} for length in lengths]
+    path = write_jsonl(tmp_path / f"{len(lengths)}.jsonl", *rows)
+    sources = [{"name": "a", "path": path, "eval_path": path}, {"name": "b", "path": path}]
+    values = {"sources": sources, "context_length": 16, "max_response": 8, "overlong": overlong}
+    return DataConfig.model_validate(values)
 
 
-def test_a_dataset_is_known_by_its_draws() -> None:
-    def identity(**values: object) -> dict:
-        return source_identity(
-            SourceConfig.model_validate({"name": "x", "reasoning_gym": "chain_sum", **values})
+@pytest.mark.parametrize("supervised", [False, True])
+def test_overlong_prompts_are_dropped_and_counted_or_all_named(
+    tmp_path: Path, tokenizer, supervised: bool
+) -> None:
+    lengths = (3, 12, 4, 30)  # beside its answer the 12 fits, beside 8 tokens of a response not
+    kept = [0, 1, 2] if supervised else [0, 2]
+    run, said = RunDir(tmp_path), []
+
+    def write(config: DataConfig) -> None:
+        write_prompt_table(
+            run, config, tokenizer, [{}], supervised=supervised, progress=said.append
         )
 
-    first = identity()
-    assert first["version"] and identity() == first
-    for values in ({"config": {"min_terms": 3}}, {"seed": 2}, {"train_size": 7}, {"eval_size": 7}):
-        assert identity(**values) != first, values
+    count = 4 if supervised else 6
+    with pytest.raises(
+        MtopdError, match=rf"^{count} prompts leave no room .*: a/\d, a.*longest, a"
+    ):
+        write(data_config(tmp_path, "error", *lengths))
+    assert not run.prompts.exists()
+    config = data_config(tmp_path, "drop", *lengths)
+    write(config)
+    assert (
+        f"a: {4 - len(kept)} of 4 prompts leave no room for the response and are left out" in said
+    )
+    assert "a-eval: 2 of 4 prompts leave no room for the response and are left out" in said
+    prompts = Prompts.load(run, config)
+    assert [p.prompt_id for p in prompts.evaluation[0]] == ["a-eval/0", "a-eval/2"]
+    for name, table in zip("ab", prompts.train, strict=True):
+        assert [table[i].prompt_id for i in range(len(table))] == [f"{name}/{i}" for i in kept]
+        for i in range(len(table)) if supervised else ():
+            answer = tokenizer.decode(table.example(i).response_ids)
+            assert answer == f"{lengths[kept[i]]}<eos>"
+    run.prompts.unlink()
+    with pytest.raises(MtopdError, match="all 2 prompts of a leave no room"):
+        write(data_config(tmp_path, "drop", 20, 30))
+    assert json.loads(config.model_dump_json())["overlong"] == "drop"

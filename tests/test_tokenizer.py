@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtopd.data import (
     load_prompt_file,
-    supervised_examples,
+    tokenize_answers,
     tokenize_prompts,
 )
 from mtopd.tokenizer import (
@@ -165,9 +165,8 @@ def test_any_chat_tokenizer_works_the_same_way(foreign_tokenizer, tmp_path: Path
     source = load_prompt_file("x", path)
     (prompt,) = tokenize_prompts(source, foreign_tokenizer, [{}], context_length=32, max_response=8)
     assert foreign_tokenizer.decode(prompt.prompt_ids) == "<|user|>an \u2192<|end|><|bot|>"
-    (example,) = supervised_examples(source, foreign_tokenizer, context_length=32)
-    assert example.prompt_ids == prompt.prompt_ids
-    assert foreign_tokenizer.convert_ids_to_tokens(list(example.response_ids)) == [
+    (answer,) = tokenize_answers(source, foreign_tokenizer).values()
+    assert foreign_tokenizer.convert_ids_to_tokens(list(answer)) == [
         "an",
         "n",
         "a",
@@ -224,7 +223,7 @@ def test_tokenizer_without_chat_template_or_eos_is_refused(tokenizer_folder: Pat
     with pytest.raises(MtopdError, match="no chat template"):
         encode_prompts(bare, [[{"role": "user", "content": "a"}]])
     with pytest.raises(MtopdError, match="no EOS token"):
-        supervised_examples(sources["rot"][0], bare, context_length=64)
+        tokenize_answers(sources["rot"][0], bare)
 
 
 def test_a_part_the_tokenizer_maps_to_unknown_is_refused() -> None:

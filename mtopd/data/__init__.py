@@ -8,18 +8,26 @@ from mtopd.data.sources import (
     load_reasoning_gym,
     with_fields,
 )
-from mtopd.data.tokenize import SupervisedExample, supervised_examples, tokenize_prompts
+from mtopd.data.tokenize import (
+    Overlong,
+    SupervisedExample,
+    refuse_overlong,
+    tokenize_answers,
+    tokenize_prompts,
+)
 from mtopd.data.verifiers import CORRECT_SCORE, verify
 
 __all__ = [
     "CORRECT_SCORE",
+    "Overlong",
     "PromptRow",
     "PromptSource",
     "SupervisedExample",
     "load_prompt_file",
     "load_reasoning_gym",
+    "refuse_overlong",
     "route",
-    "supervised_examples",
+    "tokenize_answers",
     "tokenize_prompts",
     "verify",
     "with_fields",

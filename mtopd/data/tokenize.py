@@ -1,4 +1,6 @@
-"""Prompts and supervised examples as tokens, routed, with room for the response."""
+"""Prompts and answers as tokens, routed.  A prompt must leave room for its response: those that do
+not are all named at once, or left out and counted.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +30,19 @@ class SupervisedExample:
         return (1,) * len(self.response_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Overlong:
+    """A prompt without room for its response."""
+
+    prompt_id: str
+    prompt_len: int
+    response_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + self.response_len
+
+
 def tokenize_prompts(
     source: PromptSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,50 +50,76 @@ def tokenize_prompts(
     *,
     context_length: int,
     max_response: int,
+    answers: Mapping[str, Sequence[int]] | None = None,
+    overlong: list[Overlong] | None = None,
     rows: Sequence[int] | None = None,
 ) -> list[Prompt]:
     """Prompts of the given rows (default: all), routed and tokenized, with room for
-    ``max_response`` tokens each.
+    ``max_response`` tokens each, or for their answers in ``answers`` (by prompt id).
+
+    Those without room are left out and added to ``overlong``; without a list they are refused.
     """
     numbers = range(len(source.rows)) if rows is None else rows
-    prompts = []
+    prompts, without_room = [], []
     for number, ids in zip(numbers, _prompt_ids(source, tokenizer, numbers), strict=True):
-        row = source.rows[number]
-        prompt_id = f"{source.name}/{number}"
-        _check_room(prompt_id, len(ids), max_response, context_length)
+        row, prompt_id = source.rows[number], prompt_name(source, number)
+        response_len = max_response if answers is None else len(answers[prompt_id])
+        if len(ids) + response_len > context_length:
+            without_room.append(Overlong(prompt_id, len(ids), response_len))
+            continue
         prompts.append(
             Prompt(prompt_id, row.route, tuple(ids), route(row.route, routes), row.verify)
         )
+    if overlong is None:
+        refuse_overlong(without_room, context_length)
+    else:
+        overlong += without_room
     return prompts
 
 
-def supervised_examples(
+def refuse_overlong(overlong: Sequence[Overlong], context_length: int) -> None:
+    """Raise MtopdError that names the prompts without room, if there are any."""
+    if not overlong:
+        return
+    longest = max(overlong, key=lambda prompt: prompt.num_tokens)
+    count, shown = len(overlong), ", ".join(prompt.prompt_id for prompt in overlong[:3])
+    raise MtopdError(
+        f"{count} {'prompt leaves' if count == 1 else 'prompts leave'} no room for the response: "
+        f"{shown}{', ...' if count > 3 else ''}; the longest, {longest.prompt_id}, needs "
+        f"{longest.num_tokens} tokens ({longest.prompt_len} and {longest.response_len} of the "
+        f"response), data.context_length is {context_length}: raise it, lower data.max_response, "
+        "or leave such prompts out with data.overlong=drop"
+    )
+
+
+def tokenize_answers(
     source: PromptSource,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    context_length: int,
     rows: Sequence[int] | None = None,
-) -> list[SupervisedExample]:
-    """Prompt and answer of the given rows (default: all), for supervised training."""
+) -> dict[str, tuple[int, ...]]:
+    """Answers of the given rows (default: all) by prompt id, each ended with EOS, for supervised
+    training.
+    """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise MtopdError(
             "the tokenizer has no EOS token; an answer could not be ended: set eos_token in its "
             "folder"
         )
-    numbers = range(len(source.rows)) if rows is None else rows
-    examples = []
-    for number, ids in zip(numbers, _prompt_ids(source, tokenizer, numbers), strict=True):
-        answer = source.rows[number].answer
+    answers = {}
+    for number in range(len(source.rows)) if rows is None else rows:
+        answer, prompt_id = source.rows[number].answer, prompt_name(source, number)
         if answer is None:
             raise MtopdError(
-                f"prompt {source.name}/{number} has no answer; supervised training needs one for "
-                "each row"
+                f"prompt {prompt_id} has no answer; supervised training needs one for each row"
             )
-        response_ids = (*encode_response(tokenizer, answer), eos)
-        _check_room(f"{source.name}/{number}", len(ids), len(response_ids), context_length)
-        examples.append(SupervisedExample(tuple(ids), response_ids))
-    return examples
+        answers[prompt_id] = (*encode_response(tokenizer, answer, f"prompt {prompt_id}"), eos)
+    return answers
+
+
+def prompt_name(source: PromptSource, number: int) -> str:
+    return f"{source.name}/{number}"
 
 
 def _prompt_ids(
@@ -89,15 +130,5 @@ def _prompt_ids(
         tokenizer,
         [row.messages for row in rows],
         [row.tools for row in rows],
-        [f"prompt {source.name}/{number}" for number in numbers],
+        [f"prompt {prompt_name(source, number)}" for number in numbers],
     )
-
-
-def _check_room(prompt_id: str, prompt_len: int, response_len: int, context_length: int) -> None:
-    if prompt_len < 1 or prompt_len > context_length - response_len:
-        raise MtopdError(
-            f"prompt {prompt_id} has {prompt_len} tokens; at least 1 and at most "
-            f"{context_length - response_len} fit "
-            f"(context_length {context_length} less {response_len} of the response): shorten it or "
-            "raise context_length"
-        )

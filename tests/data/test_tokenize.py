@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mtopd.data import (
+    Overlong,
     load_prompt_file,
-    supervised_examples,
+    tokenize_answers,
     tokenize_prompts,
     verify,
 )
@@ -33,42 +34,48 @@ def test_prompts_carry_id_route_teacher_and_verifier(tokenizer, sources) -> None
         tokenize_prompts(held_out, tokenizer, ROUTES[:1], context_length=64, max_response=20)
 
 
-def test_supervised_examples_end_with_eos(tokenizer, sources) -> None:
+def test_answers_end_with_eos(tokenizer, sources) -> None:
     train = sources["spir"][0]
-    examples = supervised_examples(train, tokenizer, context_length=40, rows=range(300))
-    assert {len(example.response_ids) for example in examples} == {8, 18}
-    for example, row in zip(examples, train.rows, strict=False):
-        assert example.response_ids[-1] == EOS
-        assert example.response_ids.count(EOS) == 1
-        assert tokenizer.decode(example.response_ids[:-1]) == row.answer
+    answers = tokenize_answers(train, tokenizer, rows=range(300))
+    assert {len(answer) for answer in answers.values()} == {8, 18}
+    for (prompt_id, answer), (number, row) in zip(
+        answers.items(), enumerate(train.rows), strict=False
+    ):
+        assert prompt_id == f"spir/{number}"
+        assert answer[-1] == EOS
+        assert answer.count(EOS) == 1
+        assert tokenizer.decode(answer[:-1]) == row.answer
 
 
-def test_too_long_prompts_and_answers_are_refused_with_both_numbers(
-    tokenizer, tmp_path: Path
-) -> None:
+def test_prompts_without_room_are_all_named_at_once(tokenizer, tmp_path: Path) -> None:
+    texts = ["1", "12345", "12", "123456789", "1234", "12345678"]
     source = load_prompt_file(
-        "long", write_jsonl(tmp_path / "a.jsonl", {"prompt": "12345", "answer": "123"})
+        "s", write_jsonl(tmp_path / "a.jsonl", *[{"prompt": t, "answer": "1"} for t in texts])
     )
-    limits = {"context_length": 16, "max_response": 10}
-    assert len(tokenize_prompts(source, tokenizer, [{}], **limits)[0].prompt_ids) == 6
-    with pytest.raises(
-        MtopdError, match="prompt long/0 has 6 tokens; at least 1 and at most 5 fit"
-    ):
-        tokenize_prompts(source, tokenizer, [{}], context_length=16, max_response=11)
-    assert len(supervised_examples(source, tokenizer, context_length=10)) == 1
-    with pytest.raises(
-        MtopdError, match="prompt long/0 has 6 tokens; at least 1 and at most 5 fit"
-    ):
-        supervised_examples(source, tokenizer, context_length=9)
+    limits = {"context_length": 16, "max_response": 11}  # 5 tokens of a prompt, <sep> with them
+    with pytest.raises(MtopdError) as error:
+        tokenize_prompts(source, tokenizer, [{}], **limits)
+    assert str(error.value) == (
+        "3 prompts leave no room for the response: s/1, s/3, s/5; the longest, s/3, needs 21 "
+        "tokens (10 and 11 of the response), data.context_length is 16: raise it, lower "
+        "data.max_response, or leave such prompts out with data.overlong=drop"
+    )
+    overlong: list[Overlong] = []
+    prompts = tokenize_prompts(source, tokenizer, [{}], **limits, overlong=overlong)
+    assert [p.prompt_id for p in prompts] == ["s/0", "s/2", "s/4"]
+    assert [(o.prompt_id, o.prompt_len) for o in overlong] == [("s/1", 6), ("s/3", 10), ("s/5", 9)]
+    answers = tokenize_answers(source, tokenizer)
+    prompts = tokenize_prompts(source, tokenizer, [{}], **limits, answers=answers)
+    assert len(prompts) == 6, "of an answer to learn only its own tokens need room"
 
 
-def test_supervised_examples_need_answers(tokenizer, tmp_path: Path) -> None:
+def test_supervised_training_needs_answers(tokenizer, tmp_path: Path) -> None:
     source = load_prompt_file(
         "x", write_jsonl(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "c"})
     )
     with pytest.raises(MtopdError, match="x/1 has no answer"):
-        supervised_examples(source, tokenizer, context_length=9)
-    assert len(supervised_examples(source, tokenizer, context_length=9, rows=[0])) == 1
+        tokenize_answers(source, tokenizer)
+    assert len(tokenize_answers(source, tokenizer, rows=[0])) == 1
 
 
 def test_importing_data_imports_neither_torch_nor_reasoning_gym() -> None:
