@@ -2,41 +2,71 @@
 known one.
 
 Two roots: ``ConsolidateConfig`` (many teachers into one student) and ``SpecialistConfig``
-(supervised training of one model, which may end as a teacher store).  Paths are relative to the
-current folder.  After loading nothing changes a config.  Objectives, clips and weights of
-policy-gradient methods do not exist here: the loss is exact.
+(supervised training of one model, which may end as a teacher store).  A path is what a shell user
+means: ~ and $NAME are expanded, a relative one begins at the current folder.  After loading nothing
+changes a config.  Objectives, clips and weights of policy-gradient methods do not exist here: the
+loss is exact.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mtopd.types import MtopdError
+from mtopd.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Count = Annotated[int, Field(ge=1)]
 
 
-def _local(value: Any) -> Any:
+def _whole(value: object) -> object:
+    # 1e4 is a float to YAML and a count to everybody else.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1, le=1 << 53)]
+Seed = Annotated[Whole, Field(ge=0, lt=1 << 32)]  # a word of the generator that draws tokens
+
+
+def _local(value: object) -> Path:
+    """The absolute path that a shell user means.  The current folder is that of the start: a run
+    keeps what it was, for commands given in other folders.
+    """
+    if not isinstance(value, str | Path):
+        raise ValueError(f"a path is a text, found {type(value).__name__}")
+    text = str(value)
     # The message does not repeat the value: a URL may carry a password.
-    if isinstance(value, str) and "://" in value:
+    if "://" in text:
         raise ValueError("a URL is not read here; give a local path")
-    return value
+    if not text or text != text.strip() or not text.isprintable():
+        raise ValueError(
+            f"path {text!r:.80} is empty, or has spaces around it or characters that do not print"
+        )
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", expanded):
+        raise ValueError(f"path {text!r}: the variable {unset[0]} is not set")
+    if expanded.startswith("~"):
+        raise ValueError(f"path {text!r}: there is no such user")
+    absolute = os.path.join(os.getcwd(), expanded)
+    short = os.path.normpath(absolute)
+    # After a link, .. leads elsewhere than the text says.
+    return Path(short if os.path.realpath(short) == os.path.realpath(absolute) else absolute)
 
 
-def _store_location(value: Any) -> Any:
+def _store_location(value: object) -> str:
+    if not (isinstance(value, str) and "://" in value):
+        return str(_local(value))
     # The whole config is kept in the run directory: a URL with a password must not even reach it.
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, str) and "://" in value and any(mark in value for mark in "@?#"):
+    if any(mark in value for mark in "@?#") or not value.isprintable():
         raise ValueError(
             "a store's URL is scheme://bucket/path alone; credentials come from the environment"
         )
@@ -51,7 +81,7 @@ StoreLocation = Annotated[str, BeforeValidator(_store_location)]
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ParallelConfig(Model):
@@ -107,8 +137,8 @@ class SourceConfig(Model):
     fields: dict[str, str] = {}
     train_size: Count = 20000
     eval_size: Count = 256
-    seed: int = 1
-    eval_seed: int = 10_000_019
+    seed: Seed = 1
+    eval_seed: Seed = 10_000_019
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
@@ -177,11 +207,11 @@ class CacheConfig(Model):
 class OptimizerConfig(Model):
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 10
     decay: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
 
 
@@ -192,7 +222,7 @@ class TrainConfig(Model):
     token_budget: Count | None = None  # or: tokens of a pack, samples one behind the other
     normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
     optimizer: OptimizerConfig
-    max_bad_steps: Annotated[int, Field(ge=0)] = (
+    max_bad_steps: Annotated[Whole, Field(ge=0)] = (
         0  # train steps with NaN or inf that are left out before the run stops
     )
 
@@ -207,7 +237,7 @@ class TrainConfig(Model):
 
 
 class EvaluationConfig(Model):
-    every: Annotated[int, Field(ge=0)] = (
+    every: Annotated[Whole, Field(ge=0)] = (
         0  # iterations; 0: only before the first and after the last
     )
     # HF folders evaluated once beside the student, by name; "base" and the teachers' names give the
@@ -223,7 +253,7 @@ class CheckpointConfig(Model):
 
 class ConsolidateConfig(Model):
     run_dir: LocalPath
-    seed: int = 0
+    seed: Seed = 0
     log_json: bool = False  # metrics lines on standard output instead of a progress display
     deterministic: bool = True
     student: StudentConfig
@@ -327,7 +357,7 @@ class SupervisedConfig(Model):
 
 class SpecialistConfig(Model):
     run_dir: LocalPath
-    seed: int = 0
+    seed: Seed = 0
     log_json: bool = False
     student: StudentConfig
     data: DataConfig
@@ -342,16 +372,11 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[Root]) -> Root:
     """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML), validate.  Raises
     MtopdError.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise MtopdError(f"cannot read config {path}: {error.strerror}") from None
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise MtopdError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise MtopdError(f"{path} must hold a table of settings, found {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise MtopdError(f"{path} must hold a table of settings, found {found}")
+    _check_overrides(overrides)
     for override in overrides:
         _override(values, override)
     return validate(values, kind, str(path))
@@ -361,19 +386,20 @@ def validate(values: dict[str, Any], kind: type[Root], where: str) -> Root:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise MtopdError(f"{where}: {_explain(first, kind)}") from None
+        first, *more = error.errors()
+        also = f" (and {len(more)} more)" if more else ""
+        raise MtopdError(f"{where}: {_explain(first, kind)}{also}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Still safe_load: SafeLoader that reads 2e-3 as a number, as everybody expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """No override may undo one before it."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, _ = override.partition("=")
+        for before, text in given.items():
+            if (before == key or before.startswith(f"{key}.")) and text != override:
+                raise MtopdError(f"override {override!r} undoes {text!r}; give one of them")
+        given[key] = override
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -383,19 +409,17 @@ def _override(values: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     table: Any = values
     for part in parents:
-        table = (
-            table[int(part)]
-            if isinstance(table, list) and part.isdigit() and int(part) < len(table)
-            else (table.setdefault(part, {}) if isinstance(table, dict) else None)
-        )
+        if isinstance(table, dict):
+            if table.get(part) is None:
+                table[part] = {}
+            table = table[part]
+        else:
+            table = table[int(part)] if _is_place(part, table) else None
         if not isinstance(table, dict | list):
             raise MtopdError(f"override {override!r}: {part!r} is not a table in the config")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise MtopdError(f"override {override!r}: {text!r} is not a YAML value") from None
+    value = parse_yaml(text, f"override {override!r:.200}")
     if isinstance(table, list):
-        if not leaf.isdigit() or int(leaf) >= len(table):
+        if not _is_place(leaf, table):
             raise MtopdError(
                 f"override {override!r}: the list has {len(table)} entries, {leaf!r} is none of "
                 "them"
@@ -403,6 +427,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         table[int(leaf)] = value
     else:
         table[leaf] = value
+
+
+def _is_place(text: str, table: list[Any]) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < len(table)
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
@@ -419,7 +447,12 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
         return f"{where} is missing"
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where} is {error['input']!r}: {message}"
+    if error["type"] in ("model_type", "dict_type"):
+        message = "it must be a table of settings; leave it out for the defaults"
+    found = reprlib.repr(error["input"])
+    if "://" in found:  # of a URL, which may carry a password, only the kind is told
+        found = type(error["input"]).__name__
+    return f"{where} is {found}: {message}"
 
 
 def _known_keys(kind: Any, path: Sequence[Any]) -> list[str]:
@@ -427,7 +460,7 @@ def _known_keys(kind: Any, path: Sequence[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = kind.model_fields[part].annotation
-        kind = next(m for m in _models_in(annotation))
+        kind = next(iter(_models_in(annotation)))
     return list(kind.model_fields)
 
 
@@ -445,4 +478,4 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 
 def to_yaml(config: BaseModel) -> str:
-    return yaml.safe_dump(resolved(config), sort_keys=False)
+    return dump_yaml(resolved(config))

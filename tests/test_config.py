@@ -5,6 +5,8 @@ writes them.
 from __future__ import annotations
 
 import copy
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,29 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("train", PACKED, "token_budget 60 does not hold a sample of data.context_length 64"),
         ("student.mtp", "train", "student.mtp is 'train'"),
         ("teachers.0.store", "s3://user:secret@host/t", "teachers.0.store: a store's URL is"),
+        ("teachers.0.store", ["s3://user:secret@host/t"], "teachers.0.store: a path is a text"),
+        ("rollout", ["s3://user:secret@host/t"], "rollout is list"),
+        # what is no number, count or truth value is none, however it could be read
+        ("data.max_response", "8", "data.max_response is '8': Input should be a valid integer"),
+        ("data.max_response", True, "data.max_response is True"),
+        ("data.max_response", 8.5, "data.max_response is 8.5"),
+        ("data.max_response", 1 << 60, f"data.max_response is {1 << 60}"),
+        ("seed", 1 << 32, "seed is 4294967296"),
+        ("seed", -1, "seed is -1"),
+        ("deterministic", 1, "deterministic is 1"),
+        ("deterministic", "false", "deterministic is 'false'"),
+        ("train.optimizer.lr", "1e-3", "train.optimizer.lr is '1e-3'"),
+        ("train.optimizer.lr", True, "train.optimizer.lr is True"),
+        ("train.optimizer.lr", math.nan, "train.optimizer.lr is nan"),
+        ("train.optimizer.adam_beta2", 1.0, "train.optimizer.adam_beta2 is 1.0"),
+        ("teachers.0.route", {"domain": 7}, "teachers.0.route.domain is 7"),
+        ("evaluation", None, "evaluation is None: it must be a table of settings"),
+        ("run_dir", "", "run_dir: path '' is empty"),
+        ("run_dir", "run ", "run_dir: path 'run ' is empty, or has spaces around it"),
+        ("student.model", "a\nb", "student.model: path 'a\\nb'"),
+        ("student.model", "a\0b", "student.model: path 'a\\x00b'"),
+        ("student.model", "$no_such_variable/x", "variable $no_such_variable is not set"),
+        ("student.model", "~no-such-user/x", "there is no such user"),
     ],
 )
 def test_what_cannot_work_is_refused(path: str, value: object, said: str) -> None:
@@ -120,9 +145,54 @@ def test_overrides_reach_into_tables_and_lists(tmp_path: Path) -> None:
         {"domain": "b"},
         7,
     )
-    for bad in ("seed", "teachers.5.name=x", "train.num_iterations.x=1", "seed=[1"):
+    bad_ones = ("seed", "teachers.5.name=x", "teachers.\u00b2.name=x", "train.num_iterations.x=1")
+    for bad in (*bad_ones, "seed=[1", "seed={a: 1, a: 2}"):
         with pytest.raises(MtopdError, match="override"):
             load_config(path, [bad], ConsolidateConfig)
+
+
+def test_an_override_undoes_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(GOOD) + "evaluation:\n")
+    load_config(path, ["seed=1", "seed=1", "evaluation.every=2"], ConsolidateConfig)
+    teacher = "teachers.0={name: c, store: c, route: {}}"
+    load_config(path, ["evaluation={}", teacher, "teachers.0.name=d"], ConsolidateConfig)
+    for pair in (["seed=1", "seed=2"], ["teachers.0.name=d", teacher]):
+        with pytest.raises(MtopdError, match="undoes"):
+            load_config(path, pair, ConsolidateConfig)
+
+
+def test_whole_numbers_may_be_written_as_floats_and_errors_are_counted() -> None:
+    config = validate(spoiled("data.context_length", 1e4), ConsolidateConfig, "c")
+    assert config.data.context_length == 10000 and isinstance(config.data.context_length, int)
+    values = spoiled("seed", "x")
+    values["deterministic"] = values["log_json"] = 3
+    with pytest.raises(MtopdError, match=r"^c: seed is 'x': .* \(and 2 more\)$"):
+        validate(values, ConsolidateConfig, "c")
+
+
+def test_paths_mean_what_a_shell_user_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far" / "work").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "work")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MODELS", "models")
+    for text, meant in {
+        "hf": tmp_path / "hf",
+        "./a/../hf": tmp_path / "hf",
+        "~/hf": tmp_path / "home" / "hf",
+        "a~/hf": tmp_path / "a~" / "hf",
+        "$MODELS/${MODELS}": tmp_path / "models" / "models",
+        "/hf": Path("/hf"),
+    }.items():
+        values = spoiled("student.model", text)
+        values["teachers"][0]["store"] = text
+        config = validate(values, ConsolidateConfig, "c")
+        assert config.student.model == meant and config.teachers[0].store == str(meant)
+    linked = validate(spoiled("student.model", "link/../hf"), ConsolidateConfig, "c").student.model
+    assert os.path.realpath(linked) == str(tmp_path / "far" / "hf"), ".. of where a link leads"
 
 
 def test_exponents_without_a_dot_are_numbers_and_tags_are_refused(tmp_path: Path) -> None:
@@ -130,13 +200,14 @@ def test_exponents_without_a_dot_are_numbers_and_tags_are_refused(tmp_path: Path
     path.write_text(yaml.safe_dump(GOOD).replace("lr: 0.001", "lr: 1e-3"))
     assert load_config(path, [], ConsolidateConfig).train.optimizer.lr == 1e-3
     path.write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(MtopdError, match="not valid YAML"):
+    with pytest.raises(MtopdError, match=r"line 1: not valid YAML: tag .*os\.system"):
         load_config(path, [], ConsolidateConfig)
 
 
 def test_a_resolved_config_loads_to_itself(tmp_path: Path) -> None:
     config = validate(spoiled("teachers.1.store", "s3://bucket/teachers/b"), ConsolidateConfig, "c")
-    assert [t.store for t in config.teachers] == ["a", "s3://bucket/teachers/b"]
+    assert [t.store for t in config.teachers] == [str(Path.cwd() / "a"), "s3://bucket/teachers/b"]
+    config.teachers[1].route.update({"domain": "1e3", "level": "012", "day": "2026-01-02"})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "c.yaml", [], ConsolidateConfig) == config
 

@@ -40,7 +40,7 @@ LOWER = {
     "families",
     "hf_checkpoint",
 }
-BOTTOM = {"config", "types"}
+BOTTOM = {"config", "yaml_file", "types"}
 # Part -> other parts it may import: the stated exceptions.
 ALLOWED = {
     "teacher_offload": {"megatron"},  # teacher_pass builds layers
