@@ -307,6 +307,17 @@ class ConsolidateConfig(Model):
                         f"teachers.{i}.parallel.{axis} {size} does not divide the world size "
                         f"{world}"
                     )
+        baselines = self.evaluation.baselines.keys()
+        if taken := {"student", "weight average"} & baselines:
+            raise ValueError(
+                f"evaluation.baselines.{min(taken)}: the report calls another row so; choose "
+                "another name"
+            )
+        if "base" in baselines and "base" in names:
+            raise ValueError(
+                "'base' names a teacher and, in evaluation.baselines, the student before training; "
+                "call the teacher otherwise"
+            )
         if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
             raise ValueError(
                 f"evaluation.weight_average names {sorted(unknown)}, baselines are "

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def fsync_dir(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file durable, whoever wrote them."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -78,13 +85,14 @@ def publish_tree(partial: Path, target: Path) -> None:
     fsync_dir(target.parent)
 
 
-def replace_tree(partial: Path, target: Path) -> None:
+def replace_tree(partial: Path, target: Path, *, durable: Collection[str] = ()) -> None:
     """Publish a folder of this run in place of another, if there is one; that one goes last.
+    ``durable`` names files that their writers have synced.
 
     A crash between the two renames leaves it aside, from where ``sweep`` puts it back.
     """
     aside = target.with_name(f".{target.name}{_ASIDE}")
-    _make_durable(partial)
+    _make_durable(partial, but=durable)
     if target.exists():
         os.replace(target, aside)
     os.replace(partial, target)
@@ -92,13 +100,13 @@ def replace_tree(partial: Path, target: Path) -> None:
     remove_tree(aside)
 
 
-def _make_durable(folder: Path) -> None:
+def _make_durable(folder: Path, but: Collection[str] = ()) -> None:
+    """Sync everything below ``folder`` but the files directly in it that ``but`` names."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             fsync_dir(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        elif path.parent != folder or path.name not in but:
+            sync_file(path)
 
 
 def sweep(folder: Path) -> None:

@@ -153,11 +153,12 @@ def _caches(run: RunDir) -> list[tuple[int, Path]]:
 
 
 def _teacher_names(run: RunDir) -> dict[str, str]:
-    """Teachers by the name of their folder in a cache."""
-    return {
-        teacher["fingerprint"][:16]: teacher["name"]
-        for teacher in read_json(run.manifest).get("teachers", [])
-    }
+    """Teachers by the name of their folder in a cache; teachers with one store share one."""
+    found: dict[str, str] = {}
+    for teacher in read_json(run.manifest).get("teachers", []):
+        folder = teacher["fingerprint"][:16]
+        found[folder] = ", ".join(filter(None, (found.get(folder), teacher["name"])))
+    return found
 
 
 def _lost(run: RunDir, iteration: int, found: set[int]) -> list[int]:

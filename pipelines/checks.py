@@ -103,7 +103,7 @@ def check_teachers(
     config: ConsolidateConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[TeacherStore]:
     """The teachers' stores, whole and fit for the student and the layout."""
-    stores = [check_files(open_store(t.store)) for t in config.teachers]
+    stores = [check_files(open_store(t.store, name=t.name)) for t in config.teachers]
     for i, (store, teacher) in enumerate(zip(stores, config.teachers, strict=True)):
         check_teacher(teacher.name, store, tokenizer, config.student.model)
         check_mesh(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mtopd import trajectories
 from mtopd.metrics_lines import RolloutLine
-from mtopd.planning import plan_batches, select_prompts
+from mtopd.planning import number_samples, plan_batches, select_prompts
 from mtopd.rollout.engine import Request
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt, Trajectory
@@ -63,10 +63,10 @@ def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, 
     planned = []
     for number, prompts in enumerate(sources):
         seed = session.config.seed * len(sources) + number
-        for row in select_prompts(len(prompts), count, iteration.number, seed):
+        rows = select_prompts(len(prompts), count, iteration.number, seed)
+        for row, sample in number_samples(rows, config.samples_per_prompt):
             prompt = prompts[row]
-            for sample in range(config.samples_per_prompt):
-                planned.append((prompt, Request(prompt.prompt_id, prompt.prompt_ids, sample)))
+            planned.append((prompt, Request(prompt.prompt_id, prompt.prompt_ids, sample)))
     return planned
 
 

@@ -194,7 +194,7 @@ def build_teachers(config: ConsolidateConfig, student: Student, run: RunDir) -> 
     checked = read_json(run.manifest)["teachers"]
     return Teachers(
         [
-            open_store(teacher.store, expected=entry["fingerprint"])
+            open_store(teacher.store, name=teacher.name, expected=entry["fingerprint"])
             for teacher, entry in zip(config.teachers, checked, strict=True)
         ],
         [meshes[shape] for shape in shapes],

@@ -39,6 +39,8 @@ PACKED = {**GOOD["train"], "micro_batch_size": None, "token_budget": 60}
 
 def spoiled(path: str, value: object) -> dict[str, Any]:
     values: Any = copy.deepcopy(GOOD)
+    if not path:
+        return {**values, **value}  # type: ignore[dict-item]
     *parents, leaf = path.split(".")
     table = values
     for part in parents:
@@ -68,6 +70,15 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("teachers.0.parallel.ep", 3, "teachers.0.parallel.ep 3 does not divide the world size 4"),
         ("data.sources.0.reasoning_gym", "spell_backward", "exactly one of path and reasoning_gym"),
         ("evaluation.weight_average", ["z"], "names ['z']"),
+        ("evaluation.baselines", {"student": "x"}, "the report calls another row so"),
+        (
+            "",
+            {
+                "evaluation": {"baselines": {"base": "hf"}},
+                "teachers": [{"name": "base", "store": "a", "route": {}}],
+            },
+            "call the teacher otherwise",
+        ),
         ("teachers.0.name", "../x", "teachers.0.name is '../x'"),
         ("teachers", [], "teachers"),
         (

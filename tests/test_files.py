@@ -84,3 +84,23 @@ def test_a_checkpoint_that_is_replaced_survives_a_kill_or_its_successor_does(
         assert [path.name for path in target.parent.iterdir()] == ["000003"] and (
             target / SEAL
         ).read_text() == survives
+
+
+def test_what_its_writers_have_synced_is_not_synced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, synced = tmp_path / ".new", []
+    (partial / "inner").mkdir(parents=True)
+    for name in ("large", "small", "inner/large"):
+        (partial / name).write_text(name)
+    descriptor_path = "/proc/self/fd/{}"
+    sync = os.fsync
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (synced.append(os.readlink(descriptor_path.format(fd))), sync(fd))[1],
+    )
+    replace_tree(partial, tmp_path / "new", durable={"large"})
+    found = sorted(str(Path(path).relative_to(tmp_path)) for path in synced)
+    assert found == [".", ".new", ".new/inner", ".new/inner/large", ".new/small"]
+    assert (tmp_path / "new" / "large").read_text() == "large"

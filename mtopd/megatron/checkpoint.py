@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.common import (
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
-from mtopd.files import remove_tree, replace_tree
+from mtopd.files import remove_tree, replace_tree, sync_file
 from mtopd.megatron.optimizer import create_state
 from mtopd.megatron.trainer import Trainer
 from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
@@ -64,7 +64,8 @@ class _InFlight:
 class CheckpointWriter:
     """Saves in the background.  Every method is collective: all ranks call it at the same place.
 
-    ``published(iteration)`` is called on rank 0 once a checkpoint can be resumed from.
+    ``published(iteration)`` is called on rank 0 once a checkpoint can be resumed from, in the
+    writer's thread: it may remove what that checkpoint makes superfluous while training goes on.
     """
 
     def __init__(self, trainer: Trainer, run: RunDir, published: Callable[[int], None]) -> None:
@@ -73,6 +74,7 @@ class CheckpointWriter:
         self._published = published
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: _InFlight | None = None
+        self._notified: Future[None] | None = None  # the last call of ``published``
 
     def save(self, iteration: int, state: Mapping[str, object]) -> None:
         """Begin ``checkpoints/<iteration>``; waits for the former save.  ``state`` is plain data
@@ -128,6 +130,9 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Publish the save in flight.  Raises MtopdError when a rank could not write."""
+        if self._notified is not None:
+            self._notified.result()  # raises what went wrong there
+            self._notified = None
         if (save := self._in_flight) is None:
             return
         self._in_flight = None
@@ -144,19 +149,26 @@ class CheckpointWriter:
         for finalize in save.request.finalize_fns:
             finalize()
         if self._trainer.ranks.rank == 0:
-            digests = {name: digest for outcome in outcomes for name, digest in outcome.items()}
-            for path in save.partial.iterdir():  # what rank 0 wrote beside the tensors
-                digests.setdefault(path.name, _file_sha256(path))
-            target = self._run.checkpoint(save.iteration)
+            written = {name: digest for outcome in outcomes for name, digest in outcome.items()}
+            # What rank 0 wrote beside the tensors: all others wait until it is done here, so the
+            # writers' files, which are nearly all bytes, are neither hashed nor synced again.
+            own = {
+                path.name: _file_sha256(path)
+                for path in save.partial.iterdir()
+                if path.name not in written
+            }
             # Sealed under its temporary name: what has the final name is whole.
-            self._run.seal(save.partial, {"files": dict(sorted(digests.items())), **save.contents})
-            replace_tree(save.partial, target)
-            self._published(save.iteration)
+            files = dict(sorted((written | own).items()))
+            self._run.seal(save.partial, {"files": files, **save.contents})
+            replace_tree(save.partial, self._run.checkpoint(save.iteration), durable=written)
+            self._notified = self._thread.submit(self._published, save.iteration)
         dist.barrier()
 
     def close(self) -> None:
         self.wait()
         self._thread.shutdown()
+        if self._notified is not None:
+            self._notified.result()
 
 
 def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
@@ -261,6 +273,7 @@ def _write_buckets(
         results[index] = result
         digests[bucket[1]] = _file_sha256(Path(bucket[0]))
     save_file(dict(rng_state), rng_path)
+    sync_file(rng_path)
     digests[rng_path.name] = _file_sha256(rng_path)
     return _Written(results, digests)
 

@@ -22,7 +22,7 @@ from mtopd.planning.layouts import (
     undivided,
     working_sizes,
 )
-from mtopd.planning.prompts import plan_batches, select_prompts
+from mtopd.planning.prompts import number_samples, plan_batches, select_prompts
 from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Mesh, Part, Range, plan_parts
 from mtopd.planning.stages import (
     MAX_STAGE_IMBALANCE,
@@ -53,6 +53,7 @@ __all__ = [
     "choose_slices",
     "expressible_splits",
     "in_words",
+    "number_samples",
     "plan_batches",
     "plan_parts",
     "plan_pass",

@@ -6,14 +6,18 @@ Strategy:
    one endless sequence of prompt rows.
 2. That sequence is a chain of epochs, each a permutation of all rows drawn from the seed and the
    epoch's number alone (``select_prompts``).
-3. Cut what was selected into batches of ``batch_size`` neighbours; the last may be shorter.
-4. Deal the batches to the ranks in turn (``plan_batches``).
+3. Number the answers to a row that comes again in the iteration on from those to its first
+   (``number_samples``).
+4. Cut what was selected into batches of ``batch_size`` neighbours; the last may be shorter.
+5. Deal the batches to the ranks in turn (``plan_batches``).
 
 Promises:
 
 - Within an epoch every row comes exactly once; an iteration may end one epoch and begin the next.
 - The rows of an iteration depend on nothing that came before it: a resumed run needs no state.
 - Another seed or another epoch gives an unrelated order.
+- No two requests of an iteration have one row and one number: a draw is named by these, so a row
+  that comes twice is answered twice.
 - Every item is in one batch of one rank.  Batch b is the items ``[b * batch_size, (b + 1) *
   batch_size)``, whatever the number of ranks, and belongs to rank ``b % num_ranks``.
 """
@@ -22,6 +26,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from mtopd.types import MtopdError
 
@@ -43,6 +49,19 @@ def select_prompts(num_prompts: int, count: int, iteration: int, seed: int) -> l
         start = epoch * num_prompts
         rows += order[max(first - start, 0) : end - start]
     return rows
+
+
+def number_samples(rows: Sequence[int], samples_per_prompt: int) -> Iterator[tuple[int, int]]:
+    """(row, number of the sample) of every request, in order.
+
+    A row that comes for the k-th time, from 0, gets the numbers ``k * samples_per_prompt`` and
+    following: where none comes again, they are 0 to ``samples_per_prompt - 1``.
+    """
+    seen: Counter[int] = Counter()
+    for row in rows:
+        for sample in range(samples_per_prompt):
+            yield row, seen[row] * samples_per_prompt + sample
+        seen[row] += 1
 
 
 def plan_batches(num_items: int, batch_size: int, num_ranks: int) -> list[list[range]]:

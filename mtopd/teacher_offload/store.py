@@ -124,19 +124,20 @@ class StoreFile:
 
 @dataclass(frozen=True)
 class TeacherStore:
-    """An opened store.  ``manifest`` is the parsed teacher.json."""
+    """An opened store.  ``manifest`` is the parsed teacher.json.
+
+    In a run the teacher has the name that the config gives it, whatever the store was added as: two
+    names on one store are two teachers.
+    """
 
     storage: Storage
     manifest: Mapping[str, Any]
     files: Mapping[str, StoreFile]
+    name: str
 
     @property
     def location(self) -> str:
         return self.storage.location
-
-    @property
-    def name(self) -> str:
-        return str(self.manifest["name"])
 
     @property
     def fingerprint(self) -> str:
@@ -262,12 +263,15 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def open_store(location: str | Path, *, expected: str | None = None) -> TeacherStore:
+def open_store(
+    location: str | Path, *, name: str | None = None, expected: str | None = None
+) -> TeacherStore:
     """Open a store, a folder or a URL, after checking that its manifest agrees with itself.
 
     Only the manifest is read: the bytes of the files are checked block by block when they are, and
-    whether they are all there by ``check_files``, once before the ranks start.  ``expected``: the
-    fingerprint it has to have.  Raises MtopdError that names the store, what is wrong and what to
+    whether they are all there by ``check_files``, once before the ranks start.  ``name``: what a
+    run calls the teacher, otherwise as it was added.  ``expected``: the fingerprint it has to have.
+    Raises MtopdError that names the store, what is wrong and what to
     do.
     """
     storage = open_storage(location)
@@ -295,7 +299,7 @@ def open_store(location: str | Path, *, expected: str | None = None) -> TeacherS
             path: file_in_manifest(storage, path, entry)
             for path, entry in manifest["files"].items()
         }
-        store = TeacherStore(storage, manifest, files)
+        store = TeacherStore(storage, manifest, files, name or str(manifest["name"]))
         needed = {
             names.EMBEDDING,
             names.FINAL_NORM,

@@ -23,12 +23,14 @@ def mtopd(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-def make_run(path: Path) -> Path:
+def make_run(path: Path, *names: str) -> Path:
     path.mkdir()
     (path / "config.yaml").write_text("{}")
-    write_json(
-        path / "manifest.json", {"teachers": [{"index": 0, "name": "maths", "fingerprint": MATH}]}
-    )
+    teachers = [
+        {"index": index, "name": name, "fingerprint": MATH}
+        for index, name in enumerate(names or ("maths",))
+    ]
+    write_json(path / "manifest.json", {"teachers": teachers})
     return RunDir(path).hidden_cache(3)
 
 
@@ -60,6 +62,14 @@ def test_a_damaged_sample_is_shown_named_mended_and_collected(
     assert f"iteration 3: segment {segment.name} removed" in capfd.readouterr().out
     assert list(root.glob("t/*/seg/*")) == [mended]
     assert mtopd(monkeypatch, "cache", "verify", str(run)) == 0
+
+
+def test_the_rows_of_one_store_bear_the_names_of_all_its_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fill(make_run(tmp_path / "run", "sums", "proofs"), 0, 1)
+    assert mtopd(monkeypatch, "cache", "ls", str(tmp_path / "run")) == 0
+    assert "sums, proofs" in capfd.readouterr().out
 
 
 def test_a_folder_that_is_no_run_is_refused(

@@ -38,8 +38,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def consolidate(root: Path, num_teachers: int) -> dict:
-    """Two iterations with the first teachers; the same number of prompts however many there are."""
+def consolidate(root: Path, num_teachers: int, *, num_stores: int) -> dict:
+    """Two iterations with teachers on the first stores, which are not called as the stores are; the
+    same number of prompts however many teachers there are.
+    """
     domains = DOMAINS[:num_teachers]
     write_prompts(root / f"prompts{num_teachers}.jsonl", count=48, domains=domains)
     run = root / f"run{num_teachers}"
@@ -47,7 +49,11 @@ def consolidate(root: Path, num_teachers: int) -> dict:
         "run_dir": str(run),
         "student": {"model": str(root / "student")},
         "teachers": [
-            {"name": f"t{i}", "store": str(root / "stores" / f"t{i}"), "route": {"domain": domain}}
+            {
+                "name": f"teacher-{domain}",
+                "store": str(root / "stores" / f"t{i % num_stores}"),
+                "route": {"domain": domain},
+            }
             for i, domain in enumerate(domains)
         ],
         "data": {
@@ -75,7 +81,8 @@ def consolidate(root: Path, num_teachers: int) -> dict:
 
 
 def test_twelve_teachers_take_the_memory_of_two(workplace: Path) -> None:
-    few, many = consolidate(workplace, 2), consolidate(workplace, 12)
+    few = consolidate(workplace, 2, num_stores=1)
+    many = consolidate(workplace, 12, num_stores=12)
     growth = many["peak_host_bytes"] / few["peak_host_bytes"]
     print(
         f"peak resident memory: 2 teachers {few['peak_host_bytes'] / MIB:.0f} MiB, 12 teachers x "
@@ -86,6 +93,12 @@ def test_twelve_teachers_take_the_memory_of_two(workplace: Path) -> None:
     for report in (few, many):
         assert report["finished"] and report["peak_resident_heads"] == 1
         assert all(check["ok"] for check in report["checks"].values()), report["checks"]
+    for report, count in ((few, 2), (many, 12)):
+        teachers = report["teachers"]
+        assert [t["name"] for t in teachers] == [f"teacher-{d}" for d in DOMAINS[:count]]
+        assert all(t["head_loads"] and t["passes"] and t["tokens"] for t in teachers), (
+            "the config's names throughout; two names on one store are two teachers"
+        )
     loads = many["checks"]["head_loads"]
     assert loads["found"] == loads["expected"] > 12, (
         "as many head loads in a step as distinct teachers are in it"

@@ -239,6 +239,21 @@ def slow_writer() -> Iterator[threading.Event]:
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
+@contextlib.contextmanager
+def hashed_in_main_thread() -> Iterator[dict[str, int]]:
+    """Bytes by file name: what every other rank waits for."""
+    digest_of, found = checkpoint._file_sha256, {}
+
+    def counted(path: Path) -> str:
+        if threading.current_thread() is threading.main_thread():
+            found[path.name] = found.get(path.name, 0) + path.stat().st_size
+        return digest_of(path)
+
+    checkpoint._file_sha256 = counted
+    yield found
+    checkpoint._file_sha256 = digest_of
+
+
 def die_while_writing(trainer: Trainer, writer: checkpoint.CheckpointWriter) -> None:
     """Rank 1's thread is killed with half a file written, while all ranks train on."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
@@ -268,7 +283,7 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         writer = checkpoint.CheckpointWriter(trainer, run, published.append)
         train(trainer, range(3))
         result: dict[str, Any] = {"saved": state(trainer, bridge)}
-        with slow_writer() as released:
+        with slow_writer() as released, hashed_in_main_thread() as hashed:
             writer.save(3, {"shares": {"a": 1.5}})
             # Weights and moments change before they are written.
             losses = train(trainer, range(3, 6))
@@ -280,6 +295,7 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
             if trainer.ranks.rank == 0:
                 write_json(run.path / "before.json", {**result, "losses": losses})
             die_while_writing(trainer, writer)
+        result["hashed"] = hashed
         writer.close()
         assert published == ([3] if trainer.ranks.rank == 0 else []) and checkpoint.newest(run) == 3
         result |= {"losses": losses, "state": state(trainer, bridge)}

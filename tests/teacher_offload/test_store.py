@@ -277,6 +277,15 @@ def test_another_store_than_the_run_began_with_is_refused(
         open_store(store.location, expected="0" * 64)
 
 
+def test_a_run_calls_a_teacher_as_its_config_does(
+    model_and_store: tuple[torch.nn.Module, TeacherStore],
+) -> None:
+    _, store = model_and_store
+    named = [open_store(store.location, name=name) for name in ("math-a", "code-b", None)]
+    assert [s.name for s in named] == ["math-a", "code-b", store.manifest["name"]]
+    assert len({s.fingerprint for s in named}) == 1, "they are the same bytes all the same"
+
+
 def test_a_failed_add_leaves_nothing(tmp_path: Path) -> None:
     save_model(tmp_path / "hf", seed=1, layers=2)
     weights = tmp_path / "hf" / "model.safetensors"
