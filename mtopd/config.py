@@ -140,6 +140,10 @@ class SourceConfig(Model):
     seed: Seed = 1
     eval_seed: Seed = 10_000_019
 
+    @property
+    def has_held_out(self) -> bool:
+        return self.reasoning_gym is not None or self.eval_path is not None
+
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
         if (self.path is None) == (self.reasoning_gym is None):
@@ -236,13 +240,34 @@ class TrainConfig(Model):
         return self
 
 
-class EvaluationConfig(Model):
+class SamplingConfig(Model):
+    """How held-out prompts are answered: by default the most likely token.  Rollouts are always the
+    student's own distribution.
+    """
+
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: greedy
+    # drawn from the fewest most likely tokens that hold this probability together
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> SamplingConfig:
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError(
+                f"top_p {self.top_p} does nothing at temperature 0, which takes the most likely "
+                "token; set a temperature above 0, or leave top_p out"
+            )
+        return self
+
+
+class EvaluationConfig(SamplingConfig):
     every: Annotated[Whole, Field(ge=0)] = (
         0  # iterations; 0: only before the first and after the last
     )
-    # HF folders evaluated once beside the student, by name; "base" and the teachers' names give the
+    # HF folders evaluated beside the student, by name; "base" and the teachers' names give the
     # recovery
     baselines: dict[str, LocalPath] = {}
+    # after the last iteration; false: only `mtopd evaluate RUN --baselines` evaluates them
+    baselines_at_end: bool = True
     weight_average: list[str] = []  # names of baselines whose plain average is evaluated too
 
 
@@ -318,6 +343,13 @@ class ConsolidateConfig(Model):
                 "'base' names a teacher and, in evaluation.baselines, the student before training; "
                 "call the teacher otherwise"
             )
+        if not any(source.has_held_out for source in self.data.sources):
+            for key in ("every", *SamplingConfig.model_fields):
+                if getattr(self.evaluation, key) != EvaluationConfig.model_fields[key].default:
+                    raise ValueError(
+                        f"evaluation.{key} needs held-out prompts, but no source has any; give "
+                        f"data.sources an eval_path, or leave evaluation.{key} out"
+                    )
         if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
             raise ValueError(
                 f"evaluation.weight_average names {sorted(unknown)}, baselines are "
@@ -336,7 +368,7 @@ class ConsolidateConfig(Model):
 
 
 class StopConfig(Model):
-    """Stop when greedy accuracy on the held-out prompts of *every* source lies within ``accuracy``
+    """Stop when accuracy on the held-out prompts of *every* source lies within ``accuracy``
     +- ``tolerance``.
 
     A source's share of the mini-batch follows how far it is below ``accuracy``; one that is above
@@ -366,6 +398,10 @@ class SupervisedConfig(Model):
     stop: StopConfig | None = None
 
 
+class SupervisedCheckpointConfig(CheckpointConfig):
+    every: Count = 100  # train steps
+
+
 class SpecialistConfig(Model):
     run_dir: LocalPath
     seed: Seed = 0
@@ -373,7 +409,29 @@ class SpecialistConfig(Model):
     student: StudentConfig
     data: DataConfig
     train: SupervisedConfig
+    evaluation: SamplingConfig = SamplingConfig()
+    checkpoint: SupervisedCheckpointConfig = SupervisedCheckpointConfig()
     store: TeacherStoreConfig | None = None  # write the result as a teacher, too
+
+    @model_validator(mode="after")
+    def _stop_can_come(self) -> SpecialistConfig:
+        stop = self.train.stop
+        if stop is None:
+            return self
+        for i, source in enumerate(self.data.sources):
+            if not source.has_held_out:
+                raise ValueError(
+                    f"train.stop looks at held-out prompts of every source, but data.sources.{i} "
+                    f"({source.name!r}) has none; give it an eval_path, or leave train.stop out"
+                )
+        due = -(-stop.first // stop.every) * stop.every
+        if due > self.train.num_steps:
+            raise ValueError(
+                f"train.stop (first {stop.first}, every {stop.every}) is first looked at after step "
+                f"{due}, but train.num_steps is {self.train.num_steps}; lower first or every, or "
+                "leave train.stop out"
+            )
+        return self
 
 
 Root = TypeVar("Root", ConsolidateConfig, SpecialistConfig)

@@ -22,6 +22,9 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "checkpoint"),
     ("config", "log_json"),
     ("config", "evaluation", "every"),
+    ("config", "evaluation", "baselines"),  # their results are known by content
+    ("config", "evaluation", "weight_average"),
+    ("config", "evaluation", "baselines_at_end"),
     ("config", "train", "micro_batch_size"),
     ("config", "train", "token_budget"),
     ("config", "train", "max_bad_steps"),

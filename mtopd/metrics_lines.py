@@ -212,13 +212,24 @@ class BadStepLine(Line):
 
 @dataclass(frozen=True)
 class EvaluationLine(Line):
-    """Accuracy on held-out prompts by source, and in a supervised run the sources' shares of a
-    mini-batch.
+    """Accuracy on held-out prompts by source, the share of answers that ended by themselves, and in
+    a supervised run the sources' shares of a mini-batch.
     """
 
     KIND = "evaluation"
     accuracy: Mapping[str, float] = _table(float)
     shares: Mapping[str, float] | None = None
+    stopped: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineLine(Line):
+    """A baseline's accuracy; its name is the line's part."""
+
+    KIND = "baseline"
+    accuracy: Mapping[str, float] = _table(float)
+    stopped: Mapping[str, float] = _table(float)
+    kept: bool  # known from before, not evaluated in this start
 
 
 @dataclass(frozen=True)
@@ -237,6 +248,7 @@ _LINES: Mapping[str, type[Line]] = {
         TrainStepLine,
         BadStepLine,
         EvaluationLine,
+        BaselineLine,
         MemoryLine,
     )
 }

@@ -114,6 +114,10 @@ class Prompts:
             [s.name for s in config.sources], train, [[t[i] for i in range(len(t))] for t in tests]
         )
 
+    @property
+    def num_held_out(self) -> int:
+        return sum(map(len, self.evaluation))
+
     @staticmethod
     def score(prompt: Prompt, response_text: str) -> float:
         return verify(prompt, response_text)

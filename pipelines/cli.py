@@ -131,6 +131,27 @@ def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson 
 
 
 @app.command()
+def evaluate(
+    run_dir: RunDirectory,
+    iteration: Iteration = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Evaluate the config's baselines instead.")
+    ] = False,
+    log_json: LogJson = False,
+) -> None:
+    """Accuracy on held-out prompts of the student at a checkpoint, or of the baselines."""
+    if baselines and iteration is not None:
+        raise MtopdError(
+            "--iteration says which student, --baselines that it is none; leave one out"
+        )
+    start.phase(run_dir, "baselines" if baselines else "evaluate", iteration, _logging(log_json))
+    if is_first():
+        from mtopd.report import write_report
+
+        write_report(run_dir, console if log_json else Console())
+
+
+@app.command()
 def report(run_dir: RunDirectory) -> None:
     """Write report.json and report.html of a run, finished or not, and print its table."""
     from mtopd.report import write_report

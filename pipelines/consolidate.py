@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import evaluate, rollout, teacher_pass, train
+from . import baselines, evaluate, rollout, teacher_pass, train
 from .session import Session
 
 
@@ -24,7 +24,6 @@ def main(run_dir: Path, generation: int) -> None:
     """All iterations, on this rank."""
     session = Session(run_dir, generation)
     first = session.resume()
-    evaluate.baselines(session)
     evaluate.run(session, first)
 
     for iteration in session.iterations(first):
@@ -47,4 +46,5 @@ def main(run_dir: Path, generation: int) -> None:
         session.save(iteration)
         evaluate.run(session, iteration.next)
 
+    baselines.run_at_end(session)
     session.finish()

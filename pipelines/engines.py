@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.rollout.engine import Engine
 
 from .student import Student
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def embedded(student: Student) -> Engine:
-    """A transformers model on each rank; it needs ``update_weights`` before it answers."""
+
+def embedded(student: Student, hf_config: PretrainedConfig | None = None) -> Engine:
+    """A transformers model on each rank, of ``hf_config`` (default: the student's); it needs
+    ``update_weights`` before it answers.
+    """
     tokenizer = student.tokenizer
     return EmbeddedEngine(
-        student.hf_config,
+        hf_config or student.hf_config,
         dtype=student.dtype,
         vocab_size=student.vocab_size,
         eos_id=tokenizer.eos_token_id,
@@ -23,4 +29,4 @@ def embedded(student: Student) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[Student], Engine]] = {"embedded": embedded}
+ENGINES: dict[str, Callable[..., Engine]] = {"embedded": embedded}

@@ -1,36 +1,38 @@
-"""Greedy accuracy on held-out prompts, scored by each dataset's own verifier: of the student between
+"""Accuracy on held-out prompts, scored by each source's own verifier: of the student between
 iterations, of baselines once.
 
-Runs inside ``mtopd consolidate`` and ``mtopd specialist``.  Differs from the textbook in: a response
+    mtopd evaluate RUN_DIR --iteration N
+
+Runs inside ``mtopd consolidate`` and ``mtopd specialist``, too.  Differs from the textbook in: a response
 that does not end by itself is wrong, whatever it says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from mtopd.config import ConsolidateConfig, SpecialistConfig
 from mtopd.data import CORRECT_SCORE
 from mtopd.files import write_json
-from mtopd.hf_checkpoint import average_weights, read_weights
-from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches
+from mtopd.progress import say
 from mtopd.prompt_table import Prompts
-from mtopd.rollout.engine import Engine, Request
+from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import decode_response
-from mtopd.types import MtopdError
 
-from .engines import ENGINES
 from .iteration import Iteration
 from .session import Session
 from .student import Student
 
 _BATCH = 64
+T = TypeVar("T")
 Accuracy = dict[str, float]  # by source
 
 
@@ -39,78 +41,94 @@ def run(session: Session, iteration: Iteration) -> None:
     every = session.config.evaluation.every
     num_done, num_iterations = iteration.number, session.config.train.num_iterations
     is_due = num_done in (0, num_iterations) or (every and num_done % every == 0)
-    if not is_due or iteration.evaluation.exists():
-        return
+    if is_due and session.prompts.num_held_out and not first_says(iteration.evaluation.exists()):
+        evaluate_student(session, iteration)
+
+
+def evaluate_student(session: Session, iteration: Iteration) -> None:
+    """Evaluate the student that ``iteration`` begins with, whether it is due or not.  Collective."""
     with session.timed("evaluation", iteration):
-        found = accuracy(
-            session.engine,
-            session.prompts,
-            session.student,
-            session.config.data.max_response,
-        )
+        found = measure(session.engine, session.prompts, session.student, session.config)
         if session.ranks.rank == 0:
-            write(session.run, iteration.evaluation.stem, found)
-    session.metrics.write(EvaluationLine(found), num_done)
-    session.progress.note(f"iteration {num_done}: {format_accuracy(found)}")
+            write(session.run, iteration.evaluation.stem, found.accuracy)
+    session.metrics.write(EvaluationLine(found.accuracy, stopped=found.stopped), iteration.number)
+    session.progress.note(f"iteration {iteration.number}: {format_accuracy(found.accuracy)}")
+    if iteration.number == 0:
+        for line in explain_zeros(found):
+            say(line)
 
 
-def baselines(session: Session) -> None:
-    """Evaluate the configured HF checkpoints and their weight average once, one model in memory at
-    a time.  Collective.
+@dataclass(frozen=True)
+class Result:
+    """How one model answered the held-out prompts, by source; sources without any are left out."""
+
+    accuracy: Accuracy
+    stopped: Mapping[str, float]  # share of its answers that ended by themselves
+    counts: Mapping[str, int]  # of held-out prompts
+
+
+def measure(
+    engine: Engine, prompts: Prompts, student: Student, config: ConsolidateConfig | SpecialistConfig
+) -> Result:
+    """Answer every held-out prompt with ``engine`` and score it; the same on every rank.
+
+    The draws are the same for every model and iteration, so that two models differ by their weights
+    alone.  Collective.
     """
-    config = session.config.evaluation
-    if not config.baselines or (session.run.path / "evaluations" / "baselines.json").exists():
-        return
-    student, max_response = session.student, session.config.data.max_response
-    with session.timed("baselines", session.iteration(0)):
-        engine = ENGINES[session.config.rollout.engine](student)
-
-        def evaluate(weights: Mapping[str, torch.Tensor]) -> Accuracy:
-            engine.update_weights(weights)
-            return accuracy(engine, session.prompts, student, max_response)
-
-        results = {name: evaluate(read_weights(f)) for name, f in config.baselines.items()}
-        average = None
-        if config.weight_average:
-            folders = [config.baselines[name] for name in config.weight_average]
-            average = evaluate(average_weights(folders))
-        if session.ranks.rank == 0:
-            write(session.run, "baselines", {"models": results, "weight_average": average})
-    for name, found in (*results.items(), ("weight average", average)):
-        if found is not None:
-            session.progress.note(f"{name}: {format_accuracy(found)}")
-
-
-def accuracy(engine: Engine, prompts: Prompts, student: Student, max_response: int) -> Accuracy:
-    """Share of each source's held-out prompts that ``engine`` answers correctly, the same on every
-    rank.  Collective.
-    """
-    if not prompts.evaluation:
-        raise MtopdError(
-            "no source has held-out prompts; give data.sources an eval_path or a "
-            "reasoning_gym dataset"
-        )
-    ranks: Ranks = student.ranks
+    ranks, sampling = student.ranks, sampling_of(config)
     items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source]
-    correct = torch.zeros(len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(2, len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
+    correct, stopped = sums
     for batch in plan_batches(len(items), _BATCH, ranks.world_size)[ranks.rank]:
         chosen = [items[i] for i in batch]
         requests = [Request(p.prompt_id, p.prompt_ids) for _, p in chosen]
-        responses = engine.generate(requests, max_response=max_response, greedy=True)
+        responses = engine.generate(
+            requests, max_response=config.data.max_response, sampling=sampling
+        )
         for (source, prompt), response in zip(chosen, responses, strict=True):
             if response.finish_reason == "stop":
                 text = decode_response(student.tokenizer, response.response_ids)
                 correct[source] += prompts.score(prompt, text) >= CORRECT_SCORE
-    dist.all_reduce(correct)
-    counts = [len(source) for source in prompts.evaluation]
-    return {
-        name: num_correct / count
-        for name, num_correct, count in zip(prompts.names, correct.tolist(), counts, strict=True)
-        if count
+                stopped[source] += 1
+    dist.all_reduce(sums)
+    counts = {
+        name: len(source)
+        for name, source in zip(prompts.names, prompts.evaluation, strict=True)
+        if source
     }
 
+    def shares(found: torch.Tensor) -> dict[str, float]:
+        by_source = dict(zip(prompts.names, found.tolist(), strict=True))
+        return {name: by_source[name] / count for name, count in counts.items()}
 
-def format_accuracy(found: Accuracy) -> str:
+    return Result(shares(correct), shares(stopped), counts)
+
+
+def sampling_of(config: ConsolidateConfig | SpecialistConfig) -> Sampling:
+    return Sampling(config.evaluation.temperature, config.evaluation.top_p)
+
+
+def explain_zeros(found: Result) -> list[str]:
+    """A line for each source of which no answer is right: it may be a matter of form."""
+    return [
+        f"{name}: 0 of {count} answers are right, {round(found.stopped[name] * count)} of them "
+        "ended by themselves (others count as wrong); how an answer is found in a response: "
+        "docs/data.md on answer extraction"
+        for name, count in found.counts.items()
+        if found.accuracy[name] == 0
+    ]
+
+
+def first_says(value: T) -> T:
+    """What rank 0 has found: ranks that look at files for themselves may see different ones.
+    Collective.
+    """
+    said: list[T] = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
+def format_accuracy(found: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 

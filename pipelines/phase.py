@@ -1,6 +1,7 @@
 """One phase alone, from the files the previous one left.
 
-mtopd rollout | teacher-pass | train RUN_DIR --iteration N
+mtopd rollout | teacher-pass | train | evaluate RUN_DIR --iteration N
+mtopd evaluate RUN_DIR --baselines
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ from pathlib import Path
 from mtopd.megatron import checkpoint
 from mtopd.types import MtopdError
 
-from . import rollout, teacher_pass, train
+from . import baselines, evaluate, rollout, teacher_pass, train
 from .session import Session
 
 PHASES = {"rollout": rollout, "teacher_pass": teacher_pass, "train": train}
 
 
 def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
-    """``phase`` of an iteration, on this rank.  rollout and train need that iteration's checkpoint
+    """``phase`` of an iteration, on this rank.  All but teacher_pass need that iteration's checkpoint
     (0: the start).
     """
     session = Session(run_dir, generation)
+    if not session.prompts.num_held_out and phase in ("evaluate", "baselines"):
+        raise MtopdError(
+            f"{run_dir} has no held-out prompts to evaluate on; they come from eval_path of "
+            "data.sources, or from a reasoning_gym dataset"
+        )
+    if phase == "baselines":
+        evaluate_baselines(session)
+        return
     available = [0, *checkpoint.sealed(session.run)]
     iteration = session.iteration(available[-1] if number == "newest" else int(number))
     chosen, num_iterations = iteration.number, session.config.train.num_iterations
@@ -31,6 +40,10 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
             )
         if chosen:
             session.restore(iteration)
+    if phase == "evaluate":
+        evaluate.evaluate_student(session, iteration)
+        session.close()
+        return
     if chosen >= num_iterations:
         raise MtopdError(f"the run has iterations 0..{num_iterations - 1}, {chosen} was asked for")
     with session.timed(phase, iteration):
@@ -42,3 +55,13 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
         writer.save(chosen + 1, session.checkpoint_state())
         writer.close()
     session.close()
+
+
+def evaluate_baselines(session: Session) -> None:
+    """All that are not known; those that fail, one after the other in one line, are an error."""
+    if not session.config.evaluation.baselines:
+        raise MtopdError(f"the config of {session.run.path} has no evaluation.baselines")
+    problems = baselines.run(session)
+    session.close()
+    if problems:
+        raise MtopdError("; ".join(problems))

@@ -40,6 +40,8 @@ def consolidate(
     check_world(config.student)
     stores = check_teachers(config, tokenizer)
     check_baselines(config)
+    if config.evaluation.baselines and not any(s.has_held_out for s in config.data.sources):
+        say("no source has held-out prompts (eval_path): baselines are not evaluated")
     table = [
         {"index": i, "name": t.name, "fingerprint": s.fingerprint, "weight": w}
         for i, (t, s, w) in enumerate(

@@ -5,7 +5,6 @@ teachers, prompts, metrics, progress, checkpoints.
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from mtopd.types import MtopdError
 
 from .engines import ENGINES
 from .iteration import Iteration
-from .student import Student
+from .student import Student, peak_host_bytes
 
 
 class Session:
@@ -148,10 +147,8 @@ class Session:
 
     def close(self) -> None:
         """Note the peak memory, end the process group."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = torch.tensor([peak], dtype=torch.float64, device=self.ranks.device)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        self.metrics.write(MemoryLine(int(peaks[0])), self.config.train.num_iterations)
+        peak = peak_host_bytes(self.ranks)
+        self.metrics.write(MemoryLine(peak), self.config.train.num_iterations)
         self.checkpoints.close()
         self.teachers.close()
         self.metrics.close()

@@ -4,6 +4,7 @@ an HF checkpoint.
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import torch
@@ -21,6 +22,14 @@ from mtopd.megatron.trainer import Trainer
 from mtopd.planning.capacity import padded_vocab_size
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.tokenizer import load_tokenizer, vocab_size
+
+
+def peak_host_bytes(ranks: parallel.Ranks) -> int:
+    """Peak host memory of the largest rank so far.  Collective."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = torch.tensor([peak], dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    return int(peaks[0])
 
 
 class Student:

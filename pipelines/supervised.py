@@ -24,9 +24,9 @@ from mtopd.megatron import checkpoint
 from mtopd.megatron.micro_batch import PackedMicroBatch, vocab_parallel_cross_entropy
 from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics import MetricsWriter
-from mtopd.metrics_lines import EvaluationLine, SupervisedStepLine
+from mtopd.metrics_lines import EvaluationLine, MemoryLine, SupervisedStepLine
 from mtopd.objectives import CrossEntropy
-from mtopd.progress import Progress
+from mtopd.progress import Progress, say
 from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
 from mtopd.step_sums import NonFiniteGradients
@@ -34,10 +34,7 @@ from mtopd.types import MtopdError, num_input_tokens
 
 from . import evaluate
 from .engines import ENGINES
-from .student import Student
-
-_CHECKPOINT_EVERY = 100  # train steps
-_CHECKPOINTS_KEPT = 2
+from .student import Student, peak_host_bytes
 
 
 def main(run_dir: Path, generation: int) -> None:
@@ -51,32 +48,40 @@ def main(run_dir: Path, generation: int) -> None:
     metrics = MetricsWriter(run.metrics, enabled=is_first, echo=config.log_json)
     progress = Progress(enabled=is_first and not config.log_json)
     checkpoints = checkpoint.CheckpointWriter(
-        student.trainer, run, lambda published: checkpoint.prune(run, keep=_CHECKPOINTS_KEPT)
+        student.trainer, run, lambda published: checkpoint.prune(run, keep=config.checkpoint.keep)
     )
     shares = dict.fromkeys(prompts.names, 1.0)  # of each source in a mini-batch
 
-    def accuracy() -> evaluate.Accuracy:
+    def evaluated() -> evaluate.Result:
         engine.update_weights(student.weights())
-        return evaluate.accuracy(engine, prompts, student, config.data.max_response)
+        return evaluate.measure(engine, prompts, student, config)
 
-    start = _resume(student, run, shares)
-    for step in range(start, config.train.num_steps):
+    num_done = _resume(student, run, shares)
+    for step in range(num_done, config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
         line = train_step(student, prompts, config, shares, step)
         progress.advance(tokens=line.tokens, positions=line.positions)
         metrics.write(line, step, step=step)
-        if reached_targets(config.train.stop, step, accuracy, shares, metrics):
-            progress.note(f"every source is at its target accuracy after {step + 1} steps")
+        num_done = step + 1
+        if reached_targets(config.train.stop, step, evaluated, shares, metrics):
+            progress.note(f"every source is at its target accuracy after {num_done} steps")
             break
         checkpoints.advance()
-        if (step + 1) % _CHECKPOINT_EVERY == 0:
-            checkpoints.save(step + 1, {"shares": shares})
+        if num_done % config.checkpoint.every == 0:
+            checkpoints.save(num_done, {"shares": shares})
 
     checkpoints.close()
-    found = accuracy()
-    progress.note(evaluate.format_accuracy(found))
-    if is_first:
-        evaluate.write(run, "final", found)
+    if prompts.num_held_out:
+        found = evaluated()
+        metrics.write(EvaluationLine(found.accuracy, stopped=found.stopped), num_done)
+        progress.note(
+            f"accuracy after {num_done} steps: {evaluate.format_accuracy(found.accuracy)}"
+        )
+        for hint in evaluate.explain_zeros(found):
+            say(hint)
+        if is_first:
+            evaluate.write(run, "final", found.accuracy)
+    metrics.write(MemoryLine(peak_host_bytes(student.ranks)), num_done)
     metrics.close()
     progress.close()
     student.export(run, run.path / "export" / "final")
@@ -201,7 +206,7 @@ def pack(
 def reached_targets(
     stop: StopConfig | None,
     step: int,
-    accuracy: Callable[[], evaluate.Accuracy],
+    evaluated: Callable[[], evaluate.Result],
     shares: dict[str, float],
     metrics: MetricsWriter,
 ) -> bool:
@@ -210,8 +215,10 @@ def reached_targets(
     """
     if stop is None or step + 1 < stop.first or (step + 1) % stop.every:
         return False
-    found = accuracy()
-    metrics.write(EvaluationLine(found, dict(shares)), step)
+    result = evaluated()
+    found = result.accuracy
+    assert found.keys() == shares.keys()  # the config refuses a stop without held-out prompts
+    metrics.write(EvaluationLine(found, dict(shares), result.stopped), step)
     below = {name: max(stop.accuracy - value, 0.0) for name, value in found.items()}
     floor = max(stop.min_share, 1e-9)  # all sources above: equal shares
     total = sum(below.values()) or 1.0

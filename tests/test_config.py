@@ -88,6 +88,13 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ),
         ("train", {**GOOD["train"], "micro_batch_size": None}, "exactly one of micro_batch_size"),
         ("train", PACKED, "token_budget 60 does not hold a sample of data.context_length 64"),
+        ("evaluation.temperature", -1, "evaluation.temperature is -1"),
+        ("evaluation.temperature", float("nan"), "evaluation.temperature is nan"),
+        ("evaluation", {"temperature": 1.0, "top_p": 0}, "evaluation.top_p is 0"),
+        ("evaluation", {"temperature": 1.0, "top_p": 1.01}, "evaluation.top_p is 1.01"),
+        ("evaluation.top_p", 0.9, "evaluation: top_p 0.9 does nothing at temperature 0"),
+        ("evaluation.every", 5, "evaluation.every needs held-out prompts, but no source has any"),
+        ("evaluation.temperature", 0.5, "evaluation.temperature needs held-out prompts"),
         ("student.mtp", "train", "student.mtp is 'train'"),
         ("teachers.0.store", "s3://user:secret@host/t", "teachers.0.store: a store's URL is"),
         ("teachers.0.store", ["s3://user:secret@host/t"], "teachers.0.store: a path is a text"),
@@ -123,6 +130,60 @@ def test_what_cannot_work_is_refused(path: str, value: object, said: str) -> Non
         and "\n" not in str(error.value)
         and "secret" not in str(error.value)
     )
+
+
+SUPERVISED: dict[str, Any] = {
+    "run_dir": "run",
+    "student": {"model": "hf"},
+    "data": {
+        "sources": [
+            {"name": "drawn", "reasoning_gym": "chain_sum"},
+            {"name": "filed", "path": "f.jsonl"},
+        ],
+        "context_length": 64,
+        "max_response": 16,
+    },
+    "train": {
+        "num_steps": 100,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "optimizer": {"lr": 1e-3},
+    },
+}
+
+
+def stopping(eval_path: str | None, **stop: Any) -> dict[str, Any]:
+    values = copy.deepcopy(SUPERVISED)
+    values["data"]["sources"][1]["eval_path"] = eval_path
+    values["train"]["stop"] = {"accuracy": 0.5, **stop}
+    return values
+
+
+def test_a_stop_that_cannot_come_is_refused() -> None:
+    for values, said in (
+        (
+            stopping(None),
+            "train.stop looks at held-out prompts of every source, but data.sources.1 ('filed')",
+        ),
+        (
+            stopping("e.jsonl", first=100, every=11),
+            "first looked at after step 110, but train.num_steps is 100",
+        ),
+    ):
+        with pytest.raises(MtopdError) as error:
+            validate(values, SpecialistConfig, "c.yaml")
+        assert said in str(error.value) and "\n" not in str(error.value)
+    for steps in ({"first": 95}, {"first": 95, "every": 11}):  # at step 100, at step 99
+        validate(stopping("e.jsonl", **steps), SpecialistConfig, "c.yaml")
+
+
+def test_checkpoints_of_a_specialist_count_train_steps() -> None:
+    def checkpoint(**values: int) -> tuple[int, int]:
+        config = validate({**SUPERVISED, "checkpoint": values}, SpecialistConfig, "c")
+        return config.checkpoint.every, config.checkpoint.keep
+
+    assert checkpoint() == (100, 2) and checkpoint(keep=3) == (100, 3)
+    assert checkpoint(every=5) == (5, 2)
 
 
 def test_packed_samples_are_not_split_over_context_parallel_ranks() -> None:
@@ -165,7 +226,7 @@ def test_overrides_reach_into_tables_and_lists(tmp_path: Path) -> None:
 def test_an_override_undoes_no_other(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(GOOD) + "evaluation:\n")
-    load_config(path, ["seed=1", "seed=1", "evaluation.every=2"], ConsolidateConfig)
+    load_config(path, ["seed=1", "seed=1", "evaluation.weight_average=[]"], ConsolidateConfig)
     teacher = "teachers.0={name: c, store: c, route: {}}"
     load_config(path, ["evaluation={}", teacher, "teachers.0.name=d"], ConsolidateConfig)
     for pair in (["seed=1", "seed=2"], ["teachers.0.name=d", teacher]):

@@ -6,6 +6,7 @@ import pytest
 
 from mtopd.metrics_lines import (
     BadStepLine,
+    BaselineLine,
     EvaluationLine,
     HeadMetrics,
     Line,
@@ -103,6 +104,16 @@ LINES = [
     ),
     (EvaluationLine({"rot": 0.5}), "evaluation", {"accuracy"}),
     (EvaluationLine({"rot": 0.5}, {"rot": 1.0}), "evaluation", {"accuracy", "shares"}),
+    (
+        EvaluationLine({"rot": 0.5}, stopped={"rot": 1.0}),
+        "evaluation",
+        {"accuracy", "stopped"},
+    ),
+    (
+        BaselineLine(accuracy={"rot": 0.5}, stopped={"rot": 1.0}, kept=True),
+        "baseline",
+        {"accuracy", "stopped", "kept"},
+    ),
     (MemoryLine(5000), "memory", {"peak_host_bytes"}),
 ]
 

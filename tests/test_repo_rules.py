@@ -34,6 +34,7 @@ LOWER = {
     "metrics_lines",
     "report",
     "progress",
+    "user_cache",
     "tokenizer",
     "safetensors_file",
     "dtypes",
@@ -68,6 +69,7 @@ PIPELINES = (
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
     ("layouts",),  # refusals of layouts
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
+    ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
     ("session",),
     ("iteration", "engines"),
@@ -270,6 +272,7 @@ def test_environment_is_not_configuration() -> None:
     allowed = {
         "mtopd/megatron/parallel.py",
         "mtopd/progress.py",
+        "mtopd/user_cache.py",
         "mtopd/megatron/cpu.py",
         "mtopd/kernels/rows_cpu.py",
     } | {f"pipelines/{n}.py" for n in ("start", "cli", "checks", "doctor")}

@@ -5,7 +5,7 @@ What is promised: a batch is the unit of replay.  Its members, their order, padd
 follow from the requests and the sampled tokens alone; the draw of a token is a function of (seed,
 iteration, prompt, sample, position).  The same weights and the same batch give the same tokens on
 the same hardware.  Ids >= vocab_size are never sampled.  generation_config files are not read:
-sampling is the student's own distribution at temperature 1.
+sampling is the student's own distribution at temperature 1, but for evaluation.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from mtopd.hf_checkpoint import fill, stored_names
-from mtopd.rollout.engine import Request, Response
+from mtopd.rollout.engine import UNFILTERED, Request, Response, Sampling
 from mtopd.rollout.philox import uniform
+from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,12 +62,20 @@ class EmbeddedEngine:
         self._device = device
 
     def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
+        """Take HF-named tensors; a tied output layer may be left out, nothing else may.  Raises
+        MtopdError for others: they are another model's.
+        """
         expected = {stored for names in self._stored.values() for stored in names}
         found = tensors.keys() - (
             {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
         )
-        assert found == expected, found ^ expected
+        if found != expected:
+            said = {"lack": expected - found, "have, beyond those of the model,": found - expected}
+            raise MtopdError(
+                "the weights "
+                + "; ".join(f"{how} {min(names)!r}" for how, names in said.items() if names)
+                + ": they are not of this config.json"
+            )
         for name, tensor in self._model.state_dict().items():
             if name in self._stored:
                 fill(tensor, self._stored[name], tensors)
@@ -79,11 +88,9 @@ class EmbeddedEngine:
         max_response: int,
         seed: int = 0,
         iteration: int = 0,
-        greedy: bool = False,
+        sampling: Sampling = UNFILTERED,
     ) -> list[Response]:
-        """Answer a batch.  ``greedy`` takes the argmax (evaluation); otherwise temperature 1 by
-        inverse CDF.
-        """
+        """Answer a batch: the argmax where the temperature is 0, else by inverse CDF."""
         from transformers import DynamicCache
 
         ids_BS, mask_BS = self._left_pad([r.prompt_ids for r in batch])
@@ -104,12 +111,13 @@ class EmbeddedEngine:
                 logits_to_keep=1,
             )
             log_p_AV = torch.log_softmax(output.logits[:, -1, : self._vocab_size].double(), -1)
-            if greedy:
+            if sampling.temperature == 0:
                 token_A = log_p_AV.argmax(-1)
             else:
                 u_A = uniform(seed, iteration, prompt_B[row_A], sample_B[row_A], position)
                 # On the host: of floats CUDA has no deterministic cumsum.
-                token_A = inverse_cdf(log_p_AV.cpu(), torch.from_numpy(u_A)).to(self._device)
+                drawn_from_AV = filtered(log_p_AV.cpu(), sampling)
+                token_A = inverse_cdf(drawn_from_AV, torch.from_numpy(u_A)).to(self._device)
             chosen_A = log_p_AV.gather(-1, token_A[:, None])[:, 0].tolist()
             running = np.zeros(len(row_A), bool)
             for i, (row, token, log_prob) in enumerate(
@@ -146,6 +154,24 @@ class EmbeddedEngine:
             ids_BS[row, width - len(prompt) :] = torch.tensor(prompt)
             mask_BS[row, width - len(prompt) :] = 1
         return ids_BS.to(self._device), mask_BS.to(self._device)
+
+
+def filtered(log_p_AV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """[A, V] log-probs at the temperature, -inf for tokens outside the nucleus; the same tensor for
+    rollouts.  Of equal tokens the one with the lower id is the more likely.
+    """
+    if sampling.temperature != 1:
+        log_p_AV = torch.log_softmax(log_p_AV / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        ranked_AV, order_AV = log_p_AV.sort(stable=True, dim=-1, descending=True)
+        p_AV = ranked_AV.exp()
+        before_AV = p_AV.cumsum(-1) - p_AV  # of all tokens that are more likely
+        outside_AV = torch.zeros_like(order_AV, dtype=torch.bool)
+        # the most likely token stays, however small top_p is
+        outside_AV[:, 1:] = before_AV[:, 1:] >= sampling.top_p
+        outside_AV = torch.zeros_like(outside_AV).scatter(-1, order_AV, outside_AV)
+        log_p_AV = log_p_AV.masked_fill(outside_AV, -torch.inf)
+    return log_p_AV
 
 
 def inverse_cdf(log_p_AV: torch.Tensor, u_A: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,25 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is drawn from the student's distribution.  Rollouts take it as it is: only its own
+    unfiltered tokens are trained on.
+    """
+
+    temperature: float = 1.0  # 0: the most likely token
+    top_p: float = 1.0  # of the fewest most likely tokens that hold this probability together
+
+
+UNFILTERED = Sampling()
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
     """What was sampled."""
 
     response_ids: tuple[int, ...]  # with the EOS token when finish_reason is "stop"
-    log_probs: tuple[float, ...]
+    log_probs: tuple[float, ...]  # of the model's own distribution, whatever the sampling
     finish_reason: str  # "stop" | "length"
 
 
@@ -45,8 +59,8 @@ class Engine(Protocol):
         max_response: int,
         seed: int = 0,
         iteration: int = 0,
-        greedy: bool = False,
+        sampling: Sampling = UNFILTERED,
     ) -> list[Response]:
         """Answer a batch, the unit of replay: the same weights, batch, seed and iteration give the
-        same tokens.  ``greedy`` takes the most likely token (evaluation); otherwise temperature 1.
+        same tokens.
         """

@@ -18,7 +18,7 @@ from mtopd.hf_checkpoint import read_weights
 from mtopd.pipelines.engines import embedded
 from mtopd.pipelines.student import Student
 from mtopd.progress import quiet_libraries
-from mtopd.rollout.engine import Engine, Request
+from mtopd.rollout.engine import GREEDY, Engine, Request
 from mtopd.run_dir import RunDir
 
 BIAS = "e_score_correction_bias"  # chooses experts: float32 whatever the model is
@@ -63,7 +63,7 @@ def check_answers(root: Path, kind: str, student: Student, engine: Engine) -> No
         student.export(run, run.path / f"{kind}-{mtp}")
     prompts = [tuple(range(5 + i, 12 + 2 * i)) for i in range(4)]
     requests = [Request(f"p{i}", ids) for i, ids in enumerate(prompts)]
-    answers = [r.response_ids for r in engine.generate(requests, max_response=12, greedy=True)]
+    answers = [r.response_ids for r in engine.generate(requests, max_response=12, sampling=GREEDY)]
     if dist.get_rank() == 0:
         from transformers import AutoModelForCausalLM
 

@@ -29,7 +29,7 @@ from mtopd.pipelines.iteration import Iteration
 from mtopd.pipelines.session import Session
 from mtopd.planning import Part, row_length
 from mtopd.progress import quiet_libraries
-from mtopd.rollout.engine import Request
+from mtopd.rollout.engine import GREEDY, Request
 from mtopd.step_sums import LocalSums, StepSums
 from mtopd.teacher_offload import head_slot, layer_stream
 from mtopd.trajectories import read_metadata
@@ -346,7 +346,7 @@ def check_argmax(session: Session) -> str:
     engine.update_weights(read_weights(folder))
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
     responses = engine.generate(
-        [Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, greedy=True
+        [Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, sampling=GREEDY
     )
     width = max(map(len, prompts)) + 12
     disagree, clear = torch.zeros(2), 0

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mtopd.rollout.embedded import EmbeddedEngine, Request, inverse_cdf
+from mtopd.rollout.embedded import EmbeddedEngine, filtered, inverse_cdf
+from mtopd.rollout.engine import GREEDY, UNFILTERED, Request, Sampling
 from mtopd.rollout.philox import philox4x32, uniform
+from mtopd.types import MtopdError
 from tests.small_models import save_model
 
 
@@ -137,7 +139,7 @@ def test_sampling_follows_the_models_distribution(engine: EmbeddedEngine) -> Non
 
 
 def test_greedy_takes_the_argmax(engine: EmbeddedEngine) -> None:
-    (response,) = engine.generate([Request("g", (7, 8, 9))], max_response=5, greedy=True)
+    (response,) = engine.generate([Request("g", (7, 8, 9))], max_response=5, sampling=GREEDY)
     ids = [7, 8, 9]
     for token in response.response_ids:
         with torch.no_grad():
@@ -145,10 +147,55 @@ def test_greedy_takes_the_argmax(engine: EmbeddedEngine) -> None:
         ids.append(token)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
+def test_a_nucleus_is_the_fewest_tokens_that_hold_top_p(temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = 3 * torch.randn(7, 50, generator=generator, dtype=torch.float64)
+    logits[:, 20:30] = logits[:, :10]  # equal tokens: the lower id comes first
+    log_p = torch.log_softmax(logits, -1)
+    found = filtered(log_p, Sampling(temperature, top_p))
+    for row, kept in zip(torch.softmax(logits / temperature, -1), found.isfinite(), strict=True):
+        by_rank = sorted(range(50), key=lambda i: (-float(row[i]), i))
+        count = 1 if top_p < 1 else 50
+        while float(row[by_rank[:count]].sum()) < top_p - 1e-12 and count < 50:
+            count += 1
+        assert set(by_rank[:count]) == set(kept.nonzero()[:, 0].tolist())
+    expected = torch.log_softmax(logits / temperature, -1)
+    torch.testing.assert_close(found[found.isfinite()], expected[found.isfinite()])
+    assert filtered(log_p, UNFILTERED) is log_p, "a rollout's distribution is not touched"
+
+
+def test_an_evaluation_at_a_temperature_is_replayed_and_keeps_to_its_nucleus(
+    engine: EmbeddedEngine,
+) -> None:
+    batch, sampling = requests(24), Sampling(temperature=0.7, top_p=0.5)
+    first = engine.generate(batch, max_response=8, sampling=sampling)
+    assert engine.generate(batch, max_response=8, sampling=sampling) == first
+    assert engine.generate(batch, max_response=8, sampling=GREEDY) != first
+    assert engine.generate(batch, max_response=8, sampling=Sampling(temperature=0.7)) != first
+    tiny = engine.generate(batch, max_response=8, sampling=Sampling(top_p=1e-9))
+    assert tiny == engine.generate(batch, max_response=8, sampling=GREEDY)
+    for request, response in zip(batch, first, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *response.response_ids]])
+        with torch.no_grad():
+            logits = engine._model(ids).logits[0, len(request.prompt_ids) - 1 : -1, :100].double()
+        log_p = torch.log_softmax(logits, -1)
+        chosen = torch.tensor(response.response_ids)[:, None]
+        nucleus = Sampling(sampling.temperature, sampling.top_p + 1e-4)  # rounding of the batch
+        assert filtered(log_p, nucleus).gather(-1, chosen).isfinite().all()
+        torch.testing.assert_close(  # noted are the model's own log-probs
+            torch.tensor(response.log_probs, dtype=torch.float64)[:, None],
+            log_p.gather(-1, chosen),
+            rtol=0,
+            atol=2e-5,
+        )
+
+
 def test_missing_weights_are_not_filled_with_anything(
     engine: EmbeddedEngine, tmp_path: Path
 ) -> None:
     weights = dict(engine._model.state_dict())
     del weights["model.norm.weight"]
-    with pytest.raises(AssertionError, match=r"model\.norm\.weight"):
+    with pytest.raises(MtopdError, match=r"lack 'model\.norm\.weight'"):
         engine.update_weights(weights)
