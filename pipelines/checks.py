@@ -37,10 +37,14 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> PreTrainedT
             f"{student.model}: the tokenizer has {ids} ids, the model only {facts.vocab_size} "
             "rows for them"
         )
-    megatron = sort_fields(student.megatron).transformer
-    check_layout(student, facts, megatron)
+    fields = sort_fields(student.megatron)
+    check_layout(student, facts, fields.transformer)
     if deterministic and facts.num_experts:
-        check_routing(megatron)
+        check_routing(fields.transformer)
+    if student.megatron:  # importing Megatron takes seconds
+        from .student import check_megatron
+
+        check_megatron(student, fields)
     return tokenizer
 
 

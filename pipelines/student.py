@@ -6,22 +6,33 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from mtopd.config import OptimizerConfig, StudentConfig
+from mtopd.config import OptimizerConfig, ParallelConfig, StudentConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.dtypes import torch_dtype
 from mtopd.families import drop_further_heads, model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config, write_hf_checkpoint
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks
-from mtopd.megatron.options import config_overrides, megatron_refuses, sort_fields
-from mtopd.megatron.trainer import Trainer
+from mtopd.megatron.optimizer import build_optimizer_config
+from mtopd.megatron.options import (
+    MegatronFields,
+    check_model_fields,
+    config_overrides,
+    megatron_refuses,
+    sort_fields,
+)
+from mtopd.megatron.trainer import Trainer, build_ddp_config
 from mtopd.planning.capacity import padded_vocab_size
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.tokenizer import load_tokenizer, vocab_size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def peak_host_bytes(ranks: parallel.Ranks) -> int:
@@ -45,26 +56,19 @@ class Student:
         self.dtype = torch_dtype(config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vocab_size = vocab_size(self.tokenizer)
-        padded = padded_vocab_size(self.facts.vocab_size, self.ranks.tp_size)
         fields = sort_fields(config.megatron)
-        with megatron_refuses():
-            self.bridge = Bridge(
-                self.hf_config,
-                dtype=self.dtype,
-                padded_vocab_size=padded,
-                overrides=config_overrides(
-                    self.ranks.device, fields.transformer, interleaved=self.ranks.vpp_size > 1
-                ),
+        self.bridge = build_bridge(config, self.hf_config, fields, self.ranks.device)
+        with megatron_refuses(config.megatron):
+            chunks = build_chunks(
+                self.bridge.transformer_config,
+                self.facts,
+                self.ranks,
+                padded_vocab=padded_vocab_size(self.facts.vocab_size, self.ranks.tp_size),
+                freeze_router=config.freeze_router,
             )
-        chunks = build_chunks(
-            self.bridge.transformer_config,
-            self.facts,
-            self.ranks,
-            padded_vocab=padded,
-            freeze_router=config.freeze_router,
-        )
         self.bridge.load(chunks, config.model)
-        self.trainer = Trainer(chunks, self.ranks, optimizer, num_steps, self.dtype, fields)
+        with megatron_refuses(config.megatron):
+            self.trainer = Trainer(chunks, self.ranks, optimizer, num_steps, self.dtype, fields)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights as HF tensors, on every rank.  Collective."""
@@ -85,3 +89,40 @@ class Student:
                 folder, tensors, self.hf_config, self.tokenizer, dtype=self.dtype, seal=run.seal
             )
         dist.barrier()
+
+
+def build_bridge(
+    config: StudentConfig,
+    hf_config: PretrainedConfig,
+    fields: MegatronFields,
+    device: torch.device,
+    *,
+    layout: ParallelConfig | None = None,
+) -> Bridge:
+    """The map between the student's checkpoint and Megatron, and Megatron's config of the student.
+
+    ``layout``: before process groups exist.  Raises MtopdError where Megatron refuses its options.
+    """
+    facts = model_facts(hf_config)
+    with megatron_refuses(config.megatron):
+        return Bridge(
+            hf_config,
+            dtype=torch_dtype(config.dtype),
+            padded_vocab_size=padded_vocab_size(facts.vocab_size, config.parallel.tp),
+            overrides=config_overrides(
+                device, fields.transformer, interleaved=config.parallel.vpp > 1
+            ),
+            layout=layout,
+        )
+
+
+def check_megatron(config: StudentConfig, fields: MegatronFields) -> None:
+    """Ask of the user's Megatron options all that needs no process group: compare what the
+    checkpoint decides, and build Megatron's configs.  Raises MtopdError.
+    """
+    hf_config, device = load_hf_config(config.model), torch.device("cpu")
+    plain = build_bridge(config, hf_config, sort_fields({}), device, layout=config.parallel)
+    check_model_fields(fields, plain.transformer_config, config.model)
+    build_bridge(config, hf_config, fields, device, layout=config.parallel)
+    build_ddp_config(fields)
+    build_optimizer_config(OptimizerConfig(lr=1.0), torch_dtype(config.dtype), fields.optimizer)

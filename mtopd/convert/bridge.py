@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mtopd.config import ParallelConfig
 from mtopd.families import FAMILIES, ModelFacts, check_variant
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ class _TransformerEngineNames:
 class Bridge:
     """Maps one HF architecture to a Megatron TransformerConfig and weights both ways.
 
-    ``tp`` and ``ep`` are given for a model on its own mesh (a teacher); without them Megatron's
-    global state counts. Raises MtopdError for variants of the architecture that Megatron does not
-    compute as transformers does.
+    ``tp`` and ``ep`` are given for a model on its own mesh (a teacher), ``layout`` for one that is
+    described before its process groups exist; without them Megatron's global state counts. Raises
+    MtopdError for variants of the architecture that Megatron does not compute as transformers does.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Bridge:
         overrides: Mapping[str, Any] | None = None,
         tp: int | None = None,
         ep: int = 1,
+        layout: ParallelConfig | None = None,
     ) -> None:
         from mbridge.core.bridge import _MODEL_REGISTRY
         from mbridge.core.parallel_states import ParallelStates
@@ -116,6 +118,16 @@ class Bridge:
                 bridge, **{k: v for k, v in {**values, **fields}.items() if k in known}
             )
 
+        states = ParallelStates(tp_size=tp, ep_size=ep) if tp is not None else None
+        if layout is not None:
+            states = ParallelStates(
+                tp_size=layout.tp,
+                pp_size=layout.pp,
+                vpp_size=layout.vpp if layout.vpp > 1 else None,
+                cp_size=layout.cp,
+                ep_size=layout.ep,
+                etp_size=layout.expert_tp,
+            )
         # A class of its own: mbridge writes the tied mapping into a class attribute, and a later
         # untied model of this process would inherit it.
         own_class = type(
@@ -131,7 +143,7 @@ class Bridge:
         self._bridge = own_class(
             _Transformers4Config(hf_config, self.facts),
             dtype=dtype,
-            parallel_states=ParallelStates(tp_size=tp, ep_size=ep) if tp is not None else None,
+            parallel_states=states,
             make_vocab_size_divisible_by=1,
         )
         self._bridge.vocab_size, self._bridge.padded_vocab_size = (

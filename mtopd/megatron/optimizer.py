@@ -22,17 +22,9 @@ from mtopd.step_sums import NonFiniteGradients
 _COUNTS_BY_PARAMETER = (torch.optim.Adam, torch.optim.AdamW)
 
 
-def build_optimizer(
-    ddp: Sequence[DistributedDataParallel],
-    config: OptimizerConfig,
-    dtype: torch.dtype,
-    fields: Mapping[str, Any],
-) -> MegatronOptimizer:
-    """AdamW over all chunks; ``fields`` are the user's of Megatron's OptimizerConfig, verbatim.
-
-    Its step raises NonFiniteGradients, before anything is updated, where the gradient norm is NaN
-    or inf: Megatron takes the norm of all gradients before it clips and updates.
-    """
+def build_optimizer_config(
+    config: OptimizerConfig, dtype: torch.dtype, fields: Mapping[str, Any]
+) -> MegatronOptimizerConfig:
     defaults = partial(
         MegatronOptimizerConfig,
         optimizer="adam",
@@ -46,8 +38,22 @@ def build_optimizer(
         params_dtype=dtype,
     )
     # A partial: a field that the user's table sets, too, overrides instead of a TypeError.
-    with megatron_refuses():
-        optimizer_config = defaults(**fields)
+    with megatron_refuses(fields):
+        return defaults(**fields)
+
+
+def build_optimizer(
+    ddp: Sequence[DistributedDataParallel],
+    config: OptimizerConfig,
+    dtype: torch.dtype,
+    fields: Mapping[str, Any],
+) -> MegatronOptimizer:
+    """AdamW over all chunks; ``fields`` are the user's of Megatron's OptimizerConfig, verbatim.
+
+    Its step raises NonFiniteGradients, before anything is updated, where the gradient norm is NaN
+    or inf: Megatron takes the norm of all gradients before it clips and updates.
+    """
+    optimizer_config = build_optimizer_config(config, dtype, fields)
     optimizer = get_megatron_optimizer(optimizer_config, list(ddp))
     norm = optimizer.get_grad_norm
 

@@ -51,8 +51,7 @@ class Trainer:
         modules: Sequence[torch.nn.Module] = self.chunks
         if dtype == torch.bfloat16:
             modules = [_in_bfloat16(chunk) for chunk in self.chunks]
-        with megatron_refuses():
-            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
+        ddp_config = build_ddp_config(fields)
         # Buckets of the chunks after the first are not needed before the pipeline's end: one each.
         self.ddp = [
             DistributedDataParallel(self.config, ddp_config, module, disable_bucketing=index > 0)
@@ -250,6 +249,11 @@ class Trainer:
         """Take a checkpoint's optimizer state and go on after ``steps_done``."""
         optimizer.load_state(self.optimizer, state, steps_done)
         optimizer.resume_schedule(self.schedule, steps_done)
+
+
+def build_ddp_config(fields: MegatronFields) -> DistributedDataParallelConfig:
+    with megatron_refuses(fields.names):
+        return DistributedDataParallelConfig(grad_reduce_in_fp32=True, **fields.ddp)
 
 
 def _one_or_all(items: list[Any]) -> Any:

@@ -83,12 +83,6 @@ from tests.small_models import save_model, write_prompts
             {"moe_router_load_balancing_type": "sinkhorn"},
             "=sinkhorn .* deterministic=false, .* none or",
         ),
-        (
-            "qwen3_moe",
-            {},
-            {"moe_router_force_load_balancing": True},
-            "=True .* deterministic=false, or leave it at False",
-        ),
         ("deepseek_v3", {"cp": 2}, {}, "cp 2 does not go with latent attention"),
         (
             "qwen3",
@@ -226,3 +220,41 @@ def test_a_variant_of_the_student_is_refused_by_its_file_before_any_process_star
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(MtopdError, match=f"{path}: .*{named}"):
         check_student(StudentConfig(model=tmp_path), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "message"),
+    [
+        ({"layernorm_epsilon": 0.01}, "layernorm_epsilon=0.01: config.json of .* it is 1e-06"),
+        ({"rotary_interleaved": True}, "rotary_interleaved=True: .* it is False; leave it out"),
+        ({"num_layers": 1}, "num_layers=1: .* it is 4"),
+        (
+            {"recompute_granularity": "full", "recompute_method": "often"},
+            r"Megatron refuses the options under student.megatron \(recompute_granularity, "
+            "recompute_method",
+        ),
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}, "moe_act"),
+    ],
+)
+def test_megatron_options_that_cannot_be_are_refused_before_any_process_starts(
+    tmp_path: Path, megatron: dict, message: str
+) -> None:
+    save_model(tmp_path, seed=0)
+    with pytest.raises(MtopdError, match=message):
+        check_student(StudentConfig(model=tmp_path, megatron=megatron), deterministic=True)
+
+
+def test_megatron_options_that_go_together_pass_on_every_layout(tmp_path: Path) -> None:
+    save_model(tmp_path, seed=0)
+    megatron = {
+        "layernorm_epsilon": "1e-6",  # what the checkpoint has
+        "sequence_parallel": True,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "use_distributed_optimizer": True,
+        "adam_eps": 1e-6,
+    }
+    for parallel in ({"tp": 2}, {"tp": 2, "pp": 2, "vpp": 2}, {"tp": 2, "cp": 2, "dp": 2}):
+        student = StudentConfig(model=tmp_path, parallel=parallel, megatron=megatron)
+        check_student(student, deterministic=True)
