@@ -7,8 +7,9 @@ costs one token.  Prompts are encoded longest template first, the rest and every
 by character; decoding gives the exact text back.  A character outside the vocabulary is refused,
 never dropped.
 
-The other functions work with any tokenizer that has a chat template.  Two tokenizers are the same
-when every id names the same token: equal sizes prove nothing.
+The other functions work with any tokenizer that has a chat template.  Two tokenizers agree when every
+id names the same token: equal sizes prove nothing, and which tokens end, pad or are called special
+is nothing that the loss can meet.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtopd.tokenizer_files import CONFIG, check_tokenizer_files, errors_named, said
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
@@ -135,7 +137,14 @@ def encode_prompts(
             conversations, tools or [None] * len(conversations), names, strict=True
         )
     ]
-    return _encode(tokenizer, texts, names)
+    ids = _encode(tokenizer, texts, names)
+    for row, name in zip(ids, names, strict=True):
+        if not row:
+            raise MtopdError(
+                f"{name}: {_template_file(tokenizer)} makes no token of its messages; a response "
+                "needs at least one before it"
+            )
+    return ids
 
 
 def _render(
@@ -144,54 +153,182 @@ def _render(
     tools: Tools | None,
     where: str,
 ) -> str:
-    """The prompt's text.  transformers renders in Jinja's sandbox: a template runs no code."""
+    """The prompt's text.  Raises MtopdError for what the template refuses, or leaves out."""
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in conversation],
-            tools=None if tools is None else [dict(tool) for tool in tools],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        text = _template_result(tokenizer, conversation, tools)
     except Exception as error:  # a template can raise anything
         raise MtopdError(
-            f"{where}: {_template_file(tokenizer)} does not take its messages: {_said(error)}; "
+            f"{where}: {_template_file(tokenizer)} does not take its messages: {said(error)}; "
             "change the messages or the template"
         ) from error
+    for what, left_out in (
+        ("tools", tools and (conversation, None)),
+        ("tool_calls", _without_calls(conversation, tools)),
+    ):
+        if left_out and text == _result_or_none(tokenizer, *left_out):
+            raise MtopdError(
+                f"{where}: {_template_file(tokenizer)} makes nothing of its {what}; use a template "
+                f"that does, or take {what} out of the prompt"
+            )
+    for message in conversation:
+        content = message.get("content")
+        if isinstance(content, list | tuple) and (
+            repr(list(content)) in text or not all(_stands_in(part, text) for part in content)
+        ):
+            raise MtopdError(
+                f"{where}: {_template_file(tokenizer)} does not take content in parts; give it as "
+                "one string"
+            )
+    return text
+
+
+def _template_result(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Message], tools: Tools | None
+) -> str:
+    """transformers renders in Jinja's sandbox: a template runs no code."""
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in conversation],
+        tools=[dict(tool) for tool in tools] if tools else None,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
     assert isinstance(text, str)
     return text
 
 
+def _result_or_none(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Message], tools: Tools | None
+) -> str | None:
+    try:
+        return _template_result(tokenizer, conversation, tools)
+    except Exception:  # it needs what was taken away
+        return None
+
+
+def _without_calls(
+    conversation: Sequence[Message], tools: Tools | None
+) -> tuple[list[Message], Tools | None] | None:
+    """The conversation less its tool calls; None when it has none."""
+    if not any(message.get("tool_calls") for message in conversation):
+        return None
+    return [{k: m[k] for k in m if k != "tool_calls"} for m in conversation], tools
+
+
+def _stands_in(part: Mapping[str, Any], text: str) -> bool:
+    return str(part.get("text", "")).strip() in text
+
+
 def _template_file(tokenizer: PreTrainedTokenizerBase) -> str:
     folder = Path(tokenizer.name_or_path)
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
+    for name in ("chat_template.jinja", CONFIG):
         if (folder / name).is_file():
             return f"the chat template in {folder / name}"
     return "the tokenizer's chat template"
 
 
-def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str]
 ) -> list[list[int]]:
-    """Token ids of texts in which the template's own tokens already stand."""
+    """Token ids of texts in which the template's own tokens already stand.  Raises MtopdError for a
+    text of which the tokenizer would lose a part.
+    """
+    for text, name in zip(texts, names, strict=True):
+        _refuse_surrogates(text, name)
     try:
-        encoded: Any = tokenizer(list(texts), add_special_tokens=False)
-    except Exception as error:  # tokenizers raises bare Exception
-        for text in texts:
-            _refuse_unknown_characters(tokenizer, text, error)
+        ids = _token_ids(tokenizer, texts)
+    except Exception:  # tokenizers raises bare Exception; which text it was, it does not say
+        for text, name in zip(texts, names, strict=True):
+            _refuse_unknown_characters(tokenizer, text, name)
+            with errors_named(f"{name}: {_shortened(text)}"):
+                _token_ids(tokenizer, [text])
         raise
-    ids: list[list[int]] = encoded["input_ids"]
-    unknown = tokenizer.unk_token_id
+    unknown, drops = _unknown_ids(tokenizer), _drops_text(tokenizer)
     for text, row, name in zip(texts, ids, names, strict=True):
-        if unknown is not None and row.count(unknown) > text.count(str(tokenizer.unk_token)):
+        if not drops and unknown.isdisjoint(row):
+            continue
+        if (lost := _lost_text(tokenizer, text, row, unknown, drops)) is not None:
             raise MtopdError(
-                f"{name}: the tokenizer does not know a part of {text!r}; it would train on "
-                f"{tokenizer.unk_token}"
+                f"{name}: the tokenizer does not know {lost!r}, a part of {_shortened(text)}; "
+                "change the text, or use a tokenizer that has it"
             )
     return ids
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    encoded: Any = tokenizer(list(texts), add_special_tokens=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _refuse_surrogates(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MtopdError(
+            f"{name}: character {error.start} is U+{ord(text[error.start]):04X}, half a surrogate "
+            "pair, which no tokenizer reads; write the text again as UTF-8"
+        ) from None
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+# -- what a tokenizer would lose -------------------------------------------------------------------
+_NO_CHARACTER = "\U0010ffff"  # no vocabulary has it
+
+
+def _pieces_of_unknown(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Ids that the model of a fast tokenizer gives to what it does not know; None where it raises,
+    or is a slow one.
+    """
+    if not tokenizer.is_fast:
+        return None
+    try:
+        return [piece.id for piece in tokenizer.backend_tokenizer.model.tokenize(_NO_CHARACTER)]
+    except Exception:  # such a model refuses unknown text by itself
+        return None
+
+
+def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that may stand for text the tokenizer does not know."""
+    pieces = _pieces_of_unknown(tokenizer) or []
+    # several are bytes: nothing is unknown to such a model
+    found = {tokenizer.unk_token_id, *(pieces if len(pieces) == 1 else [])}
+    return {index for index in found if index is not None}
+
+
+def _drops_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """BPE without an unknown token, over characters: what it does not know vanishes."""
+    if _pieces_of_unknown(tokenizer) != []:
+        return False
+    backend = tokenizer.backend_tokenizer
+    return "ByteLevel" not in f"{backend.pre_tokenizer} {backend.normalizer}"
+
+
+def _lost_text(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    ids: Sequence[int],
+    unknown: set[int],
+    drops: bool,
+) -> str | None:
+    """The first part of the text of which ``ids`` say nothing.  An unknown token is none of them
+    where it stands in the text as such: templates of GPT-2, OPT and SmolLM write it as end token.
+    """
+    if drops:
+        characters = [c for c in dict.fromkeys(text) if not c.isspace()]
+        pieces = zip(characters, _token_ids(tokenizer, characters), strict=True)
+        return next((c for c, found in pieces if not found), None)
+    literals = {index: str(tokenizer.convert_ids_to_tokens(index)) for index in unknown}
+    if not tokenizer.is_fast:
+        is_lost = any(ids.count(i) > text.count(literal) for i, literal in literals.items())
+        return text if is_lost else None
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for index, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if index in unknown and text[start:end].strip() != literals[index]:
+            return text[start:end]
+    return None
 
 
 def encode_response(
@@ -199,11 +336,11 @@ def encode_response(
 ) -> list[int]:
     """Token ids of a response's text, without EOS; ``where`` names it in errors."""
     if not tokenizer.init_kwargs.get(_RESPONSES_BY_CHARACTER):
-        return _encode(tokenizer, [text], [f"{where}: its answer"])[0]
+        return _encode(tokenizer, [text], [where])[0]
     vocabulary = tokenizer.get_vocab()
     for character in text:
         if character not in vocabulary:
-            raise _unknown_character(character, text)
+            raise _unknown_character(character, text, where)
     return [vocabulary[character] for character in text]
 
 
@@ -213,40 +350,28 @@ def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256, hex, over the (id, token) table and the special ids; two folders of one vocabulary
-    have one hash.
-    """
-    content = [
-        sorted(_token_table(tokenizer).items()),
-        tokenizer.eos_token_id,
-        sorted(tokenizer.all_special_ids),
-    ]
+    """sha256, hex, over the (id, token) table: equal for tokenizers that agree."""
+    content = sorted(_token_table(tokenizer).items())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def first_difference(
     tokenizer_a: PreTrainedTokenizerBase, tokenizer_b: PreTrainedTokenizerBase
 ) -> str | None:
-    """The first token id at which two tokenizers differ, with both tokens; None when their hashes
-    are equal.
-    """
+    """The first token id at which two tokenizers differ, with both tokens; None when they agree."""
     table_a, table_b = _token_table(tokenizer_a), _token_table(tokenizer_b)
     for index in sorted(table_a.keys() | table_b.keys()):
         if (token_a := table_a.get(index)) != (token_b := table_b.get(index)):
             return (
                 f"token id {index} is {_quoted(token_a)} in one and {_quoted(token_b)} in the other"
             )
-    for name, a, b in [
-        ("eos_token_id", tokenizer_a.eos_token_id, tokenizer_b.eos_token_id),
-        (
-            "all_special_ids",
-            sorted(tokenizer_a.all_special_ids),
-            sorted(tokenizer_b.all_special_ids),
-        ),
-    ]:
-        if a != b:
-            return f"{name} is {a} in one and {b} in the other"
     return None
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The EOS token as text; None where there is none."""
+    token = tokenizer.eos_token
+    return None if token is None else str(token)
 
 
 def _token_table(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -257,9 +382,7 @@ def _quoted(token: str | None) -> str:
     return "no token" if token is None else repr(token)
 
 
-def _refuse_unknown_characters(
-    tokenizer: PreTrainedTokenizerBase, text: str, error: Exception
-) -> None:
+def _refuse_unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> None:
     if not tokenizer.init_kwargs.get(_RESPONSES_BY_CHARACTER):
         return
     vocabulary = tokenizer.get_vocab()
@@ -267,31 +390,36 @@ def _refuse_unknown_characters(
     for part in re.split(special, text):
         for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(part):
             if piece not in vocabulary:
-                raise _unknown_character(piece, text) from error
+                raise _unknown_character(piece, text, name)
 
 
-def _unknown_character(character: str, text: str) -> MtopdError:
+def _unknown_character(character: str, text: str, name: str) -> MtopdError:
     return MtopdError(
-        f"the tokenizer has no token for {character!r} (U+{ord(character):04X}) of {text!r}; it "
-        "knows printable ASCII "
-        "and newline: replace the character, or use a tokenizer that has it"
+        f"{name}: the tokenizer has no token for {character!r} (U+{ord(character):04X}) of "
+        f"{_shortened(text)}; it knows printable ASCII and newline: replace the character, or use a "
+        "tokenizer that has it"
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an HF folder; never runs code from it.  Raises MtopdError when there is
-    none.
+def load_tokenizer(folder: Path, named: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HF folder, as transformers reads it; never runs code from it.
+
+    Raises MtopdError, with ``named`` for the folder, when there is none or it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").is_file():
-        raise MtopdError(
-            f"{folder} has no tokenizer (no tokenizer_config.json); save the model's tokenizer "
-            "there"
+    named = named or str(folder)
+    check_tokenizer_files(folder, named)
+    with errors_named(named):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
         )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+        # What is asked of it later is asked once here, where the folder is known.
+        table, ids = _token_table(tokenizer), (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        wrong = [i for i in ids if i is not None and i not in table]
+    if not table or wrong:
+        what = f"id {wrong[0]} ends or pads, but names no token" if table else "it has no tokens"
+        raise MtopdError(f"{named}: no usable tokenizer: {what}; save the model's tokenizer again")
     return tokenizer
 
 

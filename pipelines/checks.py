@@ -7,6 +7,7 @@ that rely on either assert it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,13 @@ from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
-from mtopd.tokenizer import first_difference, load_tokenizer, tokenizer_hash, vocab_size
+from mtopd.tokenizer import (
+    end_token,
+    first_difference,
+    load_tokenizer,
+    tokenizer_hash,
+    vocab_size,
+)
 from mtopd.types import MtopdError
 
 from .layouts import check_layout, check_mesh, check_routing
@@ -104,12 +111,14 @@ def check_baselines(config: ConsolidateConfig) -> None:
 
 
 def check_teachers(
-    config: ConsolidateConfig, tokenizer: PreTrainedTokenizerBase
+    config: ConsolidateConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[TeacherStore]:
     """The teachers' stores, whole and fit for the student and the layout."""
     stores = [check_files(open_store(t.store, name=t.name)) for t in config.teachers]
     for i, (store, teacher) in enumerate(zip(stores, config.teachers, strict=True)):
-        check_teacher(teacher.name, store, tokenizer, config.student.model)
+        check_teacher(teacher.name, store, tokenizer, config.student.model, say)
         check_mesh(
             teacher.name,
             store,
@@ -121,18 +130,35 @@ def check_teachers(
 
 
 def check_teacher(
-    name: str, store: TeacherStore, tokenizer: PreTrainedTokenizerBase, student: Path
+    name: str,
+    store: TeacherStore,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Path,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """A teacher scores the student's tokens: its tokenizer must be the student's, token by token."""
-    if store.manifest["tokenizer_hash"] != tokenizer_hash(tokenizer):
+    """A teacher scores the student's tokens: its tokenizer must be the student's, token by token.
+    Another end token is said: the loss does not meet it, but the student learns to end as the
+    teacher does.
+    """
+    noted = store.manifest
+    end, same = noted.get("eos_token"), noted["tokenizer_hash"] == tokenizer_hash(tokenizer)
+    if not same or "eos_token" not in noted:  # the second: a store made by an older version
         with store.tokenizer_folder() as folder:
-            difference = first_difference(load_tokenizer(folder), tokenizer)
-        raise MtopdError(
-            f"teacher {name!r} has another tokenizer than the student {student}: {difference}; "
-            "exact reverse KL needs one tokenizer: use a teacher with the student's, or remove it"
-        )
+            theirs = load_tokenizer(folder, f"{store.location}/tokenizer")
+        if (difference := first_difference(theirs, tokenizer)) is not None:
+            raise MtopdError(
+                f"teacher {name!r} has another tokenizer than the student {student}: {difference}; "
+                "exact reverse KL needs one tokenizer: use a teacher with the student's, or remove "
+                "it"
+            )
+        end = end_token(theirs)
     if store.vocab_size != vocab_size(tokenizer):
         raise MtopdError(
             f"teacher {name!r} has vocab_size {store.vocab_size}, the student "
             f"{vocab_size(tokenizer)}; they must agree"
+        )
+    if end != end_token(tokenizer):
+        say(
+            f"teacher {name!r} ends answers with {end!r}, the student with {end_token(tokenizer)!r} "
+            "(eos_token): until the student has learnt the teacher's, answers may run to their limit"
         )

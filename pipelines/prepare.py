@@ -38,7 +38,7 @@ def consolidate(
     """
     tokenizer = check_student(config.student, deterministic=config.deterministic)
     check_world(config.student)
-    stores = check_teachers(config, tokenizer)
+    stores = check_teachers(config, tokenizer, say)
     check_baselines(config)
     if config.evaluation.baselines and not any(s.has_held_out for s in config.data.sources):
         say("no source has held-out prompts (eval_path): baselines are not evaluated")

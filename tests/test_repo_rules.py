@@ -36,6 +36,7 @@ LOWER = {
     "progress",
     "user_cache",
     "tokenizer",
+    "tokenizer_files",
     "safetensors_file",
     "dtypes",
     "families",

@@ -22,10 +22,12 @@ from mtopd.tokenizer import (
     encode_prompts,
     encode_response,
     first_difference,
+    load_tokenizer,
     mine_template_tokens,
     tokenizer_hash,
     vocab_size,
 )
+from mtopd.tokenizer_files import errors_named
 from mtopd.types import MtopdError
 from tests.prompt_examples import EOS, PAD, ROUTES, SEP, write_jsonl
 
@@ -136,9 +138,11 @@ def test_hash_and_difference_go_by_token_not_by_size(
         first_difference(tokenizer, again)
         == "token id 104 is no token in one and 'new' in the other"
     )
-    other_eos = AutoTokenizer.from_pretrained(str(tokenizer_folder), eos_token="<sep>")
-    assert tokenizer_hash(other_eos) != tokenizer_hash(tokenizer)
-    assert first_difference(tokenizer, other_eos) == "eos_token_id is 1 in one and 2 in the other"
+    other_end = AutoTokenizer.from_pretrained(
+        str(tokenizer_folder), eos_token="<sep>", pad_token="<eos>", unk_token="<pad>"
+    )
+    assert tokenizer_hash(other_end) == tokenizer_hash(tokenizer), "the loss meets no such name"
+    assert first_difference(tokenizer, other_end) is None
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +184,14 @@ def test_messages_and_tools_reach_the_template_whole(
     foreign = copy.deepcopy(foreign_tokenizer)
     foreign.chat_template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m['role'] }}|>"
-        "{{ m['content'] }}{{ m['name'] }}{{ m['tool_calls'] }}{{ m['tool_call_id'] }}{% endfor %}"
+        "{% if m['content'] %}{{ m['content'][0]['text'] }}{% endif %}{{ m['name'] }}"
+        "{{ m['tool_calls'] }}{{ m['tool_call_id'] }}{% endfor %}"
     )
     call = {"function": {"name": "add", "arguments": {"a": 3, "b": [4]}}}
     chat = [
         {"role": "user", "content": [{"type": "text", "text": "3+4?"}], "name": "eve"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "7", "tool_call_id": "c1"},
+        {"role": "tool", "content": [{"type": "text", "text": "7"}], "tool_call_id": "c1"},
     ]
     offered = [{"type": "function", "function": {"name": "add"}}]
     rows = [{"prompt": chat, "tools": offered}, {"prompt": chat}]
@@ -233,7 +238,7 @@ def test_a_part_the_tokenizer_maps_to_unknown_is_refused() -> None:
         tokenizer_object=backend, unk_token="<unk>", chat_template="{{ messages[0]['content'] }}"
     )
     assert encode_prompts(lossy, [[{"role": "user", "content": "known"}]]) == [[1]]
-    with pytest.raises(MtopdError, match="does not know a part"):
+    with pytest.raises(MtopdError, match="does not know 'news'"):
         encode_prompts(lossy, [[{"role": "user", "content": "known news"}]])
 
 
@@ -244,3 +249,161 @@ def test_a_token_that_the_template_writes_is_not_unknown(foreign_tokenizer) -> N
     turns = [{"role": role, "content": "a"} for role in ("user", "bot", "user")]
     (ids,) = encode_prompts(one, [turns])
     assert ids.count(one.eos_token_id) == 3
+
+
+def spoil_json(path: Path, **values: object) -> None:
+    table = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(table))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11422654\n"
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", None, r"has no tokenizer \(no tokenizer.json"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a git-lfs pointer, not the file"),
+        ("tokenizer.json", "", "tokenizer.json is empty"),
+        (
+            "tokenizer.json",
+            '{"model": {"vocab": {"a"',
+            "tokenizer.json: no readable tokenizer .JSONDecode",
+        ),
+        ("tokenizer.json", DEEP, "tokenizer.json: no readable tokenizer .RecursionError"),
+        ("tokenizer.json", "[1, 2]", "tokenizer.json holds a list, no JSON object"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "no readable tokenizer"),
+        ("tokenizer_config.json", "", "tokenizer_config.json is empty"),
+        ("tokenizer_config.json", "5", "tokenizer_config.json holds a int"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "no readable tokenizer .*eos_token"),
+        ("tokenizer_config.json", '{"tokenizer_class": ["a"]}', "no readable tokenizer"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
+            "class 'OwnTokenizer', which code of its own defines",
+        ),
+        (
+            "special_tokens_map.json",
+            "[",
+            "special_tokens_map.json: no readable tokenizer .JSONDecode",
+        ),
+        ("chat_template.jinja", POINTER, "chat_template.jinja is a git-lfs pointer"),
+    ],
+)
+def test_a_folder_that_is_no_tokenizer_is_one_line_that_names_the_file(
+    tokenizer_folder: Path, tmp_path: Path, file: str, text: str | None, message: str
+) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    with pytest.raises(MtopdError, match=message) as error:
+        load_tokenizer(folder)
+    assert str(error.value).startswith(str(folder))
+    assert "\n" not in str(error.value)
+    with pytest.raises(MtopdError, match=r"^s3://b/t"):
+        load_tokenizer(folder, "s3://b/t")
+
+
+def test_a_vocabulary_is_never_made_up(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Some classes of transformers make one of four tokens where their files are missing."""
+    folder = tmp_path / "t"
+    shutil.copytree(tokenizer_folder, folder)
+    spoil_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    (folder / "tokenizer.json").unlink()
+    assert len(AutoTokenizer.from_pretrained(folder)) < 8
+    with pytest.raises(MtopdError, match="has no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_panic_of_the_library_is_one_line() -> None:
+    """tokenizers' panics are no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    with (
+        pytest.raises(MtopdError, match=r"^t: no readable tokenizer \(PanicException: no"),
+        errors_named("t"),
+    ):
+        raise PanicException("no\nway")
+    for passing in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(passing), errors_named("t"):
+            raise passing
+
+
+def test_a_folder_without_tokenizer_config_is_read_as_transformers_does(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_token_id is None
+    assert vocab_size(tokenizer) == vocab_size(load_tokenizer(tokenizer_folder))
+
+
+def chat_of(content: object, **fields: object) -> list[dict[str, object]]:
+    return [{"role": "user", "content": content, **fields}]
+
+
+def test_what_a_template_leaves_out_is_refused(foreign_tokenizer) -> None:
+    """Silence would train on a prompt without it."""
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(MtopdError, match="makes nothing of its tools; use a template"):
+        encode_prompts(foreign_tokenizer, [chat_of("a")], [[{"function": {"name": "f"}}]])
+    with pytest.raises(MtopdError, match="makes nothing of its tool_calls"):
+        encode_prompts(foreign_tokenizer, [[*chat_of("a", tool_calls=[call]), *chat_of("b")]])
+    with pytest.raises(MtopdError, match="does not take content in parts"):
+        encode_prompts(foreign_tokenizer, [chat_of([{"type": "text", "text": "a"}])])
+    with pytest.raises(MtopdError, match="makes no token of its messages"):
+        silent = copy.deepcopy(foreign_tokenizer)
+        silent.chat_template = "{{ '' }}"
+        encode_prompts(silent, [chat_of("a")])
+
+
+def test_half_a_surrogate_pair_is_refused_by_row(foreign_tokenizer) -> None:
+    with pytest.raises(MtopdError, match=r"^prompt a/0: character \d+ is U\+D83D, half"):
+        encode_prompts(foreign_tokenizer, [chat_of("a\ud83d")], where=["prompt a/0"])
+    with pytest.raises(MtopdError, match=r"^answer of a/0: character 1 is U\+DC00, half"):
+        encode_response(foreign_tokenizer, "b\udc00", "answer of a/0")
+    (ids,) = encode_prompts(foreign_tokenizer, [chat_of("a\0b")])
+    assert "a\0b" in foreign_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece", "BPE", "Unigram"])
+@pytest.mark.parametrize("told", [True, False])
+def test_unknown_text_is_found_in_every_kind_of_model(kind: str, told: bool) -> None:
+    """``told``: tokenizer_config.json names the unknown token; tokenizer.json alone decides."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "<s>": 3}
+    model = {
+        "WordLevel": lambda: models.WordLevel(vocabulary, unk_token="<unk>"),
+        "WordPiece": lambda: models.WordPiece(vocabulary, unk_token="<unk>"),
+        "BPE": lambda: models.BPE(vocabulary, [], unk_token="<unk>"),
+        "Unigram": lambda: models.Unigram([(t, -1.0) for t in vocabulary], unk_id=0),
+    }[kind]()
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<unk>", "<s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template="<unk> {{ messages[0]['content'] }} <s>",
+        **({"unk_token": "<unk>"} if told else {}),
+    )
+    assert encode_prompts(tokenizer, [chat_of("a b")]) == [[0, 1, 2, 3]]
+    assert encode_response(tokenizer, "<unk> a") == [0, 1]
+    with pytest.raises(MtopdError, match=r"^prompt x/0: the tokenizer does not know '\u2603'"):
+        encode_prompts(tokenizer, [chat_of("a \u2603 b")], where=["prompt x/0"])
+    with pytest.raises(MtopdError, match=r"^answer: the tokenizer does not know '\u2603'"):
+        encode_response(tokenizer, "<unk> \u2603", "answer")
+
+
+def test_text_that_a_tokenizer_would_drop_is_refused() -> None:
+    """BPE over characters, without an unknown token, forgets what it does not know."""
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert encode_response(tokenizer, "ab a") == [0, 1, 0]
+    for text in ("a\u2603b", "\u2603ab", "ab \u2603"):
+        with pytest.raises(MtopdError, match="does not know '\u2603'"):
+            encode_response(tokenizer, text)

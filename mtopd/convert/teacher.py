@@ -51,7 +51,7 @@ def add_teacher(
     on where it was; where the store is there already, from the same source, it is opened. Raises
     MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
     """
-    from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
+    from mtopd.tokenizer import end_token, load_tokenizer, tokenizer_hash, vocab_size
 
     for what, given in (("logit scale", logit_scale), ("softcap", softcap)):
         if given is not None and not 0 < given < math.inf:
@@ -76,6 +76,7 @@ def add_teacher(
         "architecture": hf_config.to_dict(),
         "vocab_size": known,
         "tokenizer_hash": tokenizer_hash(tokenizer),
+        "eos_token": end_token(tokenizer),
         "hidden_size": facts.hidden_size,
         "num_layers": facts.num_layers,
         "slices": slices,

@@ -114,7 +114,7 @@ def tokenize_answers(
             raise MtopdError(
                 f"prompt {prompt_id} has no answer; supervised training needs one for each row"
             )
-        answers[prompt_id] = (*encode_response(tokenizer, answer, f"prompt {prompt_id}"), eos)
+        answers[prompt_id] = (*encode_response(tokenizer, answer, f"answer of {prompt_id}"), eos)
     return answers
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mtopd.config import SpecialistConfig, StudentConfig
-from mtopd.pipelines.checks import check_student
+from mtopd.pipelines.checks import check_student, check_teacher
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
 from mtopd.run_dir import RunDir
+from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
-from tests.small_models import save_model, write_prompts
+from tests.small_models import save_model, tokenizer_folder, write_prompts
 
 
 @pytest.mark.parametrize(
@@ -258,3 +260,52 @@ def test_megatron_options_that_go_together_pass_on_every_layout(tmp_path: Path) 
     for parallel in ({"tp": 2}, {"tp": 2, "pp": 2, "vpp": 2}, {"tp": 2, "cp": 2, "dp": 2}):
         student = StudentConfig(model=tmp_path, parallel=parallel, megatron=megatron)
         check_student(student, deterministic=True)
+
+
+def store_with(folder: Path, **noted: object) -> SimpleNamespace:
+    """What ``check_teacher`` asks of a store whose tokenizer lies in ``folder``."""
+    tokenizer = load_tokenizer(folder)
+    manifest = {
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "eos_token": tokenizer.eos_token,
+        **noted,
+    }
+    return SimpleNamespace(
+        manifest={key: value for key, value in manifest.items() if value is not ...},
+        vocab_size=vocab_size(tokenizer),
+        location="s3://bucket/t",
+        tokenizer_folder=lambda: nullcontext(folder),
+    )
+
+
+@pytest.mark.parametrize(
+    "noted", [{}, {"tokenizer_hash": "over eos too, as once", "eos_token": ...}]
+)
+def test_tokenizers_agree_where_the_loss_can_meet_them(tmp_path: Path, noted: dict) -> None:
+    """A base student and an instruct teacher: one table, other end tokens."""
+    student = load_tokenizer(tokenizer_folder(tmp_path / "student"))
+    other = tokenizer_folder(tmp_path / "teacher")
+    said: list[str] = []
+
+    def check(store: SimpleNamespace) -> None:
+        check_teacher("t", store, student, tmp_path / "student", said.append)  # type: ignore[arg-type]
+
+    check(store_with(other, **noted))
+    assert not said
+    path = other / "tokenizer_config.json"
+    values = {**json.loads(path.read_text()), "eos_token": "<sep>", "pad_token": "<eos>"}
+    path.write_text(json.dumps(values))
+    check(store_with(other, **noted))
+    (line,) = said
+    assert "teacher 't' ends answers with '<sep>', the student with '<eos>' (eos_token)" in line
+    assert "answers may run to their limit" in line
+
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"A": 36', '"B": 36').replace('"B": 37', '"A": 37'))
+    with pytest.raises(MtopdError, match=r"another tokenizer .* token id 36 is 'B' in one and 'A'"):
+        check(store_with(other, **noted))
+    path.write_text("{}")
+    broken = store_with(tmp_path / "student", tokenizer_hash="of another")
+    broken.tokenizer_folder = lambda: nullcontext(other)
+    with pytest.raises(MtopdError, match=r"^s3://bucket/t/tokenizer: no readable tokenizer"):
+        check(broken)

@@ -1,0 +1,91 @@
+"""The files of a user's tokenizer, looked at before a library reads them: a library's error does not
+name the file, and some classes make up a vocabulary of four tokens where theirs is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mtopd.types import MtopdError
+
+CONFIG = "tokenizer_config.json"
+# Any of these holds a vocabulary; which of them a class reads is transformers' affair.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.*.json",  # of one version of transformers each
+    "vocab.json",
+    "vocab.txt",
+    "*.model",  # sentencepiece
+    "*.tiktoken",
+    "tekken.json",
+)
+_OBJECTS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
+_LFS = b"version https://git-lfs.github.com/spec/"
+_ADVICE = "save the model's tokenizer there again"
+
+
+def check_tokenizer_files(folder: Path, named: str) -> None:
+    """Raise MtopdError for the first file of the folder that cannot be a tokenizer's; ``named`` is
+    how the user knows the folder.
+    """
+    found = [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
+    for path in [*found, *(folder / name for name in _OBJECTS), *folder.glob("*.jinja")]:
+        if path.exists():
+            with errors_named(f"{named}/{path.name}"):
+                _check_file(path, f"{named}/{path.name}")
+    if not found:
+        raise MtopdError(
+            f"{named} has no tokenizer (no tokenizer.json, nor another file with a vocabulary); save "
+            "the model's tokenizer there"
+        )
+
+
+def _check_file(path: Path, named: str) -> None:
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS))
+    if start == _LFS:
+        raise MtopdError(f"{named} is a git-lfs pointer, not the file; fetch it with git lfs pull")
+    if not start and path.suffix != ".jinja":
+        raise MtopdError(f"{named} is empty; {_ADVICE}")
+    if path.name in _OBJECTS:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise MtopdError(f"{named} holds a {type(value).__name__}, no JSON object; {_ADVICE}")
+        if path.name == CONFIG:
+            _refuse_code(value, named)
+
+
+def _refuse_code(config: dict[str, Any], named: str) -> None:
+    """A class that only code beside the tokenizer defines is not replaced by another."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    kind = config.get("tokenizer_class")
+    if "auto_map" in config and isinstance(kind, str) and not tokenizer_class_from_name(kind):
+        raise MtopdError(
+            f"{named} names the class {kind!r}, which code of its own defines (auto_map); no code of "
+            "a model is run: save the tokenizer as a class of transformers"
+        )
+
+
+@contextmanager
+def errors_named(named: str) -> Iterator[None]:
+    """Whatever a library raises becomes one MtopdError that begins with ``named``.
+
+    tokenizers raises bare Exception; where it panics, a class derived from BaseException alone.
+    """
+    try:
+        yield
+    except (MtopdError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise MtopdError(f"{named}: no readable tokenizer ({said(error)}); {_ADVICE}") from error
+
+
+def said(error: BaseException) -> str:
+    """An error of a library on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
