@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from mtopd.content import ContentNotes, digest
 from mtopd.families import model_facts
 from mtopd.hf_checkpoint import average_weights, load_hf_config, read_weights
+from mtopd.megatron.agreement import decide, gather
 from mtopd.metrics_lines import BaselineLine
 from mtopd.progress import say
 from mtopd.rollout.engine import Engine
@@ -95,17 +94,12 @@ def look_up(session: Session, folders: Sequence[Path]) -> tuple[str, Result | No
     """The key of a model, and what is kept under it.  Rank 0 reads, every rank gets its word or the
     MtopdError that it met.  Collective.
     """
-    said: tuple[str, Result | None, str | None] = ("", None, None)
-    if session.ranks.rank == 0:
-        try:
-            key = key_of(session, folders)
-            said = key, _read(session, key), None
-        except MtopdError as error:
-            said = "", None, str(error)
-    key, result, problem = evaluate.first_says(said)
-    if problem is not None:
-        raise MtopdError(problem)
-    return key, result
+
+    def look() -> tuple[str, Result | None]:
+        key = key_of(session, folders)
+        return key, _read(session, key)
+
+    return decide(session.ranks, look)
 
 
 def key_of(session: Session, folders: Sequence[Path]) -> str:
@@ -141,17 +135,9 @@ def answer(session: Session, folders: Sequence[Path]) -> Result:
     """Evaluate a model, the average of those in ``folders``.  Raises MtopdError, on every rank, when
     one of them cannot load it.  Collective.
     """
-    problem, engine = None, None
-    try:
-        engine = load(session, folders)
-    except MtopdError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * session.ranks.world_size
-    dist.all_gather_object(problems, problem)
-    for text in problems:
-        if text is not None:
-            raise MtopdError(text)
-    assert engine is not None
+    engines: list[Engine] = []
+    gather(session.ranks, lambda: engines.append(load(session, folders)))
+    (engine,) = engines
     return evaluate.measure(engine, session.prompts, session.student, session.config)
 
 

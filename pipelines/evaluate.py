@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mtopd.config import ConsolidateConfig, SpecialistConfig
 from mtopd.data import CORRECT_SCORE
 from mtopd.files import write_json
+from mtopd.megatron.agreement import decide
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.planning import plan_batches
 from mtopd.progress import say
@@ -32,7 +33,6 @@ from .session import Session
 from .student import Student
 
 _BATCH = 64
-T = TypeVar("T")
 Accuracy = dict[str, float]  # by source
 
 
@@ -41,7 +41,8 @@ def run(session: Session, iteration: Iteration) -> None:
     every = session.config.evaluation.every
     num_done, num_iterations = iteration.number, session.config.train.num_iterations
     is_due = num_done in (0, num_iterations) or (every and num_done % every == 0)
-    if is_due and session.prompts.num_held_out and not first_says(iteration.evaluation.exists()):
+    is_due = is_due and session.prompts.num_held_out > 0
+    if is_due and not decide(session.ranks, iteration.evaluation.exists):
         evaluate_student(session, iteration)
 
 
@@ -117,15 +118,6 @@ def explain_zeros(found: Result) -> list[str]:
         for name, count in found.counts.items()
         if found.accuracy[name] == 0
     ]
-
-
-def first_says(value: T) -> T:
-    """What rank 0 has found: ranks that look at files for themselves may see different ones.
-    Collective.
-    """
-    said: list[T] = [value]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
 
 
 def format_accuracy(found: Mapping[str, float]) -> str:

@@ -7,9 +7,10 @@ from functools import cached_property
 from mtopd.config import ConsolidateConfig
 from mtopd.hidden_cache import sample_key
 from mtopd.megatron import parallel
+from mtopd.megatron.agreement import STALE_WAITS_S, digest_of, see_alike
 from mtopd.run_dir import RunDir
 from mtopd.teacher_offload.teachers import Teachers
-from mtopd.trajectories import TokenStore, verify_shards
+from mtopd.trajectories import TokenStore, sealed_shards, verify_shards
 from mtopd.types import SampleMetadata
 
 
@@ -61,11 +62,27 @@ class Iteration:
 
     @cached_property
     def tokens(self) -> TokenStore:
-        """The trajectories, opened once for all phases.  Collective when first asked for: one rank
-        of every node compares the files with their seals.
+        """The trajectories, opened once for all phases.  Collective when first asked for: all ranks
+        have to list the same shards, and one rank of every node compares them with their seals.
         """
-        parallel.check_once_per_node(self._ranks, lambda: verify_shards(self.trajectories))
-        return TokenStore(self.trajectories)
+        folder, ranks = self.trajectories, self._ranks
+
+        def opened() -> TokenStore:
+            if ranks.local_rank == 0:
+                verify_shards(folder)
+            return TokenStore(folder)
+
+        see_alike(
+            ranks,
+            lambda: sealed_shards(folder),
+            lambda names: (digest_of(names), f"lists {len(names)} sealed shards in {folder}"),
+            waits_s=STALE_WAITS_S,
+        )
+        return see_alike(
+            ranks,
+            opened,
+            lambda store: (digest_of(store.seals), f"reads {len(store.seals)} shards in {folder}"),
+        )
 
     @property
     def samples(self) -> list[SampleMetadata]:

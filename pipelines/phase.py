@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtopd.megatron import checkpoint
+from mtopd.megatron.agreement import decide
 from mtopd.types import MtopdError
 
 from . import baselines, evaluate, rollout, teacher_pass, train
@@ -30,7 +31,7 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
     if phase == "baselines":
         evaluate_baselines(session)
         return
-    available = [0, *checkpoint.sealed(session.run)]
+    available = [0, *decide(session.ranks, lambda: checkpoint.sealed(session.run))]
     iteration = session.iteration(available[-1] if number == "newest" else int(number))
     chosen, num_iterations = iteration.number, session.config.train.num_iterations
     if phase != "teacher_pass":

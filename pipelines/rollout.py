@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd import trajectories
+from mtopd.megatron.agreement import decide
 from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import number_samples, plan_batches, select_prompts
 from mtopd.rollout.engine import Request
@@ -27,17 +28,23 @@ def run(session: Session, iteration: Iteration) -> None:
     kept.  Collective.
     """
     folder, ranks = iteration.trajectories, session.ranks
-    if is_sealed(folder):
-        return
-    if ranks.rank == 0:
+
+    def sealed_before() -> set[str] | None:
+        """Batches of a killed start; None: all of them."""
+        if is_sealed(folder):
+            return None
         folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+        names = trajectories.sealed_shards(folder)
+        return {name for name in names if trajectories.shard_is_sealed(folder, name)}
+
+    if (sealed := decide(ranks, sealed_before)) is None:
+        return
     requests = plan_requests(session, iteration)
     batch_size = session.config.rollout.batch_size
     counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for batch in plan_batches(len(requests), batch_size, ranks.world_size)[ranks.rank]:
         name = f"batch-{batch.start // batch_size:05d}"
-        if not trajectories.shard_is_sealed(folder, name):
+        if name not in sealed:
             answered = answer(session, iteration, requests, batch)
             trajectories.write_shard(folder, name, answered, session.run.generation)
         done = trajectories.read_shard_metadata(folder, name)

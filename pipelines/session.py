@@ -20,6 +20,7 @@ from mtopd.files import read_json, remove_tree
 from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.manifest import check_accepted
 from mtopd.megatron import checkpoint, parallel
+from mtopd.megatron.agreement import decide, see_start_alike
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.options import config_overrides
 from mtopd.metrics import MetricsWriter
@@ -51,6 +52,7 @@ class Session:
         num_steps = train.num_iterations * train.train_steps_per_iteration
         self.student = Student(self.config.student, train.optimizer, num_steps, self.config.seed)
         self.ranks = self.student.ranks
+        see_start_alike(self.ranks, self.run)
         self.engine = ENGINES[self.config.rollout.engine](self.student)
         self.engine.update_weights(self.student.weights())
         self.prompts = Prompts.load(self.run, self.config.data)
@@ -106,10 +108,9 @@ class Session:
     # -- checkpoints -------------------------------------------------------------------------------
     def resume(self) -> Iteration:
         """Restore the newest sealed checkpoint; returns the iteration to go on with."""
-        newest = [checkpoint.newest(self.run)]
-        dist.broadcast_object_list(newest, src=0)
-        iteration = self.iteration(newest[0] or 0)
-        if newest[0] is not None:
+        newest = decide(self.ranks, lambda: checkpoint.newest(self.run))
+        iteration = self.iteration(newest or 0)
+        if newest is not None:
             self.restore(iteration)
         return iteration
 

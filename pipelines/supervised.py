@@ -21,6 +21,7 @@ import torch.distributed as dist
 from mtopd.config import SpecialistConfig, StopConfig, load_config
 from mtopd.data import SupervisedExample
 from mtopd.megatron import checkpoint
+from mtopd.megatron.agreement import decide, see_start_alike
 from mtopd.megatron.micro_batch import PackedMicroBatch, vocab_parallel_cross_entropy
 from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics import MetricsWriter
@@ -42,6 +43,7 @@ def main(run_dir: Path, generation: int) -> None:
     run = RunDir(run_dir, generation)
     config: SpecialistConfig = load_config(run.config, [], SpecialistConfig)
     student = Student(config.student, config.train.optimizer, config.train.num_steps, config.seed)
+    see_start_alike(student.ranks, run)
     engine = ENGINES["embedded"](student)
     prompts = Prompts.load(run, config.data)
     is_first = student.ranks.rank == 0
@@ -132,12 +134,11 @@ def train_step(
 
 
 def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
-    newest = [checkpoint.newest(run)]
-    dist.broadcast_object_list(newest, src=0)
-    if newest[0] is None:
+    newest = decide(student.ranks, lambda: checkpoint.newest(run))
+    if newest is None:
         return 0
-    shares.update(checkpoint.load(student.trainer, run, newest[0])["shares"])
-    return newest[0]
+    shares.update(checkpoint.load(student.trainer, run, newest)["shares"])
+    return newest
 
 
 def draw(

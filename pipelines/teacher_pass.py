@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from mtopd.hidden_cache import (
     recover,
     view_rows,
 )
+from mtopd.megatron.agreement import decide, digest_of, gather, see_alike
 from mtopd.metrics_lines import PassMetrics, TeacherPassLine
 from mtopd.planning import Wave, plan_pass
 from mtopd.run_dir import is_sealed
@@ -53,9 +55,13 @@ def run(session: Session, iteration: Iteration) -> None:
     """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and compute again what
     is damaged.  Collective.
     """
-    folder, teachers = iteration.hidden_cache, session.teachers
-    if session.ranks.rank == 0 and folder.exists():
-        found = recover(folder)  # what a killed start left behind
+    folder, teachers, ranks = iteration.hidden_cache, session.teachers, session.ranks
+
+    def recovered() -> None:
+        """Save what a killed start left behind."""
+        if not folder.exists():
+            return
+        found = recover(folder)
         if found.segments:
             logger.warning(
                 "hidden cache: a killed start left %d segments; %d samples saved, %d to be "
@@ -64,33 +70,39 @@ def run(session: Session, iteration: Iteration) -> None:
                 len(found.salvaged),
                 len(found.dropped),
             )
-    dist.barrier()
-    teacher_plans = plan(session, iteration)
+
+    decide(ranks, recovered)
+    missing = missing_samples(session, iteration)
+    teacher_plans = see_alike(
+        ranks,
+        lambda: plan(session, iteration, missing),
+        lambda plans: (digest_of(*map(plan_facts, plans)), f"plans {len(plans)} teachers"),
+    )
     if teacher_plans:
         teachers.stream.expect([v.teacher for v in teacher_plans for _ in v.waves[0]])
     for teacher_plan in teacher_plans:
         name = teachers.stores[teacher_plan.teacher].name
         line = TeacherPassLine({name: forward_teacher(session, iteration, teacher_plan)})
         session.metrics.write(line, iteration.number, part=name)
-    if session.ranks.rank == 0 and (teacher_plans or not is_sealed(folder)):
+    if ranks.rank == 0 and (teacher_plans or not is_sealed(folder)):
         if folder.exists():
             merge_index(folder)
         session.run.seal(folder)
     dist.barrier()
 
 
-def plan(session: Session, iteration: Iteration) -> list[TeacherPlan]:
-    """The teachers that have something to do, in index order; the same on every rank.  Collective.
+def plan(session: Session, iteration: Iteration, missing: Set[int]) -> list[TeacherPlan]:
+    """The teachers that have something to do, in index order; the same on every rank.
 
     Batches are planned over all of a teacher's samples, whatever the cache holds: a repaired cache
     is bit-identical to an uninterrupted one.
     """
     offload, teachers = session.config.teacher_offload, session.teachers
-    all_samples, all_missing = iteration.samples, missing_samples(session, iteration)
+    all_samples = iteration.samples
     teacher_plans = []
     for index, store in enumerate(teachers.stores):
         samples = [s for s in all_samples if s.teacher_index == index]
-        places = {i for i, s in enumerate(samples) if s.sample_id in all_missing}
+        places = {i for i, s in enumerate(samples) if s.sample_id in missing}
         if places:
             waves = plan_pass(
                 [num_input_tokens(s.prompt_len, s.response_len) for s in samples],
@@ -106,22 +118,30 @@ def plan(session: Session, iteration: Iteration) -> list[TeacherPlan]:
     return teacher_plans
 
 
+def plan_facts(teacher_plan: TeacherPlan) -> tuple[object, ...]:
+    """What all ranks have to plan alike, in an order of its own."""
+    sample_ids = [sample.sample_id for sample in teacher_plan.samples]
+    return (teacher_plan.teacher, sample_ids, sorted(teacher_plan.missing), teacher_plan.waves)
+
+
 def missing_samples(session: Session, iteration: Iteration) -> set[int]:
     """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.
     Collective.
     """
     ranks = session.ranks
     part = iteration.samples[ranks.rank :: ranks.world_size]
-    with HiddenCacheReader(iteration.hidden_cache) as reader:
-        causes = reader.missing(
-            [(iteration.cache_key(s), s.sample_id, iteration.number) for s in part]
-        )
-    if is_sealed(iteration.hidden_cache):
-        for (_, sample_id, _), cause in causes.items():
-            logger.warning("hidden cache: sample %d is computed again: %s", sample_id, cause)
-    found: list[list[int]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(found, [sample_id for _, sample_id, _ in causes])
-    return {sample_id for part in found for sample_id in part}
+
+    def look() -> list[int]:
+        with HiddenCacheReader(iteration.hidden_cache) as reader:
+            causes = reader.missing(
+                [(iteration.cache_key(s), s.sample_id, iteration.number) for s in part]
+            )
+        if is_sealed(iteration.hidden_cache):
+            for (_, sample_id, _), cause in causes.items():
+                logger.warning("hidden cache: sample %d is computed again: %s", sample_id, cause)
+        return [sample_id for _, sample_id, _ in causes]
+
+    return {sample_id for found in gather(ranks, look) for sample_id in found}
 
 
 def forward_teacher(

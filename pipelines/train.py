@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from mtopd.dtypes import torch_dtype
 from mtopd.hidden_cache import CachedStates, HiddenCacheReader, StateFormat
+from mtopd.megatron.agreement import decide, digest_of, see_alike
 from mtopd.megatron.micro_batch import PackedMicroBatch
 from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics_lines import BadStepLine, TrainStepLine
@@ -40,10 +41,12 @@ Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
 
 def run(session: Session, iteration: Iteration) -> None:
     """All train steps of the iteration, from sealed trajectories and hidden cache.  Collective."""
-    for folder in (iteration.trajectories, iteration.hidden_cache):
-        if not is_sealed(folder):
-            raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
-    plans = plan(session, iteration)
+    decide(session.ranks, lambda: check_sealed(iteration))
+    plans = see_alike(
+        session.ranks,
+        lambda: plan(session, iteration),
+        lambda plans: (digest_of(plans), f"plans {len(plans)} train steps"),
+    )
     runs = [teacher_runs(session, iteration, step_plan) for step_plan in plans]
     if heads := session.teachers.heads:
         per_step = [dict.fromkeys(run.teacher_index for run in _flat(part)) for part in runs]
@@ -61,6 +64,12 @@ def run(session: Session, iteration: Iteration) -> None:
                 tokens=sum(step_plan.num_tokens.values()),
                 positions=num_positions(iteration, step_plan),
             )
+
+
+def check_sealed(iteration: Iteration) -> None:
+    for folder in (iteration.trajectories, iteration.hidden_cache):
+        if not is_sealed(folder):
+            raise MtopdError(f"{folder} is not sealed; run the phase that writes it first")
 
 
 def train_step(

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 from mtopd.files import remove_tree, replace_tree, sync_file
+from mtopd.megatron.agreement import decide, gather
 from mtopd.megatron.optimizer import create_state
 from mtopd.megatron.trainer import Trainer
 from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
@@ -323,37 +324,48 @@ def _restore_rng(states: dict[str, torch.Tensor]) -> None:
 # -- reading nothing that could execute ------------------------------------------------------------
 def _verified_seal(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """The seal, after every file was compared with it; the ranks share the reading.  Collective."""
+    ranks = trainer.ranks
+    # Names first, and as rank 0 lists them: no file is read while one is missing, unknown or a link.
+    seal = decide(ranks, lambda: _seal_of_names(folder))
+    share = sorted(seal["files"])[ranks.rank :: ranks.world_size]
+    wrong_by_rank = gather(
+        ranks,
+        lambda: [name for name in share if _file_sha256(folder / name) != seal["files"][name]],
+    )
+    if bad := [name for names in wrong_by_rank for name in names]:
+        raise _damaged(folder, bad[0])
+    return seal
+
+
+def _seal_of_names(folder: Path) -> dict[str, Any]:
+    """The seal, after the folder was found to hold the files it names and no others."""
     if folder.is_symlink():
         raise MtopdError(
             f"{folder} is a link; a checkpoint lies in its run directory itself: remove the link"
         )
     seal = read_seal(folder)
-    ranks = trainer.ranks
     if not isinstance(seal.get("files"), dict):
         raise MtopdError(
             f"{folder / SEAL} lists no files: another version wrote {folder}; remove it or use "
             "that version"
         )
     found = {path.name: path for path in folder.iterdir() if path.name != SEAL}
-    # Names first: no file is read while one is missing, unknown or a link.
     wrong = sorted(found.keys() ^ seal["files"].keys())
     wrong += [
         name
         for name, path in {**found, SEAL: folder / SEAL}.items()
         if path.is_symlink() or not path.is_file()
     ]
-    if not wrong:
-        share = sorted(seal["files"])[ranks.rank :: ranks.world_size]
-        wrong = [name for name in share if _file_sha256(found[name]) != seal["files"][name]]
-    wrong_by_rank: list[list[str]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(wrong_by_rank, wrong)
-    if bad := [name for names in wrong_by_rank for name in names]:
-        raise MtopdError(
-            f"{folder / bad[0]} does not match the checkpoint's seal; it was damaged or exchanged: "
-            f"remove {folder} to "
-            "resume from an earlier checkpoint"
-        )
+    if wrong:
+        raise _damaged(folder, wrong[0])
     return seal
+
+
+def _damaged(folder: Path, name: str) -> MtopdError:
+    return MtopdError(
+        f"{folder / name} does not match the checkpoint's seal; it was damaged or exchanged: "
+        f"remove {folder} to resume from an earlier checkpoint"
+    )
 
 
 def _file_sha256(path: Path) -> str:

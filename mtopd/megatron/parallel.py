@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ import torch.distributed as dist
 
 from mtopd.config import ParallelConfig
 from mtopd.planning import Mesh
-from mtopd.types import MtopdError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -125,23 +123,6 @@ def build_groups(
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=device,
     )
-
-
-def check_once_per_node(ranks: Ranks, check: Callable[[], None]) -> None:
-    """Run ``check`` on one rank of every node; the MtopdError it raises on any of them is raised on
-    every rank.  Collective.
-    """
-    error = None
-    if ranks.local_rank == 0:
-        try:
-            check()
-        except MtopdError as raised:
-            error = str(raised)
-    errors: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(errors, error)
-    for text in errors:
-        if text is not None:
-            raise MtopdError(text)
 
 
 @dataclass(frozen=True)

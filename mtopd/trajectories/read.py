@@ -120,6 +120,8 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         shards = _load_shards(folder)
+        # Every byte, by the checksums that opening compares with.
+        self.seals = [(s.name, s.num_samples, sorted(map(repr, s.files.items()))) for s in shards]
         tables = _read_tables(shards)
         self.metadata = pa.concat_tables(tables)  # as ``read_metadata`` gives it
         self._row_of = {

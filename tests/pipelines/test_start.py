@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
             "context_length": 64,
             "max_response": 16,
         },
-        "rollout": {"prompts_per_iteration": 8},
+        "rollout": {"prompts_per_iteration": 8, "batch_size": 4},
         "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
     }
     (root / "run").mkdir()
@@ -44,11 +45,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return RunDir(root / "run")
 
 
-def under_torchrun(run: RunDir, *arguments: str) -> tuple[int, str, set[int]]:
+def under_torchrun(
+    run: RunDir, *arguments: str, module: tuple[str, ...] = ("mtopd.pipelines.cli",)
+) -> tuple[int, str, set[int]]:
     """Exit code of torchrun, its standard error, and the processes of mtopd it had below it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    command += ["-m", "mtopd.pipelines.cli", arguments[0], str(run.path), *arguments[1:]]
+    command += ["-m", *module, arguments[0], str(run.path), *arguments[1:]]
     errors = run.path.parent / "stderr"
     ranks = set()
     with open(errors, "w") as file:
@@ -56,7 +59,7 @@ def under_torchrun(run: RunDir, *arguments: str) -> tuple[int, str, set[int]]:
         while process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 try:
-                    if any("mtopd.pipelines" in word for word in child.cmdline()):
+                    if any(module[0] in word for word in child.cmdline()):
                         ranks.add(child.pid)
                 except psutil.Error:
                     pass  # it ended while we looked
@@ -69,6 +72,7 @@ def test_a_phase_verb_runs_on_the_ranks_of_an_outer_torchrun(run: RunDir) -> Non
     assert code == 0, errors
     assert len(ranks) == 2, f"torchrun started two ranks, there were {len(ranks)} processes"
     assert is_sealed(run.trajectories(0))
+    assert len(list(run.trajectories(0).glob("*.sealed.json"))) == 2
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["kind"] for line in lines].count("rollout") == 1
     assert errors.count("prompts") <= 1, "only rank 0 says what it prepares"
@@ -88,3 +92,16 @@ def test_a_user_error_there_is_one_line(run: RunDir, cause: str) -> None:
     assert code != 0 and len(ranks) == 2
     assert len(lines) == 1 and said in lines[0], errors
     assert "exitcode  : 2" in errors and "Traceback" not in lines[0]
+
+
+def test_a_rank_that_sees_other_files_ends_the_run_by_name(run: RunDir) -> None:
+    """Planned from its own listing it would train something else, and every check would pass."""
+    assert is_sealed(run.trajectories(0)), "by the first test of this file"
+    module = ("tests.pipelines.one_rank", "stale")
+    code, errors, _ = under_torchrun(run, "teacher-pass", module=module)
+    (line,) = [line for line in errors.splitlines() if "error:" in line]
+    assert code != 0 and "exitcode  : 2" in errors, errors
+    host = socket.gethostname()
+    assert f"rank 1 on host {host} lists 1 sealed shards" in line
+    assert f"rank 0 on host {host} lists 2 sealed shards" in line and "stale" in line
+    assert not is_sealed(run.hidden_cache(0)), "nothing was computed from it"

@@ -1,16 +1,22 @@
-"""Worker of test_read: four ranks on two nodes, of which one each compares shards with their seals."""
+"""Worker of test_read: four ranks on two nodes, of which one each compares shards with their seals;
+then ranks that do not see the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
 
 from mtopd.config import ParallelConfig
 from mtopd.megatron import parallel
+from mtopd.megatron.agreement import decide, digest_of, gather, see_alike
 from mtopd.progress import quiet_libraries
-from mtopd.trajectories import verify_shards
+from mtopd.trajectories import TokenStore, verify_shards
 from mtopd.types import MtopdError
 
 
@@ -19,25 +25,78 @@ def main() -> None:
     ranks = parallel.initialize(ParallelConfig(dp=4), seed=0)
     assert ranks.local_rank == ranks.rank, "torchrun's, on one node"
     ranks = dataclasses.replace(ranks, local_rank=ranks.rank % 2)
-    num_reads = 0
+    folder, looks = Path(sys.argv[1]), 0
 
-    def sound() -> None:
-        nonlocal num_reads
-        num_reads += 1
+    def verified() -> list[str]:
+        nonlocal looks
+        if ranks.local_rank == 0:
+            looks += 1
+            if ranks.rank == 2:  # the other node sees sound files
+                verify_shards(folder)
+        return [name for name, *_ in TokenStore(folder).seals]
 
-    def damaged() -> None:
-        sound()
-        if ranks.rank == 2:  # the other node sees sound files
-            verify_shards(Path(sys.argv[1]))
+    def described(names: list[str]) -> tuple[bytes, str]:
+        return digest_of(names), f"lists {len(names)} shards"
 
+    def listed(*stale: int, until: int = 9) -> Callable[[], list[str]]:
+        """A look at two shards, of which the ``stale`` ranks miss one, up to look ``until``."""
+
+        def look() -> list[str]:
+            nonlocal looks
+            looks += 1
+            return ["a"] if ranks.rank in stale and looks < until else ["a", "b"]
+
+        return look
+
+    def vanished() -> list[str]:
+        if ranks.rank == 3:
+            (folder / "nothing").read_bytes()
+        return []
+
+    def refused() -> None:
+        raise MtopdError(f"rank {ranks.rank} looked")
+
+    cases: dict[str, Callable[[], object]] = {
+        "damaged": lambda: see_alike(ranks, verified, described),
+        "alike": lambda: see_alike(ranks, listed(), described),
+        "stale": lambda: see_alike(ranks, listed(1), described),
+        "stale first": lambda: see_alike(ranks, listed(0), described),
+        "late": lambda: see_alike(ranks, listed(1, 3, until=3), described, waits_s=[0.01] * 3),
+        "too late": lambda: see_alike(ranks, listed(2), described, waits_s=[0.01] * 2),
+        "vanished": lambda: see_alike(ranks, vanished, described, waits_s=[100.0]),
+        "gathered": lambda: gather(ranks, lambda: ranks.rank),
+        "not gathered": lambda: gather(ranks, vanished),
+        "decided": lambda: decide(ranks, lambda: ranks.rank),
+        "refused": lambda: decide(ranks, refused),
+    }
     result: dict[str, object] = {"rank": ranks.rank}
-    for check in (sound, damaged):
+    for name, case in cases.items():
+        looks, collectives = 0, count_collectives()
         try:
-            parallel.check_once_per_node(ranks, check)
-            result[check.__name__] = None
+            found = case()
         except MtopdError as error:
-            result[check.__name__] = str(error)
-    print(json.dumps({**result, "num_reads": num_reads}) + "\n", end="", flush=True)
+            found = str(error)
+        result[name] = [found, looks, collectives()]
+    print(json.dumps(result) + "\n", end="", flush=True)
+
+
+def count_collectives() -> Callable[[], list[str]]:
+    """Names of the collectives called from now on until the result is called."""
+    kept = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_object")}
+    called = []
+
+    def counting(name: str) -> Callable[..., object]:
+        return lambda *args, **options: (called.append(name), kept[name](*args, **options))[1]
+
+    for name in kept:
+        setattr(dist, name, counting(name))
+
+    def stop() -> list[str]:
+        for name, function in kept.items():
+            setattr(dist, name, function)
+        return called
+
+    return stop
 
 
 if __name__ == "__main__":
