@@ -18,16 +18,16 @@ import os
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mtopd.config import ConsolidateConfig, ParallelConfig, SpecialistConfig, load_config
-from mtopd.files import write_atomic
-from mtopd.progress import is_first, print_error, quiet_libraries, say
+from mtopd.progress import is_first, quiet_libraries, say
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.types import MtopdError
+
+from . import failures
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -59,6 +59,8 @@ def start_ranks(
             return False
         if check:
             say(f"all is well: {run.path} would start {_ranks(config.student.parallel)}")
+        else:
+            failures.forget(run.path)
         return not check
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -109,7 +111,7 @@ def _join_outer_torchrun(
             try:
                 held.enter_context(run.lock())
                 word = f"generation {run.generation}" if is_ready() else "finished"
-            except MtopdError as error:
+            except Exception as error:  # the others would wait for a word in vain
                 store.set("start", f"error {error}")
                 raise
             store.set("start", word)
@@ -120,19 +122,26 @@ def _join_outer_torchrun(
             return
         try:
             _call(target, run.path, int(rest), *arguments)
-        except MtopdError as error:
-            if store.add("failed", 1) > 1:
-                sys.exit(2)  # another rank has said why
-            if not is_first():  # what rank 0 raises is printed by the command line
-                print_error(str(error))
-            raise
+        except Exception as error:
+            rank = _rank()
+            failures.print_of_rank(failures.describe(error, run.path, rank), rank, store)
+            if "--debug" in sys.argv:
+                raise
+            sys.exit(_exit_code(error))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _exit_code(error: Exception) -> int:
+    return 2 if isinstance(error, MtopdError) else 1
 
 
 def launch(world_size: int, target: str, run_dir: Path, generation: int, *arguments: str) -> None:
     """Run ``python -m mtopd.pipelines.start <target> ...`` on ``world_size`` processes and wait.
 
-    Raises MtopdError with the message of the rank that failed first; an unforeseen failure leaves
-    its traceback in ``run_dir/failure.txt``.
+    Raises MtopdError with the message of the rank that failed first.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -164,10 +173,10 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
                 f"stopped by {stop.sigval.name}; start the same command again to go on"
             ) from None
         except ChildFailedError as error:
-            raise MtopdError(_why(error, error_path, run_dir)) from None
+            raise MtopdError(_why(error, error_path)) from None
 
 
-def _why(error: ChildFailedError, error_path: Path, run_dir: Path) -> str:
+def _why(error: ChildFailedError, error_path: Path) -> str:
     """One line for a failed run.  A killed rank is the cause; what the others said then only
     follows from it.
     """
@@ -180,11 +189,7 @@ def _why(error: ChildFailedError, error_path: Path, run_dir: Path) -> str:
         rank, code = killed[0]
         how = f"was killed by {signal.Signals(-code).name}"
     elif error_path.exists():
-        message, _, trace = error_path.read_text().partition("\n")
-        if not trace:
-            return message
-        write_atomic(run_dir / "failure.txt", trace.encode())
-        return f"{message} (unforeseen; the traceback is in {run_dir / 'failure.txt'})"
+        return error_path.read_text()
     else:
         rank, failure = error.get_first_failure()
         how = f"ended with exit code {failure.exitcode}"
@@ -205,13 +210,12 @@ def main(arguments: list[str]) -> int:
     target, run_dir, generation, error_path, *rest = arguments
     try:
         _call(target, Path(run_dir), int(generation), *rest)
-    except MtopdError as error:
-        _report(Path(error_path), " ".join(str(error).split()))
-        return 2
     except Exception as error:
-        summary = " ".join(f"{type(error).__name__}: {error}".split())
-        _report(Path(error_path), f"{summary}\n{traceback.format_exc()}")
-        return 1
+        message = failures.describe(error, Path(run_dir), _rank())
+        if not isinstance(error, MtopdError):
+            message = f"rank {_rank()}: {message}"
+        _report(Path(error_path), message)
+        return _exit_code(error)
     return 0
 
 
@@ -229,7 +233,7 @@ def _call(target: str, run_dir: Path, generation: int, *arguments: str) -> None:
 
 
 def _report(path: Path, message: str) -> None:
-    """The first rank that fails says why: one line, then the traceback if it was unforeseen."""
+    """The first rank that fails says why."""
     with contextlib.suppress(FileExistsError), open(path, "x") as file:
         file.write(message)
 

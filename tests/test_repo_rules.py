@@ -67,6 +67,7 @@ PIPELINES = (
     ("cli_stores",),
     ("start",),
     ("prepare",),  # what a verb checks and writes before its ranks start
+    ("failures",),
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
     ("layouts",),  # refusals of layouts
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run

@@ -94,6 +94,21 @@ def test_a_user_error_there_is_one_line(run: RunDir, cause: str) -> None:
     assert "exitcode  : 2" in errors and "Traceback" not in lines[0]
 
 
+def test_a_rank_that_nobody_foresaw_fails_by_its_name(run: RunDir) -> None:
+    """One that is not the first was silent: torchrun tells an exit code, no more."""
+    (run.path / "failure.0.txt").write_text("of a former start")
+    module = ("tests.pipelines.one_rank", "bug")
+    code, errors, _ = under_torchrun(run, "rollout", module=module)
+    (line,) = [line for line in errors.splitlines() if "error:" in line]
+    path = run.path / "failure.1.txt"
+    said = f"error: rank 1 on host {socket.gethostname()}: KeyError: 'no such thing' (unforeseen"
+    assert code != 0 and said in line and str(path) in line, errors
+    assert "Traceback" not in errors.split("torch/distributed")[0]
+    trace = path.read_text()
+    assert trace.startswith("Traceback") and "no such thing" in trace and "one_rank" in trace
+    assert not (run.path / "failure.0.txt").exists()
+
+
 def test_a_rank_that_sees_other_files_ends_the_run_by_name(run: RunDir) -> None:
     """Planned from its own listing it would train something else, and every check would pass."""
     assert is_sealed(run.trajectories(0)), "by the first test of this file"

@@ -1,0 +1,70 @@
+"""What the ranks of a job say when they fail: who and where, each cause once, no storm."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from mtopd.pipelines import failures
+from mtopd.types import MtopdError
+
+
+def failed(error: Exception) -> Exception:
+    """The error as it is when it was raised and caught."""
+    try:
+        raise error
+    except Exception as raised:
+        return raised
+
+
+def test_what_nobody_foresaw_leaves_its_traceback_for_each_rank(tmp_path: Path) -> None:
+    (tmp_path / "failure.txt").write_text("of an older version")
+    (tmp_path / "failure.9.txt").write_text("of a former start")
+    failures.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for rank in (0, 12):
+        line = failures.describe(failed(IndexError(f"no\nrow {rank}")), tmp_path, rank)
+        path = tmp_path / f"failure.{rank}.txt"
+        assert line == f"IndexError: no row {rank} (unforeseen; the traceback is in {path})"
+        assert "in failed" in path.read_text()
+    assert failures.describe(MtopdError("one\nmistake"), tmp_path, 3) == "one mistake"
+    assert not (tmp_path / "failure.3.txt").exists(), "a user's mistake needs no traceback"
+    line = failures.describe(failed(IndexError("x")), tmp_path / "gone", 1)
+    assert line.startswith("IndexError: x (unforeseen; ") and "cannot be written" in line
+
+
+def test_the_first_rank_of_a_host_speaks_and_nothing_is_said_twice(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = dist.HashStore()
+    for rank, host, text in (
+        (3, "a", "disk full"),
+        (2, "a", "lost rank 3"),  # the host has spoken
+        (8, "b", "lost rank 3"),
+        (16, "c", "disk full"),  # known
+        (17, "c", "disk full"),
+        (24, "d", "a third thing"),
+    ):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        failures.print_of_rank(text, rank, store)
+    assert capfd.readouterr().err.splitlines() == [
+        "error: rank 3 on host a: disk full",
+        "error: rank 8 on host b, after rank 3 on host a: lost rank 3",
+        "error: rank 24 on host d, after rank 3 on host a: a third thing",
+    ]
+
+
+def test_without_the_jobs_store_a_rank_speaks_all_the_same(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Gone:
+        def add(self, *_: object) -> int:
+            raise RuntimeError("connection was closed")
+
+        set = get = add
+
+    failures.print_of_rank("disk full", 1, Gone())
+    assert capfd.readouterr().err.endswith(": disk full\n")
