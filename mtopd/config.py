@@ -191,6 +191,9 @@ class RolloutConfig(Model):
     prompts_per_iteration: Count
     samples_per_prompt: Count = 1
     batch_size: Count = 96  # the unit of replay
+    # A response also ends once its text holds one of these (evaluation cuts it before).  Its tokens
+    # are what the student sampled: they stay in the response and are trained, no EOS is added
+    stop: list[Annotated[str, Field(min_length=1)]] = []
 
 
 class OffloadConfig(Model):

@@ -30,7 +30,12 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "train", "max_bad_steps"),
 )
 # who teaches what
-ACCEPTABLE: tuple[Keys, ...] = (("config", "teachers"), ("teachers",), ("tokenizer_hash",))
+ACCEPTABLE: tuple[Keys, ...] = (
+    ("config", "teachers"),
+    ("teachers",),
+    ("tokenizer_hash",),
+    ("end_ids",),
+)
 
 
 def start_run(

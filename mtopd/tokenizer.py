@@ -22,7 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtopd.tokenizer_files import CONFIG, check_tokenizer_files, errors_named, said
+from mtopd.tokenizer_files import (
+    CONFIG,
+    check_tokenizer_files,
+    end_ids_of_configs,
+    errors_named,
+    said,
+)
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
@@ -372,6 +378,33 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The EOS token as text; None where there is none."""
     token = tokenizer.eos_token
     return None if token is None else str(token)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
+    """Every token that ends a response of the folder's model, its tokenizer's EOS first: chat models
+    name further ones in config.json or generation_config.json (``eos_token_id``, often a list).
+    Answers to learn end with the tokenizer's EOS alone.
+
+    Raises MtopdError when there is none.
+    """
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    found += end_ids_of_configs(folder)
+    table = _token_table(tokenizer)
+    known = tuple(dict.fromkeys(index for index in found if index in table))
+    if not known:
+        raise MtopdError(
+            f"{folder} names no EOS token that its tokenizer has: an answer could not end; set "
+            f"eos_token in its {CONFIG}"
+        )
+    return known
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> int:
+    """The id that fills up short prompts of a batch, where attention is masked: an end token where
+    the tokenizer has no pad token.
+    """
+    index = tokenizer.pad_token_id
+    return ends[0] if index is None else int(index)
 
 
 def _token_table(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -71,6 +71,25 @@ def _refuse_code(config: dict[str, Any], named: str) -> None:
         )
 
 
+def end_ids_of_configs(folder: Path) -> list[int]:
+    """``eos_token_id`` of config.json and generation_config.json: an id, a list of ids, or none."""
+    found: list[int] = []
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if not path.exists():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
+            raise MtopdError(f"{path}: no JSON object ({said(error)}); export it again") from None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
+            raise MtopdError(
+                f"{path}: eos_token_id is {value!r}; it must be a token id or a list of token ids"
+            )
+        found += ids
+    return found
+
+
 @contextmanager
 def errors_named(named: str) -> Iterator[None]:
     """Whatever a library raises becomes one MtopdError that begins with ``named``.

@@ -50,7 +50,8 @@ class Prompt:
 class Trajectory:
     """A prompt and one sampled response.
 
-    ``response_ids`` holds the EOS token when ``finish_reason == "stop"``; EOS is trained.
+    ``response_ids`` holds what ended it when ``finish_reason == "stop"``: an end token, or the
+    tokens of a stop string; they are trained.
     """
 
     sample_id: int  # unique in an iteration, dense from 0
@@ -63,7 +64,7 @@ class Trajectory:
     # Log-prob of each response token under the sampling student
     rollout_log_probs: tuple[float, ...]
     student_version: int  # the iteration whose weights sampled it
-    finish_reason: str  # "stop" (EOS) | "length"
+    finish_reason: str  # "stop" (an end token or a stop string) | "length"
     reward: float | None = None  # the verifier's score where the prompt has a verifier
 
 

@@ -115,6 +115,7 @@ def key_of(session: Session, folders: Sequence[Path]) -> str:
         "dtype": config.student.dtype,
         "device": session.ranks.device.type,
         "tokenizer": tokenizer_hash(student.tokenizer),
+        "ends": [student.end_ids, config.rollout.stop],
         "max_response": config.data.max_response,
         "sampling": config.evaluation.model_dump(include={"temperature", "top_p"}),
         "prompts": [
@@ -149,7 +150,7 @@ def load(session: Session, folders: Sequence[Path]) -> Engine:
             f"{folders[0]} has {rows} rows for the {student.vocab_size} ids of the student's "
             "tokenizer; a baseline answers in the student's tokens"
         )
-    engine = ENGINES[session.config.rollout.engine](student, hf_config)
+    engine = ENGINES[session.config.rollout.engine](student, session.config.rollout.stop, hf_config)
     try:
         engine.update_weights(
             average_weights([*folders]) if len(folders) > 1 else read_weights(folders[0])

@@ -18,6 +18,7 @@ from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import (
+    end_ids,
     end_token,
     first_difference,
     load_tokenizer,
@@ -31,14 +32,21 @@ from .layouts import check_layout, check_mesh, check_routing
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Say = Callable[[str], None]
 
-def check_student(student: StudentConfig, *, deterministic: bool) -> PreTrainedTokenizerBase:
+
+def _silent(text: str) -> None:
+    """Nothing is said where only the verdict counts."""
+
+
+def check_student(
+    student: StudentConfig, *, deterministic: bool, say: Say = _silent
+) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
     facts = check_hf_folder(student.model)
     check_variant(load_hf_config(student.model), str(student.model / "config.json"))
     tokenizer = load_tokenizer(student.model)
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise MtopdError(f"the tokenizer of {student.model} needs an EOS and a pad token")
+    check_ends(student.model, tokenizer, say)
     if (ids := vocab_size(tokenizer)) > facts.vocab_size:
         raise MtopdError(
             f"{student.model}: the tokenizer has {ids} ids, the model only {facts.vocab_size} "
@@ -53,6 +61,19 @@ def check_student(student: StudentConfig, *, deterministic: bool) -> PreTrainedT
 
         check_megatron(student, fields)
     return tokenizer
+
+
+def check_ends(model: Path, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+    """Say what is not the tokenizer's own: further end tokens, and what pads."""
+    ends = end_ids(tokenizer, model)
+    names = [repr(tokenizer.convert_ids_to_tokens(index)) for index in ends]
+    if ends != (tokenizer.eos_token_id,):
+        say(
+            f"answers end at {' or '.join(names)} (eos_token of the tokenizer, eos_token_id of "
+            "config.json and generation_config.json)"
+        )
+    if tokenizer.pad_token_id is None:
+        say(f"the student's tokenizer has no pad token: {names[0]} pads batches, masked")
 
 
 def check_hf_folder(folder: Path) -> ModelFacts:
@@ -113,7 +134,7 @@ def check_baselines(config: ConsolidateConfig) -> None:
 def check_teachers(
     config: ConsolidateConfig,
     tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = _silent,
 ) -> list[TeacherStore]:
     """The teachers' stores, whole and fit for the student and the layout."""
     stores = [check_files(open_store(t.store, name=t.name)) for t in config.teachers]
@@ -134,7 +155,7 @@ def check_teacher(
     store: TeacherStore,
     tokenizer: PreTrainedTokenizerBase,
     student: Path,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = _silent,
 ) -> None:
     """A teacher scores the student's tokens: its tokenizer must be the student's, token by token.
     Another end token is said: the loss does not meet it, but the student learns to end as the
@@ -158,7 +179,13 @@ def check_teacher(
             f"{vocab_size(tokenizer)}; they must agree"
         )
     if end != end_token(tokenizer):
+        outcome = (
+            "responses end at either"
+            if tokenizer.convert_tokens_to_ids(end or "") in end_ids(tokenizer, student)
+            else "answers may run to their limit; further end tokens can be named as eos_token_id "
+            "in the student's generation_config.json, or as rollout.stop"
+        )
         say(
             f"teacher {name!r} ends answers with {end!r}, the student with {end_token(tokenizer)!r} "
-            "(eos_token): until the student has learnt the teacher's, answers may run to their limit"
+            f"(eos_token): {outcome}"
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.rollout.engine import Engine
+from mtopd.tokenizer import pad_id
 
 from .student import Student
 
@@ -14,17 +15,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def embedded(student: Student, hf_config: PretrainedConfig | None = None) -> Engine:
+def embedded(
+    student: Student, stop: Sequence[str], hf_config: PretrainedConfig | None = None
+) -> Engine:
     """A transformers model on each rank, of ``hf_config`` (default: the student's); it needs
     ``update_weights`` before it answers.
     """
-    tokenizer = student.tokenizer
     return EmbeddedEngine(
         hf_config or student.hf_config,
         dtype=student.dtype,
         vocab_size=student.vocab_size,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
+        ending=student.ending(stop),
+        pad_id=pad_id(student.tokenizer, student.end_ids),
         device=student.ranks.device,
     )
 

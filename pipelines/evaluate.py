@@ -9,7 +9,7 @@ that does not end by itself is wrong, whatever it says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from mtopd.progress import say
 from mtopd.prompt_table import Prompts
 from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.run_dir import RunDir
-from mtopd.tokenizer import decode_response
 
 from .iteration import Iteration
 from .session import Session
@@ -76,7 +75,7 @@ def measure(
     The draws are the same for every model and iteration, so that two models differ by their weights
     alone.  Collective.
     """
-    ranks, sampling = student.ranks, sampling_of(config)
+    ranks, sampling, ending = student.ranks, sampling_of(config), student.ending(stop_of(config))
     items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source]
     sums = torch.zeros(2, len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
     correct, stopped = sums
@@ -88,7 +87,7 @@ def measure(
         )
         for (source, prompt), response in zip(chosen, responses, strict=True):
             if response.finish_reason == "stop":
-                text = decode_response(student.tokenizer, response.response_ids)
+                text = ending.text(response.response_ids)
                 correct[source] += prompts.score(prompt, text) >= CORRECT_SCORE
                 stopped[source] += 1
     dist.all_reduce(sums)
@@ -103,6 +102,11 @@ def measure(
         return {name: by_source[name] / count for name, count in counts.items()}
 
     return Result(shares(correct), shares(stopped), counts)
+
+
+def stop_of(config: ConsolidateConfig | SpecialistConfig) -> Sequence[str]:
+    """A specialist has no rollouts: its answers end with an end token."""
+    return config.rollout.stop if isinstance(config, ConsolidateConfig) else ()
 
 
 def sampling_of(config: ConsolidateConfig | SpecialistConfig) -> Sampling:

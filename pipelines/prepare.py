@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, resolved, to_yaml
 from mtopd.families import model_facts
@@ -14,7 +15,7 @@ from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed
-from mtopd.tokenizer import tokenizer_hash
+from mtopd.tokenizer import end_ids, tokenizer_hash
 
 from .checks import (
     check_baselines,
@@ -24,6 +25,9 @@ from .checks import (
     check_teachers,
     check_world,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 
@@ -36,7 +40,7 @@ def consolidate(
     ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another
     tokenizer.
     """
-    tokenizer = check_student(config.student, deterministic=config.deterministic)
+    tokenizer = check_student(config.student, deterministic=config.deterministic, say=say)
     check_world(config.student)
     stores = check_teachers(config, tokenizer, say)
     check_baselines(config)
@@ -48,12 +52,20 @@ def consolidate(
             zip(config.teachers, stores, config.teacher_weights, strict=True)
         )
     ]
-    manifest = {"tokenizer_hash": tokenizer_hash(tokenizer), "teachers": table}
+    manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
     for change in _start(run, config, manifest, accept_changed=accept_changed):
         say(f"accepted: {change}")
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
     write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
+
+
+def token_identity(tokenizer: PreTrainedTokenizerBase, model: Path) -> dict[str, Any]:
+    """Which tokens the run's ids name, and which of them end a response."""
+    return {
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "end_ids": list(end_ids(tokenizer, model)),
+    }
 
 
 def report_stage_imbalance(config: ConsolidateConfig, teacher_hidden_size: int, say: Say) -> None:
@@ -86,11 +98,11 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     """Check a supervised run and write its run directory's first files.  The caller holds the lock."""
     # A specialist may use a load-balancing loss: it need not give the same numbers on another
     # layout.
-    tokenizer = check_student(config.student, deterministic=False)
+    tokenizer = check_student(config.student, deterministic=False, say=say)
     check_world(config.student)
     check_batch(config)
     check_store(config)
-    _start(run, config, {"tokenizer_hash": tokenizer_hash(tokenizer)})
+    _start(run, config, token_identity(tokenizer, config.student.model))
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 

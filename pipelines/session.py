@@ -53,7 +53,7 @@ class Session:
         self.student = Student(self.config.student, train.optimizer, num_steps, self.config.seed)
         self.ranks = self.student.ranks
         see_start_alike(self.ranks, self.run)
-        self.engine = ENGINES[self.config.rollout.engine](self.student)
+        self.engine = ENGINES[self.config.rollout.engine](self.student, self.config.rollout.stop)
         self.engine.update_weights(self.student.weights())
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)

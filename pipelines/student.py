@@ -5,6 +5,7 @@ an HF checkpoint.
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,9 @@ from mtopd.megatron.options import (
 )
 from mtopd.megatron.trainer import Trainer, build_ddp_config
 from mtopd.planning.capacity import padded_vocab_size
+from mtopd.rollout.ending import Ending
 from mtopd.run_dir import RunDir, is_sealed
-from mtopd.tokenizer import load_tokenizer, vocab_size
+from mtopd.tokenizer import end_ids, load_tokenizer, vocab_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +58,7 @@ class Student:
         self.dtype = torch_dtype(config.dtype)
         self.tokenizer = load_tokenizer(config.model)
         self.vocab_size = vocab_size(self.tokenizer)
+        self.end_ids = end_ids(self.tokenizer, config.model)
         fields = sort_fields(config.megatron)
         self.bridge = build_bridge(config, self.hf_config, fields, self.ranks.device)
         with megatron_refuses(config.megatron):
@@ -69,6 +72,10 @@ class Student:
         self.bridge.load(chunks, config.model)
         with megatron_refuses(config.megatron):
             self.trainer = Trainer(chunks, self.ranks, optimizer, num_steps, self.dtype, fields)
+
+    def ending(self, stop: Sequence[str]) -> Ending:
+        """When a response is over."""
+        return Ending(self.tokenizer, self.end_ids, stop)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights as HF tensors, on every rank.  Collective."""

@@ -4,8 +4,8 @@ loop.
 What is promised: a batch is the unit of replay.  Its members, their order, padding and compaction
 follow from the requests and the sampled tokens alone; the draw of a token is a function of (seed,
 iteration, prompt, sample, position).  The same weights and the same batch give the same tokens on
-the same hardware.  Ids >= vocab_size are never sampled.  generation_config files are not read:
-sampling is the student's own distribution at temperature 1, but for evaluation.
+the same hardware.  Ids >= vocab_size are never sampled.  Of generation_config files only the end
+tokens are read: sampling is the student's own distribution at temperature 1, but for evaluation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mtopd.hf_checkpoint import fill, stored_names
+from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import UNFILTERED, Request, Response, Sampling
 from mtopd.rollout.philox import uniform
 from mtopd.types import MtopdError
@@ -36,7 +37,7 @@ class EmbeddedEngine:
         *,
         dtype: torch.dtype,
         vocab_size: int,
-        eos_id: int,
+        ending: Ending,
         pad_id: int,
         device: torch.device,
     ) -> None:
@@ -57,7 +58,7 @@ class EmbeddedEngine:
             if name not in tied
         }
         self._vocab_size = vocab_size
-        self._eos_id = eos_id
+        self._ending = ending
         self._pad_id = pad_id
         self._device = device
 
@@ -98,6 +99,7 @@ class EmbeddedEngine:
         sample_B = np.array([r.sample for r in batch], np.uint64)
         tokens: list[list[int]] = [[] for _ in batch]
         log_probs: list[list[float]] = [[] for _ in batch]
+        is_over = [False] * len(batch)
         row_A = np.arange(len(batch))  # rows of the batch that the cache still holds
         cache = DynamicCache(config=self._model.config)
         position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
@@ -123,11 +125,12 @@ class EmbeddedEngine:
             for i, (row, token, log_prob) in enumerate(
                 zip(row_A, token_A.tolist(), chosen_A, strict=True)
             ):
-                # else: finished, kept until compaction
-                if not (tokens[row] and tokens[row][-1] == self._eos_id):
-                    tokens[row].append(token)
-                    log_probs[row].append(log_prob)
-                    running[i] = token != self._eos_id
+                if is_over[row]:  # kept until compaction
+                    continue
+                tokens[row].append(token)
+                log_probs[row].append(log_prob)
+                is_over[row] = self._ending.is_over(tokens[row])
+                running[i] = not is_over[row]
             if not running.any():
                 break
             ids_BS = token_A[:, None]
@@ -142,8 +145,8 @@ class EmbeddedEngine:
                 cache.batch_select_indices(keep)
                 row_A = row_A[running]
         return [
-            Response(tuple(t), tuple(p), "stop" if t[-1] == self._eos_id else "length")
-            for t, p in zip(tokens, log_probs, strict=True)
+            Response(tuple(t), tuple(p), "stop" if over else "length")
+            for t, p, over in zip(tokens, log_probs, is_over, strict=True)
         ]
 
     def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

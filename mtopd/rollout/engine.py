@@ -41,9 +41,9 @@ GREEDY = Sampling(temperature=0.0)
 class Response:
     """What was sampled."""
 
-    response_ids: tuple[int, ...]  # with the EOS token when finish_reason is "stop"
+    response_ids: tuple[int, ...]  # with the end token, or the stop string's, that ended it
     log_probs: tuple[float, ...]  # of the model's own distribution, whatever the sampling
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" (an end token or a stop string) | "length"
 
 
 class Engine(Protocol):

@@ -12,10 +12,10 @@ and ``sha256``.
     route            map<string, string>  the fields that chose the teacher, e.g. domain
     teacher_index    int32                position of the teacher in the config
     prompt_len       int32                at least 1
-    response_len     int32                at least 1; counts EOS, which is trained; nothing stands after EOS
+    response_len     int32                at least 1; counts the end token or stop string, which is trained and last
     num_loss_tokens  int32                ones in loss_mask
     student_version  int32                the iteration whose weights sampled the response
-    finish_reason    string               "stop" (the response ends with EOS) or "length"
+    finish_reason    string               "stop" (at an end token or a stop string) or "length"
     reward           double, nullable     the verifier's score
     token_hash       string               ``token_hash`` of the sample's tokens, hex
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from mtopd.config import SpecialistConfig, StudentConfig
-from mtopd.pipelines.checks import check_student, check_teacher
+from mtopd.pipelines.checks import check_ends, check_student, check_teacher
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
 from mtopd.run_dir import RunDir
-from mtopd.tokenizer import load_tokenizer, tokenizer_hash, vocab_size
+from mtopd.tokenizer import end_ids, load_tokenizer, pad_id, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
 from tests.small_models import save_model, tokenizer_folder, write_prompts
 
@@ -299,6 +299,10 @@ def test_tokenizers_agree_where_the_loss_can_meet_them(tmp_path: Path, noted: di
     (line,) = said
     assert "teacher 't' ends answers with '<sep>', the student with '<eos>' (eos_token)" in line
     assert "answers may run to their limit" in line
+    generation = tmp_path / "student" / "generation_config.json"
+    generation.write_text('{"eos_token_id": [1, 2]}')
+    check(store_with(other, **noted))
+    assert said[1].endswith("responses end at either")
 
     path = other / "tokenizer.json"
     path.write_text(path.read_text().replace('"A": 36', '"B": 36').replace('"B": 37', '"A": 37'))
@@ -309,3 +313,44 @@ def test_tokenizers_agree_where_the_loss_can_meet_them(tmp_path: Path, noted: di
     broken.tokenizer_folder = lambda: nullcontext(other)
     with pytest.raises(MtopdError, match=r"^s3://bucket/t/tokenizer: no readable tokenizer"):
         check(broken)
+
+
+@pytest.mark.parametrize(
+    ("eos", "config", "generation", "ends", "pad"),
+    [
+        ("<eos>", 1, 1, (1,), "<pad>"),
+        ("<eos>", [2, 1], None, (1, 2), "<pad>"),  # as Qwen and Llama-3 write it
+        ("<eos>", None, [1, 0, 2], (1, 0, 2), None),
+        ("<eos>", 4_000, None, (1,), None),  # names no token: never sampled
+        (None, None, 2, (2,), None),
+    ],
+)
+def test_every_end_token_that_the_students_files_name_ends_a_response(
+    tmp_path: Path, eos: str | None, config: object, generation: object, ends: tuple, pad: str
+) -> None:
+    tokenizer_folder(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    values = {**json.loads(path.read_text()), "eos_token": eos, "pad_token": pad}
+    path.write_text(json.dumps(values))
+    for name, value in (("config", config), ("generation_config", generation)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"eos_token_id": value}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert end_ids(tokenizer, tmp_path) == ends
+    assert pad_id(tokenizer, ends) == (0 if pad else ends[0])
+    said: list[str] = []
+    check_ends(tmp_path, tokenizer, said.append)
+    assert len(said) == (ends != (tokenizer.eos_token_id,)) + (pad is None)
+    assert all(len(ends) == 1 or "or '<sep>'" in line for line in said if "answers end at" in line)
+
+
+def test_a_student_that_cannot_end_is_refused(tmp_path: Path) -> None:
+    tokenizer_folder(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(MtopdError, match="names no EOS token that its tokenizer has"):
+        end_ids(tokenizer, tmp_path)
+    for wrong in ("<eos>", [1.5], True, {"a": 1}):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(MtopdError, match=r"config.json: eos_token_id is .*must be a token id"):
+            end_ids(tokenizer, tmp_path)

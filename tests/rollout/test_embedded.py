@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from mtopd.rollout.embedded import EmbeddedEngine, filtered, inverse_cdf
+from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import GREEDY, UNFILTERED, Request, Sampling
 from mtopd.rollout.philox import philox4x32, uniform
+from mtopd.tokenizer import load_tokenizer
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
@@ -60,12 +62,14 @@ def test_inverse_cdf_never_takes_a_token_of_probability_zero() -> None:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
     # 120 rows for about 100 token ids: the rest must never be sampled, however likely the weights
     # make them.
-    model = save_model(tmp_path_factory.mktemp("model") / "m", seed=5, layers=2, vocab=120)
+    folder = tmp_path_factory.mktemp("model") / "m"
+    model = save_model(folder, seed=5, layers=2, vocab=120)
+    tokenizer = load_tokenizer(folder)
     engine = EmbeddedEngine(
         model.config,
         dtype=torch.float32,
         vocab_size=100,
-        eos_id=1,
+        ending=Ending(tokenizer, [1]),
         pad_id=0,
         device=torch.device("cpu"),
     )
@@ -98,6 +102,37 @@ def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
         assert (response.response_ids[-1] == 1) == (response.finish_reason == "stop")
         assert 1 not in response.response_ids[:-1]
         assert len(response.log_probs) == len(response.response_ids) <= 16
+
+
+def test_end_tokens_and_stop_strings_end_a_response_at_once(engine: EmbeddedEngine) -> None:
+    """The draws are those of the same batch without them: only where an answer ends differs."""
+    batch, tokenizer = requests(24), engine._ending._tokenizer
+    whole = engine.generate(batch, max_response=16, seed=3, iteration=7)
+    texts = [tokenizer.decode(list(response.response_ids)) for response in whole]
+    stop = [texts[0][1:3], texts[1][4:6], "<sep>"]  # of two characters, and a special token
+    also_end = whole[2].response_ids[3]
+    plain, engine._ending = engine._ending, Ending(tokenizer, [1, also_end], stop)
+    try:
+        found = engine.generate(batch, max_response=16, seed=3, iteration=7)
+        assert engine.generate(batch, max_response=16, seed=3, iteration=7) == found
+    finally:
+        engine._ending = plain
+    cut = [r for r, w in zip(found, whole, strict=True) if r != w and len(r.response_ids) > 1]
+    last = [response.response_ids[-1] for response in cut]
+    assert also_end in last
+    assert any(token not in (1, also_end) for token in last), "the test needs both endings"
+    for response, unstopped in zip(found, whole, strict=True):
+        ids = response.response_ids
+        assert ids == unstopped.response_ids[: len(ids)]
+        prefixes = [tokenizer.decode(list(ids[:k])) for k in range(1, len(ids) + 1)]
+        is_over = [
+            ids[k] in (1, also_end) or any(s in text for s in stop)
+            for k, text in enumerate(prefixes)
+        ]
+        assert not any(is_over[:-1])
+        assert (response.finish_reason == "stop") == is_over[-1]
+        assert is_over[-1] or len(ids) == 16
+        assert len(response.log_probs) == len(ids)
 
 
 def test_padding_cache_and_compaction_do_not_change_a_response(engine: EmbeddedEngine) -> None:
