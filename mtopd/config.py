@@ -37,7 +37,7 @@ Count = Annotated[Whole, Field(ge=1, le=1 << 53)]
 Seed = Annotated[Whole, Field(ge=0, lt=1 << 32)]  # a word of the generator that draws tokens
 
 
-def _local(value: object) -> Path:
+def local_path(value: object) -> Path:
     """The absolute path that a shell user means.  The current folder is that of the start: a run
     keeps what it was, for commands given in other folders.
     """
@@ -64,7 +64,7 @@ def _local(value: object) -> Path:
 
 def _store_location(value: object) -> str:
     if not (isinstance(value, str) and "://" in value):
-        return str(_local(value))
+        return str(local_path(value))
     # The whole config is kept in the run directory: a URL with a password must not even reach it.
     if any(mark in value for mark in "@?#") or not value.isprintable():
         raise ValueError(
@@ -73,7 +73,7 @@ def _store_location(value: object) -> str:
     return value
 
 
-LocalPath = Annotated[Path, BeforeValidator(_local)]
+LocalPath = Annotated[Path, BeforeValidator(local_path)]
 
 
 # a folder, or a URL: s3://bucket/teachers/code

@@ -28,6 +28,11 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "train", "micro_batch_size"),
     ("config", "train", "token_budget"),
     ("config", "train", "max_bad_steps"),
+    # A run goes on beyond its former end: pipelines/continuation.py says what that means.
+    ("config", "train", "num_iterations"),
+    ("config", "train", "num_steps"),
+    ("config", "store"),
+    ("architecture",),  # another transformers may know more settings
 )
 # who teaches what
 ACCEPTABLE: tuple[Keys, ...] = (

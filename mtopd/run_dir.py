@@ -50,6 +50,11 @@ class RunDir:
     def checkpoint(self, iteration: int) -> Path:
         return self.path / "checkpoints" / f"{iteration:06d}"
 
+    def sealed_checkpoints(self) -> list[int]:
+        """Iterations that a start can begin with, ascending."""
+        found = (self.path / "checkpoints").glob("[0-9]*")
+        return sorted(int(path.name) for path in found if is_sealed(path))
+
     def export(self, iteration: int) -> Path:
         return self.path / "export" / f"{iteration:06d}"
 

@@ -16,6 +16,7 @@ from mtopd.families import ModelFacts, check_variant, model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
+from mtopd.run_dir import read_seal
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import (
     end_ids,
@@ -189,3 +190,19 @@ def check_teacher(
             f"teacher {name!r} ends answers with {end!r}, the student with {end_token(tokenizer)!r} "
             f"(eos_token): {outcome}"
         )
+
+
+def check_optimizer_form(folder: Path, student: StudentConfig) -> None:
+    """A checkpoint keeps the optimizer's state in the form that this start loads."""
+    prefix = "student.megatron."
+    for option, before in read_seal(folder)["optimizer"].items():
+        if option.startswith(prefix):
+            now = bool(student.megatron.get(option.removeprefix(prefix), False))
+        else:
+            now = student.parallel.ep > 1
+        if before != now:
+            raise MtopdError(
+                f"{folder} was written with {option}={before} and cannot be loaded with "
+                f"{option}={now}: Megatron keeps the optimizer's state in another form; set it as "
+                "it was"
+            )

@@ -74,12 +74,20 @@ def consolidate(
     accept_changed: AcceptChanged = False,
     log_json: LogJson = False,
     check: Check = False,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN[@ITERATION]",
+            help="A new run begins with weights and optimizer moments of that run's checkpoint.",
+        ),
+    ] = None,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
     from . import prepare
 
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
-    prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed)
+    prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed, origin=origin)
     run = RunDir(loaded.run_dir)
     final = run.export(loaded.train.num_iterations)
     start.start_ranks(run, loaded, prepared, "consolidate:main", final=final, check=check)

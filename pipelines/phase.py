@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtopd.megatron import checkpoint
-from mtopd.megatron.agreement import decide
 from mtopd.types import MtopdError
 
 from . import baselines, evaluate, rollout, teacher_pass, train
@@ -31,7 +30,7 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
     if phase == "baselines":
         evaluate_baselines(session)
         return
-    available = [0, *decide(session.ranks, lambda: checkpoint.sealed(session.run))]
+    available = session.beginnings()
     iteration = session.iteration(available[-1] if number == "newest" else int(number))
     chosen, num_iterations = iteration.number, session.config.train.num_iterations
     if phase != "teacher_pass":
@@ -39,7 +38,7 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
             raise MtopdError(
                 f"{run_dir} has no checkpoint of iteration {chosen}; there are {available}"
             )
-        if chosen:
+        if chosen or session.origin is not None:
             session.restore(iteration)
     if phase == "evaluate":
         evaluate.evaluate_student(session, iteration)

@@ -14,16 +14,24 @@ from mtopd.manifest import start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
-from mtopd.run_dir import RunDir, is_sealed
+from mtopd.run_dir import RunDir
 from mtopd.tokenizer import end_ids, tokenizer_hash
 
 from .checks import (
     check_baselines,
     check_batch,
+    check_optimizer_form,
     check_store,
     check_student,
     check_teachers,
     check_world,
+)
+from .continuation import (
+    architecture,
+    changed_end,
+    describe,
+    find_origin,
+    set_aside_final,
 )
 
 if TYPE_CHECKING:
@@ -33,12 +41,17 @@ Say = Callable[[str], None]
 
 
 def consolidate(
-    config: ConsolidateConfig, run: RunDir, say: Say, *, accept_changed: bool = False
+    config: ConsolidateConfig,
+    run: RunDir,
+    say: Say,
+    *,
+    accept_changed: bool = False,
+    origin: str | None = None,
 ) -> None:
     """Check a consolidation and write its run directory's first files.  The caller holds the lock.
 
     ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another
-    tokenizer.
+    tokenizer.  ``origin``: RUN[@ITERATION], the checkpoint that a new run begins with.
     """
     tokenizer = check_student(config.student, deterministic=config.deterministic, say=say)
     check_world(config.student)
@@ -53,8 +66,7 @@ def consolidate(
         )
     ]
     manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
-    for change in _start(run, config, manifest, accept_changed=accept_changed):
-        say(f"accepted: {change}")
+    _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
     write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
@@ -102,7 +114,9 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     check_world(config.student)
     check_batch(config)
     check_store(config)
-    _start(run, config, token_identity(tokenizer, config.student.model))
+    _start(run, config, token_identity(tokenizer, config.student.model), say)
+    if moved := set_aside_final(run, config):
+        say(moved)
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 
@@ -110,20 +124,28 @@ def _start(
     run: RunDir,
     config: ConsolidateConfig | SpecialistConfig,
     manifest: dict[str, Any],
+    say: Say,
     *,
     accept_changed: bool = False,
-) -> list[str]:
+    given_origin: str | None = None,
+) -> None:
+    """What a consolidation and a supervised run have in common.  Says what the run goes on from."""
     sweep(run.path)
+    manifest["architecture"] = architecture(config.student.model)
+    origin = find_origin(run, given_origin, config.student, manifest)
+    if origin is not None:
+        manifest["from"] = origin
+    checkpoints = run.sealed_checkpoints()
+    if checkpoints:
+        check_optimizer_form(run.checkpoint(checkpoints[-1]), config.student)
+    end = changed_end(run, config.train)
 
     def drop_unfinished() -> None:
         """What was made for the former teachers: routed prompts, iterations that no checkpoint
         holds, their results.
         """
         run.prompts.unlink(missing_ok=True)
-        finished = max(
-            (int(p.name) for p in (run.path / "checkpoints").glob("[0-9]*") if is_sealed(p)),
-            default=0,
-        )
+        finished = max(checkpoints, default=0)
         for folder in (run.path / "iterations").glob("[0-9]*"):
             if int(folder.name) >= finished:
                 remove_tree(folder)
@@ -131,7 +153,7 @@ def _start(
             if int(path.stem) > finished:
                 path.unlink()
 
-    return start_run(
+    changes = start_run(
         run,
         resolved(config),
         manifest,
@@ -140,3 +162,9 @@ def _start(
         accept_changed=accept_changed,
         drop_unfinished=drop_unfinished,
     )
+    for change in changes:
+        say(f"accepted: {change}")
+    if end is not None:
+        say(end)
+    if origin is not None and not checkpoints:
+        say(describe(origin))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Session:
         self.progress = Progress(enabled=is_first and not as_json)
         self.checkpoints = checkpoint.CheckpointWriter(self.student.trainer, self.run, self._retain)
         self.num_bad_steps = 0  # train steps left out so far because of NaN or inf
+        # The other run's checkpoint that this run begins with, or None
+        self.origin: dict[str, Any] | None = read_json(self.run.manifest).get("from")
 
     # -- iterations --------------------------------------------------------------------------------
     def iteration(self, number: int) -> Iteration:
@@ -112,7 +114,30 @@ class Session:
         iteration = self.iteration(newest or 0)
         if newest is not None:
             self.restore(iteration)
+        elif self.origin is not None:
+            self._begin(self.origin)
         return iteration
+
+    def _begin(self, origin: Mapping[str, Any]) -> None:
+        """Take what another run's checkpoint holds, and keep it at once as checkpoint 0: from then on
+        that run may go.
+        """
+        folder = RunDir(Path(origin["run"])).checkpoint(origin["iteration"])
+        checkpoint.begin_with(self.student.trainer, folder, origin["seal"])
+        self.checkpoints.save(0, self.checkpoint_state())
+        self.checkpoints.wait()
+        self.engine.update_weights(self.student.weights())
+
+    def beginnings(self) -> list[int]:
+        """Iterations whose student is at hand, ascending: those with a sealed checkpoint, and 0,
+        which ``student.model`` holds unless the run began with another run's checkpoint.
+        """
+        found = decide(self.ranks, lambda: checkpoint.sealed(self.run))
+        if self.origin is None:
+            return sorted({0, *found})
+        if not found:  # its first start ended before it had one
+            self._begin(self.origin)
+        return found or [0]
 
     def restore(self, iteration: Iteration) -> None:
         """Load the checkpoint that ``iteration`` begins with."""

@@ -55,7 +55,8 @@ def start_ranks(
     def is_ready() -> bool:
         prepare(config, run, say)
         if final is not None and is_sealed(final):
-            say(f"{run.path} is finished; remove it to start over")
+            end = "num_iterations" if isinstance(config, ConsolidateConfig) else "num_steps"
+            say(f"{run.path} is finished; raise train.{end} to go on, or remove it to start over")
             return False
         if check:
             say(f"all is well: {run.path} would start {_ranks(config.student.parallel)}")

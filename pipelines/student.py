@@ -5,7 +5,8 @@ an HF checkpoint.
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,12 @@ class Student:
         self.trainer.finish_param_sync()
         return self.bridge.export(self.trainer.chunks)
 
-    def export(self, run: RunDir, folder: Path) -> None:
-        """Write a normal HF checkpoint, whole or not at all, and seal it.  Collective."""
+    def export(
+        self, run: RunDir, folder: Path, contents: Mapping[str, object] | None = None
+    ) -> None:
+        """Write a normal HF checkpoint, whole or not at all, and seal it; ``contents`` go into the
+        seal.  Collective.
+        """
         tensors = self.weights()
         if self.ranks.rank == 0 and not is_sealed(folder):
             stored = HFTensors(self.config.model)
@@ -93,7 +98,12 @@ class Student:
             if self.config.mtp != "freeze" or not further:
                 drop_further_heads(self.hf_config)
             write_hf_checkpoint(
-                folder, tensors, self.hf_config, self.tokenizer, dtype=self.dtype, seal=run.seal
+                folder,
+                tensors,
+                self.hf_config,
+                self.tokenizer,
+                dtype=self.dtype,
+                seal=partial(run.seal, contents=contents),
             )
         dist.barrier()
 

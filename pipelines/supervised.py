@@ -58,8 +58,8 @@ def main(run_dir: Path, generation: int) -> None:
         engine.update_weights(student.weights())
         return evaluate.measure(engine, prompts, student, config)
 
-    num_done = _resume(student, run, shares)
-    for step in range(num_done, config.train.num_steps):
+    num_done, has_ended = _resume(student, run, config, shares)
+    for step in range(num_done, 0 if has_ended else config.train.num_steps):
         progress.phase("train", step, config.train.num_steps)
         line = train_step(student, prompts, config, shares, step)
         progress.advance(tokens=line.tokens, positions=line.positions)
@@ -69,9 +69,11 @@ def main(run_dir: Path, generation: int) -> None:
             progress.note(f"every source is at its target accuracy after {num_done} steps")
             break
         checkpoints.advance()
-        if num_done % config.checkpoint.every == 0:
+        if num_done % config.checkpoint.every == 0 and num_done < config.train.num_steps:
             checkpoints.save(num_done, {"shares": shares})
 
+    if not has_ended:  # from here a start with more steps goes on
+        checkpoints.save(num_done, {"shares": shares, "ended": config.train.num_steps})
     checkpoints.close()
     if prompts.num_held_out:
         found = evaluated()
@@ -86,7 +88,8 @@ def main(run_dir: Path, generation: int) -> None:
     metrics.write(MemoryLine(peak_host_bytes(student.ranks)), num_done)
     metrics.close()
     progress.close()
-    student.export(run, run.path / "export" / "final")
+    done = {"train_steps": {"planned": config.train.num_steps, "done": num_done}}
+    student.export(run, run.path / "export" / "final", done)
     dist.destroy_process_group()
 
 
@@ -133,12 +136,18 @@ def train_step(
     )
 
 
-def _resume(student: Student, run: RunDir, shares: dict[str, float]) -> int:
+def _resume(
+    student: Student, run: RunDir, config: SpecialistConfig, shares: dict[str, float]
+) -> tuple[int, bool]:
+    """Restore the newest checkpoint: the steps it has, and whether this many planned ones end there
+    (``train.stop`` may end them early).
+    """
     newest = decide(student.ranks, lambda: checkpoint.newest(run))
     if newest is None:
-        return 0
-    shares.update(checkpoint.load(student.trainer, run, newest)["shares"])
-    return newest
+        return 0, False
+    state = checkpoint.load(student.trainer, run, newest)
+    shares.update(state["shares"])
+    return newest, state.get("ended") == config.train.num_steps
 
 
 def draw(

@@ -67,7 +67,7 @@ PIPELINES = (
     ("cli_stores",),
     ("start",),
     ("prepare",),  # what a verb checks and writes before its ranks start
-    ("failures",),
+    ("failures", "continuation"),  # why a rank ended; what a start goes on from
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
     ("layouts",),  # refusals of layouts
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run

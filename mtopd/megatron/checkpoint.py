@@ -112,6 +112,7 @@ class CheckpointWriter:
             "optimizer": _optimizer_kind(trainer),
             "state": dict(state),
             "train_steps": trainer.steps_done,
+            "optimizer_updates": trainer.optimizer_updates,
         }
         written = self._thread.submit(
             _write_buckets, buckets, transforms, partial / _rng_file(rank), _rng_state()
@@ -181,6 +182,33 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
     """
     folder = run.checkpoint(iteration)
     seal = _verified_seal(folder, trainer)
+    _load_tensors(trainer, folder, seal, steps_done=int(seal["train_steps"]))
+    if seal["layout"] == _layout(trainer):
+        _restore_rng(load_file(folder / _rng_file(trainer.ranks.rank)))
+    plain: dict[str, Any] = seal["state"]
+    return plain
+
+
+def begin_with(trainer: Trainer, folder: Path, seal_sha256: str) -> None:
+    """Take weights and optimizer moments of another run's checkpoint; steps, schedule and random
+    states stay those of a new run.  Collective.
+
+    Raises MtopdError when the seal is not the one with that sha256, and as ``load`` does.
+    """
+    if not is_sealed(folder):
+        raise MtopdError(f"{folder}, with which the run begins, is gone; put it back")
+    if _file_sha256(folder / SEAL) != seal_sha256:
+        raise MtopdError(
+            f"{folder}, with which the run begins, was written again since its first start; "
+            "choose another run_dir to begin with what is there now"
+        )
+    _load_tensors(trainer, folder, _verified_seal(folder, trainer), steps_done=0)
+
+
+def _load_tensors(
+    trainer: Trainer, folder: Path, seal: Mapping[str, Any], *, steps_done: int
+) -> None:
+    """Restore weights and optimizer from a folder that matches ``seal``."""
     for option, value in _optimizer_kind(trainer).items():
         if seal["optimizer"][option] != value:
             raise MtopdError(
@@ -202,11 +230,9 @@ def load(trainer: Trainer, run: RunDir, iteration: int) -> dict[str, Any]:
                 missing,
                 unexpected,
             )
-        trainer.load_optimizer(state["optimizer"], int(seal["train_steps"]))
-    if seal["layout"] == _layout(trainer):
-        _restore_rng(load_file(folder / _rng_file(trainer.ranks.rank)))
-    plain: dict[str, Any] = seal["state"]
-    return plain
+        trainer.load_optimizer(
+            state["optimizer"], num_updates=int(seal["optimizer_updates"]), steps_done=steps_done
+        )
 
 
 def newest(run: RunDir) -> int | None:
@@ -215,12 +241,7 @@ def newest(run: RunDir) -> int | None:
 
 
 def sealed(run: RunDir) -> list[int]:
-    folder = run.path / "checkpoints"
-    return (
-        sorted(int(p.name) for p in folder.glob("[0-9]*") if is_sealed(p))
-        if folder.is_dir()
-        else []
-    )
+    return run.sealed_checkpoints()
 
 
 def prune(run: RunDir, *, keep: int) -> None:

@@ -113,19 +113,29 @@ def create_state(optimizer: MegatronOptimizer) -> None:
                     state.setdefault(name, torch.zeros_like(parameter.data))
 
 
-def load_state(optimizer: MegatronOptimizer, state: Any, steps_done: int) -> None:
-    """Take a checkpoint's optimizer state; the count of steps is ``steps_done``.
+def load_state(optimizer: MegatronOptimizer, state: Any, num_updates: int) -> None:
+    """Take a checkpoint's optimizer state, in which Adam made ``num_updates``: moments, float32
+    weights, and nothing of the settings, which are the config's.
 
     Megatron has every rank count the steps that global rank 0 wrote down, for the experts as
     well: rank 0's stage may have none, and so no count of theirs.
     """
     adams = torch_optimizers(optimizer)
+    settings = [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for adam in adams
+        for group in adam.param_groups
+    ]
     for index, adam in enumerate(adams):
         values = state if len(adams) == 1 else state[index]
         inner = values.get("optimizer", values)
         if "state" in inner and isinstance(adam, _COUNTS_BY_PARAMETER):
-            inner["state"]["common_step"] = torch.tensor(float(steps_done))
+            inner["state"]["common_step"] = torch.tensor(float(num_updates))
         else:
             for group in inner["param_groups"]:
-                group["step"] = steps_done
+                group["step"] = num_updates
     optimizer.load_state_dict(state)
+    # Megatron puts the groups back as they were saved, with the learning rates of that run.
+    groups = (group for adam in adams for group in adam.param_groups)
+    for group, own in zip(groups, settings, strict=True):
+        group.update(own)

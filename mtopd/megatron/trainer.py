@@ -65,6 +65,7 @@ class Trainer:
         self._gathers_late = self.distributed_optimizer and ddp_config.overlap_param_gather
         self._num_positions = 1  # of the mini-batch, padding too
         self.num_backwards = 0
+        self._updates_before = 0  # of the moments, by the run that this one began with
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self._scale
         if ddp_config.overlap_grad_reduce:
@@ -245,10 +246,20 @@ class Trainer:
     def steps_done(self) -> int:
         return int(self.schedule.num_steps) - 1
 
-    def load_optimizer(self, state: Any, steps_done: int) -> None:
-        """Take a checkpoint's optimizer state and go on after ``steps_done``."""
-        optimizer.load_state(self.optimizer, state, steps_done)
+    @property
+    def optimizer_updates(self) -> int:
+        """How often Adam updated the moments, in this run and in the one that it began with: its
+        bias correction counts them all.
+        """
+        return self.steps_done + self._updates_before
+
+    def load_optimizer(self, state: Any, *, num_updates: int, steps_done: int) -> None:
+        """Take a checkpoint's optimizer state, of ``num_updates``, and go on after ``steps_done``
+        train steps of this run.
+        """
+        optimizer.load_state(self.optimizer, state, num_updates)
         optimizer.resume_schedule(self.schedule, steps_done)
+        self._updates_before = num_updates - steps_done
 
 
 def build_ddp_config(fields: MegatronFields) -> DistributedDataParallelConfig:

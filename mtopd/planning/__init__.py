@@ -11,6 +11,7 @@ of its imports does.
     layouts           which parallel sizes fit a model
     capacity          what a rank of a run holds in memory
     teacher_passes    which replica of a teacher runs which samples, in which batches and waves
+    learning_rate     of every train step
     shares            which bytes of a teacher each rank reads, and where they stand on the device
 """
 
@@ -22,6 +23,7 @@ from mtopd.planning.layouts import (
     undivided,
     working_sizes,
 )
+from mtopd.planning.learning_rate import learning_rate
 from mtopd.planning.prompts import number_samples, plan_batches, select_prompts
 from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Mesh, Part, Range, plan_parts
 from mtopd.planning.stages import (
@@ -53,6 +55,7 @@ __all__ = [
     "choose_slices",
     "expressible_splits",
     "in_words",
+    "learning_rate",
     "number_samples",
     "plan_batches",
     "plan_parts",

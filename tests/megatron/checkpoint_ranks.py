@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -69,7 +70,9 @@ def build(root: Path, job: dict[str, Any]) -> tuple[Trainer, Bridge]:
         padded_vocab=PADDED,
     )
     bridge.load(chunks, root / job["kind"])
-    return Trainer(chunks, own, OPTIMIZER, NUM_STEPS, dtype, fields), bridge
+    optimizer = OPTIMIZER.model_copy(update=job.get("optimizer", {}))
+    num_steps = job.get("num_steps", NUM_STEPS)
+    return Trainer(chunks, own, optimizer, num_steps, dtype, fields), bridge
 
 
 def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
@@ -101,14 +104,16 @@ def micro_batches(trainer: Trainer, step: int) -> list[PackedMicroBatch]:
     return batches
 
 
-def train(trainer: Trainer, steps: range) -> list[float]:
+def train(trainer: Trainer, steps: range, rates: list[float] | None = None) -> list[float]:
     losses = []
     for step in steps:
         objective = cross_entropy(trainer)
         trainer.forward_backward(micro_batches(trainer, step), objective)
         sums = trainer.reduce(objective.finish)
-        trainer.optimizer_step(sums)
+        _, lr = trainer.optimizer_step(sums)
         losses.append(objective.loss(sums))
+        if rates is not None:
+            rates.append(lr)
     return losses
 
 
@@ -271,14 +276,89 @@ def die_while_writing(trainer: Trainer, writer: checkpoint.CheckpointWriter) -> 
     writer.close()
 
 
-def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
+def new_run(root: Path, name: str) -> RunDir:
+    run = RunDir(root / "runs" / name, 1)
+    if dist.get_rank() == 0:
+        run.path.mkdir(parents=True)
+        write_json(run.path / "generation.json", {"generation": 1})
+    dist.barrier()
+    return run
+
+
+def begin(root: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """A new run that begins with another's checkpoint: one step of a weight as Adam's formula has
+    it from the tensors in the folder, then the run's own checkpoint 0 and a start from that.
+    """
+    folder = root / "runs" / job["begin"] / "checkpoints" / "000003"
+    seal = hashlib.sha256((folder / "SEALED").read_bytes()).hexdigest()
     trainer, bridge = build(root, job)
+    said = []
+    for path, digest in ((folder.with_name("000001"), seal), (folder, seal[::-1])):
+        try:
+            checkpoint.begin_with(trainer, path, digest)
+        except MtopdError as error:
+            said.append(str(error))
+    checkpoint.begin_with(trainer, folder, seal)
+    result = {"loaded": state(trainer, bridge), "steps_done": trainer.steps_done, "refused": said}
+    run = new_run(root, job["run"])
+    writer = checkpoint.CheckpointWriter(trainer, run, lambda published: None)
+    writer.save(0, {})
+    writer.close()
+    rates: list[float] = []
+    result["moved"] = moved_by_hand(trainer, folder)
+    rates.append(trainer.optimizer.param_groups[0]["lr"])
+    losses = train(trainer, range(1, 3))
+    again, _ = build(root, job)
+    checkpoint.load(again, run, 0)
+    same = train(again, range(3), rates)
+    return {**result, "losses": losses, "again": same[1:], "rates": rates[1:]}
+
+
+def moved_by_hand(trainer: Trainer, folder: Path) -> float:
+    """Take a train step; the largest relative difference of a weight's update from Adam's formula."""
+    weight = trainer.chunks[-1].decoder.final_layernorm.weight
+    name, before = "decoder.final_layernorm.weight", weight.detach().double()
+    names = {
+        "weight": name,
+        "mean": f"optimizer.state.exp_avg.{name}",
+        "square": f"optimizer.state.exp_avg_sq.{name}",
+    }
+    stored = {key: torch.empty_like(weight.detach(), dtype=torch.float32) for key in names.values()}
+    dcp.load(stored, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    assert torch.equal(stored[name], weight.detach())
+    settings = trainer.optimizer.param_groups[0]
+    (beta1, beta2), lr = settings["betas"], settings["lr"]
+    objective = cross_entropy(trainer)
+    trainer.forward_backward(micro_batches(trainer, 0), objective)
+    gradient = weight.main_grad.double().clone()
+    norm, used = trainer.optimizer_step(trainer.reduce(objective.finish))
+    assert used == lr
+    gradient *= min(1.0, OPTIMIZER.clip_grad / (norm + 1e-6))
+    count = 3 + 1  # the other run's updates, and this one
+    mean = beta1 * stored[names["mean"]].double() + (1 - beta1) * gradient
+    square = beta2 * stored[names["square"]].double() + (1 - beta2) * gradient**2
+    step = (mean / (1 - beta1**count)) / ((square / (1 - beta2**count)).sqrt() + 1e-5)
+    moved = weight.detach().double() - before
+    return float(((moved + lr * step) / (lr * step.abs().max())).abs().max())
+
+
+def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
+    if "begin" in job:
+        return begin(root, job)
+    trainer, bridge = build(root, job)
+    if "straight" in job:
+        train(trainer, range(3))
+        losses = train(trainer, range(3, 6))
+        return {"losses": losses, "state": state(trainer, bridge)}
+    if "ended" in job:  # a run that was planned to end here
+        train(trainer, range(3))
+        writer = checkpoint.CheckpointWriter(trainer, new_run(root, job["ended"]), lambda n: None)
+        writer.save(3, {})
+        writer.close()
+        return {}
     run = RunDir(root / "runs" / job.get("save", job.get("resume")), 1)
     if "save" in job:
-        if trainer.ranks.rank == 0:
-            run.path.mkdir(parents=True)
-            write_json(run.path / "generation.json", {"generation": 1})
-        dist.barrier()
+        new_run(root, job["save"])
         published: list[int] = []
         writer = checkpoint.CheckpointWriter(trainer, run, published.append)
         train(trainer, range(3))
@@ -307,10 +387,12 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
     except MtopdError as error:
         return {"error": str(error)}
     loaded = {"loaded": state(trainer, bridge), "plain": plain, "newest": checkpoint.newest(run)}
-    losses = train(trainer, range(3, 6))
+    rates: list[float] = []
+    losses = train(trainer, range(3, 6), rates)
     return {
         **loaded,
         "losses": losses,
+        "rates": rates,
         "state": state(trainer, bridge),
         "steps_done": trainer.steps_done,
     }

@@ -59,6 +59,21 @@ RESUMED = {
     ],
 }
 
+# A run that was planned to end goes on; new runs begin with its checkpoint.
+CONSTANT = {"kind": "qwen3", "parallel": {"tp": 2}, "optimizer": {"decay": "constant"}}
+LINEAR = {"kind": "qwen3", "parallel": {"tp": 2}, "optimizer": {"decay": "linear"}}
+OTHER_RATES = {"lr": 5e-4, "min_lr": 1e-5, "warmup_steps": 4, "decay": "linear"}
+BEGUN = {"begin": "constant", "kind": "qwen3", "optimizer": OTHER_RATES}
+GOES_ON = [
+    {"ended": "constant", "num_steps": 3, **CONSTANT},
+    {"resume": "constant", "num_steps": 10, **CONSTANT},
+    {"straight": "constant", "num_steps": 10, **CONSTANT},
+    {"ended": "linear", "num_steps": 3, **LINEAR},
+    {"resume": "linear", "num_steps": 12, **LINEAR},
+    {"run": "new", **BEGUN, "parallel": {"tp": 2}},
+    {"run": "new dp", **BEGUN, "parallel": {"dp": 2}},
+]
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -91,7 +106,10 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
     jobs = [{"save": name, **job} for name, job in SAVED.items()]
     jobs += [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[4]]
     done = run_jobs(root, 4, jobs)
-    done += run_jobs(root, 2, [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[2]])
+    resumed = [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[2]]
+    of_two = run_jobs(root, 2, [*resumed, *GOES_ON])
+    done += of_two[: len(resumed)]
+    check_ended_runs_that_go_on(of_two[len(resumed) :])
     wanted = {job["save"]: job for job in done if "save" in job}
     assert len(done) == len(SAVED) + len(RESUMED[4]) + len(RESUMED[2])
     for job in done:
@@ -127,6 +145,29 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
             )
         assert max(errors) <= 2e-6, job
         assert job["plain"] == {"shares": {"a": 1.5}}
+
+
+def check_ended_runs_that_go_on(jobs: list[dict]) -> None:
+    """A larger number of steps: with a constant rate the bits of a run that had it from the start,
+    with another the rates of the new schedule.  A run that begins with the checkpoint: its weights
+    and moments at another layout, and a schedule of its own from the first step.
+    """
+    _, grown, straight, _, replanned, *new = jobs
+    assert grown["losses"] == straight["losses"] and grown["state"] == straight["state"]
+    assert len(set(straight["losses"])) == 3
+    # Steps 4 to 6 of 12, of which 2 warm up: 2, 3, 4 tenths of the way from 1e-3 to 1e-4.
+    assert replanned["rates"] == pytest.approx([8.2e-4, 7.3e-4, 6.4e-4], rel=1e-12)
+    assert len(new) == 2
+    for job in new:
+        print(job["run"], f"worst update {job['moved']:.1e}")
+        assert job["loaded"] == grown["loaded"] and job["steps_done"] == 0
+        # The weights are near 1, and rounded: the update is 1.2e-4.  A zeroed moment moves them by
+        # half of it or more.
+        assert job["moved"] <= 1e-3
+        assert job["losses"] == job["again"], "its own checkpoint 0 holds all of it"
+        assert job["rates"] == pytest.approx([1.25e-4, 2.5e-4, 3.75e-4], rel=1e-12)
+        gone, exchanged = job["refused"]
+        assert "000001" in gone and "is gone" in gone and "written again" in exchanged
 
 
 def test_a_rank_that_dies_while_it_writes_leaves_the_former_checkpoint(root: Path) -> None:

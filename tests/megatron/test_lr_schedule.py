@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mtopd.planning import learning_rate
 from tests.conftest import run_ranks
 from tests.small_models import save_model
 
@@ -54,6 +55,11 @@ def test_every_step_moves_by_the_rate_of_its_schedule(tmp_path: Path) -> None:
     for run, result in zip(RUNS, results, strict=True):
         options = run["num_steps"], run["optimizer"]["warmup_steps"], run["optimizer"]["decay"]
         wanted = [closed_form(number, *options) for number in range(1, run["num_steps"] + 3)]
+        ours = [
+            learning_rate(step, num_steps=run["num_steps"], **run["optimizer"])
+            for step in range(run["num_steps"] + 2)
+        ]
+        assert ours == pytest.approx(wanted, rel=1e-12), "what a start says before its ranks"
         said, moved = zip(*result["steps"], strict=True)
         assert said == pytest.approx(wanted, rel=1e-12), run
         assert moved == pytest.approx(wanted, rel=1e-5), run
