@@ -10,6 +10,7 @@ run has the same stages with fewer steps; its accuracies mean nothing.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def main() -> int:
     def mtopd(verb: str, config: str, *overrides: str) -> list[str]:
         return ["mtopd.pipelines.cli", verb, str(CONFIGS / config), *overrides]
 
+    # Four small ranks for two CPU cores: a machine with fewer GPUs than ranks would be refused.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     seed = arguments.seed
     base = [
         "specialist",

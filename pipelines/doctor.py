@@ -58,17 +58,17 @@ def _software() -> Iterator[Row]:
 def _devices() -> Iterator[Row]:
     import torch
 
-    from mtopd.megatron.parallel import pick_device
+    from mtopd.megatron.devices import explain
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
     yield (
         "CUDA devices",
         f"{count}: {', '.join(names)}" if count else "none",
-        "one GPU for each rank, or all ranks on CPU",
+        "one GPU for each rank; on CPU where no rank sees one",
     )
     for num_ranks in sorted({max(count, 1), count + 1}):
-        device, why = pick_device(num_ranks)
+        device, why = explain(count, num_ranks)
         yield f"{num_ranks} ranks a node" if num_ranks > 1 else "1 rank a node", device, why
 
 

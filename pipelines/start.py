@@ -58,6 +58,10 @@ def start_ranks(
             end = "num_iterations" if isinstance(config, ConsolidateConfig) else "num_steps"
             say(f"{run.path} is finished; raise train.{end} to go on, or remove it to start over")
             return False
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            from mtopd.megatron.devices import check_own_devices
+
+            check_own_devices(config.student.parallel.world_size)
         if check:
             say(f"all is well: {run.path} would start {_ranks(config.student.parallel)}")
         else:

@@ -42,6 +42,7 @@ def run_ranks(world_size: int, worker: Path, *arguments: str, timeout: float = 2
     ]
     environment = {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCHDYNAMO_DISABLE": "1",
         "PYTHONPATH": str(REPOSITORY),

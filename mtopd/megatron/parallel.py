@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import ParallelConfig
+from mtopd.megatron.devices import agree_on_devices, look
 from mtopd.planning import Mesh
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -49,37 +51,34 @@ class Ranks:
         return self.pp_rank == self.pp_size - 1
 
 
-def pick_device(local_world_size: int) -> tuple[str, str]:
-    """("cuda" | "cpu", why).  CUDA needs one GPU per rank: NCCL refuses two ranks on one device."""
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found >= local_world_size:
-        return "cuda", f"{found} GPUs for {local_world_size} ranks on this node"
-    return "cpu", f"{found} GPUs for {local_world_size} ranks on this node: gloo on CPU"
-
-
 def initialize(layout: ParallelConfig, *, seed: int) -> Ranks:
     """Join the job torchrun started and build Megatron's groups.  Reads torchrun's RANK,
-    WORLD_SIZE, LOCAL_*.
+    WORLD_SIZE, LOCAL_RANK.
 
-    What the layout leaves over is data parallel.
+    What the layout leaves over is data parallel.  Raises MtopdError on every rank where some find
+    no GPU and others do.
     """
-    world_size = int(os.environ["WORLD_SIZE"])
-    rank = int(os.environ["RANK"])
-    kind, _ = pick_device(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if dist.is_initialized():  # the layout changes, not the device
+        is_cuda = dist.get_backend() == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else CPU
+    else:
+        rendezvous, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore("devices", rendezvous)
+        device = agree_on_devices(store, rank, world_size, look())
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         from mtopd.megatron import cpu
 
-        device = torch.device("cpu")
         cpu.install()
         torch.set_num_threads(1)
     from mtopd.megatron import without_te
 
     without_te.install()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return build_groups(layout, rank=rank, world_size=world_size, device=device, seed=seed)
 
 

@@ -152,6 +152,10 @@ def test_what_one_rank_sees_otherwise_is_refused_on_every_rank(folder: Path) -> 
         assert "listing is stale" in result["stale"][0]
         assert result["late"][:2] == [["a", "b"], 3], "they look again while some see less"
         assert result["too late"][1] == 3
+        assert result["no GPU"][0] == "cpu"
+        assert result["two on each host"][0] == f"cuda:{result['rank'] % 2}"
+        assert result["its own"][0] == "cuda:0"
+        assert "host node1 has 1 GPUs for 2 ranks" in result["one too few"][0], "and nobody waits"
         assert result["gathered"][0] == [0, 1, 2, 3] and result["decided"][0] == 0
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mtopd.config import ParallelConfig
 from mtopd.megatron import parallel
 from mtopd.megatron.agreement import decide, digest_of, gather, see_alike
+from mtopd.megatron.devices import Sight, agree_on_devices
 from mtopd.progress import quiet_libraries
 from mtopd.trajectories import TokenStore, verify_shards
 from mtopd.types import MtopdError
@@ -68,6 +69,20 @@ def main() -> None:
         "not gathered": lambda: gather(ranks, vanished),
         "decided": lambda: decide(ranks, lambda: ranks.rank),
         "refused": lambda: decide(ranks, refused),
+    }
+    rendezvous, _, _ = next(dist.rendezvous("env://"))
+
+    def device(name: str, sight: Sight) -> str:
+        store = dist.PrefixStore(name, rendezvous)
+        return str(agree_on_devices(store, ranks.rank, ranks.world_size, sight))
+
+    alone = str(ranks.rank)  # a launcher that shows each rank its own GPU
+    host = f"node{ranks.rank // 2}"
+    cases |= {
+        "no GPU": lambda: device("none", Sight(host, ())),
+        "two on each host": lambda: device("two", Sight(host, (f"{host}.0", f"{host}.1"))),
+        "its own": lambda: device("own", Sight(host, (alone,))),
+        "one too few": lambda: device("few", Sight(host, ("0", "1")[: 2 - ranks.rank // 2])),
     }
     result: dict[str, object] = {"rank": ranks.rank}
     for name, case in cases.items():
