@@ -7,25 +7,83 @@ under temporary names, ``sweep`` removes at the next start.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from mtopd.progress import say
 from mtopd.types import MtopdError
 
 _ASIDE = ".aside"  # ending of what waits until its successor has its name
+# What a file system answers that does not know a call
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_MENDED_BY = {  # what the user can do
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit with `ulimit -n`",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs",
+    errno.EIO: "look at the disk, or at the server it belongs to",
+    errno.ESTALE: "look at the disk, or at the server it belongs to",
+}
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what the system refuses, a file or memory, into a MtopdError; other errors pass."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None and error.errno not in _MENDED_BY:
+            raise  # of no file, and of nothing that a user could mend
+        raise MtopdError(explain(error)) from error
+    except MemoryError as error:
+        raise MtopdError("this machine's memory does not suffice") from error
+
+
+def explain(error: OSError) -> str:
+    """One line: which file, what the system said of it, what to do."""
+    names = [str(n) for n in (error.filename, error.filename2) if isinstance(n, str | os.PathLike)]
+    said = f"{' -> '.join(names)}: " if names else "the system refused: "
+    advice = _MENDED_BY.get(error.errno or 0)
+    return said + (error.strerror or str(error)) + (f"; {advice}" if advice else "")
 
 
 def fsync_dir(folder: Path) -> None:
+    """Make names in ``folder`` durable, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        _say_cannot_sync(os.fstat(descriptor).st_dev, folder, error.strerror)
     finally:
         os.close(descriptor)
+
+
+def _say_cannot_sync(device: int, folder: Path, why: str | None) -> None:
+    if device not in _TOLD:
+        _TOLD.add(device)
+        say(
+            f"{folder} lies on a file system that syncs no folders ({why}): what was written last "
+            "may be lost when the machine loses power"
+        )
+
+
+_TOLD: set[int] = set()  # devices of which that was said
 
 
 def sync_file(path: Path) -> None:
@@ -45,8 +103,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     fsync_dir(path.parent)
 

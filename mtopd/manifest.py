@@ -89,8 +89,8 @@ def start_run(
             drop_unfinished()
     start = run.current_generation() + 1
     accepted += [{"start": start, "change": text} for text in changes]
+    write_json(run.manifest, {**known, "accepted_changes": accepted})  # it marks the folder: first
     write_atomic(run.config, config_yaml.encode())
-    write_json(run.manifest, {**known, "accepted_changes": accepted})
     run.take_generation()
     return changes
 

@@ -73,9 +73,16 @@ class Progress:
             self._bar.stop()
 
 
+def under_torchrun() -> bool:
+    """torchrun, or `pipelines.own_ranks` with its library, started this process.  RANK and WORLD_SIZE
+    prove nothing: schedulers set them for a whole job.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_first() -> bool:
     """This process speaks for the run: it is rank 0, or the only one there is."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

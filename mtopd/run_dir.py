@@ -10,6 +10,7 @@ What is promised:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mtopd.files import read_json, write_json
+from mtopd.files import UNSUPPORTED, read_json, write_json
 from mtopd.types import MtopdError
 
 SCHEMA = 1
@@ -74,6 +75,10 @@ class RunDir:
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
+    @property
+    def _generation(self) -> Path:
+        return self.path / "generation.json"
+
     # -- start -------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -84,8 +89,17 @@ class RunDir:
         # Without the fallback: a marker file would stay when the launcher is killed.
         lock = FileLock(path, timeout=0, fallback_to_soft=False)
         try:
+            self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise MtopdError(
+                f"cannot write to the run directory {self.path}: {_why(error)}; choose another "
+                "run_dir or change its permissions"
+            ) from error
+        try:
             lock.acquire()
+            path.write_text(f"host {socket.gethostname()} pid {os.getpid()}\n")
         except Timeout:
             holder = path.read_text(errors="replace").strip() or "another process"
             raise MtopdError(
@@ -93,24 +107,56 @@ class RunDir:
                 "choose another run_dir"
             ) from None
         except OSError as error:
+            lock.release()
+            said = f"its file system has no locks (flock: {error.strerror})"
             raise MtopdError(
-                f"cannot write to the run directory {self.path}: {error.strerror}; choose another "
-                "run_dir or change its permissions"
-            ) from None
+                f"cannot use the run directory {self.path}: "
+                f"{said if error.errno in UNSUPPORTED else _why(error)}; choose a run_dir on "
+                "another file system"
+            ) from error
         try:
-            path.write_text(f"host {socket.gethostname()} pid {os.getpid()}\n")
             yield
         finally:
             lock.release()
 
+    def is_ours(self) -> bool:
+        """A start of ours has marked this folder: what lies in it is a run's."""
+        try:
+            manifest = json.loads(self.manifest.read_text())
+        except (OSError, ValueError):
+            return self._generation.is_file()  # a manifest that is damaged
+        return isinstance(manifest, dict) and {"schema", "config"} <= manifest.keys()
+
+    def _refuse_foreign(self) -> None:
+        """Raise MtopdError for a folder of somebody else: a run writes, sweeps and removes files."""
+        if not self.path.is_dir() or self.is_ours():
+            return
+        before = {"lock", "failure.txt", "lost+found"}  # of a start that was refused; of a new disk
+        foreign = sorted(
+            path.name
+            for path in self.path.iterdir()
+            if path.name not in before and not path.name.startswith(".")
+        )
+        if foreign:
+            raise MtopdError(
+                f"{self.path} is no run directory and not empty (it holds "
+                f"{', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}); choose a run_dir "
+                "that is empty or does not exist"
+            )
+
     def take_generation(self) -> None:
         """Become the newest start of the run.  The caller holds the lock."""
         self.generation = self.current_generation() + 1
-        write_json(self.path / "generation.json", {"generation": self.generation})
+        write_json(self._generation, {"generation": self.generation})
 
     def current_generation(self) -> int:
-        path = self.path / "generation.json"
-        return int(read_json(path)["generation"]) if path.exists() else 0
+        if not self._generation.exists():
+            return 0
+        found = read_json(self._generation)
+        generation = found.get("generation") if isinstance(found, dict) else None
+        if not isinstance(generation, int):
+            raise MtopdError(f"{self._generation} holds no number of a start; put it back")
+        return generation
 
     # -- seals -------------------------------------------------------------------------------------
     def seal(self, folder: Path, contents: Mapping[str, Any] | None = None) -> None:
@@ -129,14 +175,19 @@ class RunDir:
         )
 
 
+def _why(error: OSError) -> str:
+    if isinstance(error, FileExistsError):
+        return "it is a file"
+    return error.strerror or str(error)
+
+
 def is_sealed(folder: Path) -> bool:
     return (folder / SEAL).is_file()
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
     seal = read_json(folder / SEAL)
-    if not isinstance(seal, dict) or seal.get("schema") != SCHEMA:
-        raise MtopdError(
-            f"{folder / SEAL} has schema {seal.get('schema')!r}, this version reads {SCHEMA}"
-        )
+    found = seal.get("schema") if isinstance(seal, dict) else None
+    if not isinstance(seal, dict) or found != SCHEMA:
+        raise MtopdError(f"{folder / SEAL} has schema {found!r}, this version reads {SCHEMA}")
     return seal

@@ -16,6 +16,7 @@ from mtopd.families import ModelFacts, check_variant, model_facts
 from mtopd.hf_checkpoint import HFTensors, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
+from mtopd.progress import under_torchrun
 from mtopd.run_dir import read_seal
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
 from mtopd.tokenizer import (
@@ -87,7 +88,7 @@ def check_hf_folder(folder: Path) -> ModelFacts:
 def check_world(student: StudentConfig) -> None:
     """Under an outer torchrun, its world size must be the config's."""
     parallel = student.parallel
-    found = os.environ.get("WORLD_SIZE")
+    found = os.environ["WORLD_SIZE"] if under_torchrun() else None
     if found is not None and int(found) != parallel.world_size:
         need = parallel.tp * parallel.pp * parallel.cp
         axes = f"tp {parallel.tp} x pp {parallel.pp}" + (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
+from mtopd.files import one_line_errors
 from mtopd.progress import console, is_first, print_error
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
@@ -61,10 +63,14 @@ Iteration = Annotated[
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     # models and tokenizers come from folders, never from a hub
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    if context.invoked_subcommand in ("teachers", "cache", "report", "doctor"):
+        # They take no part in a torchrun: in a shell that inherited its variables, they speak.
+        os.environ.pop("TORCHELASTIC_RUN_ID", None)
 
 
 @app.command()
@@ -180,7 +186,8 @@ def main() -> None:
     # of libraries, about backends this machine lacks; `mtopd doctor` says it once
     warnings.filterwarnings("ignore")
     try:
-        app(standalone_mode=False)
+        with one_line_errors():
+            app(standalone_mode=False)
         return
     except MtopdError as error:
         if "--debug" in sys.argv:
@@ -188,6 +195,9 @@ def main() -> None:
         message, code = str(error), 2
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, typer.Abort):
         message, code = "stopped; start the same command again to go on", 130
     except Exception as error:

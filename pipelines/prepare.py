@@ -130,7 +130,8 @@ def _start(
     given_origin: str | None = None,
 ) -> None:
     """What a consolidation and a supervised run have in common.  Says what the run goes on from."""
-    sweep(run.path)
+    if run.is_ours():
+        sweep(run.path)
     manifest["architecture"] = architecture(config.student.model)
     origin = find_origin(run, given_origin, config.student, manifest)
     if origin is not None:

@@ -4,6 +4,7 @@ later run trusts.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -269,6 +270,65 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     assert [change["start"] for change in manifest["accepted_changes"]] == [2]
 
 
+def test_variables_of_a_scheduler_change_nothing(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RANK and WORLD_SIZE of a Kubernetes job or a Slurm prologue: this command starts its ranks."""
+    left = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-0"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    started: list[int] = []
+    monkeypatch.setattr(start, "launch", lambda world_size, *_: started.append(world_size))
+    config = str(workplace / "config.yaml")
+    monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", config, "--check"])
+    cli.main()
+    assert "would start 4 ranks" in capsys.readouterr().err and not started
+    monkeypatch.setattr(sys, "argv", ["mtopd", "consolidate", config])
+    cli.main()
+    assert started == [4]
+    capsys.readouterr()
+    assert "no folder" in refused(workplace, capsys, monkeypatch, "teachers", "ls", "/nothing")
+
+
+def test_a_shell_that_inherited_torchruns_variables_gets_an_answer(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "gone")  # and nothing to reach it by
+    assert "no folder" in refused(workplace, capsys, monkeypatch, "teachers", "ls", "/nothing")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "gone")
+    line = refused(workplace, capsys, monkeypatch)
+    assert "cannot be reached" in line and "unset TORCHELASTIC_RUN_ID" in line
+
+
+def test_what_the_system_refuses_is_one_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", "/some/file")
+
+    monkeypatch.setattr(cli, "load_config", refuse)
+    line = refused(workplace, capsys, monkeypatch)
+    assert "/some/file: Too many open files; raise the limit" in line
+
+
+def test_a_closed_standard_output_ends_the_command_quietly(workplace: Path) -> None:
+    command = [sys.executable, "-m", "mtopd.pipelines.cli", "teachers", "ls"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*command, str(workplace / "stores")],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        cwd=REPOSITORY,
+    )
+    os.close(writer)
+    assert done.returncode not in (0, 2) and done.stderr == ""
+
+
 def test_a_run_directory_in_use_is_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +341,9 @@ def test_no_write_permission_is_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (workplace / "run").write_text("a file where the run directory should be")
-    assert "cannot write" in refused(workplace, capsys, monkeypatch)
+    assert "it is a file" in refused(workplace, capsys, monkeypatch)
+    edit_config(workplace, lambda c: c.update(run_dir=str(workplace)))
+    assert "not empty (it holds config.yaml" in refused(workplace, capsys, monkeypatch)
     if os.geteuid() == 0:  # root may write anywhere: a kernel file system says no to root as well
         edit_config(workplace, lambda c: c.update(run_dir="/proc/mtopd"))
     else:

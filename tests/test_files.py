@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 
-from mtopd.files import remove_tree, replace_tree, sweep, write_atomic
+from mtopd import files
+from mtopd.files import one_line_errors, remove_tree, replace_tree, sweep, write_atomic
 from mtopd.run_dir import SEAL, RunDir
+from mtopd.types import MtopdError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(
@@ -25,6 +29,64 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_syncs_no_folders_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal, fsync = [errno.EINVAL], os.fsync
+
+    def fsync_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(refusal[0], os.strerror(refusal[0]))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_files)
+    monkeypatch.setattr(files, "_TOLD", set())
+    for _ in range(2):
+        write_atomic(tmp_path / "x", b"new")
+    said = capsys.readouterr().err
+    assert said.count(f"{tmp_path} lies on a file system that syncs no folders (Invalid") == 1
+    refusal[0] = errno.EIO  # a disk that fails is another matter
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
+        write_atomic(tmp_path / "x", b"new")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_refused_write_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The system's own error of a write names none."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with (
+        pytest.raises(MtopdError, match=f"^{tmp_path}/x: {os.strerror(number)}; "),
+        one_line_errors(),
+    ):
+        write_atomic(tmp_path / "x", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_the_system_are_one_line_and_bugs_are_not(tmp_path: Path) -> None:
+    for number in (errno.ENOENT, errno.EMFILE, errno.ENAMETOOLONG, errno.ELOOP):
+        with (
+            pytest.raises(MtopdError, match=f"^/a -> /b: {os.strerror(number)}"),
+            one_line_errors(),
+        ):
+            raise OSError(number, os.strerror(number), "/a", None, "/b")
+    with (
+        pytest.raises(MtopdError, match=r"^the system refused: Too many open files; raise"),
+        one_line_errors(),
+    ):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with pytest.raises(MtopdError, match="memory"), one_line_errors():
+        raise MemoryError
+    for other in (ConnectionRefusedError(errno.ECONNREFUSED, "no"), KeyError(1), BrokenPipeError()):
+        with pytest.raises(type(other)), one_line_errors():
+            raise other
 
 
 def test_sweep_takes_leftovers_only(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ PIPELINES = (
     ("cli",),
     ("cli_stores",),
     ("start",),
+    ("own_ranks",),
     ("prepare",),  # what a verb checks and writes before its ranks start
     ("failures", "continuation"),  # why a rank ended; what a start goes on from
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
@@ -277,7 +278,7 @@ def test_environment_is_not_configuration() -> None:
         "mtopd/user_cache.py",
         "mtopd/megatron/cpu.py",
         "mtopd/kernels/rows_cpu.py",
-    } | {f"pipelines/{n}.py" for n in ("start", "cli", "checks", "doctor")}
+    } | {f"pipelines/{n}.py" for n in ("start", "own_ranks", "cli", "checks", "doctor")}
     users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
     assert users <= allowed, users - allowed
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import multiprocessing.synchronize
+import os
 import signal
 from pathlib import Path
 
@@ -51,3 +54,65 @@ def test_the_lock_dies_with_its_holder(tmp_path: Path) -> None:
     holder.join(10)
     with RunDir(tmp_path / "run").lock():
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(MtopdError, match=r"/run: its file system has no locks .*another file sys"),
+        RunDir(tmp_path / "run").lock(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("file", "it is a file"), ("file/run", "Not a directory"), ("x" * 300, "long")],
+)
+def test_what_cannot_be_a_folder_is_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(MtopdError, match=f"cannot write to the run directory .*{name}: .*{said}"),
+        RunDir(tmp_path / name).lock(),
+    ):
+        pass
+
+
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """A run sweeps temporary files, and writes config.yaml and manifest.json."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name, text in {
+        "config.yaml": "mine",
+        "manifest.json": '{"manifest_version": 3}',
+        ".thesis.doc.tmp": "unsaved",
+    }.items():
+        (home / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
+    with (
+        pytest.raises(MtopdError, match=r"home is no run directory .*holds config\.yaml, manifest"),
+        RunDir(home).lock(),
+    ):
+        pass
+    assert {path.name: path.read_bytes() for path in home.iterdir()} == before
+
+
+def test_an_empty_folder_and_what_a_refused_start_left_are_taken(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    (tmp_path / "lost+found").mkdir()
+    for _ in range(2):
+        with run.lock():
+            assert not run.is_ours()
+    with run.lock():
+        start_run(run, {}, {}, "")
+        assert run.is_ours()
+    run.manifest.write_text("damaged")
+    (tmp_path / "generation.json").write_text('{"generation": "1"}')
+    with run.lock(), pytest.raises(MtopdError, match="holds no number"):
+        run.current_generation()

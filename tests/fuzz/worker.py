@@ -57,7 +57,7 @@ def _refuse_to_launch(*arguments: object) -> None:
 
 def _fork_rank(world_size: int, target: str, run_dir: Path, generation: int, *rest: str) -> None:
     """What start.launch does for one rank, without a new interpreter."""
-    from mtopd.pipelines import start
+    from mtopd.pipelines import own_ranks
     from mtopd.types import MtopdError
 
     assert world_size == 1, world_size
@@ -79,7 +79,7 @@ def _fork_rank(world_size: int, target: str, run_dir: Path, generation: int, *re
         os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
         code = 1
         try:
-            code = start.main([target, str(run_dir), str(generation), str(errors), *rest])
+            code = own_ranks.main([target, str(run_dir), str(generation), str(errors), *rest])
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)

@@ -30,7 +30,7 @@ def make_run(path: Path, *names: str) -> Path:
         {"index": index, "name": name, "fingerprint": MATH}
         for index, name in enumerate(names or ("maths",))
     ]
-    write_json(path / "manifest.json", {"teachers": teachers})
+    write_json(path / "manifest.json", {"schema": 2, "config": {}, "teachers": teachers})
     return RunDir(path).hidden_cache(3)
 
 

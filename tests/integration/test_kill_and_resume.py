@@ -118,7 +118,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int,
 def rank_processes(launcher: int) -> list[psutil.Process]:
     try:
         children = psutil.Process(launcher).children(recursive=True)
-        return [p for p in children if "mtopd.pipelines.start" in " ".join(p.cmdline())]
+        return [p for p in children if "mtopd.pipelines.own_ranks" in " ".join(p.cmdline())]
     except psutil.NoSuchProcess:
         return []
 

@@ -28,7 +28,7 @@ def bug() -> None:
     def fail(*_: object) -> None:
         raise KeyError("no such thing")
 
-    start._call = fail
+    start.call = fail
 
 
 if __name__ == "__main__":

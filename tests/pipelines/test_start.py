@@ -12,7 +12,9 @@ import psutil
 import pytest
 import yaml
 
+from mtopd.config import ConsolidateConfig, load_config
 from mtopd.convert.teacher import add_teacher
+from mtopd.pipelines import prepare, start
 from mtopd.run_dir import RunDir, is_sealed
 from tests.conftest import REPOSITORY
 from tests.small_models import save_model, write_prompts
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """The run directory of a consolidation on two ranks that has its config and nothing else."""
+    """The run directory of a consolidation on two ranks that was checked and not started."""
     root = tmp_path_factory.mktemp("start")
     save_model(root / "student", seed=1, layers=2)
     save_model(root / "t0", seed=2, layers=2)
@@ -40,9 +42,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "rollout": {"prompts_per_iteration": 8, "batch_size": 4},
         "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
     }
-    (root / "run").mkdir()
-    (root / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    return RunDir(root / "run")
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    loaded = load_config(root / "config.yaml", [], ConsolidateConfig)
+    run = RunDir(loaded.run_dir)
+    start.start_ranks(run, loaded, prepare.consolidate, "none:none", check=True)
+    return run
 
 
 def under_torchrun(
