@@ -116,7 +116,12 @@ def specialist(
     loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
     run, final = RunDir(loaded.run_dir), loaded.run_dir / "export" / "final"
     start.start_ranks(run, loaded, prepare.specialist, "supervised:main", final=final, check=check)
-    if is_first() and loaded.store is not None and not check:
+    if not is_first() or check:
+        return
+    from mtopd.report import write_report  # plots, which no rank needs
+
+    write_report(loaded.run_dir, console if loaded.log_json else Console())
+    if loaded.store is not None:
         stores.add(loaded.store.name, final, loaded.store.path, console, slices=loaded.store.slices)
 
 

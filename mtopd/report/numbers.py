@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mtopd.config import SourceConfig
-from mtopd.metrics_lines import BadStepLine, MemoryLine, PhaseLine, RolloutLine, TrainStepLine
-from mtopd.report.record import Accuracy, RunRecord
+from mtopd.metrics_lines import (
+    BadStepLine,
+    EvaluationLine,
+    MemoryLine,
+    PhaseLine,
+    RolloutLine,
+    TrainStepLine,
+)
+from mtopd.report.record import Accuracy, Record, RunRecord, SpecialistRecord
 from mtopd.run_dir import SCHEMA
 
 Report = Mapping[str, Any]  # as JSON has it
 
-_KL_STEPS = 10  # at most so many train steps at either end of the run make its first and last KL
+_END_STEPS = 10  # at most so many train steps at either end of the run make its first and last KL
 _MIN_GAIN = 0.05  # where the teacher is less than this above the base, recovery says nothing
 _LAST_PHASE = "update_weights"  # ends an iteration
 
@@ -46,10 +53,7 @@ def build_report(record: RunRecord) -> Report:
         "stall_s": {"teacher_pass": _total(p.stall_s for p in passes),
                     "train": _total(s.heads.stall_s for s in steps)},
         "train_steps": len(steps),
-        "train_tokens": _total(s.tokens for s in steps),
-        "tokens_per_s": _rate((s.tokens, s.wall_s) for s in steps),
-        "positions": _total(s.positions for s in steps),
-        "positions_per_s": _rate((s.positions, s.wall_s) for s in steps),
+        **_work(steps),
         "rollout_tokens": _total(line.tokens for line in record.lines(RolloutLine)),
         "waves": _peak(p.waves for p in passes),
         "teachers": [_teacher(record, steps, teacher) for teacher in record.teachers],
@@ -57,8 +61,9 @@ def build_report(record: RunRecord) -> Report:
         "peak_head_bytes": heads,
         "peak_device_bytes": max(heads, _peak(p.peak_device_bytes for p in passes)),
         "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
-        "reverse_kl": first_and_last_kl(steps),
+        "reverse_kl": first_and_last(steps, lambda s: s.reverse_kl),
         "domains": domains,
+        "student_stopped": _newest_stopped(record),
         "worst_recovery": min(recovered, default=None),
         "mean_recovery": sum(recovered) / len(recovered) if recovered else None,
         "baselines": {
@@ -136,21 +141,60 @@ def worst_recovery(
     return min((r for r in found if r is not None), default=None)
 
 
-def first_and_last_kl(steps: Sequence[TrainStepLine]) -> dict[str, float | None]:
-    """Token means over as many ``steps`` at either end of the run, which never overlap: of one
-    train step there is a first KL and no last.
-    """
-    count = max(1, min(_KL_STEPS, len(steps) // 2))
-    last = steps[-count:] if len(steps) > 1 else []
+def build_specialist_report(record: SpecialistRecord) -> Report:
+    """report.json of a supervised run, schema 1."""
+    steps, memory = record.lines(TrainStepLine), record.lines(MemoryLine)
+    evaluations = record.lines(EvaluationLine)
+    accuracy = record.final or (evaluations[-1].accuracy if evaluations else {})
+    order = [source.name for source in record.config.data.sources]
+    report = {
+        "schema": SCHEMA,
+        "kind": "specialist",
+        "finished": record.finished,
+        "train_steps": len(steps),
+        "planned_steps": record.config.train.num_steps,
+        "wall_s": {"train": _total(s.wall_s for s in steps)},
+        **_work(steps),
+        "loss": first_and_last(steps, lambda s: s.loss),
+        "accuracy": {n: accuracy[n] for n in dict.fromkeys([*order, *accuracy]) if n in accuracy},
+        "stopped": _newest_stopped(record),
+        "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
+    }
+    return _finite(report)
+
+
+def _work(steps: Sequence[TrainStepLine]) -> dict[str, float | None]:
+    """How much the train steps got through, and how fast."""
     return {
-        "first": _token_mean_kl(steps[:count]),
-        "last": _token_mean_kl(last),
+        "train_tokens": _total(s.tokens for s in steps),
+        "tokens_per_s": _rate((s.tokens, s.wall_s) for s in steps),
+        "positions": _total(s.positions for s in steps),
+        "positions_per_s": _rate((s.positions, s.wall_s) for s in steps),
     }
 
 
-def _token_mean_kl(steps: Sequence[TrainStepLine]) -> float | None:
+def _newest_stopped(record: Record) -> dict[str, float]:
+    """The share of answers that ended by themselves in the newest evaluation of the student."""
+    newest = [line.stopped for line in record.lines(EvaluationLine)][-1:]
+    return dict(newest[0] or {}) if newest else {}
+
+
+def first_and_last(
+    steps: Sequence[TrainStepLine], value: Callable[[TrainStepLine], float]
+) -> dict[str, float | None]:
+    """Token means over as many ``steps`` at either end of the run, which never overlap: of one
+    train step there is a first value and no last.
+    """
+    count = max(1, min(_END_STEPS, len(steps) // 2))
+    last = steps[-count:] if len(steps) > 1 else []
+    return {"first": _token_mean(steps[:count], value), "last": _token_mean(last, value)}
+
+
+def _token_mean(
+    steps: Sequence[TrainStepLine], value: Callable[[TrainStepLine], float]
+) -> float | None:
     tokens = _total(s.tokens for s in steps)
-    return sum(s.reverse_kl * s.tokens for s in steps) / tokens if tokens else None
+    return sum(value(s) * s.tokens for s in steps) / tokens if tokens else None
 
 
 def _check(found: float, expected: float) -> dict[str, Any]:

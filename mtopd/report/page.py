@@ -6,30 +6,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mtopd.report import plots
 from mtopd.report.numbers import Report
-from mtopd.report.record import RunRecord
+from mtopd.report.record import RunRecord, SpecialistRecord
 from mtopd.report.tables import (
+    accuracy_columns,
+    accuracy_rows,
     check_rows,
+    first_and_last,
+    in_bytes,
     number,
     per_second,
+    percent,
     progress,
     result_columns,
     result_rows,
     reverse_kl,
+    steps_done,
     teacher_rows,
 )
 
 _DARK = "#333333"
+_ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def render_page(record: RunRecord, report: Report, title: str) -> str:
-    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text())
     colours = plots.teacher_colours(report)
-    return template.render(
+    return _render(
+        "page.html",
         title=title,
         lead=f"{'Finished' if report['finished'] else 'NOT finished'}: {progress(report)}.",
         tiles=_tiles(report),
@@ -57,15 +63,53 @@ def render_page(record: RunRecord, report: Report, title: str) -> str:
     )
 
 
+def render_specialist_page(record: SpecialistRecord, report: Report, title: str) -> str:
+    return _render(
+        "specialist.html",
+        title=title,
+        lead=f"{'Finished' if report['finished'] else 'NOT finished'}: {steps_done(report)}.",
+        tiles=[
+            *(
+                (f"accuracy on {name}", percent(value))
+                for name, value in report["accuracy"].items()
+            ),
+            ("loss, nats per token", first_and_last(report["loss"], report["train_steps"], _ARROW)),
+            ("train steps", f"{report['train_steps']:,}"),
+            *_rates(report),
+            ("peak host memory of a rank", in_bytes(report["peak_host_bytes"])),
+        ],
+        result_columns=accuracy_columns(report),
+        result_rows=accuracy_rows(report),
+        loss_plot=plots.loss_plot(record),
+        accuracy_plots=plots.specialist_accuracy_plots(record),
+        config=record.config_yaml,
+    )
+
+
+def _render(name: str, **values: object) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(name).render(**values)
+
+
+def _rates(report: Report) -> list[tuple[str, str]]:
+    """What train steps got through, as tiles."""
+    rates = per_second(report["tokens_per_s"]), per_second(report["positions_per_s"])
+    return [("answer tokens, positions a second of train steps", " / ".join(rates))]
+
+
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: label, value."""
-    rates = per_second(report["tokens_per_s"]), per_second(report["positions_per_s"])
     return [
         ("worst recovery", number(report["worst_recovery"])),
         ("mean recovery", number(report["mean_recovery"])),
-        ("reverse KL, nats per token", reverse_kl(report, "\N{RIGHTWARDS ARROW}")),
+        ("reverse KL, nats per token", reverse_kl(report, _ARROW)),
         ("train steps", f"{report['train_steps']:,}"),
-        ("answer tokens, positions a second of train steps", " / ".join(rates)),
+        *_rates(report),
         ("rollout tokens", f"{report['rollout_tokens']:,}"),
         ("wall time of all phases", f"{sum(report['wall_s'].values()):,.0f} s"),
     ]

@@ -11,9 +11,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mtopd.metrics_lines import TrainStepLine
+from mtopd.metrics_lines import EvaluationLine, TrainStepLine
 from mtopd.report.numbers import Report
-from mtopd.report.record import RunRecord
+from mtopd.report.record import RunRecord, SpecialistRecord
 from mtopd.report.tables import in_bytes
 
 COLOURS = (  # distinguishable for colour-blind readers
@@ -114,6 +114,42 @@ def kl_plot(record: RunRecord, colours: Mapping[str, str]) -> Plot:
         axes.yaxis.set_major_formatter("{x:g}")
 
     return _plot("reverse KL by teacher over train steps", 5.4, 3.6, draw)
+
+
+def loss_plot(record: SpecialistRecord) -> Plot:
+    steps = record.entries(TrainStepLine)
+    points = [(step or 0, line.loss) for _, step, line in steps if line.loss is not None]
+    width = -(-len(points) // _MAX_POINTS)
+
+    def draw(axes: Axes) -> None:
+        mark = "o" if len(points) == 1 else None
+        axes.plot(*_means(points, width), color=COLOURS[0], linewidth=1.3, marker=mark)
+        label = "train step" if width <= 1 else f"train step (means of {width} steps)"
+        axes.set(xlabel=label, ylabel="cross entropy, nats per token", ylim=(0, None))
+
+    return _plot("loss over train steps", 5.4, 3.0, draw)
+
+
+def specialist_accuracy_plots(record: SpecialistRecord) -> list[Plot]:
+    """One for each source that was evaluated, over train steps."""
+    found = record.entries(EvaluationLine)
+    names = dict.fromkeys(name for _, _, line in found for name in line.accuracy)
+    return [
+        _points_plot(
+            name,
+            [(step, 100 * line.accuracy[name]) for step, _, line in found if name in line.accuracy],
+            COLOURS[i % len(COLOURS)],
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _points_plot(source: str, points: Sequence[tuple[float, float]], colour: str) -> Plot:
+    def draw(axes: Axes) -> None:
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, markersize=4)
+        axes.set(title=_label(source), xlabel="train step", ylabel="accuracy, %", ylim=(-4, 104))
+
+    return _plot(f"accuracy on {source} over train steps", 3.6, 2.7, draw)
 
 
 def _means(points: Sequence[tuple[float, float]], width: int) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""What a run directory holds of a consolidation, read for its report; nothing is written.
+"""What a run directory holds, read for its report; nothing is written.
 
 Numbers come from metrics.jsonl (a train step that ran again after a resume counts once), from
 evaluations/ and from the manifest. An unfinished run is read as far as it came.
@@ -11,26 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtopd.config import ConsolidateConfig, SourceConfig, load_config
+from mtopd.config import ConsolidateConfig, SourceConfig, SpecialistConfig, load_config
 from mtopd.data import route
 from mtopd.files import read_json
 from mtopd.metrics import Entry, L, read_metrics
 from mtopd.metrics_lines import Line, PassMetrics, TeacherPassLine
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.types import MtopdError
+from mtopd.yaml_file import read_yaml
 
 Accuracy = Mapping[str, float | None]  # by source name
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    config: ConsolidateConfig
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What runs of both kinds leave."""
+
     config_yaml: str
-    teachers: Sequence[Mapping[str, Any]]  # the manifest's table
     metrics: Sequence[Entry[Line]]  # in order of iteration and step
-    evaluations: Mapping[int, Accuracy]  # the student after so many iterations
-    models: Mapping[str, Accuracy]  # baselines by name, teachers in their order
-    weight_average: Accuracy | None
     finished: bool
 
     def entries(self, kind: type[L]) -> list[Entry[L]]:
@@ -42,6 +40,25 @@ class RunRecord:
 
     def lines(self, kind: type[L]) -> list[L]:
         return [entry.line for entry in self.entries(kind)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialistRecord(Record):
+    """A supervised run."""
+
+    config: SpecialistConfig
+    final: Accuracy  # after training; empty before, and without held-out prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """A consolidation."""
+
+    config: ConsolidateConfig
+    teachers: Sequence[Mapping[str, Any]]  # the manifest's table
+    evaluations: Mapping[int, Accuracy]  # the student after so many iterations
+    models: Mapping[str, Accuracy]  # baselines by name, teachers in their order
+    weight_average: Accuracy | None
 
     @property
     def passes(self) -> Iterator[tuple[str, PassMetrics]]:
@@ -57,20 +74,38 @@ class RunRecord:
             return None
 
 
-def read_config(run_dir: Path) -> ConsolidateConfig:
-    """The config a consolidation was started with. Raises MtopdError for any other directory."""
+def read_config(run_dir: Path) -> ConsolidateConfig | SpecialistConfig:
+    """The config a run was started with. Raises MtopdError for any other directory."""
     run = RunDir(run_dir)
     for path in (run.config, run.manifest):
         if not path.is_file():
             raise MtopdError(
                 f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
-                "consolidation"
+                "consolidation or a specialist"
             )
+    if "teachers" not in read_yaml(run.config):
+        return load_config(run.config, [], SpecialistConfig)
     if "teachers" not in read_json(run.manifest):
         raise MtopdError(
-            f"{run_dir} is a run without teachers; a report needs the run_dir of a consolidation"
+            f"{run.manifest} is that of a run without teachers, {run.config} names some; put the "
+            "right one back"
         )
     return load_config(run.config, [], ConsolidateConfig)
+
+
+def read_specialist(run_dir: Path, config: SpecialistConfig) -> SpecialistRecord:
+    run, final = RunDir(run_dir), run_dir / "evaluations" / "final.json"
+    return SpecialistRecord(
+        config=config,
+        config_yaml=run.config.read_text(),
+        metrics=_in_order(run),
+        final=read_json(final) if final.exists() else {},
+        finished=is_sealed(run_dir / "export" / "final"),
+    )
+
+
+def _in_order(run: RunDir) -> list[Entry[Line]]:
+    return sorted(read_metrics(run.metrics), key=lambda entry: (entry.iteration, entry.step or 0))
 
 
 def read_run(run_dir: Path, config: ConsolidateConfig) -> RunRecord:
@@ -86,9 +121,7 @@ def read_run(run_dir: Path, config: ConsolidateConfig) -> RunRecord:
         config=config,
         config_yaml=run.config.read_text(),
         teachers=teachers,
-        metrics=sorted(
-            read_metrics(run.metrics), key=lambda entry: (entry.iteration, entry.step or 0)
-        ),
+        metrics=_in_order(run),
         evaluations={int(file.stem): read_json(file) for file in files if file.stem.isdigit()},
         models=dict(models),
         weight_average=baselines.get("weight_average"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from mtopd.report.numbers import Report, worst_recovery
 
@@ -28,14 +29,35 @@ def result_rows(report: Report) -> list[list[str]]:
         ]
         for label, accuracy in models.items()
     ]
+    recovery = [number(d["recovery"]) for d in domains.values()]
+    rows.append(["recovery", *recovery, number(report["worst_recovery"])])
+    if ended := report["student_stopped"]:  # older runs did not note it
+        rows.append(["student's answers ended", *(percent(ended.get(n)) for n in domains), ""])
+    return rows
+
+
+def accuracy_columns(report: Report) -> list[str]:
+    return ["", *report["accuracy"]]
+
+
+def accuracy_rows(report: Report) -> list[list[str]]:
+    """Cells of a specialist's result: label, a column for each source with held-out prompts."""
     return [
-        *rows,
-        [
-            "recovery",
-            *(number(d["recovery"]) for d in domains.values()),
-            number(report["worst_recovery"]),
-        ],
+        [label, *(percent(report[key].get(name)) for name in report["accuracy"])]
+        for label, key in (("accuracy", "accuracy"), ("answers ended", "stopped"))
     ]
+
+
+def specialist_verdict(report: Report) -> str:
+    """A supervised run in one line."""
+    found = ", ".join(f"{name} {percent(v)}" for name, v in report["accuracy"].items())
+    done = "trained" if report["finished"] else "unfinished"
+    loss = first_and_last(report["loss"], report["train_steps"], "->")
+    return f"{done}, {steps_done(report)}: accuracy {found or 'not measured'}, loss {loss}"
+
+
+def steps_done(report: Report) -> str:
+    return f"{report['train_steps']} of {report['planned_steps']} train steps"
 
 
 def check_rows(report: Report) -> list[list[str]]:
@@ -85,9 +107,14 @@ def verdict(report: Report) -> str:
 
 
 def reverse_kl(report: Report, arrow: str) -> str:
-    """First and last KL and how many times lower it has become; of one train step its KL alone."""
-    first, last = report["reverse_kl"]["first"], report["reverse_kl"]["last"]
-    if report["train_steps"] < 2:
+    """First and last KL; of one train step its KL alone."""
+    return first_and_last(report["reverse_kl"], report["train_steps"], arrow)
+
+
+def first_and_last(ends: Mapping[str, float | None], num_steps: int, arrow: str) -> str:
+    """A train step's number at either end of the run, and how many times lower it has become."""
+    first, last = ends["first"], ends["last"]
+    if num_steps < 2:
         return nats(first)
     ratio = first / last if first is not None and last else 0
     lower = f" ({ratio:.1f}x)" if 1 <= ratio < 10 else f" ({ratio:.0f}x)" if ratio >= 10 else ""

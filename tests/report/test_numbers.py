@@ -5,10 +5,10 @@ import json
 import pytest
 
 from mtopd.metrics import MetricsWriter
-from mtopd.metrics_lines import BadStepLine, TeacherPassLine, from_values
+from mtopd.metrics_lines import BadStepLine, EvaluationLine, TeacherPassLine, from_values
 from mtopd.report import build_report, read_run
-from mtopd.report.numbers import first_and_last_kl, recovery
-from mtopd.report.tables import check_rows
+from mtopd.report.numbers import first_and_last, recovery
+from mtopd.report.tables import check_rows, result_rows
 from mtopd.run_dir import RunDir
 from tests.report.runs import BASELINES, TEACHERS, config_of, pass_metrics, report_of, step_line
 
@@ -61,7 +61,7 @@ def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
 )
 def test_first_and_last_kl_never_share_a_train_step(num_steps: int, at_either_end: int) -> None:
     # KL times tokens is 1 in every step, and step n has n tokens.
-    found = first_and_last_kl([step_line(step) for step in range(num_steps)])
+    found = first_and_last([step_line(step) for step in range(num_steps)], lambda s: s.reverse_kl)
     tokens = [*range(1, num_steps + 1)]
 
     def mean(part: list[int]) -> float | None:
@@ -142,6 +142,18 @@ def test_without_baselines_recovery_is_null(run: RunDir) -> None:
         is None
     )
     assert report["baselines"] == {"weight_average": {}, "specialists": {}}
+
+
+def test_the_share_of_answers_that_ended_is_the_newest(run: RunDir) -> None:
+    assert report_of(run)["student_stopped"] == {}, "an older run did not note it"
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for iteration, share in ((15, 0.75), (0, 0.25)):
+        line = EvaluationLine({"rot": 0.5}, stopped={"rot": share})
+        metrics.write(line, iteration)
+    metrics.close()
+    report = report_of(run)
+    assert report["student_stopped"] == {"rot": 0.75}
+    assert result_rows(report)[-1] == ["student's answers ended", "75.0%", "n/a", "n/a", ""]
 
 
 def test_checks_hold(run: RunDir) -> None:

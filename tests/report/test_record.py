@@ -131,7 +131,7 @@ def test_a_number_that_is_not_finite_becomes_null(run: RunDir) -> None:
     json.loads((run.path / "report.json").read_text(), parse_constant=refuse)
 
 
-def test_what_is_no_consolidation_is_refused(run: RunDir, tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(MtopdError, match=r"not a run directory \(no config.yaml\)"):
         write_report(tmp_path / "nowhere", Console(file=io.StringIO()))
     write_json(run.manifest, {"schema": 1})
