@@ -139,7 +139,7 @@ def verify(location: str, console: Console) -> None:
     """Read all bytes of a store.  Raises MtopdError that counts the damaged blocks, each named on a
     line before.
     """
-    store = check_files(open_store(location))
+    store = check_files(open_store(location, name=Path(location).name))  # as ``ls`` calls it
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

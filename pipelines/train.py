@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from mtopd.dtypes import torch_dtype
-from mtopd.hidden_cache import CachedStates, HiddenCacheReader, StateFormat
-from mtopd.megatron.agreement import decide, digest_of, see_alike
+from mtopd.hidden_cache import CachedStates, HiddenCacheReader, StateFormat, committed
+from mtopd.megatron.agreement import STALE_WAITS_S, decide, digest_of, see_alike
 from mtopd.megatron.micro_batch import PackedMicroBatch
 from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics_lines import BadStepLine, TrainStepLine
@@ -42,6 +42,12 @@ Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
 def run(session: Session, iteration: Iteration) -> None:
     """All train steps of the iteration, from sealed trajectories and hidden cache.  Collective."""
     decide(session.ranks, lambda: check_sealed(iteration))
+    see_alike(
+        session.ranks,
+        lambda: committed(iteration.hidden_cache),
+        lambda names: (digest_of(names), f"lists {len(names)} indexes of {iteration.hidden_cache}"),
+        waits_s=STALE_WAITS_S,
+    )
     plans = see_alike(
         session.ranks,
         lambda: plan(session, iteration),

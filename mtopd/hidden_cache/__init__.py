@@ -10,7 +10,7 @@ sample is computed again into a new segment, and readers use the copy that is so
 ``merge_index`` joins index files; the joined one is published before the old ones go.
 """
 
-from mtopd.hidden_cache.folder import remove
+from mtopd.hidden_cache.folder import committed, remove
 from mtopd.hidden_cache.key import RowKey, sample_key
 from mtopd.hidden_cache.reader import CacheEntry, CacheMiss, HiddenCacheReader, Read
 from mtopd.hidden_cache.recovery import Recovery, collect_garbage, merge_index, recover
@@ -31,6 +31,7 @@ __all__ = [
     "SegmentDamaged",
     "StateFormat",
     "collect_garbage",
+    "committed",
     "merge_index",
     "recover",
     "remove",

@@ -116,6 +116,12 @@ def index_paths(folder: Path) -> list[Path]:
     return [path for path in entries(folder / "index") if path.suffix == ".arrow"]
 
 
+def committed(root: Path) -> list[str]:
+    """Names of all commit records of a cache, as its folders list them; nothing is read."""
+    records = (path for teacher in teacher_folders(root) for path in index_paths(teacher))
+    return [str(path.relative_to(root)) for path in records]
+
+
 def index_path(segment: Path) -> Path:
     """The commit record of one segment."""
     return segment.parents[1] / "index" / f"{segment.name}.arrow"

@@ -195,13 +195,17 @@ def begin_with(trainer: Trainer, folder: Path, seal_sha256: str) -> None:
 
     Raises MtopdError when the seal is not the one with that sha256, and as ``load`` does.
     """
-    if not is_sealed(folder):
-        raise MtopdError(f"{folder}, with which the run begins, is gone; put it back")
-    if _file_sha256(folder / SEAL) != seal_sha256:
-        raise MtopdError(
-            f"{folder}, with which the run begins, was written again since its first start; "
-            "choose another run_dir to begin with what is there now"
-        )
+
+    def look() -> None:
+        if not is_sealed(folder):
+            raise MtopdError(f"{folder}, with which the run begins, is gone; put it back")
+        if _file_sha256(folder / SEAL) != seal_sha256:
+            raise MtopdError(
+                f"{folder}, with which the run begins, was written again since its first start; "
+                "choose another run_dir to begin with what is there now"
+            )
+
+    decide(trainer.ranks, look)
     _load_tensors(trainer, folder, _verified_seal(folder, trainer), steps_done=0)
 
 

@@ -32,6 +32,7 @@ from mtopd.hidden_cache import (
     HiddenCacheWriter,
     Recovery,
     collect_garbage,
+    committed,
     merge_index,
     recover,
     remove,
@@ -336,6 +337,7 @@ def test_merging_leaves_one_index_and_every_sample(
     root = tmp_path / "c"
     for sample_id in range(4):
         fill(root, sample_id)
+    assert len(committed(root)) == 4 and committed(tmp_path / "nothing") == []
     unlink = Path.unlink
 
     def stop(self: Path, missing_ok: bool = False) -> None:
@@ -353,6 +355,7 @@ def test_merging_leaves_one_index_and_every_sample(
             assert reader.verify() == {}
         merge_index(root)
     (index,) = root.glob("t/*/index/*.arrow")
+    assert committed(root) == [str(index.relative_to(root))]
     before = snapshot(root)
     merge_index(root)
     assert snapshot(root) == before and recover(root) == Recovery()

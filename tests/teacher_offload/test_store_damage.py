@@ -54,6 +54,15 @@ def verify(monkeypatch: pytest.MonkeyPatch, store: Path) -> int:
     return 0
 
 
+def test_a_store_is_called_as_its_folder_is(
+    stores: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``ls`` lists folders: a store that was renamed is no other teacher in ``verify``."""
+    (stores / "t").rename(stores / "moved")
+    assert verify(monkeypatch, stores / "moved") == 0
+    assert "teacher moved: " in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("damage", "said"),
