@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def embedded(
-    student: Student, stop: Sequence[str], hf_config: PretrainedConfig | None = None
+    student: Student, stop: Sequence[str] = (), hf_config: PretrainedConfig | None = None
 ) -> Engine:
     """A transformers model on each rank, of ``hf_config`` (default: the student's); it needs
     ``update_weights`` before it answers.

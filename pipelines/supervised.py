@@ -44,7 +44,7 @@ def main(run_dir: Path, generation: int) -> None:
     config: SpecialistConfig = load_config(run.config, [], SpecialistConfig)
     student = Student(config.student, config.train.optimizer, config.train.num_steps, config.seed)
     see_start_alike(student.ranks, run)
-    engine = ENGINES["embedded"](student, ())
+    engine = ENGINES["embedded"](student)
     prompts = Prompts.load(run, config.data)
     is_first = student.ranks.rank == 0
     metrics = MetricsWriter(run.metrics, enabled=is_first, echo=config.log_json)
