@@ -362,16 +362,28 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def first_difference(
-    tokenizer_a: PreTrainedTokenizerBase, tokenizer_b: PreTrainedTokenizerBase
+    tokenizer_a: PreTrainedTokenizerBase,
+    tokenizer_b: PreTrainedTokenizerBase,
+    *,
+    below: int | None = None,
 ) -> str | None:
-    """The first token id at which two tokenizers differ, with both tokens; None when they agree."""
+    """The first token id (``below`` a limit) at which two tokenizers differ, with both tokens; None
+    when they agree.
+    """
     table_a, table_b = _token_table(tokenizer_a), _token_table(tokenizer_b)
     for index in sorted(table_a.keys() | table_b.keys()):
+        if below is not None and index >= below:
+            break
         if (token_a := table_a.get(index)) != (token_b := table_b.get(index)):
             return (
                 f"token id {index} is {_quoted(token_a)} in one and {_quoted(token_b)} in the other"
             )
     return None
+
+
+def further_tokens(tokenizer: PreTrainedTokenizerBase, first: int) -> list[str]:
+    """The tokens with ids from ``first`` on."""
+    return [token for index, token in sorted(_token_table(tokenizer).items()) if index >= first]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -426,9 +438,10 @@ def _refuse_unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str, na
                 raise _unknown_character(piece, text, name)
 
 
-def _unknown_character(character: str, text: str, name: str) -> MtopdError:
+def _unknown_character(piece: str, text: str, name: str) -> MtopdError:
+    code = f" (U+{ord(piece):04X})" if len(piece) == 1 else ""
     return MtopdError(
-        f"{name}: the tokenizer has no token for {character!r} (U+{ord(character):04X}) of "
+        f"{name}: the tokenizer has no token for {piece!r}{code} of "
         f"{_shortened(text)}; it knows printable ASCII and newline: replace the character, or use a "
         "tokenizer that has it"
     )

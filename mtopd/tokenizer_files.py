@@ -56,6 +56,7 @@ def _check_file(path: Path, named: str) -> None:
         if not isinstance(value, dict):
             raise MtopdError(f"{named} holds a {type(value).__name__}, no JSON object; {_ADVICE}")
         if path.name == CONFIG:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
             _refuse_code(value, named)
 
 

@@ -23,6 +23,7 @@ from mtopd.tokenizer import (
     end_ids,
     end_token,
     first_difference,
+    further_tokens,
     load_tokenizer,
     tokenizer_hash,
     vocab_size,
@@ -159,31 +160,41 @@ def check_teacher(
     student: Path,
     say: Say = _silent,
 ) -> None:
-    """A teacher scores the student's tokens: its tokenizer must be the student's, token by token.
-    Another end token is said: the loss does not meet it, but the student learns to end as the
-    teacher does.
+    """A teacher scores the student's tokens: each of them must be the teacher's too.
+
+    Two differences are said, not refused.  Tokens behind the student's last: the student has no
+    probability there, so the gradient of the reverse KL is the same with or without them.  Another
+    end token: the loss does not meet which one it is.
     """
-    noted = store.manifest
+    noted, known = store.manifest, vocab_size(tokenizer)
     end, same = noted.get("eos_token"), noted["tokenizer_hash"] == tokenizer_hash(tokenizer)
+    further: list[str] = []
     if not same or "eos_token" not in noted:  # the second: a store made by an older version
         with store.tokenizer_folder() as folder:
             theirs = load_tokenizer(folder, f"{store.location}/tokenizer")
-        if (difference := first_difference(theirs, tokenizer)) is not None:
+        if (difference := first_difference(theirs, tokenizer, below=known)) is not None:
             raise MtopdError(
                 f"teacher {name!r} has another tokenizer than the student {student}: {difference}; "
                 "exact reverse KL needs one tokenizer: use a teacher with the student's, or remove "
                 "it"
             )
         end = end_token(theirs)
-    if store.vocab_size != vocab_size(tokenizer):
+        further = further_tokens(theirs, known)
+    if store.vocab_size != known and not further:
         raise MtopdError(
-            f"teacher {name!r} has vocab_size {store.vocab_size}, the student "
-            f"{vocab_size(tokenizer)}; they must agree"
+            f"teacher {name!r} has vocab_size {store.vocab_size}, the student {known}; they must "
+            "agree"
+        )
+    if further:
+        more = f" and {len(further) - 3} more" if len(further) > 3 else ""
+        say(
+            f"teacher {name!r} has tokens that the student lacks "
+            f"({', '.join(map(repr, further[:3]))}{more}): the loss leaves them out"
         )
     if end != end_token(tokenizer):
         outcome = (
             "responses end at either"
-            if tokenizer.convert_tokens_to_ids(end or "") in end_ids(tokenizer, student)
+            if tokenizer.get_vocab().get(end or "") in end_ids(tokenizer, student)
             else "answers may run to their limit; further end tokens can be named as eos_token_id "
             "in the student's generation_config.json, or as rollout.stop"
         )

@@ -134,6 +134,7 @@ def test_hash_and_difference_go_by_token_not_by_size(
     assert first_difference(tokenizer, swapped) == "token id 36 is 'A' in one and 'B' in the other"
     again.add_tokens(["new"])
     assert vocab_size(again) == 105
+    assert first_difference(again, tokenizer, below=104) is None
     assert (
         first_difference(tokenizer, again)
         == "token id 104 is no token in one and 'new' in the other"
@@ -282,6 +283,11 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
             "tokenizer_config.json",
             '{"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
             "class 'OwnTokenizer', which code of its own defines",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"a": "\\ud800"}',
+            "tokenizer_config.json: no readable .*surrogates not allowed",
         ),
         (
             "special_tokens_map.json",

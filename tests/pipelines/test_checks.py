@@ -304,6 +304,19 @@ def test_tokenizers_agree_where_the_loss_can_meet_them(tmp_path: Path, noted: di
     check(store_with(other, **noted))
     assert said[1].endswith("responses end at either")
 
+    theirs = load_tokenizer(other)
+    theirs.add_tokens([f"<{i}>" for i in range(5)])
+    theirs.save_pretrained(other)
+    check(store_with(other, **noted))
+    assert said[2] == (
+        "teacher 't' has tokens that the student lacks ('<0>', '<1>', '<2>' and 2 more): the loss "
+        "leaves them out"
+    )
+    grown = tokenizer_folder(tmp_path / "grown")
+    theirs.save_pretrained(grown)
+    with pytest.raises(MtopdError, match="token id 100 is no token in one and '<0>' in the other"):
+        check_teacher("t", store_with(tmp_path / "student"), load_tokenizer(grown), grown)  # type: ignore[arg-type]
+
     path = other / "tokenizer.json"
     path.write_text(path.read_text().replace('"A": 36', '"B": 36').replace('"B": 37', '"A": 37'))
     with pytest.raises(MtopdError, match=r"another tokenizer .* token id 36 is 'B' in one and 'A'"):
