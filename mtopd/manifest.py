@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from mtopd.files import read_json, write_atomic, write_json
-from mtopd.run_dir import SCHEMA, RunDir, read_seal
+from mtopd.run_dir import RunDir, read_seal
 from mtopd.types import MtopdError
 
 Keys = tuple[str | int, ...]
+Inputs = dict[str, dict[str, str]]  # what an input is to the run -> its path and its sha256
+
+MANIFEST_SCHEMA = 2  # 2: inputs by content
+TOKENIZER = "tokenizer"  # begins the name of an input that may change on purpose
 
 # Keys of manifest.json by what a later start may do with them; * stands for any place in a list.
 FREE: tuple[Keys, ...] = (  # how the run is computed
+    # where it and its inputs lie: these are compared by content
+    ("config", "run_dir"),
+    ("config", "student", "model"),
+    ("config", "data", "sources", "*", "path"),
+    ("config", "data", "sources", "*", "eval_path"),
+    ("inputs",),
     ("config", "student", "parallel"),
     ("config", "teachers", "*", "parallel"),
     ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
@@ -43,6 +53,30 @@ ACCEPTABLE: tuple[Keys, ...] = (
 )
 
 
+def read_manifest(run: RunDir) -> dict[str, Any]:
+    """The manifest of a run that is gone on with.  Raises MtopdError for another version's."""
+    found = read_json(run.manifest)
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or schema != MANIFEST_SCHEMA:
+        raise MtopdError(
+            f"{run.manifest} has schema {schema!r}, this version writes {MANIFEST_SCHEMA}: go on "
+            "with the version that began the run, or choose another run_dir (`mtopd report` and "
+            "`mtopd cache` read it still)"
+        )
+    return found
+
+
+def check_schema(run: RunDir) -> None:
+    """Raise MtopdError when the run, if there is one, cannot be gone on with by this version."""
+    if run.manifest.exists():
+        read_manifest(run)
+    elif run.current_generation():
+        raise MtopdError(
+            f"{run.path} has lost its {run.manifest.name}, which says what run it is; put it back, "
+            "or choose another run_dir"
+        )
+
+
 def start_run(
     run: RunDir,
     config: Mapping[str, Any],
@@ -61,12 +95,16 @@ def start_run(
     ``drop_unfinished`` is called before the new ones are written down, and the changes are
     returned.  Raises MtopdError for any other change: that is another run.
     """
-    known = {"schema": SCHEMA, "config": dict(config), **manifest}
+    known = {"schema": MANIFEST_SCHEMA, "config": dict(config), **manifest}
     accepted: list[dict[str, Any]] = []
     changes: list[str] = []
     if run.manifest.exists():
-        previous = read_json(run.manifest)
+        previous = read_manifest(run)
         accepted = previous.pop("accepted_changes", [])
+        inputs = changed_inputs(previous.get("inputs", {}), known.get("inputs", {}))
+        for name, text in inputs.items():
+            if not name.startswith(TOKENIZER):
+                raise MtopdError(f"{text}; put it back, or choose another run_dir")
         found = [
             (path, text)
             for path, text in differences(previous, known)
@@ -78,7 +116,7 @@ def start_run(
                     f"run directory {run.path} belongs to another run: {text}; "
                     "choose another run_dir, or remove this one to start over"
                 )
-        changes = [text for _, text in found]
+        changes = [*inputs.values(), *(text for _, text in found)]
         if changes and not accept_changed:
             raise MtopdError(
                 f"the teachers, routes or tokenizer of {run.path} have changed: {changes[0]}; "
@@ -93,6 +131,24 @@ def start_run(
     write_atomic(run.config, config_yaml.encode())
     run.take_generation()
     return changes
+
+
+def changed_inputs(before: Inputs, now: Inputs) -> dict[str, str]:
+    """What is said of each input whose content differs, by its name."""
+    found = {}
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now:
+            found[name] = f"{before[name]['path']} ({name}) is gone, the run began with it"
+        elif name not in before:
+            found[name] = f"{now[name]['path']} ({name}) is new, the run began without it"
+        elif before[name]["sha256"] != now[name]["sha256"]:
+            moved = before[name]["path"] != now[name]["path"]
+            found[name] = (
+                f"{now[name]['path']} ({name}) is not what the run began with"
+                + (f", {before[name]['path']}" if moved else "")
+                + f": sha256 {before[name]['sha256'][:12]} there, {now[name]['sha256'][:12]} here"
+            )
+    return found
 
 
 def check_accepted(

@@ -19,10 +19,10 @@ from mtopd.config import (
 )
 from mtopd.files import read_json, remove_tree
 from mtopd.hf_checkpoint import load_hf_config
-from mtopd.manifest import differences
+from mtopd.manifest import MANIFEST_SCHEMA, differences
 from mtopd.metrics import read_metrics
 from mtopd.planning import learning_rate
-from mtopd.run_dir import SCHEMA, SEAL, RunDir, is_sealed, read_seal
+from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
 from mtopd.types import MtopdError
 
 from .checks import check_optimizer_form
@@ -201,10 +201,10 @@ def _origin(
             f"{', '.join(map(str, available))}"
         )
     manifest = read_json(source.manifest)
-    if manifest.get("schema") != SCHEMA or "architecture" not in manifest:
+    if manifest.get("schema") != MANIFEST_SCHEMA or "architecture" not in manifest:
         raise MtopdError(
             f"{where}: another version began that run (schema {manifest.get('schema')}, this "
-            f"version has {SCHEMA}); begin with an export of it as student.model instead"
+            f"version has {MANIFEST_SCHEMA}); begin with an export of it as student.model instead"
         )
     _check_fits(where, manifest, student, known)
     folder = source.checkpoint(chosen)

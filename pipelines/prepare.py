@@ -10,7 +10,7 @@ from mtopd.config import ConsolidateConfig, SpecialistConfig, resolved, to_yaml
 from mtopd.families import model_facts
 from mtopd.files import remove_tree, sweep
 from mtopd.hf_checkpoint import load_hf_config
-from mtopd.manifest import start_run
+from mtopd.manifest import check_schema, start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
@@ -33,6 +33,7 @@ from .continuation import (
     find_origin,
     set_aside_final,
 )
+from .inputs import inputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,6 +133,8 @@ def _start(
     """What a consolidation and a supervised run have in common.  Says what the run goes on from."""
     if run.is_ours():
         sweep(run.path)
+    check_schema(run)
+    manifest["inputs"] = inputs_of(config.student, config.data.sources, say)
     manifest["architecture"] = architecture(config.student.model)
     origin = find_origin(run, given_origin, config.student, manifest)
     if origin is not None:

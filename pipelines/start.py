@@ -90,6 +90,7 @@ def phase(run_dir: Path, name: str, iteration: int | None, overrides: list[str])
             "consolidation"
         )
     config = load_config(run.config, overrides, ConsolidateConfig)
+    config = config.model_copy(update={"run_dir": run_dir.absolute()})  # it may have been moved
     chosen = "newest" if iteration is None else str(iteration)
     start_ranks(run, config, prepare.consolidate, "phase:main", name, chosen)
 

@@ -209,6 +209,58 @@ def test_check_does_what_a_start_does_before_its_ranks(
     assert "is finished" in found and "all is well" not in found
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("prompts.jsonl", lambda text: text[text.index(b"\n") + 1 :], "source words"),
+        ("student/model.safetensors", lambda text: text[:-1] + b"\x01", "student model"),
+        ("student/config.json", lambda text: text + b"\n", "student config.json"),
+        ("student/chat_template.jinja", lambda text: text + b"\n", "--accept-changed"),
+    ],
+)
+def test_a_changed_input_is_noticed_by_the_next_start(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    change: Callable[[bytes], bytes],
+    said: str,
+) -> None:
+    """And put back, or moved with its name in the config, it is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    arguments = ["consolidate", str(workplace / "config.yaml"), "--check"]
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+    cli.main()
+    path = workplace / file
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    line = refused(workplace, capsys, monkeypatch, *arguments)
+    assert str(path) in line and said in line
+    path.write_bytes(before)
+    edit_config(workplace, lambda c: c["student"].update(model=str(workplace / "moved")))
+    (workplace / "student").rename(workplace / "moved")
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+    cli.main()
+
+
+def test_a_run_of_an_older_version_is_read_and_not_gone_on_with(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["consolidate", str(workplace / "config.yaml"), "--check"]
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+    cli.main()
+    path = workplace / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["inputs"]
+    path.write_text(json.dumps({**manifest, "schema": 1}))
+    line = refused(workplace, capsys, monkeypatch, *arguments)
+    assert "schema 1" in line and "writes 2" in line
+    command(capsys, monkeypatch, "report", workplace / "run")
+    (workplace / "run" / "iterations" / "000000" / "hidden_cache").mkdir(parents=True)
+    command(capsys, monkeypatch, "cache", "ls", workplace / "run")
+    command(capsys, monkeypatch, "cache", "verify", workplace / "run")
+
+
 def test_a_run_directory_of_another_config_is_refused(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +302,7 @@ def test_another_teacher_under_the_same_path_is_refused_on_resume(
     ]
     for path in (*kept, *unfinished):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+        path.write_text(json.dumps({"schema": 1, "generation": 1, "optimizer": {}}))
     line = refused(workplace, capsys, monkeypatch)
     assert "teachers[0].fingerprint" in line and "--accept-changed" in line
     assert all(path.exists() for path in (*kept, *unfinished)), "a refusal changes nothing"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 
 from mtopd.files import read_json
-from mtopd.manifest import check_accepted, differences, start_run
+from mtopd.manifest import check_accepted, check_schema, differences, start_run
 from mtopd.megatron.options import FREE_MEGATRON
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
@@ -68,6 +69,7 @@ def changed(path: list, value: object) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     "path",
     [
+        ["config", "student", "model"],  # known by its content
         ["config", "student", "parallel", "tp"],
         ["config", "student", "megatron", "bucket_size"],
         ["config", "student", "megatron", "recompute_modules"],
@@ -136,7 +138,6 @@ def test_a_checkpoint_of_other_teachers_needs_a_word_given_after_it(tmp_path: Pa
 @pytest.mark.parametrize(
     "path",
     [
-        ["config", "student", "model"],
         ["config", "student", "megatron", "adam_eps"],
         ["config", "student", "megatron", "hidden_dropout"],
         ["config", "student", "megatron", "moe_router_dtype"],
@@ -156,3 +157,46 @@ def test_options_of_megatron_are_free_only_as_the_caller_says(tmp_path: Path) ->
     start_run(run, CONFIG, MANIFEST, "old")
     with pytest.raises(MtopdError, match=r"another run: config\.student\.megatron\.bucket_size"):
         start_run(run, *changed(option, 8), "new")
+
+
+def inputs(**sha256: str) -> dict:
+    return {name: {"path": f"/{name}", "sha256": text} for name, text in sha256.items()}
+
+
+def test_changed_inputs_are_named_and_moved_ones_are_the_same(tmp_path: Path) -> None:
+    run, before = RunDir(tmp_path), inputs(prompts="aa", student="bb", tokenizer="cc")
+    start_run(run, CONFIG, {"inputs": before}, "old")
+    moved = {name: {**entry, "path": f"/new{entry['path']}"} for name, entry in before.items()}
+    assert start_run(run, CONFIG, {"inputs": moved}, "new") == []
+    for now, said in (
+        (
+            {**before, **inputs(prompts="xx")},
+            r"^/prompts \(prompts\) is not what .*/new/prompts: .*aa",
+        ),
+        ({**before, **inputs(extra="xx")}, r"^/extra \(extra\) is new"),
+        (inputs(prompts="aa", tokenizer="cc"), r"^/new/student \(student\) is gone"),
+    ):
+        with pytest.raises(MtopdError, match=f"{said}.*; put it back, or choose another run_dir"):
+            start_run(run, CONFIG, {"inputs": now}, "other", accept_changed=True)
+    assert run.config.read_text() == "new"
+    other = {**moved, **inputs(tokenizer="xx")}
+    with pytest.raises(MtopdError, match=r"changed: /tokenizer \(tokenizer\).*--accept-changed"):
+        start_run(run, CONFIG, {"inputs": other}, "other")
+    assert len(start_run(run, CONFIG, {"inputs": other}, "other", accept_changed=True)) == 1
+
+
+def test_a_run_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    start_run(run, CONFIG, MANIFEST, "old")
+    check_schema(run)
+    for text, said in (
+        (json.dumps({"schema": 1, "config": {}}), "schema 1, .* writes 2"),
+        ("3", "None"),
+    ):
+        run.manifest.write_text(text)
+        for begin in (check_schema, lambda run: start_run(run, CONFIG, MANIFEST, "new")):
+            with pytest.raises(MtopdError, match=said):
+                begin(run)
+    run.manifest.unlink()
+    with pytest.raises(MtopdError, match=r"has lost its manifest\.json"):
+        check_schema(run)

@@ -68,7 +68,7 @@ PIPELINES = (
     ("start",),
     ("own_ranks",),
     ("prepare",),  # what a verb checks and writes before its ranks start
-    ("failures", "continuation"),  # why a rank ended; what a start goes on from
+    ("failures", "continuation", "inputs"),  # why a rank ended; what a start goes on from
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
     ("layouts",),  # refusals of layouts
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
