@@ -223,7 +223,7 @@ class OptimizerConfig(Model):
 
 
 class TrainConfig(Model):
-    num_iterations: Count
+    num_iterations: Count  # a later start of the run may have more
     train_steps_per_iteration: Count = 1
     micro_batch_size: Count | None = None  # samples, padded to the longest of the train step
     token_budget: Count | None = None  # or: tokens of a pack, samples one behind the other
@@ -394,7 +394,7 @@ class TeacherStoreConfig(Model):
 
 
 class SupervisedConfig(Model):
-    num_steps: Count
+    num_steps: Count  # a later start of the run may have more
     global_batch_size: Count
     micro_batch_size: Count
     optimizer: OptimizerConfig

@@ -77,33 +77,38 @@ def _learning_rate(train: TrainConfig | SupervisedConfig, step: int, num_steps: 
     )
 
 
-def set_aside_final(run: RunDir, config: SpecialistConfig) -> str | None:
-    """Where the final export is of another ``train.num_steps``, put it beside, under the number of
-    steps that it has, so that the run goes on; a line about it.
+def former_end(run: RunDir, config: SpecialistConfig) -> int | None:
+    """How many train steps the final export has, where it is of another ``train.num_steps``.
 
     Raises MtopdError where the teacher store of such an export stands where the next one will.
     """
-    final = run.path / "export" / "final"
+    final = _final(run)
     former: dict[str, int] = read_seal(final).get("train_steps", {}) if is_sealed(final) else {}
     goes_on = bool(former) and former["planned"] != config.train.num_steps
-    was_set_aside = any(final.parent.glob("[0-9]*"))
-    if is_sealed(final) and not goes_on:
-        return None
-    if config.store is not None and config.store.path.exists() and (goes_on or was_set_aside):
+    was_set_aside = not is_sealed(final) and any(final.parent.glob("[0-9]*"))
+    store = config.store
+    if store is not None and store.path.exists() and (goes_on or was_set_aside):
         raise MtopdError(
-            f"the teacher store {config.store.path} has the weights of {run.path} before it goes "
-            "on; give store.path (and store.name) another value, or remove that store with "
-            "`mtopd teachers rm`"
+            f"the teacher store {store.path} has the weights of {run.path} before it goes on; "
+            "give store.path (and store.name) another value, or remove that store with `mtopd "
+            "teachers rm`"
         )
-    if not goes_on:
-        return None
-    kept = run.export(former["done"])
+    return former["done"] if goes_on else None
+
+
+def set_aside_final(run: RunDir, num_steps: int) -> str:
+    """Put the final export and its accuracy beside, under the number of their steps; a line."""
+    kept = run.export(num_steps)
     remove_tree(kept)
-    final.replace(kept)
+    _final(run).replace(kept)
     accuracy = run.path / "evaluations" / "final.json"
     if accuracy.exists():
-        accuracy.replace(run.evaluation(former["done"]))
-    return f"the export after {former['done']} train steps is now {kept}"
+        accuracy.replace(run.evaluation(num_steps))
+    return f"the export after {num_steps} train steps is now {kept}"
+
+
+def _final(run: RunDir) -> Path:
+    return run.path / "export" / "final"
 
 
 # -- the checkpoint of another run -----------------------------------------------------------------
@@ -189,8 +194,8 @@ def _origin(
     where, source = f"--from {path}", RunDir(path)
     if path == run.path:
         raise MtopdError(f"{where} is this run itself; a run goes on without --from")
-    if not source.manifest.is_file():
-        raise MtopdError(f"{where}: not a run directory (no {source.manifest.name})")
+    if not source.is_ours():
+        raise MtopdError(f"{where}: not a run directory (no {source.manifest.name} of a run)")
     available = source.sealed_checkpoints()
     if not available:
         raise MtopdError(f"{where}: the run has no finished checkpoint")
@@ -232,7 +237,7 @@ def _check_fits(
             "with a checkpoint of the same tokens"
         )
     for key in ("dtype", "freeze_router"):  # they decide which weights an optimizer keeps, and how
-        before, now = manifest["config"]["student"][key], getattr(student, key)
+        before, now = manifest["config"].get("student", {}).get(key), getattr(student, key)
         if before != now:
             raise MtopdError(
                 f"{where}: student.{key} is {before!r} there and {now!r} here; set it as it was, "

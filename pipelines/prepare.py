@@ -31,6 +31,7 @@ from .continuation import (
     changed_end,
     describe,
     find_origin,
+    former_end,
     set_aside_final,
 )
 from .inputs import inputs_of
@@ -115,9 +116,10 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     check_world(config.student)
     check_batch(config)
     check_store(config)
+    former = former_end(run, config)
     _start(run, config, token_identity(tokenizer, config.student.model), say)
-    if moved := set_aside_final(run, config):
-        say(moved)
+    if former is not None:
+        say(set_aside_final(run, former))
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 

@@ -17,6 +17,7 @@ from mtopd.pipelines.continuation import (
     changed_end,
     describe,
     find_origin,
+    former_end,
     set_aside_final,
 )
 from mtopd.run_dir import RunDir, is_sealed
@@ -103,19 +104,19 @@ def test_the_export_of_a_specialist_that_goes_on_is_put_beside(tmp_path: Path) -
     run.evaluation(0).parent.mkdir()
     write_json(run.evaluation(0).with_name("final.json"), {"a": 0.5})
     (tmp_path / "store").mkdir()
-    assert set_aside_final(run, specialist(tmp_path, 60)) is None and is_sealed(final)
+    assert former_end(run, specialist(tmp_path, 60)) is None
     with pytest.raises(MtopdError, match=r"store .* before it goes on; give store\.path"):
-        set_aside_final(run, specialist(tmp_path, 100))
-    assert is_sealed(final), "nothing is moved before all is well"
+        former_end(run, specialist(tmp_path, 100))
     (tmp_path / "store").rmdir()
-    said = set_aside_final(run, specialist(tmp_path, 100))
-    assert said is not None and "after 42 train steps" in said
+    assert former_end(run, specialist(tmp_path, 100)) == 42 and is_sealed(final)
+    said = set_aside_final(run, 42)
+    assert "after 42 train steps" in said
     assert not final.exists() and is_sealed(run.export(42))
     assert read_json(run.evaluation(42)) == {"a": 0.5}
-    assert set_aside_final(run, specialist(tmp_path, 100)) is None
+    assert former_end(run, specialist(tmp_path, 100)) is None
     (tmp_path / "store").mkdir()  # somebody makes one of the former export
     with pytest.raises(MtopdError, match="before it goes on"):
-        set_aside_final(run, specialist(tmp_path, 100))
+        former_end(run, specialist(tmp_path, 100))
 
 
 # -- the checkpoint of another run -----------------------------------------------------------------
