@@ -18,11 +18,11 @@ from rich.console import Console
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
 from mtopd.files import one_line_errors
-from mtopd.progress import console, is_first, print_error
+from mtopd.progress import console, is_first
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
-from . import cli_stores, start
+from . import cli_stores, failures, own_ranks, start
 
 app = typer.Typer(
     name="mtopd",
@@ -209,8 +209,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         message, code = error.format_message(), 2  # usage errors of the command line
-    if is_first():
-        print_error(message)
+    failures.print_before_start(message, own_ranks.own_rank())
     sys.exit(code)
 
 

@@ -5,6 +5,7 @@ directory, ``failure.<rank>.txt``.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import socket
 import traceback
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from mtopd.files import write_atomic
-from mtopd.progress import print_error
+from mtopd.progress import print_error, under_torchrun
 from mtopd.types import MtopdError
+
+_PATIENCE = datetime.timedelta(seconds=10)
 
 
 class Counters(Protocol):
@@ -44,7 +47,23 @@ def describe(error: Exception, run_dir: Path, rank: int) -> str:
     return f"{summary} (unforeseen; the traceback is in {path})"
 
 
-def print_of_rank(text: str, rank: int, store: Counters) -> None:
+def print_before_start(text: str, rank: int) -> None:
+    """Print why the command line of this process ends, whether ranks have begun or not: what rank 0
+    does not meet, such as a host without the run directory, is said by whoever meets it.
+    """
+    if not under_torchrun():
+        print_error(text)
+        return
+    store = None
+    with contextlib.suppress(Exception):  # the variables may be inherited, the job gone
+        import torch.distributed as dist
+
+        rendezvous, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        store = dist.PrefixStore("mtopd", rendezvous)
+    print_of_rank(text, rank, store)
+
+
+def print_of_rank(text: str, rank: int, store: Counters | None) -> None:
     """Print why this rank of an outer launcher's job fails, unless it is known: the first rank of a
     host speaks for the host, and what several say is said once.
     """
@@ -53,6 +72,7 @@ def print_of_rank(text: str, rank: int, store: Counters) -> None:
     said = hashlib.sha256(text.encode(errors="replace")).hexdigest()
     # Without its store a job is ending anyway: then every rank speaks.
     with contextlib.suppress(Exception):
+        assert store is not None
         if store.add(f"failures on {host}", 1) > 1 or store.add(f"failures saying {said}", 1) > 1:
             return
         if store.add("failures", 1) == 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from mtopd.pipelines import failures
+from mtopd.pipelines import cli, failures
 from mtopd.types import MtopdError
 
 
@@ -68,3 +69,25 @@ def test_without_the_jobs_store_a_rank_speaks_all_the_same(
 
     failures.print_of_rank("disk full", 1, Gone())
     assert capfd.readouterr().err.endswith(": disk full\n")
+
+
+def test_a_rank_that_ends_before_it_joins_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A host without the run directory, say: rank 0 meets nothing."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(sys, "argv", ["mtopd", "train", str(tmp_path)])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    host = socket.gethostname()
+    for rank, said in (("1", f"error: rank 1 on host {host}: {tmp_path} is not a run"), ("0", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        printed = capfd.readouterr().err
+        assert printed.startswith(said) and bool(printed) == bool(said), "said once"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path} is not a run directory")
