@@ -81,7 +81,13 @@ StoreLocation = Annotated[str, BeforeValidator(_store_location)]
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # docs/config.md is made of them
+    )
 
 
 class ParallelConfig(Model):
@@ -90,16 +96,19 @@ class ParallelConfig(Model):
     """
 
     tp: Count = 1
+    """Tensor parallelism: ranks that share every matrix."""
     pp: Count = 1
-    vpp: Count = (
-        1  # model chunks on a pipeline rank: more than one is Megatron's interleaved schedule
-    )
+    """Pipeline stages."""
+    vpp: Count = 1
+    """Model chunks on a pipeline rank: more than one is Megatron's interleaved schedule."""
     cp: Count = 1
+    """Context parallelism: ranks that share a sample's positions."""
     dp: Count = 1
-    ep: Count = 1  # experts of a layer are split over this many ranks of a stage
-    etp: Count | None = (
-        None  # tensor parallelism of an expert; default tp, and 1 where ep splits the experts
-    )
+    """Data parallelism: replicas, each with its share of the samples."""
+    ep: Count = 1
+    """Experts of a layer are split over this many ranks of a stage."""
+    etp: Count | None = None
+    """Tensor parallelism of an expert; default tp, and 1 where ep splits the experts."""
 
     @property
     def world_size(self) -> int:
@@ -111,17 +120,22 @@ class ParallelConfig(Model):
 
 
 class StudentConfig(Model):
-    model: LocalPath  # HF folder: initial weights and tokenizer
+    model: LocalPath
+    """HF folder: initial weights and tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained weights and of the export."""
     parallel: ParallelConfig = ParallelConfig()
-    # experts are chosen as before; their bias moves only at a moe_router_bias_update_rate
+    """Ranks of the student."""
     freeze_router: bool = False
-    # Heads that predict further tokens: carried unchanged into every export, or left out.  They are
-    # not trained.
+    """Experts are chosen as before; their bias moves only at a moe_router_bias_update_rate."""
     mtp: Literal["freeze", "drop"] = "freeze"
-    # Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig,
-    # verbatim
+    """Heads that predict further tokens: carried unchanged into every export, or left out.  They
+    are not trained.
+    """
     megatron: dict[str, Any] = {}
+    """Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig,
+    verbatim.
+    """
 
 
 class SourceConfig(Model):
@@ -130,15 +144,26 @@ class SourceConfig(Model):
     """
 
     name: Name
+    """Names the source in prompt ids, metrics and the report."""
     path: LocalPath | None = None
+    """File of training prompts; or give reasoning_gym."""
     eval_path: LocalPath | None = None
+    """File of held-out prompts."""
     reasoning_gym: str | None = None
+    """Name of a reasoning-gym dataset, which draws training and held-out prompts."""
     config: dict[str, Any] = {}
+    """Options of the reasoning-gym dataset."""
     fields: dict[str, str] = {}
+    """Fields that every prompt of the source has for routing, where its row has none of that name.
+    """
     train_size: Count = 20000
+    """Training prompts drawn from a reasoning-gym dataset."""
     eval_size: Count = 256
+    """Held-out prompts drawn from a reasoning-gym dataset."""
     seed: Seed = 1
+    """Of the training prompts that a reasoning-gym dataset draws."""
     eval_seed: Seed = 10_000_019
+    """Of its held-out prompts."""
 
     @property
     def has_held_out(self) -> bool:
@@ -153,10 +178,14 @@ class SourceConfig(Model):
 
 class DataConfig(Model):
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
-    context_length: Count  # prompt + response tokens of a sample
+    """Where prompts come from; each iteration takes equally many of each."""
+    context_length: Count
+    """Prompt + response tokens of a sample."""
     max_response: Count
-    # prompts that leave no room for the response: all named in one error, or left out and counted
+    """Tokens that a response may have."""
     overlong: Literal["error", "drop"] = "error"
+    """Prompts that leave no room for the response: all named in one error, or left out and counted.
+    """
 
     @model_validator(mode="after")
     def _room(self) -> DataConfig:
@@ -174,64 +203,94 @@ class DataConfig(Model):
 class TeacherParallel(Model):
     """A teacher's own mesh over all ranks; what tp does not take are replicas."""
 
-    tp: Count | None = None  # default the student's
-    ep: Count = 1  # experts of a layer are split over this many consecutive ranks
+    tp: Count | None = None
+    """Default the student's."""
+    ep: Count = 1
+    """Experts of a layer are split over this many consecutive ranks."""
 
 
 class TeacherConfig(Model):
     name: Name
+    """Names the teacher in metrics and the report."""
     store: StoreLocation
-    route: dict[str, str]  # fields of a prompt that must all match
-    weight: Annotated[float, Field(gt=0)] | None = None  # w_i; default 1 / number of teachers
+    """Teacher store: a folder, or a URL like s3://bucket/teachers/code."""
+    route: dict[str, str]
+    """Fields of a prompt that must all match."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the loss, w_i; default 1 / number of teachers."""
     parallel: TeacherParallel = TeacherParallel()
+    """The teacher's own layout."""
 
 
 class RolloutConfig(Model):
     engine: Literal["embedded"] = "embedded"
+    """What samples responses."""
     prompts_per_iteration: Count
+    """A multiple of the number of sources."""
     samples_per_prompt: Count = 1
-    batch_size: Count = 96  # the unit of replay
-    # A response also ends once its text holds one of these (evaluation cuts it before).  Its tokens
-    # are what the student sampled: they stay in the response and are trained, no EOS is added
+    """Responses to each prompt."""
+    batch_size: Count = 96
+    """Samples that are answered together: the unit of replay."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
+    """A response also ends once its text holds one of these (evaluation cuts it before).  Its
+    tokens are what the student sampled: they stay in the response and are trained, no EOS is added.
+    """
 
 
 class OffloadConfig(Model):
-    host_budget: Count = 4 << 30  # bytes per process for shares read ahead and kept between passes
-    # bytes per process for activations between two layers; more waves beyond it
+    host_budget: Count = 4 << 30
+    """Bytes per process for shares read ahead and kept between passes."""
     activation_budget: Count = 4 << 30
-    batch_tokens: Count = 16384  # of one forward through a layer
+    """Bytes per process for activations between two layers; more waves beyond it."""
+    batch_tokens: Count = 16384
+    """Tokens of one forward through a layer."""
     reader_threads: Count = 4
-    # The student's gradients and optimizer state in host memory during a pass; auto: when the pass
-    # does not fit beside
+    """Threads per process that read a teacher's layers ahead."""
     offload_student: Literal["auto", "always", "never"] = "auto"
+    """The student's gradients and optimizer state in host memory during a pass; auto: when the pass
+    does not fit beside.
+    """
 
 
 class CacheConfig(Model):
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the teacher's stored dtype
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: the dtype of the teacher's stored weights."""
 
 
 class OptimizerConfig(Model):
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate after warmup."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Where the decay ends."""
     warmup_steps: Annotated[Whole, Field(ge=0)] = 10
+    """Train steps in which the rate rises from 0."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
+    """Form of the rate between warmup and the last train step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """AdamW's."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradients; 0 does not clip."""
 
 
 class TrainConfig(Model):
-    num_iterations: Count  # a later start of the run may have more
+    num_iterations: Count
+    """A later start of the run may have more."""
     train_steps_per_iteration: Count = 1
-    micro_batch_size: Count | None = None  # samples, padded to the longest of the train step
-    token_budget: Count | None = None  # or: tokens of a pack, samples one behind the other
+    """Optimizer updates; the iteration's samples are dealt to them."""
+    micro_batch_size: Count | None = None
+    """Samples of a micro-batch, padded to the longest of the train step."""
+    token_budget: Count | None = None
+    """Or tokens of a pack, samples one behind the other."""
     normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
+    """What a token's loss is divided by: tokens of its teacher, of all, or of its sample."""
     optimizer: OptimizerConfig
-    max_bad_steps: Annotated[Whole, Field(ge=0)] = (
-        0  # train steps with NaN or inf that are left out before the run stops
-    )
+    """AdamW and its schedule."""
+    max_bad_steps: Annotated[Whole, Field(ge=0)] = 0
+    """Train steps with NaN or inf that are left out before the run stops."""
 
     @model_validator(mode="after")
     def _one_size(self) -> TrainConfig:
@@ -248,9 +307,10 @@ class SamplingConfig(Model):
     student's own distribution.
     """
 
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0: greedy
-    # drawn from the fewest most likely tokens that hold this probability together
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the fewest most likely ones that hold this probability together."""
 
     @model_validator(mode="after")
     def _takes_effect(self) -> SamplingConfig:
@@ -263,36 +323,52 @@ class SamplingConfig(Model):
 
 
 class EvaluationConfig(SamplingConfig):
-    every: Annotated[Whole, Field(ge=0)] = (
-        0  # iterations; 0: only before the first and after the last
-    )
-    # HF folders evaluated beside the student, by name; "base" and the teachers' names give the
-    # recovery
+    every: Annotated[Whole, Field(ge=0)] = 0
+    """Iterations between evaluations; 0: only before the first and after the last."""
     baselines: dict[str, LocalPath] = {}
-    # after the last iteration; false: only `mtopd evaluate RUN --baselines` evaluates them
+    """HF folders evaluated beside the student, by name; "base" and the teachers' names give the
+    recovery.
+    """
     baselines_at_end: bool = True
-    weight_average: list[str] = []  # names of baselines whose plain average is evaluated too
+    """After the last iteration; false: only `mtopd evaluate RUN --baselines` evaluates them."""
+    weight_average: list[str] = []
+    """Names of baselines whose plain average is evaluated too."""
 
 
 class CheckpointConfig(Model):
-    every: Count = 20  # iterations
+    every: Count = 20
+    """Iterations between checkpoints."""
     keep: Count = 2
+    """Newest checkpoints that are kept."""
 
 
 class ConsolidateConfig(Model):
     run_dir: LocalPath
+    """Folder of everything the run writes; a start in it goes on."""
     seed: Seed = 0
-    log_json: bool = False  # metrics lines on standard output instead of a progress display
+    """Of sampling, of the order of prompts, of what is drawn."""
+    log_json: bool = False
+    """Metrics lines on standard output instead of a progress display."""
     deterministic: bool = True
+    """Deterministic algorithms, and no option that makes a train step depend on the layout."""
     student: StudentConfig
+    """The model that learns."""
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)]
+    """The models it learns from."""
     data: DataConfig
+    """Prompts."""
     rollout: RolloutConfig
+    """How responses are sampled."""
     teacher_offload: OffloadConfig = OffloadConfig()
+    """How teachers are streamed."""
     hidden_cache: CacheConfig = CacheConfig()
+    """The teachers' last hidden states on disk."""
     train: TrainConfig
+    """Train steps."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Accuracy on held-out prompts."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
 
     @model_validator(mode="after")
     def _cross_checks(self) -> ConsolidateConfig:
@@ -379,42 +455,65 @@ class StopConfig(Model):
     """
 
     accuracy: Annotated[float, Field(gt=0, le=1)]
+    """The target."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """How far from it still counts."""
     every: Count = 10
+    """Train steps between two looks."""
     first: Count = 50
+    """Train steps before the first look."""
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a mini-batch that a source above the target keeps."""
 
 
 class TeacherStoreConfig(Model):
     name: Name
+    """The teacher's name."""
     path: LocalPath
-    # largest tensor-parallel size that can load it without a copy; auto: as many as the model has,
-    # up to 8
+    """Folder of the store."""
     slices: Count | Literal["auto"] = 1
+    """Largest tensor-parallel size that can load it without a copy; auto: as many as the model has,
+    up to 8.
+    """
 
 
 class SupervisedConfig(Model):
-    num_steps: Count  # a later start of the run may have more
+    num_steps: Count
+    """A later start of the run may have more."""
     global_batch_size: Count
+    """Samples of a train step."""
     micro_batch_size: Count
+    """Samples of one forward pass of a rank."""
     optimizer: OptimizerConfig
+    """AdamW and its schedule."""
     stop: StopConfig | None = None
+    """End early, by accuracy."""
 
 
 class SupervisedCheckpointConfig(CheckpointConfig):
-    every: Count = 100  # train steps
+    every: Count = 100
+    """Train steps between checkpoints."""
 
 
 class SpecialistConfig(Model):
     run_dir: LocalPath
+    """Folder of everything the run writes; a start in it goes on."""
     seed: Seed = 0
+    """Of mini-batches and of what is drawn."""
     log_json: bool = False
+    """Metrics lines on standard output instead of a progress display."""
     student: StudentConfig
+    """The model that is trained."""
     data: DataConfig
+    """Examples: prompts with answers."""
     train: SupervisedConfig
+    """Train steps."""
     evaluation: SamplingConfig = SamplingConfig()
+    """How held-out prompts are answered."""
     checkpoint: SupervisedCheckpointConfig = SupervisedCheckpointConfig()
-    store: TeacherStoreConfig | None = None  # write the result as a teacher, too
+    """Checkpoints."""
+    store: TeacherStoreConfig | None = None
+    """Write the result as a teacher, too."""
 
     @model_validator(mode="after")
     def _stop_can_come(self) -> SpecialistConfig:

@@ -29,6 +29,7 @@ LOWER = {
     "run_dir",
     "manifest",
     "content",
+    "config_docs",
     "files",
     "metrics",
     "metrics_lines",

@@ -1,0 +1,34 @@
+"""docs/config.md says what the models are."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from mtopd.config import ConsolidateConfig, SpecialistConfig
+from mtopd.config_docs import _tables, markdown
+from tests.conftest import REPOSITORY
+
+
+def test_the_page_is_the_models() -> None:
+    found = (REPOSITORY / "docs" / "config.md").read_text()
+    assert found == markdown(), "run: python -m mtopd.config_docs > docs/config.md"
+
+
+def test_every_key_has_a_meaning_and_a_row() -> None:
+    page = markdown()
+    for root in (ConsolidateConfig, SpecialistConfig):
+        models: list[type[BaseModel]] = [model for _, model in _tables(root)]
+        assert len(models) > 5
+        for model in models:
+            for name, field in model.model_fields.items():
+                assert field.description, f"{model.__name__}.{name} lacks its docstring"
+                assert f"| `{name}` |" in page
+    for row in (
+        "| `lr` | number above 0 | needed |",
+        "| `micro_batch_size` | whole number at least 1 | - |",
+        "| `store` | path or URL | needed |",
+        "| `route` | table of text | needed |",
+        "| `mtp` | `freeze`, `drop` | `freeze` |",
+        "| `tolerance` | number at least 0 and below 1 | `0.1` |",
+    ):
+        assert row in page
