@@ -86,6 +86,12 @@ def check_hf_folder(folder: Path) -> ModelFacts:
     return facts
 
 
+def ranks_on_node(student: StudentConfig) -> int:
+    """How many ranks run on this machine."""
+    found = os.environ.get("LOCAL_WORLD_SIZE", "1") if under_torchrun() else None
+    return student.parallel.world_size if found is None else int(found)
+
+
 def check_world(student: StudentConfig) -> None:
     """Under an outer torchrun, its world size must be the config's."""
     parallel = student.parallel

@@ -179,11 +179,21 @@ def report(run_dir: RunDirectory) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and which path each part will take."""
+def doctor(
+    model: Annotated[
+        Path | None, typer.Argument(help="HF folder of a student; default: the machine alone.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="student.dtype: float32 or bfloat16.")] = "float32",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a micro-batch on one rank.")] = 4096,
+) -> None:
+    """Say what this machine has and which path each part takes; of MODEL, which layouts fit it."""
     from . import doctor as doctor_pipeline
+    from .memory import print_layouts
 
-    doctor_pipeline.print_report(Console())
+    if model is None:
+        doctor_pipeline.print_report(Console())
+    else:
+        print_layouts(model, Console(soft_wrap=True, highlight=False), dtype=dtype, tokens=tokens)
 
 
 def main() -> None:

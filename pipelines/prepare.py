@@ -25,6 +25,7 @@ from .checks import (
     check_student,
     check_teachers,
     check_world,
+    ranks_on_node,
 )
 from .continuation import (
     architecture,
@@ -35,6 +36,7 @@ from .continuation import (
     set_aside_final,
 )
 from .inputs import inputs_of
+from .memory import report_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +71,7 @@ def consolidate(
     ]
     manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
     _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
+    report_memory(config, stores, ranks_on_node(config.student), say)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
     write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)

@@ -397,6 +397,14 @@ def split_options(layers: Sequence[int]) -> list[str]:
     return [f"student.megatron.{option}" for option in options]
 
 
+def recomputes_layers(user: Mapping[str, object]) -> bool:
+    return user.get("recompute_granularity") == "full"
+
+
+def has_distributed_optimizer(user: Mapping[str, object]) -> bool:
+    return bool(user.get("use_distributed_optimizer"))
+
+
 def has_sequence_parallel(user: Mapping[str, object]) -> bool:
     return bool(user.get("sequence_parallel"))
 

@@ -15,9 +15,11 @@ of its imports does.
     shares            which bytes of a teacher each rank reads, and where they stand on the device
 """
 
-from mtopd.planning.capacity import Capacity, Layout, ModelSizes, rank_capacity
+from mtopd.planning.capacity import Capacity, ModelSizes, in_binary_units, rank_capacity
 from mtopd.planning.layouts import (
+    Layout,
     choose_slices,
+    fitting_layouts,
     in_words,
     sizes_that_work,
     undivided,
@@ -54,6 +56,8 @@ __all__ = [
     "Wave",
     "choose_slices",
     "expressible_splits",
+    "fitting_layouts",
+    "in_binary_units",
     "in_words",
     "learning_rate",
     "number_samples",

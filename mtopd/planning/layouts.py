@@ -9,13 +9,56 @@ A size of an axis works when it divides everything the axis splits.  Promises:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mtopd.types import MtopdError
 
 # `--slices auto` asks for no more: tensor parallelism stays within a node
 _MAX_AUTO_SLICES = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel axes; ``etp`` of an expert's tensor parallelism."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    def __str__(self) -> str:
+        axes = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "dp": self.dp}
+        return " ".join(f"{axis}{size}" for axis, size in axes.items() if size > 1) or "one rank"
+
+
+def fitting_layouts(
+    world_size: int, *, tp_counts: Iterable[int], num_layers: int, expert_counts: Sequence[int]
+) -> Iterator[Layout]:
+    """Layouts of a model on ``world_size`` ranks: every tp and pp that works.
+
+    ``expert_counts``: experts of a layer and columns of an expert; without and with the largest ep.
+    """
+    for tp in working_sizes([*tp_counts, world_size]):
+        for pp in working_sizes([num_layers, world_size // tp]):
+            stage = world_size // pp
+            layout = Layout(tp=tp, pp=pp, dp=stage // tp)
+            if not expert_counts:
+                yield layout
+                continue
+            experts, columns = expert_counts
+            if columns % tp == 0:
+                yield replace(layout, etp=tp)
+            if (ep := working_sizes([experts, stage])[-1]) > 1:
+                yield replace(layout, ep=ep)
 
 
 def working_sizes(counts: Iterable[int]) -> list[int]:

@@ -15,8 +15,11 @@ import torch.distributed as dist
 from mtopd.config import OptimizerConfig, StudentConfig
 from mtopd.files import write_json
 from mtopd.hf_checkpoint import read_weights
+from mtopd.megatron.options import splits_unevenly
 from mtopd.pipelines.engines import embedded
 from mtopd.pipelines.student import Student
+from mtopd.planning import Layout
+from mtopd.planning.capacity import stage_params
 from mtopd.progress import quiet_libraries
 from mtopd.rollout.engine import GREEDY, Engine, Request
 from mtopd.run_dir import RunDir
@@ -28,7 +31,8 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
     folder = root / job["kind"]
     config = StudentConfig(**{"model": folder, "freeze_router": True, **job["student"]})
     student = Student(config, OptimizerConfig(lr=1e-3, warmup_steps=0), 10, seed=0)
-    engine = embedded(student)
+    check_counted(student)
+    engine = embedded(student, ())
     engine.update_weights(student.weights())
     wanted, found = read_weights(folder), student.weights()
     tied = {"lm_head.weight"} if student.hf_config.tie_word_embeddings else set()
@@ -48,6 +52,25 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
     if first_of_kind:
         check_answers(root, job["kind"], student, engine)
     dist.barrier()
+
+
+def check_counted(student: Student) -> None:
+    """Planning counts a rank's parameters without building them; layers in equal numbers."""
+    parallel = student.config.parallel
+    if splits_unevenly(student.config.megatron):
+        return
+    layout = Layout(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        dp=parallel.dp,
+        ep=parallel.ep,
+        etp=parallel.expert_tp,
+    )
+    held = sum(p.numel() for chunk in student.trainer.chunks for p in chunk.parameters())
+    counted = stage_params(student.facts.sizes, layout)[student.ranks.pp_rank]
+    assert held == counted, (student.facts, layout, held, counted)
 
 
 def check_answers(root: Path, kind: str, student: Student, engine: Engine) -> None:

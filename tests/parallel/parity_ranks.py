@@ -342,7 +342,7 @@ def check_argmax(session: Session) -> str:
     trainer = session.student.trainer
     folder = session.run.path / "export" / "check"
     session.student.export(session.run, folder)
-    engine = embedded(session.student)
+    engine = embedded(session.student, ())
     engine.update_weights(read_weights(folder))
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
     responses = engine.generate(

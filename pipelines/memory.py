@@ -1,0 +1,175 @@
+"""What a rank of a run will hold in memory, and the layouts of a model that fit a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from mtopd.config import ConsolidateConfig, OffloadConfig, ParallelConfig, StudentConfig
+from mtopd.dtypes import torch_dtype
+from mtopd.families import ModelFacts, check_variant, model_facts
+from mtopd.hf_checkpoint import load_hf_config
+from mtopd.megatron.options import has_distributed_optimizer, recomputes_layers, sort_fields
+from mtopd.planning import (
+    Capacity,
+    Layout,
+    fitting_layouts,
+    in_binary_units,
+    in_words,
+    rank_capacity,
+    working_sizes,
+)
+from mtopd.teacher_offload.store import TeacherStore
+from mtopd.types import MtopdError
+
+_WORLD_SIZES = (1, 2, 4, 8)
+
+
+def report_memory(
+    config: ConsolidateConfig,
+    stores: Sequence[TeacherStore],
+    ranks_on_node: int,
+    say: Callable[[str], None],
+) -> None:
+    """Say what each rank will hold, and whether this machine has less."""
+    facts = model_facts(load_hf_config(config.student.model))
+    capacity = config_capacity(config, facts, sum(store.pass_bytes() for store in stores))
+    say(f"each rank will hold about {capacity}")
+    if lacking := too_little(capacity, ranks_on_node):
+        say(f"warning: {lacking}")
+
+
+def config_capacity(config: ConsolidateConfig, facts: ModelFacts, teacher_bytes: int) -> Capacity:
+    """``teacher_bytes``: of all teachers together, which the ranks share."""
+    parallel, train = config.student.parallel, config.train
+    fields = sort_fields(config.student.megatron)
+    tokens = train.token_budget or (train.micro_batch_size or 1) * config.data.context_length
+    return rank_capacity(
+        facts.sizes,
+        _layout(parallel),
+        dtype_bytes=torch_dtype(config.student.dtype).itemsize,
+        micro_batch_tokens=-(-tokens // parallel.cp),
+        distributed_optimizer=has_distributed_optimizer(fields.optimizer),
+        recomputes=recomputes_layers(fields.transformer),
+        kept_teachers=min(config.teacher_offload.host_budget, teacher_bytes // parallel.world_size),
+    )
+
+
+def _layout(parallel: ParallelConfig) -> Layout:
+    return Layout(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        dp=parallel.dp,
+        ep=parallel.ep,
+        etp=parallel.expert_tp,
+    )
+
+
+def too_little(capacity: Capacity, ranks_on_node: int) -> str:
+    """What this machine has less of than ``ranks_on_node`` ranks will hold; empty if of nothing."""
+    import psutil
+
+    host, needed = psutil.virtual_memory().available, ranks_on_node * capacity.total
+    device = _device_bytes(ranks_on_node)
+    if device:
+        needed = ranks_on_node * capacity.host
+        if capacity.device > device:
+            (need, has), unit = in_binary_units([capacity.device, device])
+            return (
+                f"a device has {has} {unit}, a rank will hold {need} there: use more ranks, or "
+                "student.megatron's recompute_* and use_distributed_optimizer options"
+            )
+    if needed > host:
+        (need, has), unit = in_binary_units([needed, host])
+        return (
+            f"this machine has {has} {unit} of memory free, its {ranks_on_node} rank"
+            f"{'s' * (ranks_on_node > 1)} will hold {need}"
+        )
+    return ""
+
+
+def _device_bytes(ranks_on_node: int) -> int:
+    """Memory of the smallest GPU, 0 where the ranks run on CPU.  The driver is asked: asking torch
+    would leave a context on the device for as long as the launcher lives.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        sizes = [int(line) << 20 for line in done.stdout.split()]
+        return min(sizes) if len(sizes) >= ranks_on_node else 0
+    return 0
+
+
+def print_layouts(model: Path, console: Console, *, dtype: str, tokens: int) -> None:
+    """Print which layouts fit a checkpoint, and what a rank holds on each.  Raises MtopdError for a
+    folder that cannot be a student.
+    """
+    if dtype not in (known := get_args(StudentConfig.model_fields["dtype"].annotation)):
+        raise MtopdError(f"--dtype {dtype}: a student's is {in_words(known, 'or')}")
+    hf_config = load_hf_config(model)
+    check_variant(hf_config, str(model / "config.json"))
+    facts = model_facts(hf_config)
+    counts, experts = facts.tp_counts, facts.num_experts
+    tp_sizes = working_sizes(counts.values())
+    console.print(
+        f"{model}: {hf_config.model_type}, {facts.sizes.num_params:,} parameters, "
+        f"{facts.num_layers} layers, "
+        + ", ".join(f"{count} {what}" for what, count in counts.items())
+        + (f", {experts} experts" if experts else "")
+    )
+    for axis, sizes in (
+        ("tp, and slices of a teacher store", tp_sizes),
+        ("pp x vpp", working_sizes([facts.num_layers])),
+        ("ep", working_sizes([experts]) if experts else [1]),
+    ):
+        console.print(f"{axis}: {in_words(sizes, 'or')}")
+    worlds = sorted({*_WORLD_SIZES, *(size for size in tp_sizes if size <= _WORLD_SIZES[-1])})
+    whole = torch_dtype(dtype).itemsize * facts.sizes.num_params
+    rows = [
+        (
+            layout,
+            rank_capacity(
+                facts.sizes,
+                layout,
+                dtype_bytes=torch_dtype(dtype).itemsize,
+                micro_batch_tokens=tokens,
+                kept_teachers=min(OffloadConfig().host_budget, whole // layout.world_size),
+            ),
+        )
+        for world in worlds
+        for layout in fitting_layouts(
+            world,
+            tp_counts=counts.values(),
+            num_layers=facts.num_layers,
+            expert_counts=[experts, facts.expert_ffn_size] if experts else [],
+        )
+    ]
+    largest = max(capacity.total for _, capacity in rows)
+    _, unit = in_binary_units([largest])
+    table = Table("ranks", "layout", *rows[0][1].parts, f"a rank, {unit}", "here", box=None)
+    for layout, capacity in rows:
+        values = [capacity.total, *capacity.parts.values()]
+        (total, *parts), _ = in_binary_units([*values, largest])
+        lacking = "too little memory" if too_little(capacity, layout.world_size) else "fits"
+        table.add_row(str(layout.world_size), str(layout), *parts[:-1], total, lacking)
+    console.print(table)
+    console.print(
+        f"{dtype}, {tokens:,} tokens of a micro-batch on a rank; activations and the checkpoint's "
+        "copy are estimates; kept: one teacher of this size, up to teacher_offload.host_budget"
+        + (
+            "; tp beyond 1 needs student.megatron.sequence_parallel=true"
+            if experts or facts.is_latent_attention
+            else ""
+        )
+    )
