@@ -37,6 +37,7 @@ SECONDS = (
     *("wall_s", "tokens_per_s", "positions_per_s", "stall_s", "statistics_s"),
     "head_bytes_read",
 )
+BASELINES = {"base": "student", "t0": "t0"}  # folder of each in the workplace
 LAST = 3  # the iteration whose files a finished run keeps
 
 
@@ -47,9 +48,20 @@ def mtopd(*arguments: str) -> str:
     return done.stdout
 
 
-def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
+def test_phases_replay_from_files(
+    workplace: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
     run = RunDir(workplace / "alone")
-    process = start(workplace, run.path, "--log-json", "checkpoint.every=1", "checkpoint.keep=3")
+    folders = ", ".join(f"{n}: {workplace / folder}" for n, folder in BASELINES.items())
+    process = start(
+        workplace,
+        run.path,
+        *("--log-json", "checkpoint.every=1", "checkpoint.keep=3"),
+        f"evaluation.baselines={{{folders}}}",
+        "evaluation.weight_average=[base, t0]",
+    )
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     steps = train_steps(output)
@@ -57,6 +69,7 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
     assert "worst recovery" in errors, "the table of the report is not among the lines"
     states = rows_of(run)
     shards = {p.name: pq.read_table(p) for p in run.trajectories(LAST).glob("*.parquet")}
+    check_baselines(run, output, errors)
     read = sum(
         prompt_len + response_len - 1  # the last token is predicted alone
         for table in shards.values()
@@ -109,6 +122,28 @@ def test_phases_replay_from_files(workplace: Path) -> None:  # noqa: F811
         assert not same, (
             f"a train step moves every weight and its moments, but not {prefix}{same[0]}"
         )
+
+
+def check_baselines(run: RunDir, output: str, errors: str) -> None:
+    """They come last, are named while they are evaluated, and are known to the verb."""
+    lines = [json.loads(text) for text in output.splitlines()]
+    kinds = [line["kind"] for line in lines]
+    names = [*BASELINES, "weight average"]
+    assert [line["part"] for line in lines if line["kind"] == "baseline"] == names
+    assert kinds.index("baseline") > max(
+        i for i, kind in enumerate(kinds) if kind in ("train_step", "evaluation")
+    )
+    assert f"baseline t0 (2 of {len(names)}) ..." in errors
+    again = mtopd("evaluate", str(run.path), "--baselines", "--log-json")
+    known = [line for line in map(json.loads, again.splitlines()) if line["kind"] == "baseline"]
+    assert [line["kept"] for line in known] == [True] * len(names)
+    before = [line for line in lines if line["kind"] == "baseline"]
+    assert [line["accuracy"] for line in known] == [line["accuracy"] for line in before]
+
+    # The student that the run began with is the first baseline: the same draws, the same numbers.
+    mtopd("evaluate", str(run.path), "--iteration", "0", "--log-json")
+    accuracy = json.loads(run.evaluation(0).read_text())
+    assert accuracy == before[0]["accuracy"]
 
 
 def train_steps(output: str) -> list[dict[str, Any]]:

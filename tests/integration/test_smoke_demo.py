@@ -28,6 +28,19 @@ def smoke(folder: Path) -> str:
     return done.stdout
 
 
+def check_specialist(run: Path, num_steps: int) -> None:
+    """It ends with a report of its own, whose accuracy is a line of its metrics, too."""
+    report = json.loads((run / "report.json").read_text())
+    assert report["finished"] and report["train_steps"] == num_steps
+    assert report["loss"]["last"] < report["loss"]["first"]
+    assert report["positions"] > report["train_tokens"] > 0 and report["peak_host_bytes"] > 0
+    assert "<html" in (run / "report.html").read_text()
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    (found,) = [line for line in lines if line["kind"] == "evaluation"]
+    assert found["accuracy"] == report["accuracy"] and found["stopped"] == report["stopped"]
+    assert "rot" in report["accuracy"]
+
+
 def test_the_smoke_demo_ends_with_a_true_report(tmp_path: Path) -> None:
     output = smoke(tmp_path)
     assert (
@@ -51,6 +64,9 @@ def test_the_smoke_demo_ends_with_a_true_report(tmp_path: Path) -> None:
     assert set(report["domains"]) == {"rot", "rev", "spir"}
     page = (tmp_path / "runs" / "smoke" / "report.html").read_text()
     assert "<html" in page and "http://" not in page and "https://" not in page
+
+    for name in ("base", "rot"):
+        check_specialist(tmp_path / "runs" / "smoke" / name, {"base": 60, "rot": 30}[name])
 
     started = time.monotonic()
     assert "smoke done" in smoke(tmp_path)  # every stage is skipped: its sealed output is there
