@@ -122,9 +122,10 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file; raises MtopdError that names the file when it is not JSON."""
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits are ValueErrors too
         raise MtopdError(
-            f"{path} is not valid JSON ({error}); it was damaged or edited: remove it and run again"
+            f"{path} is not valid JSON ({error}); it was damaged or edited: put it back as it was, or "
+            "start over in another folder"
         ) from None
 
 

@@ -63,7 +63,23 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
             "with the version that began the run, or choose another run_dir (`mtopd report` and "
             "`mtopd cache` read it still)"
         )
+    if not _is_sound(found):
+        raise MtopdError(
+            f"{run.manifest} was edited: it is not as a start writes it; put it back as it was, or "
+            "choose another run_dir"
+        )
     return found
+
+
+def _is_sound(manifest: Mapping[str, Any]) -> bool:
+    inputs, changes = manifest.get("inputs", {}), manifest.get("accepted_changes", [])
+    return (
+        isinstance(inputs, dict)
+        and all(isinstance(entry, dict) for entry in inputs.values())
+        and all(isinstance(e.get(k), str) for e in inputs.values() for k in ("path", "sha256"))
+        and isinstance(changes, list)
+        and all(isinstance(c, dict) and isinstance(c.get("start"), int) for c in changes)
+    )
 
 
 def check_schema(run: RunDir) -> None:

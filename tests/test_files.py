@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtopd import files
-from mtopd.files import one_line_errors, remove_tree, replace_tree, sweep, write_atomic
+from mtopd.files import one_line_errors, read_json, remove_tree, replace_tree, sweep, write_atomic
 from mtopd.run_dir import SEAL, RunDir
 from mtopd.types import MtopdError
 
@@ -166,3 +166,10 @@ def test_what_its_writers_have_synced_is_not_synced_again(
     found = sorted(str(Path(path).relative_to(tmp_path)) for path in synced)
     assert found == [".", ".new", ".new/inner", ".new/inner/large", ".new/small"]
     assert (tmp_path / "new" / "large").read_text() == "large"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(MtopdError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")

@@ -200,3 +200,21 @@ def test_a_run_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
     run.manifest.unlink()
     with pytest.raises(MtopdError, match=r"has lost its manifest\.json"):
         check_schema(run)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"inputs": []},
+        {"inputs": {"x": 3}},
+        {"inputs": {"x": {"path": "/x"}}},
+        {"accepted_changes": {}},
+        {"accepted_changes": [{"start": "2"}]},
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path: Path, edit: dict) -> None:
+    run = RunDir(tmp_path)
+    start_run(run, CONFIG, MANIFEST, "old")
+    run.manifest.write_text(json.dumps(read_json(run.manifest) | edit))
+    with pytest.raises(MtopdError, match="was edited"):
+        start_run(run, CONFIG, MANIFEST, "new")
