@@ -189,6 +189,11 @@ def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
                 f"{folder} has no tensor {lacking[0]!r}, which {first} has; they cannot be averaged"
             )
         for name, total in sums.items():
+            if weights[name].shape != total.shape:
+                raise MtopdError(
+                    f"{name!r} has shape {tuple(weights[name].shape)} in {folder} and "
+                    f"{tuple(total.shape)} in {first}; they cannot be averaged"
+                )
             total += weights[name].float()
         del weights
     return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}

@@ -130,3 +130,6 @@ def test_checkpoints_of_other_tensors_are_not_averaged(folders: list[Path], tmp_
     assert "lm_head.weight" not in average
     with pytest.raises(MtopdError, match=r"tied has no tensor 'lm_head\.weight'"):
         hf_checkpoint.average_weights([folders[0], tmp_path / "tied"])
+    save_model(tmp_path / "wide", seed=4, tied=False, intermediate_size=160)
+    with pytest.raises(MtopdError, match=r"mlp.*has shape \(.*160.*\) in .*wide and .*128"):
+        hf_checkpoint.average_weights([folders[0], tmp_path / "wide"])
