@@ -34,12 +34,17 @@ def forget(run_dir: Path) -> None:
 
 
 def describe(error: Exception, run_dir: Path, rank: int) -> str:
-    """The line for the user; the traceback of an unforeseen error is written down."""
-    if isinstance(error, MtopdError):
-        return " ".join(str(error).split())
-    summary = " ".join(f"{type(error).__name__}: {error}".split())
+    """The line for the user; the traceback of an unforeseen error is written down, and of a library's
+    that became a line of ours.
+    """
     path = run_dir / f"failure.{rank}.txt"
     trace = "".join(traceback.format_exception(error))
+    if isinstance(error, MtopdError):
+        if error.__cause__ is not None:
+            with contextlib.suppress(OSError):
+                write_atomic(path, trace.encode(errors="replace"))
+        return " ".join(str(error).split())
+    summary = " ".join(f"{type(error).__name__}: {error}".split())
     try:
         write_atomic(path, trace.encode(errors="replace"))
     except OSError as problem:

@@ -37,6 +37,17 @@ def test_what_nobody_foresaw_leaves_its_traceback_for_each_rank(tmp_path: Path) 
     assert line.startswith("IndexError: x (unforeseen; ") and "cannot be written" in line
 
 
+def test_what_a_library_refused_is_one_line_and_keeps_its_traceback(tmp_path: Path) -> None:
+    refusal = MtopdError("Megatron refuses it")
+    refusal.__cause__ = failed(RuntimeError("no such kernel"))
+    assert failures.describe(refusal, tmp_path, 2) == "Megatron refuses it"
+    assert "RuntimeError: no such kernel" in (tmp_path / "failure.2.txt").read_text()
+    refusal.__cause__ = None
+    failures.forget(tmp_path)
+    failures.describe(refusal, tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_first_rank_of_a_host_speaks_and_nothing_is_said_twice(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
