@@ -7,6 +7,7 @@ No code from a folder is ever run: only config.json, tokenizer files and safeten
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from mtopd.dtypes import torch_dtype
-from mtopd.families import FAMILIES, model_facts
+from mtopd.families import FAMILIES, ModelFacts, model_facts
 from mtopd.files import publish_tree, remove_tree
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.types import MtopdError
@@ -25,23 +26,62 @@ if TYPE_CHECKING:
 
 
 # -- config ----------------------------------------------------------------------------------------
+_LFS_POINTER = b"version https://git-lfs"
+
+
 def load_hf_config(folder: Path) -> PretrainedConfig:
     """The HF config of a checkpoint folder; never runs code from it.
 
-    Raises MtopdError when the folder has no readable config.json or its architecture is not
-    supported.
+    As in transformers an output layer of its own counts, also where the config says tied: then
+    ``tie_word_embeddings`` of what is returned is False.  Raises MtopdError when the folder has no
+    readable config.json, its architecture is not supported, or it says that weights are quantised.
     """
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    if not path.is_file():
-        raise MtopdError(f"{folder} is not an HF checkpoint: it has no config.json")
+    values = _read_object(path, f"{folder} is not an HF checkpoint: it has no config.json")
+    for name in ("quantization_config", "compression_config"):
+        if values.get(name) is not None:
+            raise MtopdError(
+                f"{path} has a {name}: quantised weights are not read; convert the checkpoint to "
+                "bfloat16 or float32 first, with the scales multiplied in"
+            )
+    _check_model_type(str(path), values.get("model_type"))
     try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise MtopdError(f"{path} is not a valid HF config ({error})") from None
-    _check_model_type(str(path), model_type)
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model_facts(config).check_numbers()
+        _check_epsilon(config.rms_norm_eps)
+    except Exception as error:  # of the library's checks, each of its own kind
+        raise MtopdError(f"{path} is not a config of {values['model_type']}: {error}") from None
+    if config.tie_word_embeddings and _has_own_head(folder):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _check_epsilon(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"rms_norm_eps is {value!r}; it must be a number from 0 to 1")
+
+
+def _read_object(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON file that must hold an object."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise MtopdError(missing) from None
+    except OSError as error:
+        raise MtopdError(f"cannot read {path}: {error.strerror}") from None
+    if data.startswith(_LFS_POINTER):
+        raise MtopdError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MtopdError(
+            f"{path} is not valid JSON ({error or 'nested too deep'}); copy it again"
+        ) from None
+    if not isinstance(found, dict):
+        raise MtopdError(f"{path} holds {type(found).__name__}, needed is an object; copy it again")
+    return found
 
 
 def hf_config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -68,23 +108,100 @@ class Tensors(Protocol):
     def __getitem__(self, name: str) -> torch.Tensor: ...
 
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_READ = ("F32", "BF16", "F16")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files whose tensors count, by transformers' rule: ``model.safetensors``, or those that the
+    index names; whatever else lies in the folder does not.  Raises MtopdError for a file that is
+    not there.
+    """
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        return [folder / name for name in sorted(set(_read_index(folder).values()))]
+    if (folder / "adapter_config.json").is_file():
+        raise MtopdError(
+            f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its base "
+            "and save the whole model"
+        )
+    others = sorted(
+        path.name
+        for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+        for path in folder.glob(pattern)
+    )
+    found = f"; found {', '.join(others[:5])}" if others else ""
+    raise MtopdError(
+        f"{folder} has neither {_SINGLE} nor {_INDEX}{found}; other weight formats can run code and "
+        "are not read: save the model again with transformers' save_pretrained"
+    )
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File by tensor.  Raises MtopdError when the index is malformed or a file is missing."""
+    path = folder / _INDEX
+    files = _read_object(path, f"{path} does not exist").get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise MtopdError(f"{path} has no weight_map from tensors to files; copy it again")
+    for tensor, name in files.items():
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+        ):
+            raise MtopdError(
+                f"{path} says that tensor {tensor!r} is in {name!r}; needed is the name of a "
+                "safetensors file in the same folder"
+            )
+    for name in sorted(set(files.values())):
+        if not (folder / name).is_file():
+            raise MtopdError(
+                f"{folder} has no {name}, which {_INDEX} names; the download is not complete: "
+                "fetch it again"
+            )
+    return files
+
+
 class HFTensors(Mapping[str, torch.Tensor]):
     """Tensors of an HF folder by name, one at a time, each read anew.  Every file's header is
     checked at the start.
 
-    They are read, not mapped: pages of a mapped file count as this process's memory for as long as
-    it is open.
+    float16 comes as float32, which is exact; every other tensor in its own dtype.  They are read,
+    not mapped: pages of a mapped file count as this process's memory for as long as it is open.
+    Raises MtopdError when the folder's files do not hold what its index says, and for quantised
+    weights.
     """
 
     def __init__(self, folder: Path) -> None:
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise MtopdError(
-                f"{folder} has no safetensors files; other weight formats can run code and are not "
-                "read"
-            )
-        self._entries = {entry.name: (path, entry) for path in paths for entry in read_header(path)}
+        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
+        for path in weight_files(folder):
+            for entry in _read_header(path):
+                if entry.name in self._entries:
+                    raise MtopdError(
+                        f"tensor {entry.name!r} is in {self._entries[entry.name][0]} and in {path}; "
+                        "one of them is of another checkpoint"
+                    )
+                self._entries[entry.name] = path, entry
+        if not (folder / _SINGLE).is_file():
+            for name, file in _read_index(folder).items():
+                if name not in self._entries or self._entries[name][0].name != file:
+                    raise MtopdError(
+                        f"{folder / file} has no tensor {name!r}, which {_INDEX} says it has; one of "
+                        "them is of another checkpoint"
+                    )
         self._folder = folder
+        for name, (path, entry) in self._entries.items():
+            if entry.dtype not in _READ:
+                raise MtopdError(
+                    f"{path}: tensor {name!r} is {entry.dtype}, quantised or of a kind that is not "
+                    f"read ({', '.join(_READ)} are); convert the checkpoint to bfloat16 or float32 "
+                    "first"
+                )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -107,7 +224,18 @@ class HFTensors(Mapping[str, torch.Tensor]):
             raise MtopdError(
                 f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again"
             ) from None
-        return tensor
+        return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What ``self[name]`` has."""
+        found = torch_dtype(self._entries[name][1].dtype)
+        return torch.float32 if found == torch.float16 else found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1].shape
+
+    def file(self, name: str) -> Path:
+        return self._entries[name][0]
 
     def identity(self) -> list[list[Any]]:
         """What tells this checkpoint from another: every file's tensors, size and time of change."""
@@ -123,6 +251,93 @@ class HFTensors(Mapping[str, torch.Tensor]):
             ]
             for path, es in sorted(files.items())
         ]
+
+
+def _read_header(path: Path) -> list[TensorEntry]:
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as error:
+        raise MtopdError(f"cannot read {path}: {error.strerror}") from None
+    if is_pointer:
+        raise MtopdError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
+    return read_header(path)
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the files hold an output layer that is not the embedding's copy."""
+    tensors = HFTensors(folder)
+    if _HEAD not in tensors or _EMBEDDING not in tensors:
+        return False
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    return head.shape != embedding.shape or not torch.equal(head, embedding)
+
+
+def check_checkpoint(folder: Path) -> ModelFacts:
+    """The facts of a checkpoint, after its files' headers were compared with what its config calls
+    for: every tensor is there, in the right shape, and none is left over.
+
+    What may be left over: an output layer that repeats the tied embedding, buffers that
+    transformers computes (``inv_freq``), and layers behind the last.  Raises MtopdError that names
+    the tensor and its file.
+    """
+    hf_config, tensors = load_hf_config(folder), HFTensors(folder)
+    facts = model_facts(hf_config)
+    shapes = _expected_shapes(folder, hf_config, facts, tensors)
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise MtopdError(
+                f"{folder} has no tensor {name!r}, which its config.json calls for; the checkpoint "
+                "is not complete, or config.json is of another"
+            )
+        if tensors.shape(name) != shape:
+            raise MtopdError(
+                f"{tensors.file(name)}: tensor {name!r} has shape {tensors.shape(name)}, "
+                f"{folder / 'config.json'} calls for {shape}"
+            )
+    for name in tensors:
+        computed = name.endswith(("rotary_emb.inv_freq", ".masked_bias", ".attn.bias"))
+        tied = name == _HEAD and facts.has_tied_embeddings
+        if name not in shapes and not (computed or tied or facts.is_behind_last(name)):
+            raise MtopdError(
+                f"{tensors.file(name)} holds tensor {name!r}, which a {hf_config.model_type} of "
+                "this config.json does not use; a scale or part that is ignored would make another "
+                "model: export the checkpoint again"
+            )
+    return facts
+
+
+def _expected_shapes(
+    folder: Path, hf_config: PretrainedConfig, facts: ModelFacts, tensors: HFTensors
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that transformers' model of this config has."""
+    from transformers import AutoModelForCausalLM
+
+    # Before a model of a wrong number of layers is made: each costs time, if no memory.
+    found = {int(m[1]) for m in map(_LAYER.match, tensors) if m is not None}
+    if missing := sorted(set(range(facts.num_layers)) - found)[:1]:
+        raise MtopdError(
+            f"{folder} has no tensor of layer {missing[0]}; its config.json calls for "
+            f"{facts.num_layers} layers, its files hold {len(found)}"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    except Exception as error:  # of sizes that do not go together
+        raise MtopdError(
+            f"{folder / 'config.json'}: transformers cannot build this model: {error}"
+        ) from None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name == _HEAD and facts.has_tied_embeddings:
+            continue
+        names = stored_names(model, name, tensor)
+        for stored, piece in zip(names, _pieces(tensor, len(names)), strict=True):
+            shapes[stored] = tuple(piece.shape)
+    return shapes
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def _read_whole(file: FileIO, out: memoryview) -> None:
@@ -149,15 +364,7 @@ def fill(tensor: torch.Tensor, names: Sequence[str], tensors: Tensors) -> None:
     """Copy the checkpoint's tensors (``stored_names``) into the model's.  Raises MtopdError when a
     shape differs.
     """
-    pieces = [tensor]
-    if len(names) > 1:
-        experts = tensor.shape[0]
-        pieces = [
-            piece
-            for matrix in tensor.chunk(len(names) // experts, dim=1)
-            for piece in matrix.unbind()
-        ]
-    for stored, piece in zip(names, pieces, strict=True):
+    for stored, piece in zip(names, _pieces(tensor, len(names)), strict=True):
         found = tensors[stored]
         if found.shape != piece.shape:
             raise MtopdError(
@@ -167,10 +374,23 @@ def fill(tensor: torch.Tensor, names: Sequence[str], tensors: Tensors) -> None:
         piece.copy_(found)
 
 
+def _pieces(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The parts of a model's tensor that a checkpoint stores: itself, or a layer's experts."""
+    if count == 1:
+        return [tensor]
+    matrices = tensor.chunk(count // tensor.shape[0], dim=1)
+    return [piece for matrix in matrices for piece in matrix.unbind()]
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an HF checkpoint that answering takes."""
     stored, facts = HFTensors(folder), model_facts(load_hf_config(folder))
-    return {name: stored[name] for name in stored if not facts.is_further_head(name)}
+    tied = {_HEAD} if facts.has_tied_embeddings else set()
+    return {
+        name: stored[name]
+        for name in stored
+        if not (facts.is_behind_last(name) or name in tied or name.endswith("inv_freq"))
+    }
 
 
 def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig
-from mtopd.families import ModelFacts, check_variant, model_facts
-from mtopd.hf_checkpoint import HFTensors, load_hf_config
+from mtopd.families import check_variant, model_facts
+from mtopd.hf_checkpoint import check_checkpoint, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
 from mtopd.progress import under_torchrun
@@ -46,7 +46,7 @@ def check_student(
     student: StudentConfig, *, deterministic: bool, say: Say = _silent
 ) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
-    facts = check_hf_folder(student.model)
+    facts = check_checkpoint(student.model)
     check_variant(load_hf_config(student.model), str(student.model / "config.json"))
     tokenizer = load_tokenizer(student.model)
     check_ends(student.model, tokenizer, say)
@@ -77,13 +77,6 @@ def check_ends(model: Path, tokenizer: PreTrainedTokenizerBase, say: Say) -> Non
         )
     if tokenizer.pad_token_id is None:
         say(f"the student's tokenizer has no pad token: {names[0]} pads batches, masked")
-
-
-def check_hf_folder(folder: Path) -> ModelFacts:
-    """The facts of a checkpoint whose weight files are whole."""
-    facts = model_facts(load_hf_config(folder))
-    HFTensors(folder)
-    return facts
 
 
 def ranks_on_node(student: StudentConfig) -> int:
@@ -135,7 +128,7 @@ def check_store(config: SpecialistConfig) -> None:
 def check_baselines(config: ConsolidateConfig) -> None:
     for name, folder in config.evaluation.baselines.items():
         try:
-            check_hf_folder(folder)
+            check_checkpoint(folder)
         except MtopdError as error:
             raise MtopdError(f"evaluation.baselines.{name}: {error}") from None
 

@@ -17,6 +17,7 @@ import torch
 
 from mtopd.config import ParallelConfig
 from mtopd.families import FAMILIES, ModelFacts, check_variant
+from mtopd.hf_checkpoint import HFTensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -80,6 +81,19 @@ class _TransformerEngineNames:
         )
 
 
+class _Reader:
+    """What mbridge asks of a checkpoint folder, read by our rule of which files count."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors = HFTensors(folder)
+
+    def load_some_hf_weight(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: self._tensors[name] for name in names}
+
+    def load_one_hf_weight(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
 class Bridge:
     """Maps one HF architecture to a Megatron TransformerConfig and weights both ways.
 
@@ -101,7 +115,6 @@ class Bridge:
     ) -> None:
         from mbridge.core.bridge import _MODEL_REGISTRY
         from mbridge.core.parallel_states import ParallelStates
-        from mbridge.core.safetensor_io import SafeTensorIO
 
         check_variant(hf_config)
         self.family = FAMILIES[hf_config.model_type]
@@ -128,16 +141,19 @@ class Bridge:
                 ep_size=layout.ep,
                 etp_size=layout.expert_tp,
             )
+        # The last of several pipeline stages has a copy of the tied embedding; of some families
+        # mbridge does not know that.
+        embedding = "model.embed_tokens.weight"
+        tied = {"output_layer.weight": embedding} if self.facts.has_tied_embeddings else {}
         # A class of its own: mbridge writes the tied mapping into a class attribute, and a later
         # untied model of this process would inherit it.
         own_class = type(
             bridge_class.__name__,
             (bridge_class,),
             {
-                "_DIRECT_MAPPING": dict(bridge_class._DIRECT_MAPPING),
+                "_DIRECT_MAPPING": {**bridge_class._DIRECT_MAPPING, **tied},
                 "_build_base_config": build_base_config,
-                # DeepSeek's own reader takes bfloat16 models only.
-                "_get_safetensor_io": lambda _, folder: SafeTensorIO(folder),
+                "_get_safetensor_io": lambda _, folder: _Reader(Path(folder)),
             },
         )
         self._bridge = own_class(

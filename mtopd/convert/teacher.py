@@ -17,9 +17,9 @@ import torch
 from mtopd.convert.bridge import Bridge
 from mtopd.convert.layer_parts import Parts, layer_parts
 from mtopd.convert.probe import transformers_probe
-from mtopd.dtypes import dtype_name, safetensors_name, torch_dtype
-from mtopd.families import check_variant, model_facts
-from mtopd.hf_checkpoint import HFTensors, load_hf_config
+from mtopd.dtypes import safetensors_name
+from mtopd.families import check_variant
+from mtopd.hf_checkpoint import HFTensors, check_checkpoint, load_hf_config
 from mtopd.planning import choose_slices
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
@@ -28,8 +28,6 @@ from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_STORABLE = ("float32", "bfloat16")
 
 
 def add_teacher(
@@ -58,7 +56,7 @@ def add_teacher(
             raise MtopdError(f"the {what} is {given}; it must be a positive number")
     hf_config = load_hf_config(source)
     check_variant(hf_config, str(source / "config.json"))
-    facts = model_facts(hf_config)
+    facts = check_checkpoint(source)
     slices = choose_slices(slices, facts.tp_counts, str(source))
     tokenizer = load_tokenizer(source)
     if (known := vocab_size(tokenizer)) > facts.vocab_size:
@@ -66,11 +64,9 @@ def add_teacher(
             f"{source}: the tokenizer has {known} ids, the model only {facts.vocab_size} rows "
             "for them"
         )
-    dtype = torch_dtype(dtype_name(hf_config.dtype or "float32"))
-    if dtype_name(dtype) not in _STORABLE:
-        raise MtopdError(f"{source} is stored as {dtype}; float32 and bfloat16 can be stored")
-    bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=facts.vocab_size, tp=1)
     tensors = HFTensors(source)
+    dtype = tensors.dtype("model.embed_tokens.weight")  # config.json may say another
+    bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=facts.vocab_size, tp=1)
     manifest = {
         "name": name,
         "architecture": hf_config.to_dict(),

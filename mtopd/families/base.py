@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from mtopd.planning import Architecture, ModelSizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+_MOST = 10_000  # layers, experts
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class ModelFacts:
     is_latent_attention: bool = False  # MLA
     num_experts: int = 0  # routed ones of a layer that has experts
     num_dense_layers: int = 0  # of a model with experts: its first layers, which have none
+    num_further_heads: int = 0  # that predict further tokens (MTP)
     # FFN columns of a layer, 0 where no layer has such a part
     dense_ffn_size: int = 0
     expert_ffn_size: int = 0
@@ -88,12 +93,37 @@ class ModelFacts:
         """Routed experts of a layer, 0 in a dense one."""
         return self.num_experts if layer >= self.num_dense_layers else 0
 
+    def check_numbers(self) -> None:
+        """Raises ValueError unless sizes are sizes that go together: a config may say anything."""
+        for name in ("hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads",
+                     "head_dim", "value_head_dim", "ffn_size", "vocab_size", "max_positions"):  # fmt: skip
+            found = getattr(self, name)
+            if type(found) is not int or not 1 <= found < 2**31:
+                raise ValueError(f"{name} is {found!r}; it must be a whole number above 0")
+        if self.num_layers > _MOST or self.num_experts > _MOST:
+            raise ValueError(f"{self.num_layers} layers of {self.num_experts} experts are too many")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads are no multiple of the "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise ValueError(f"rope_theta is {self.rope_theta}; it must be a number above 0")
+
+    def is_behind_last(self, name: str) -> bool:
+        """Whether an HF tensor is of a layer behind the last: a head that predicts further tokens
+        (MTP), or what a model that was made shallower left in its files.
+        """
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        return match is not None and int(match[1]) >= self.num_layers
+
     def is_further_head(self, name: str) -> bool:
         """Whether an HF tensor is of a head that predicts further tokens (MTP): checkpoints keep
         them as layers behind the last.
         """
         match = re.match(r"model\.layers\.(\d+)\.", name)
-        return match is not None and int(match[1]) >= self.num_layers
+        first = self.num_layers
+        return match is not None and first <= int(match[1]) < first + self.num_further_heads
 
 
 @dataclass(frozen=True)

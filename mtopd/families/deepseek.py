@@ -50,6 +50,7 @@ def _facts(hf_config: PretrainedConfig) -> ModelFacts:
         is_latent_attention=True,
         num_experts=hf_config.n_routed_experts,
         num_dense_layers=hf_config.first_k_dense_replace,
+        num_further_heads=getattr(hf_config, "num_nextn_predict_layers", None) or 0,
         expert_ffn_size=hf_config.moe_intermediate_size,
         shared_ffn_size=hf_config.n_shared_experts * hf_config.moe_intermediate_size,
         split_attention_params=heads * (up + value_dim * hf_config.hidden_size),

@@ -111,7 +111,11 @@ def test_a_layer_is_dense_or_has_experts_and_its_names_say_so() -> None:
 
 def test_further_heads_stand_behind_the_last_layer_and_can_be_dropped() -> None:
     names = ["model.layers.1.mlp.up_proj.weight", "model.layers.2.enorm.weight", "lm_head.weight"]
-    assert [DENSE.is_further_head(name) for name in names] == [False, True, False]
+    facts = replace(DENSE, num_further_heads=1)
+    assert [facts.is_further_head(name) for name in names] == [False, True, False]
+    # A model that was made shallower has left layers in its files; they are no heads.
+    assert [DENSE.is_further_head(name) for name in names] == [False, False, False]
+    assert [DENSE.is_behind_last(name) for name in names] == [False, True, False]
     config = make_config("deepseek_v3", num_nextn_predict_layers=1)
     drop_further_heads(config)
     assert config.num_nextn_predict_layers == 0
