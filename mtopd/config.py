@@ -11,6 +11,7 @@ loss is exact.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import reprlib
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from mtopd.types import MtopdError
+from mtopd.types import MtopdError, plain_text
 from mtopd.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -74,6 +75,21 @@ def _store_location(value: object) -> str:
 
 
 LocalPath = Annotated[Path, BeforeValidator(local_path)]
+
+
+def _field_text(value: Any) -> Any:
+    # A prompt's field from a file is text; YAML makes numbers and booleans of what looks like them.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no value of a field")
+    if isinstance(value, bool | int | float):
+        return plain_text(value)
+    if not isinstance(value, str):
+        kind = "empty" if value is None else type(value).__name__
+        raise ValueError(f"is {kind}; it must be text, a number, or true or false")
+    return value
+
+
+FieldText = Annotated[str, BeforeValidator(_field_text)]
 
 
 # a folder, or a URL: s3://bucket/teachers/code
@@ -138,32 +154,89 @@ class StudentConfig(Model):
     """
 
 
+class ExampleConfig(Model):
+    """A question and its answer, shown as two chat turns in front of every prompt."""
+
+    question: FieldText
+    """What the user says."""
+    answer: FieldText
+    """What the assistant answers."""
+
+
+def _answer_from(value: Any) -> Any:
+    if value in ("last_number", "boxed", None):
+        return value
+    if (
+        isinstance(value, dict)
+        and len(value) == 1
+        and set(value) <= {"tag", "regex"}
+        and all(isinstance(text, str) and text for text in value.values())
+    ):
+        if not re.fullmatch(r"[\w-]+", value.get("tag", "_")):
+            raise ValueError(f"tag {value['tag']!r} is given without brackets: {{tag: answer}}")
+        return value
+    raise ValueError(
+        f"is {value!r}; it must be last_number, boxed, {{tag: NAME}} or {{regex: PATTERN}}"
+    )
+
+
+AnswerFrom = Annotated[str | dict[str, str], BeforeValidator(_answer_from)]
+
+_DRAWS = {"train_size": 20_000, "eval_size": 256, "seed": 1, "eval_seed": 10_000_019}
+_LEAVE = "leave it out"
+_INSTEAD = {
+    "eval_size": f"{_LEAVE}, or give held-out prompts as eval_path",
+    "num_examples": "write them down as examples",
+}
+
+
 class SourceConfig(Model):
-    """Prompts of one origin: a JSONL or Parquet file, or a reasoning-gym dataset.  ``fields`` are
-    added for routing.
-    """
+    """Prompts of one origin: a file, or a reasoning-gym dataset.  docs/data.md has examples."""
 
     name: Name
     """Names the source in prompt ids, metrics and the report."""
     path: LocalPath | None = None
-    """File of training prompts; or give reasoning_gym."""
+    """File of training prompts (.jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet); or give
+    reasoning_gym.
+    """
     eval_path: LocalPath | None = None
     """File of held-out prompts."""
     reasoning_gym: str | None = None
     """Name of a reasoning-gym dataset, which draws training and held-out prompts."""
     config: dict[str, Any] = {}
     """Options of the reasoning-gym dataset."""
-    fields: dict[str, str] = {}
+    fields: dict[str, FieldText] = {}
     """Fields that every prompt of the source has for routing, where its row has none of that name.
     """
-    train_size: Count = 20000
-    """Training prompts drawn from a reasoning-gym dataset."""
-    eval_size: Count = 256
-    """Held-out prompts drawn from a reasoning-gym dataset."""
-    seed: Seed = 1
-    """Of the training prompts that a reasoning-gym dataset draws."""
-    eval_seed: Seed = 10_000_019
-    """Of its held-out prompts."""
+    train_size: Count | None = None
+    """Training prompts drawn from a reasoning-gym dataset; default 20000."""
+    eval_size: Count | None = None
+    """Held-out prompts drawn from a reasoning-gym dataset; default 256."""
+    seed: Seed | None = None
+    """Of the training prompts that a reasoning-gym dataset draws; default 1."""
+    eval_seed: Seed | None = None
+    """Of its held-out prompts; default 10000019."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """System message in front of every prompt."""
+    examples: list[ExampleConfig] = []
+    """Worked examples in front of every prompt, each as two chat turns."""
+    num_examples: Count | None = None
+    """Or: so many worked examples, drawn from the reasoning-gym dataset."""
+    answer_from: AnswerFrom | None = None
+    """Where a response has its answer: last_number, boxed, {tag: NAME} or {regex: PATTERN}; default
+    all of it.
+    """
+    normalize: list[Literal["latex", "punctuation", "space", "case", "number"]] = []
+    """What the comparison with a file's answers overlooks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_draws(cls, values: Any) -> Any:
+        """Defaults are written down where they say something: of a dataset."""
+        if isinstance(values, dict) and values.get("reasoning_gym") is not None:
+            given = {key: value for key, value in values.items() if value is not None}
+            return {**_DRAWS, **given}
+        return values
 
     @property
     def has_held_out(self) -> bool:
@@ -173,7 +246,36 @@ class SourceConfig(Model):
     def _one_origin(self) -> SourceConfig:
         if (self.path is None) == (self.reasoning_gym is None):
             raise ValueError("needs exactly one of path and reasoning_gym")
+        if self.path is not None:
+            for key in ("config", *_DRAWS, "num_examples"):
+                if getattr(self, key) not in (None, {}):
+                    raise ValueError(f"{key} has no effect on a file; {_INSTEAD.get(key, _LEAVE)}")
+            for key in ("answer_from", "normalize"):
+                if getattr(self, key) and self.eval_path is None:
+                    raise ValueError(
+                        f"{key} has no effect without held-out prompts; give eval_path, or {_LEAVE}"
+                    )
+        elif self.eval_path is not None or self.normalize:
+            key = "normalize" if self.normalize else "eval_path"
+            raise ValueError(
+                f"{key} has no effect on a reasoning_gym dataset, which "
+                f"{'scores answers itself' if self.normalize else 'draws its held-out prompts'}; "
+                f"{_LEAVE}"
+            )
+        elif taken := {"size", "seed"} & self.config.keys():
+            raise ValueError(
+                f"config.{min(taken)} is set by the source: use train_size and eval_size, seed and "
+                "eval_seed beside config"
+            )
+        if self.examples and self.num_examples:
+            raise ValueError("needs at most one of examples and num_examples")
         return self
+
+    def draw(self, key: str) -> int:
+        """train_size, eval_size, seed or eval_seed of a dataset."""
+        value = getattr(self, key)
+        assert isinstance(value, int), f"{key} of a file"
+        return value
 
 
 class DataConfig(Model):
@@ -214,7 +316,7 @@ class TeacherConfig(Model):
     """Names the teacher in metrics and the report."""
     store: StoreLocation
     """Teacher store: a folder, or a URL like s3://bucket/teachers/code."""
-    route: dict[str, str]
+    route: dict[str, FieldText]
     """Fields of a prompt that must all match."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of the loss, w_i; default 1 / number of teachers."""

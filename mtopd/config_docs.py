@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig
+from mtopd.config import ConsolidateConfig, FieldText, SpecialistConfig, StoreLocation
 
 _HEAD = """# Every key of a config
 
@@ -21,6 +21,11 @@ means: `~` and `$NAME` are expanded, a relative one begins at the folder of the 
 """
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
 _BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
+# what the validator in front of a text lets through
+_TEXTS = {
+    get_args(StoreLocation)[1]: "path or URL",
+    get_args(FieldText)[1]: "text, a number, true or false",
+}
 _LARGEST = 1 << 53  # a bound that says nothing to a reader
 
 
@@ -90,8 +95,10 @@ def _value(kind: object, metadata: Iterable[object] = ()) -> str:
     if not isinstance(kind, type) or kind not in _WORDS:
         return "any value"
     parts = [part for m in metadata for part in getattr(m, "metadata", [m])]
-    if kind is str and any(isinstance(part, BeforeValidator) for part in parts):
-        return "path or URL"
+    if texts := [
+        _TEXTS[part] for part in parts if isinstance(part, BeforeValidator) and kind is str
+    ]:
+        return texts[0]
     if any(getattr(part, "pattern", None) for part in parts):
         return "name"
     bounds = [

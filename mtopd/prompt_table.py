@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from mtopd.config import DataConfig, SourceConfig
 from mtopd.data import (
+    Asking,
     Overlong,
     PromptSource,
     SupervisedExample,
@@ -141,7 +143,7 @@ def write_prompt_table(
     overlong: list[Overlong] = []
     for number, source in enumerate(config.sources):
         progress(f"preparing prompts of {source.name}")
-        train, held_out = load_source(source)
+        train, held_out = load_source(source, progress)
         for rows, is_held_out in ((train, False), (held_out, True)):
             if rows is None:
                 continue
@@ -190,28 +192,39 @@ def _say_dropped(source: PromptSource, num_dropped: int, progress: Callable[[str
         )
 
 
-def load_source(source: SourceConfig) -> tuple[PromptSource, PromptSource | None]:
+def load_source(
+    source: SourceConfig, say: Callable[[str], None] = lambda text: None
+) -> tuple[PromptSource, PromptSource | None]:
     """(train rows, held-out rows or None) of one configured source, with its ``fields`` added for
     routing.
     """
     domain = source.fields.get("domain", source.name)
-    held_out: PromptSource | None
+    asking = Asking(
+        source.system,
+        tuple((example.question, example.answer) for example in source.examples),
+        source.answer_from,
+        tuple(source.normalize),
+    )
+    held_out: PromptSource | None = None
     if source.reasoning_gym is not None:
         train, held_out = load_reasoning_gym(
             source.name,
             source.reasoning_gym,
             source.config,
-            size=source.train_size,
-            seed=source.seed,
-            eval_size=source.eval_size,
-            eval_seed=source.eval_seed,
+            size=source.draw("train_size"),
+            seed=source.draw("seed"),
+            eval_size=source.draw("eval_size"),
+            eval_seed=source.draw("eval_seed"),
+            num_examples=source.num_examples or 0,
             domain=domain,
+            asking=asking,
         )
     else:
         assert source.path is not None
-        train, held_out = load_prompt_file(source.name, source.path, domain=domain), None
+        load = partial(load_prompt_file, domain=domain, asking=asking, say=say)
+        train = load(source.name, source.path)
         if source.eval_path is not None:
-            held_out = load_prompt_file(f"{source.name}-eval", source.eval_path, domain=domain)
+            held_out = load(f"{source.name}-eval", source.eval_path, held_out=True)
     return with_fields(train, source.fields), held_out and with_fields(held_out, source.fields)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 
@@ -17,6 +18,22 @@ class MtopdError(ValueError):
     """An error a user can cause and mend.  The message says what was found, what was needed, what
     to do.
     """
+
+
+def plain_text(value: str | bool | int | float | Decimal) -> str:
+    """The text that routes and answers are compared by, of a value in a data file or a config.
+
+    A whole number has no point, whatever column it comes from; true and false are lower case.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e21:
+        return str(int(value))
+    if isinstance(value, Decimal):
+        text = format(value, "f")
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+        return "0" if text == "-0" else text
+    return str(value)
 
 
 # -- a sample's row arithmetic ---------------------------------------------------------------------

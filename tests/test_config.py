@@ -112,7 +112,7 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         ("train.optimizer.lr", True, "train.optimizer.lr is True"),
         ("train.optimizer.lr", math.nan, "train.optimizer.lr is nan"),
         ("train.optimizer.adam_beta2", 1.0, "train.optimizer.adam_beta2 is 1.0"),
-        ("teachers.0.route", {"domain": 7}, "teachers.0.route.domain is 7"),
+        ("teachers.0.route", {"domain": [7]}, "teachers.0.route.domain: is list"),
         ("evaluation", None, "evaluation is None: it must be a table of settings"),
         ("run_dir", "", "run_dir: path '' is empty"),
         ("run_dir", "run ", "run_dir: path 'run ' is empty, or has spaces around it"),

@@ -27,7 +27,7 @@ def test_every_key_has_a_meaning_and_a_row() -> None:
         "| `lr` | number above 0 | needed |",
         "| `micro_batch_size` | whole number at least 1 | - |",
         "| `store` | path or URL | needed |",
-        "| `route` | table of text | needed |",
+        "| `route` | table of text, a number, true or false | needed |",
         "| `mtp` | `freeze`, `drop` | `freeze` |",
         "| `tolerance` | number at least 0 and below 1 | `0.1` |",
     ):

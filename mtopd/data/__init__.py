@@ -1,10 +1,11 @@
 """Prompts and supervised examples: where they come from, who teaches them, how answers are scored."""
 
+from mtopd.data.prompt_file import load_prompt_file
 from mtopd.data.routes import route
 from mtopd.data.sources import (
+    Asking,
     PromptRow,
     PromptSource,
-    load_prompt_file,
     load_reasoning_gym,
     with_fields,
 )
@@ -19,6 +20,7 @@ from mtopd.data.verifiers import CORRECT_SCORE, verify
 
 __all__ = [
     "CORRECT_SCORE",
+    "Asking",
     "Overlong",
     "PromptRow",
     "PromptSource",

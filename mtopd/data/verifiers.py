@@ -1,4 +1,4 @@
-"""Score a response: exact match, or the verifier of a reasoning-gym dataset.
+"""Score a response: comparison with the answer, or the verifier of a reasoning-gym dataset.
 
 What a verifier needs travels in ``Prompt.verify`` as plain data, so a response can be scored in
 another process.
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mtopd.data.answers import find_answer, same_answer
 from mtopd.types import MtopdError, Prompt
 
 CORRECT_SCORE = 0.999  # a response is correct from this score on
@@ -35,21 +36,54 @@ def verify(prompt: Prompt, response_text: str) -> float:
         raise MtopdError(
             f"prompt {prompt.prompt_id} has no verifier; give its source an `answer` column"
         )
+    return score(recipe, response_text)
+
+
+def score(recipe: Mapping[str, Any], response_text: str) -> float:
+    """The score of a response by a row's recipe, 0 to 1."""
+    answer_from = recipe.get("answer_from")
     if recipe["verifier"] == "exact_match":
-        return float(response_text.strip() == recipe["answer"].strip())
+        return float(
+            same_answer(
+                response_text,
+                recipe["answer"],
+                answer_from=answer_from,
+                normalize=recipe.get("normalize", ()),
+            )
+        )
     dataset = open_dataset(recipe)
+    said = response_text if answer_from is None else find_answer(response_text, answer_from)
     with quiet():
         entry = dataset[recipe["index"]]
         try:
-            return float(dataset.score_answer(answer=response_text, entry=entry))
+            return float(dataset.score_answer(answer=said, entry=entry))
         # the text is arbitrary and some verifiers raise on what they cannot read: a wrong answer
         except Exception:
             return 0.0
 
 
+def entry_of(dataset: Any, index: int, name: str) -> Mapping[str, Any]:
+    """One entry; a dataset whose options leave it nothing to draw raises what it likes."""
+    try:
+        with quiet():
+            entry: Mapping[str, Any] = dataset[index]
+    except Exception as error:
+        raise MtopdError(
+            f"reasoning-gym dataset '{name}' cannot draw its entry {index} "
+            f"({type(error).__name__}: {error}); change the options in config"
+        ) from error
+    return entry
+
+
 def open_dataset(recipe: Mapping[str, Any]) -> Any:
     """The reasoning-gym dataset of a recipe; every process draws the same entries from it."""
-    options = json.dumps(recipe["options"], sort_keys=True)
+    try:
+        options = json.dumps(recipe["options"], sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise MtopdError(
+            f"config of reasoning-gym dataset '{recipe['dataset']}': {error}; use text, numbers, "
+            "booleans, lists and tables"
+        ) from None
     return _create_dataset(recipe["dataset"], options, recipe["size"], recipe["seed"])
 
 
@@ -75,7 +109,7 @@ def _create_dataset(name: str, options: str, size: int, seed: int) -> Any:
                 f"reasoning-gym refuses the options {options} of dataset '{name}': {error}"
             ) from error
         _disarm_verifier(name, dataset)
-        entry = dataset[0]
+        entry = entry_of(dataset, 0, name)
         if entry != dataset[0] or (entry["answer"] is not None and not _is_correct(dataset, entry)):
             raise MtopdError(
                 f"reasoning-gym dataset '{name}' with options {options} does not draw the same "

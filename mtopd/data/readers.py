@@ -1,0 +1,191 @@
+"""Records of a data file, each with the place where it stands: JSON Lines, a JSON array, Parquet.
+
+Read strictly: what two readers could take in two ways is refused by file and line.  NaN, which is
+how tables write a gap, is null.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mtopd.types import MtopdError
+
+Record = Mapping[str, Any]
+
+FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+# Columns that may hold more than one value: read whole.  Of others only values are of use.
+NESTED = ("prompt", "messages", "tools", "answer", "reward_model")
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_LONGEST_LINE = 64 << 20  # bytes; bounds what a small compressed file can become in memory
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+    """Pairs of (where, record) in the file's order.  A value that is neither null, text, a number
+    nor a boolean stands for itself in the columns NESTED, for its type in others.
+
+    Raises MtopdError for a file of another format, or one that is damaged.
+    """
+    ending = next((e for e in FORMATS if path.name.lower().endswith(e)), None)
+    if ending is None:
+        raise MtopdError(
+            f"{path} is none of {', '.join(FORMATS)}; convert it to one of them, or name it so"
+        )
+    _check_file(path)
+    if ending == ".parquet":
+        return _read_parquet(path)
+    return _read_json(path) if ending == ".json" else _read_lines(path, Path(ending).suffix)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise MtopdError(f"{path} is a folder; give one file of it, and further ones as sources")
+    if not path.is_file():
+        raise MtopdError(f"{path} does not exist or is no file; correct the path")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as error:
+        raise MtopdError(
+            f"{path} cannot be read ({error.strerror}); change its permissions"
+        ) from None
+    if start == _LFS:
+        raise MtopdError(f"{path} is a git-lfs pointer, not the data; fetch it with git lfs pull")
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
+    """One array of objects; or, as some hubs name it, JSON Lines."""
+    try:
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise MtopdError(f"{path} cannot be read ({error.strerror}); copy it again") from None
+    if not text.lstrip().startswith(b"["):
+        yield from _read_lines(path, "")
+        return
+    for number, record in enumerate(parse_json(text, str(path))):
+        yield _object(record, f"{path}, item {number}")
+
+
+def _read_lines(path: Path, ending: str) -> Iterator[tuple[str, Record]]:
+    number = 0
+    try:
+        with closing(_open(path, _CODECS.get(ending))) as file:
+            while line := file.readline(_LONGEST_LINE + 1):
+                number += 1
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                where = f"{path}, line {number}"
+                if len(line) > _LONGEST_LINE:
+                    raise MtopdError(f"{where} is longer than {_LONGEST_LINE} bytes; split it")
+                if line.strip():
+                    yield _object(parse_json(line, where), where)
+    except (OSError, pa.ArrowException) as error:
+        raise MtopdError(
+            f"{path}, after line {number}: cannot be read on ({error}); copy or write it again"
+        ) from None
+
+
+def _open(path: Path, codec: str | None) -> io.BufferedReader:
+    if codec is None:
+        return open(path, "rb")
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), codec))
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Strictly: UTF-8, no key twice, no infinity; NaN is null.  Raises MtopdError."""
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise MtopdError(
+            f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
+    except RecursionError:
+        raise MtopdError(f"{where}: lists or objects are nested too deeply; flatten it") from None
+    except ValueError as error:
+        raise MtopdError(f"{where}: no valid JSON ({error}); correct or remove it") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return table
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":
+        raise ValueError(f"{name} is no JSON")
+
+
+def _object(record: Any, where: str) -> tuple[str, Record]:
+    if not isinstance(record, dict):
+        raise MtopdError(f"{where}: found {type(record).__name__}, each must be an object")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # no encoding has half a surrogate pair
+        half = error.object[error.start : error.end].encode("unicode_escape").decode()
+        raise MtopdError(f"{where}: {half} is half a character; write both halves") from None
+    return where, record
+
+
+# -- Parquet ---------------------------------------------------------------------------------------
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    try:
+        table = pq.ParquetFile(path).read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise MtopdError(f"{path}: no readable Parquet file ({error}); write it again") from None
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MtopdError(f"{path}: column '{twice[0]}' stands twice; rename one of them")
+    columns = [_values(table[name], name, path) for name in names]
+    for number, values in enumerate(zip(*columns, strict=True)):
+        yield f"{path}, row {number}", dict(zip(names, values, strict=True))
+
+
+def _values(column: pa.ChunkedArray, name: str, path: Path) -> list[Any]:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (_is_scalar(kind) or name in NESTED):
+        return [kind] * len(column)
+    try:
+        values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
+    # what Python has no value for: dates out of its range, a key twice in a map
+    except (pa.ArrowException, ValueError, OverflowError, KeyError) as error:
+        raise MtopdError(
+            f"{path}: column '{name}' cannot be read ({error}); write it as text"
+        ) from None
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        # 0.1 as float32 is 0.1, not the 0.10000000149011612 that float64 calls it
+        values = [v if v is None else float(str(np.float32(v))) for v in values]
+    if name not in NESTED or _is_scalar(kind):
+        return [None if isinstance(v, float) and math.isnan(v) else v for v in values]
+    kept = ("content",) if name in ("prompt", "messages") else ()  # templates ask for it
+    return [_without_gaps(value, kept) for value in values]
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    tests = ("boolean", "integer", "floating", "decimal", "string", "large_string", "string_view")
+    return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+
+
+def _without_gaps(value: Any, kept: tuple[str, ...] = ()) -> Any:
+    """Every struct of a column has all keys that one of them has: null is how a missing key is
+    stored.  ``kept`` keys of the outermost structs stay.
+    """
+    if isinstance(value, list):
+        return [_without_gaps(item, kept) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_gaps(v) for k, v in value.items() if v is not None or k in kept}
