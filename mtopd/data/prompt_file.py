@@ -15,7 +15,7 @@ from mtopd.tokenizer import Message, Tools
 from mtopd.types import MtopdError, plain_text
 
 _PROMPT, _ANSWER = ("prompt", "messages"), ("answer", "reward_model")  # a column, or its other name
-_COLUMNS = (*_PROMPT, *_ANSWER, "tools")
+COLUMNS = (*_PROMPT, *_ANSWER, "tools")
 
 
 def load_prompt_file(
@@ -54,7 +54,7 @@ def _row(record: Record, where: str, domain: str, unused: dict[str, None]) -> Pr
     answer = _answer(record, where, unused)
     fields = {"domain": domain}
     for key, value in record.items():
-        if key in _COLUMNS or value is None:
+        if key in COLUMNS or value is None:
             continue
         text = _text(value, f"{where}: column {key!r}")
         if text is not None:
