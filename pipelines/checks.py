@@ -46,8 +46,8 @@ def check_student(
     student: StudentConfig, *, deterministic: bool, say: Say = _silent
 ) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
-    facts = check_checkpoint(student.model)
     check_variant(load_hf_config(student.model), str(student.model / "config.json"))
+    facts = check_checkpoint(student.model)
     tokenizer = load_tokenizer(student.model)
     check_ends(student.model, tokenizer, say)
     if (ids := vocab_size(tokenizer)) > facts.vocab_size:

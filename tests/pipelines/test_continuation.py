@@ -12,6 +12,7 @@ import pytest
 
 from mtopd.config import SpecialistConfig, StudentConfig, SupervisedConfig, TrainConfig
 from mtopd.files import read_json, write_json
+from mtopd.manifest import MANIFEST_SCHEMA
 from mtopd.pipelines.continuation import (
     architecture,
     changed_end,
@@ -33,7 +34,7 @@ def make_run(path: Path, checkpoints: tuple[int, ...] = (), **train: Any) -> Run
     run = RunDir(path)
     path.mkdir(parents=True)
     config = {"train": train, "student": {"dtype": "float32", "freeze_router": False}}
-    write_json(run.manifest, {"schema": 1, "config": config, **KNOWN})
+    write_json(run.manifest, {"schema": MANIFEST_SCHEMA, "config": config, **KNOWN})
     for number in checkpoints:
         run.checkpoint(number).mkdir(parents=True)
         run.seal(run.checkpoint(number), {"train_steps": 2 * number, "optimizer": FORM})
