@@ -27,7 +27,16 @@ def append(path: Path, *lines: tuple[Line, int, int | None]) -> None:
 
 
 def step_line(loss: float) -> SupervisedStepLine:
-    return SupervisedStepLine(loss=loss, grad_norm=0.5, lr=0.1, tokens=5, wall_s=1.0)
+    return SupervisedStepLine(
+        loss=loss,
+        grad_norm=0.5,
+        lr=0.1,
+        tokens=5,
+        tokens_per_s=5.0,
+        positions=9,
+        positions_per_s=9.0,
+        wall_s=1.0,
+    )
 
 
 def losses(path: Path) -> list[float]:
@@ -44,6 +53,7 @@ def test_lines_are_read_as_they_were_written(path: Path) -> None:
             "iteration": 0,
             "step": 3,
             **{"loss": 1.0, "grad_norm": 0.5, "lr": 0.1, "tokens": 5, "wall_s": 1.0},
+            **{"tokens_per_s": 5.0, "positions": 9, "positions_per_s": 9.0},
         },
     ]
     first, second = read_metrics(path)
@@ -113,7 +123,16 @@ def test_numbers_go_to_tensorboard_under_their_kind(path: Path) -> None:
 
     append(path, (EvaluationLine({"rot": 0.5}), 3, None), (step_line(2.0), 0, 7))
     board = EventAccumulator(str(path.parent / "tensorboard")).Reload()
-    names = ("loss", "grad_norm", "lr", "tokens", "wall_s")
+    names = (
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_s",
+        "positions",
+        "positions_per_s",
+        "wall_s",
+    )
     assert board.Tags()["scalars"] == [
         "evaluation/accuracy/rot",
         *(f"train_step/{name}" for name in names),
