@@ -1,5 +1,4 @@
-"""HF checkpoint folders: config and tensors read one at a time, and a folder written whole or not
-at all.
+"""HF checkpoint folders: config and tensors, read one at a time.
 
 No code from a folder is ever run: only config.json, tokenizer files and safetensors are read.
 """
@@ -8,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,12 +16,11 @@ import torch
 
 from mtopd.dtypes import torch_dtype
 from mtopd.families import FAMILIES, ModelFacts, model_facts
-from mtopd.files import publish_tree, remove_tree
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 # -- config ----------------------------------------------------------------------------------------
@@ -417,34 +415,3 @@ def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
             total += weights[name].float()
         del weights
     return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}
-
-
-# -- writing ---------------------------------------------------------------------------------------
-def write_hf_checkpoint(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    hf_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: torch.dtype,
-    seal: Callable[[Path], object],
-) -> None:
-    """Write a normal HF checkpoint, whole or not at all; ``seal`` marks the folder complete before
-    it gets its name.  ``dtype`` is what config.json names.
-    """
-    from safetensors.torch import save_file
-
-    partial = folder.with_name(f".{folder.name}.tmp")
-    for leftover in (partial, folder):
-        remove_tree(leftover)
-    partial.mkdir(parents=True)
-    save_file(
-        {n: t.cpu().contiguous() for n, t in tensors.items()},
-        partial / "model.safetensors",
-        {"format": "pt"},
-    )
-    hf_config.dtype = dtype
-    hf_config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    seal(partial)
-    publish_tree(partial, folder)

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from mtopd.config import OptimizerConfig, ParallelConfig, StudentConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.dtypes import torch_dtype
-from mtopd.families import drop_further_heads, model_facts
-from mtopd.hf_checkpoint import HFTensors, load_hf_config, write_hf_checkpoint
+from mtopd.families import model_facts, without_further_heads
+from mtopd.hf_checkpoint import HFTensors, load_hf_config
+from mtopd.hf_export import write_hf_checkpoint
 from mtopd.megatron import parallel
+from mtopd.megatron.agreement import decide
 from mtopd.megatron.model import build_chunks
 from mtopd.megatron.optimizer import build_optimizer_config
 from mtopd.megatron.options import (
@@ -30,6 +32,7 @@ from mtopd.megatron.options import (
 )
 from mtopd.megatron.trainer import Trainer, build_ddp_config
 from mtopd.planning.capacity import padded_vocab_size
+from mtopd.progress import say
 from mtopd.rollout.ending import Ending
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.tokenizer import end_ids, load_tokenizer, vocab_size
@@ -90,22 +93,30 @@ class Student:
         seal.  Collective.
         """
         tensors = self.weights()
-        if self.ranks.rank == 0 and not is_sealed(folder):
-            stored = HFTensors(self.config.model)
+
+        def write() -> None:
+            if is_sealed(folder):
+                return
+            stored, changes = HFTensors(self.config.model), dict[str, object]()
             further = [name for name in stored if self.facts.is_further_head(name)]
             if self.config.mtp == "freeze":
-                tensors |= {name: stored[name] for name in further}
+                tensors.update({name: stored[name] for name in further})
             if self.config.mtp != "freeze" or not further:
-                drop_further_heads(self.hf_config)
-            write_hf_checkpoint(
+                changes |= without_further_heads(self.hf_config)
+            if not self.facts.has_tied_embeddings:  # whatever the source's config says
+                changes["tie_word_embeddings"] = False
+            left_out = write_hf_checkpoint(
                 folder,
                 tensors,
-                self.hf_config,
-                self.tokenizer,
+                self.config.model,
+                changes,
                 dtype=self.dtype,
                 seal=partial(run.seal, contents=contents),
             )
-        dist.barrier()
+            if left_out:
+                say(f"not copied from {self.config.model} into {folder}: {', '.join(left_out)}")
+
+        decide(self.ranks, write)
 
 
 def build_bridge(

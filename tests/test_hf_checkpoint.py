@@ -9,59 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mtopd import hf_checkpoint
 from mtopd.hf_checkpoint import (
     HFTensors,
     hf_config_from_dict,
     load_hf_config,
-    write_hf_checkpoint,
 )
-from mtopd.tokenizer import load_tokenizer, tokenizer_hash
 from mtopd.types import MtopdError
 from tests.small_models import save_model
-
-
-def test_a_written_folder_reads_back_bit_for_bit(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", seed=1, layers=1)
-    tensors = {n: t.bfloat16() for n, t in load_file(tmp_path / "model/model.safetensors").items()}
-    config, tokenizer = load_hf_config(tmp_path / "model"), load_tokenizer(tmp_path / "model")
-    for name in (".out.tmp", "out"):  # what a killed export left
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    write_hf_checkpoint(
-        tmp_path / "out",
-        tensors,
-        config,
-        tokenizer,
-        dtype=torch.bfloat16,
-        seal=lambda folder: (folder / "sealed").touch(),
-    )
-    found = HFTensors(tmp_path / "out")
-    assert found.keys() == tensors.keys() and len(found) == len(tensors)
-    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
-    assert load_hf_config(tmp_path / "out").dtype == torch.bfloat16
-    assert tokenizer_hash(load_tokenizer(tmp_path / "out")) == tokenizer_hash(tokenizer)
-    assert (tmp_path / "out" / "sealed").is_file() and not (tmp_path / ".out.tmp").exists()
-
-
-def test_a_folder_without_its_seal_gets_no_name(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", seed=1, layers=1)
-
-    def full_disk(folder: Path) -> None:
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        write_hf_checkpoint(
-            tmp_path / "out",
-            {"a": torch.zeros(2)},
-            load_hf_config(tmp_path / "model"),
-            load_tokenizer(tmp_path / "model"),
-            dtype=torch.float32,
-            seal=full_disk,
-        )
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:

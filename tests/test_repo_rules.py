@@ -42,6 +42,7 @@ LOWER = {
     "dtypes",
     "families",
     "hf_checkpoint",
+    "hf_export",
 }
 BOTTOM = {"config", "yaml_file", "types"}
 # Part -> other parts it may import: the stated exceptions.

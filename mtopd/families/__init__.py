@@ -6,6 +6,7 @@ is added here, in FAMILIES; nothing registers itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mtopd.families.base import Family, ModelFacts
@@ -21,8 +22,9 @@ __all__ = [
     "Family",
     "ModelFacts",
     "check_variant",
-    "drop_further_heads",
     "model_facts",
+    "rope_scaling",
+    "without_further_heads",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -47,8 +49,13 @@ def check_variant(hf_config: PretrainedConfig, where: str = "") -> None:
         raise MtopdError(f"{where}: {reason}" if where else reason)
 
 
-def drop_further_heads(hf_config: PretrainedConfig) -> None:
-    """Make ``hf_config`` that of a checkpoint without heads that predict further tokens (MTP)."""
+def without_further_heads(hf_config: PretrainedConfig) -> dict[str, object]:
+    """Fields of config.json of a checkpoint without heads that predict further tokens (MTP)."""
     field = FAMILIES[hf_config.model_type].further_heads
-    if field is not None and hasattr(hf_config, field):
-        setattr(hf_config, field, 0)
+    return {field: 0} if field is not None and hasattr(hf_config, field) else {}
+
+
+def rope_scaling(rope_parameters: Mapping[str, object]) -> dict[str, object]:
+    """What transformers 4 calls ``rope_scaling``; empty where positions are not scaled."""
+    scaling = {name: value for name, value in rope_parameters.items() if name != "rope_theta"}
+    return scaling if scaling.get("rope_type", "default") != "default" else {}

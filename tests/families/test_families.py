@@ -14,8 +14,8 @@ from mtopd.families import (
     FAMILIES,
     ModelFacts,
     check_variant,
-    drop_further_heads,
     model_facts,
+    without_further_heads,
 )
 from mtopd.types import MtopdError
 from tests.small_models import MODEL_TYPES
@@ -117,11 +117,8 @@ def test_further_heads_stand_behind_the_last_layer_and_can_be_dropped() -> None:
     assert [DENSE.is_further_head(name) for name in names] == [False, False, False]
     assert [DENSE.is_behind_last(name) for name in names] == [False, True, False]
     config = make_config("deepseek_v3", num_nextn_predict_layers=1)
-    drop_further_heads(config)
-    assert config.num_nextn_predict_layers == 0
-    plain = make_config("qwen3")
-    drop_further_heads(plain)
-    assert not hasattr(plain, "num_nextn_predict_layers")
+    assert without_further_heads(config) == {"num_nextn_predict_layers": 0}
+    assert without_further_heads(make_config("qwen3")) == {}
 
 
 @pytest.mark.parametrize("pre", [True, False])

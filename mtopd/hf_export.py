@@ -1,0 +1,119 @@
+"""The student's HF folder with new weights, written whole or not at all.
+
+What is no weight comes from the folder that the student began with, so that whoever read that one
+reads this one: config.json and tokenizer files as they stood, not as this version of transformers
+would write them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtopd.dtypes import dtype_name
+from mtopd.families import rope_scaling
+from mtopd.files import publish_tree, read_json, remove_tree
+from mtopd.hf_checkpoint import weight_files
+from mtopd.run_dir import SEAL
+
+# Files that are copied; code, pickles and other weight formats are none of them.
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "tiktoken*", "LICENSE*", "README*")
+_NOT_COPIED = ("*.index.json", "*.py")
+_TEMPLATES = "additional_chat_templates"
+_EDITED = ("config.json", "tokenizer_config.json")
+
+
+def write_hf_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    source: Path,
+    changes: Mapping[str, object],
+    *,
+    dtype: torch.dtype,
+    seal: Callable[[Path], object],
+) -> list[str]:
+    """Write ``tensors`` and what else lies in ``source``, as an HF checkpoint; returns the names of
+    what was left out.
+
+    ``changes`` are fields of config.json that no longer are as they were; ``dtype`` is named there
+    too.  ``seal`` marks the folder complete before it gets its name.
+    """
+    from safetensors.torch import save_file
+
+    partial = folder.with_name(f".{folder.name}.tmp")
+    for leftover in (partial, folder):
+        remove_tree(leftover)
+    partial.mkdir(parents=True)
+    left_out = _copy(source, partial)
+    for name in _EDITED:
+        if (partial / name).is_file():
+            values = read_json(partial / name)
+            if values.pop("auto_map", None) is not None:
+                left_out.append(f"auto_map of {name}")
+            if name == "config.json":
+                values = config_values(values, dtype) | dict(changes)
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (partial / name).write_text(text, encoding="utf-8")
+    save_file(
+        {n: t.cpu().contiguous() for n, t in tensors.items()},
+        partial / "model.safetensors",
+        {"format": "pt"},
+    )
+    seal(partial)
+    publish_tree(partial, folder)
+    return left_out
+
+
+def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with the dtype of its weights, in the spellings that transformers 4 and 5 read.
+
+    transformers 5 writes ``dtype`` and keeps everything of the rope in ``rope_parameters``;
+    transformers 4 reads ``torch_dtype``, ``rope_theta`` and ``rope_scaling``, and takes a default
+    without a word where they are missing.
+    """
+    found = dict(values)
+    for spelling in ("torch_dtype", "dtype"):
+        if spelling == "torch_dtype" or spelling in found:
+            found[spelling] = dtype_name(dtype)
+    rope = found.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        found.setdefault("rope_theta", rope["rope_theta"])
+        if scaling := rope_scaling(rope):
+            found.setdefault("rope_scaling", scaling)
+    return found
+
+
+def _copy(source: Path, target: Path) -> list[str]:
+    """Copy by list; returns what was not copied and is no weight that ``tensors`` replace."""
+    replaced = {path.name for path in weight_files(source)} | {"model.safetensors.index.json", SEAL}
+    left_out = []
+    for path in sorted(source.iterdir()):
+        if path.name == _TEMPLATES and path.is_dir() and not path.is_symlink():
+            (target / _TEMPLATES).mkdir()
+            for template in sorted(path.glob("*.jinja")):
+                if _is_own(template, source):
+                    shutil.copyfile(template, target / _TEMPLATES / template.name)
+        elif _is_copied(path.name) and path.is_file() and _is_own(path, source):
+            shutil.copyfile(path, target / path.name)
+        elif path.name not in replaced:
+            left_out.append(path.name)
+    return left_out
+
+
+def _is_copied(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _COPIED) and not any(
+        fnmatch(name, pattern) for pattern in _NOT_COPIED
+    )
+
+
+def _is_own(path: Path, source: Path) -> bool:
+    """No link that leads elsewhere; the links of a hub's cache lead into its ``blobs``."""
+    real = path.resolve()
+    blobs = source.resolve().parent.parent / "blobs"
+    return real.is_relative_to(source.resolve()) or real.parent == blobs

@@ -1,0 +1,147 @@
+"""An export is the student's own folder with new weights: whole or not at all, readable by whoever
+read the folder before.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtopd.hf_checkpoint import HFTensors, check_checkpoint, load_hf_config
+from mtopd.hf_export import config_values, write_hf_checkpoint
+from mtopd.tokenizer import load_tokenizer, tokenizer_hash
+from tests.small_models import save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "model"
+    save_model(folder, seed=1, layers=1)
+    return folder
+
+
+def export(
+    source: Path, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> list[str]:
+    tensors = {name: t.to(dtype) for name, t in load_file(source / "model.safetensors").items()}
+    return write_hf_checkpoint(folder, tensors, source, changes, dtype=dtype, seal=lambda _: None)
+
+
+def edit(path: Path, **values: Any) -> None:
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+
+def copied(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_written_folder_reads_back_bit_for_bit(model: Path, tmp_path: Path) -> None:
+    for name in (".out.tmp", "out"):  # what a killed export left
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    assert export(model, tmp_path / "out", torch.bfloat16) == []
+    found = HFTensors(tmp_path / "out")
+    tensors = load_file(model / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n], t.bfloat16()) for n, t in tensors.items())
+    assert load_hf_config(tmp_path / "out").dtype == torch.bfloat16
+    same = [tokenizer_hash(load_tokenizer(folder)) for folder in (model, tmp_path / "out")]
+    assert same[0] == same[1] and not (tmp_path / ".out.tmp").exists()
+    check_checkpoint(tmp_path / "out")
+
+
+def test_a_folder_without_its_seal_gets_no_name(model: Path, tmp_path: Path) -> None:
+    def full_disk(folder: Path) -> None:
+        raise OSError("no space left")
+
+    tensors = load_file(model / "model.safetensors")
+    with pytest.raises(OSError, match="no space"):
+        write_hf_checkpoint(
+            tmp_path / "out", tensors, model, {}, dtype=torch.float32, seal=full_disk
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_transformers_4_keeps_its_own_spellings(model: Path, tmp_path: Path) -> None:
+    source = copied(model, tmp_path / "source")
+    edit(
+        source / "config.json",
+        **{"rope_parameters": None, "rope_theta": 1e6, "dtype": None, "torch_dtype": "float32"},
+        **{"transformers_version": "4.51.0", "a_field_of_nobody": [1]},
+    )
+    edit(source / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", backend=None)
+    export(source, tmp_path / "out", torch.bfloat16)
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "out")
+    )
+    assert after == before | {"torch_dtype": "bfloat16"}
+    name = "tokenizer_config.json"
+    assert json.loads((tmp_path / "out" / name).read_text()) == json.loads(
+        (source / name).read_text()
+    )
+    assert load_hf_config(tmp_path / "out").rope_parameters["rope_theta"] == 1e6
+
+
+def test_a_folder_of_transformers_5_is_read_by_4_too(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
+    values = config_values({"dtype": "float32", "rope_parameters": yarn}, torch.bfloat16)
+    assert values == {
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "rope_parameters": yarn,
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    }
+    plain = config_values(
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, torch.float32
+    )
+    assert plain["rope_theta"] == 1e4 and "rope_scaling" not in plain
+
+
+def test_what_is_no_weight_is_copied_by_list_and_the_rest_is_named(
+    model: Path, tmp_path: Path
+) -> None:
+    source = copied(model, tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    kept = (
+        "generation_config.json",
+        "LICENSE",
+        "README.md",
+        "merges.txt",
+        "spiece.model",
+        "vocab.json",
+    )
+    for name in kept:
+        (source / name).write_text("{}")
+    dropped = ("modeling_mine.py", "pytorch_model.bin", "old.safetensors", "training_args.pt")
+    for name in dropped:
+        (source / name).write_text("x")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (source / "linked.json").symlink_to(tmp_path / "elsewhere.json")
+    (source / "model.safetensors.index.json").write_text("{}")
+    edit(source / "config.json", auto_map={"AutoModel": "modeling_mine.MyModel"})
+    left_out = export(source, tmp_path / "out")
+    assert set(left_out) == {*dropped, "linked.json", "auto_map of config.json"}
+    out = tmp_path / "out"
+    assert all((out / name).is_file() for name in kept)
+    assert (out / "additional_chat_templates" / "tools.jinja").is_file()
+    names = {path.name for path in out.rglob("*")}
+    assert not names & {*dropped, "linked.json", "model.safetensors.index.json"}
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+def test_what_changed_stands_in_the_config(model: Path, tmp_path: Path) -> None:
+    export(model, tmp_path / "out", tie_word_embeddings=False)
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
