@@ -242,12 +242,16 @@ def _encode(
         _refuse_surrogates(text, name)
     try:
         ids = _token_ids(tokenizer, texts)
-    except Exception:  # tokenizers raises bare Exception; which text it was, it does not say
-        for text, name in zip(texts, names, strict=True):
-            _refuse_unknown_characters(tokenizer, text, name)
-            with errors_named(f"{name}: {_shortened(text)}"):
-                _token_ids(tokenizer, [text])
+    except (KeyboardInterrupt, SystemExit):
         raise
+    except BaseException as error:  # a panic too; which text it was, tokenizers does not say
+        for text, name in zip(texts, names, strict=True):
+            with errors_named(f"{name}: {_shortened(text)}"):
+                _refuse_unknown_characters(tokenizer, text, name)
+                _token_ids(tokenizer, [text])
+        raise MtopdError(
+            f"{names[0]} and those after it: the tokenizer fails on them together ({said(error)})"
+        ) from error
     unknown, drops = _unknown_ids(tokenizer), _drops_text(tokenizer)
     for text, row, name in zip(texts, ids, names, strict=True):
         if not drops and unknown.isdisjoint(row):

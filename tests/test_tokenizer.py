@@ -102,6 +102,17 @@ def test_prompts_go_through_the_chat_template(tokenizer) -> None:
     assert encode_prompts(tokenizer, []) == []
 
 
+def test_a_tokenizer_without_its_pre_tokenizer_is_refused_in_one_line(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """It loads, and only the first text shows that it cannot encode any."""
+    shutil.copytree(tokenizer_folder, tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": None}))
+    with pytest.raises(MtopdError, match="no readable tokenizer"):
+        encode_prompts(load_tokenizer(tmp_path / "t"), [[{"role": "user", "content": "hello"}]])
+
+
 def test_unknown_character_is_refused_by_name(tokenizer) -> None:
     with pytest.raises(MtopdError, match=r"U\+2192"):
         encode_prompts(
