@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mtopd import hf_checkpoint
+from mtopd.config import StudentConfig
+from mtopd.convert.teacher import add_teacher
 from mtopd.hf_checkpoint import (
     HFTensors,
+    check_checkpoint,
     hf_config_from_dict,
     load_hf_config,
 )
+from mtopd.pipelines.checks import check_baselines, check_student
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
@@ -91,3 +99,189 @@ def test_checkpoints_of_other_tensors_are_not_averaged(folders: list[Path], tmp_
     save_model(tmp_path / "wide", seed=4, tied=False, intermediate_size=160)
     with pytest.raises(MtopdError, match=r"mlp.*has shape \(.*160.*\) in .*wide and .*128"):
         hf_checkpoint.average_weights([folders[0], tmp_path / "wide"])
+
+
+# -- which files count, and what they must hold ----------------------------------------------------
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11422654\n"
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sound") / "model"
+    save_model(folder, seed=1, layers=2, hidden=32, tied=False)
+    return folder
+
+
+@pytest.fixture
+def folder(untied: Path, tmp_path: Path) -> Path:
+    shutil.copytree(untied, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def store(folder: Path, tensors: dict[str, torch.Tensor], name: str = "model.safetensors") -> None:
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name, {"format": "pt"})
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def in_shards(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The folder's tensors in two files and their index: (the index's map, the files)."""
+    tensors = stored(folder)
+    (folder / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    parts = [{n: tensors[n] for n in sorted(tensors)[i::2]} for i in range(2)]
+    for file, part in zip(files, parts, strict=True):
+        store(folder, part, file)
+    index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    write_index(folder, index)
+    return index, files
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def test_the_single_file_counts_before_an_index_and_nothing_else_does(folder: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in stored(folder).items()}
+    store(folder, other, "backup.safetensors")
+    store(folder, other, "model-00001-of-00001.safetensors")
+    write_index(folder, dict.fromkeys(other, "model-00001-of-00001.safetensors"))
+    found = HFTensors(folder)
+    assert all(torch.equal(found[n], t) for n, t in stored(folder).items())
+    check_checkpoint(folder)
+
+
+def test_shards_are_read_by_their_index(folder: Path) -> None:
+    tensors = stored(folder)
+    index, files = in_shards(folder)
+    store(folder, {"model.norm.weight": torch.zeros(32)}, "stray.safetensors")
+    found = HFTensors(folder)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n], t) for n, t in tensors.items())
+    check_checkpoint(folder)
+    write_index(folder, dict.fromkeys(index, files[0]))
+    with pytest.raises(MtopdError, match=rf"{files[0]} has no tensor .* one of them is of another"):
+        HFTensors(folder)
+    write_index(folder, index)
+    store(folder, {n: t for n, t in tensors.items() if n in index}, files[1])
+    with pytest.raises(MtopdError, match=rf"is in .*{files[0]} and in .*{files[1]}"):
+        HFTensors(folder)
+    (folder / files[1]).unlink()
+    with pytest.raises(MtopdError, match=rf"has no {files[1]}, which .* names"):
+        HFTensors(folder)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, {}, [], {"a": 1}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}]
+)
+def test_an_index_that_leads_nowhere_is_refused(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors").unlink()
+    write_index(folder, weight_map)
+    with pytest.raises(MtopdError, match=r"model\.safetensors\.index\.json"):
+        HFTensors(folder)
+
+
+def test_a_git_lfs_pointer_is_named_as_such(folder: Path) -> None:
+    (folder / "model.safetensors").write_text(POINTER)
+    with pytest.raises(MtopdError, match=r"model\.safetensors is a git-lfs pointer.*git lfs pull"):
+        check_checkpoint(folder)
+    (folder / "config.json").write_text(POINTER)
+    with pytest.raises(MtopdError, match=r"config\.json is a git-lfs pointer"):
+        load_hf_config(folder)
+
+
+def test_an_adapter_and_other_formats_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(MtopdError, match=r"found pytorch_model\.bin; other weight formats can run"):
+        check_checkpoint(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(MtopdError, match="holds an adapter"):
+        check_checkpoint(folder)
+
+
+def test_an_own_output_layer_counts_also_under_a_config_that_says_tied(folder: Path) -> None:
+    """transformers keeps the file's head (huggingface/transformers#42612)."""
+    from transformers import AutoModelForCausalLM
+
+    edit_config(folder, tie_word_embeddings=True)
+    assert not load_hf_config(folder).tie_word_embeddings
+    theirs = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+    assert torch.equal(theirs, stored(folder)["lm_head.weight"])
+    tensors = stored(folder)
+    store(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert load_hf_config(folder).tie_word_embeddings, "a copy of the embedding is no other head"
+    assert "lm_head.weight" not in hf_checkpoint.read_weights(folder)
+    check_checkpoint(folder)
+
+
+def test_float16_is_read_exactly_as_float32_whatever_the_config_says(folder: Path) -> None:
+    half = {name: tensor.half() for name, tensor in stored(folder).items()}
+    store(folder, half)
+    edit_config(folder, dtype="bfloat16")
+    found = HFTensors(folder)
+    assert all(torch.equal(found[n], t.float()) for n, t in half.items())
+    assert found.dtype("model.norm.weight") == torch.float32
+    check_checkpoint(folder)
+
+
+def quantise(folder: Path) -> None:
+    tensors = stored(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    store(folder, tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
+
+
+def leave_a_scale(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    store(folder, stored(folder) | {name: torch.ones(1, 1)})
+
+
+def forget_the_head(folder: Path) -> None:
+    store(folder, {n: t for n, t in stored(folder).items() if n != "lm_head.weight"})
+
+
+def cut_the_vocabulary(folder: Path) -> None:
+    name = "model.embed_tokens.weight"
+    store(folder, stored(folder) | {name: stored(folder)[name][:-1]})
+
+
+DAMAGES = [
+    (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "quantised"),
+    (quantise, r"up_proj.weight' is F8_E4M3, quantised"),
+    (leave_a_scale, r"weight_scale_inv', which a qwen3 .* does not use"),
+    (forget_the_head, r"has no tensor 'lm_head\.weight'"),
+    (cut_the_vocabulary, r"embed_tokens\.weight' has shape \(99, 32\), .* calls for \(100, 32\)"),
+    (lambda f: edit_config(f, num_hidden_layers=3, layer_types=None), "has no tensor of layer 2"),
+    (lambda f: edit_config(f, hidden_size=-1), "hidden_size is -1; it must be a whole number"),
+    (lambda f: edit_config(f, rms_norm_eps="small"), "rms_norm_eps|not a config of qwen3"),
+    (lambda f: (f / "model.safetensors").write_text(POINTER), "git-lfs pointer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_student_teacher_and_baselines_are_refused_alike_before_anything_is_written(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(folder)
+    with pytest.raises(MtopdError, match=said):
+        check_student(StudentConfig(model=folder), deterministic=True)
+    with pytest.raises(MtopdError, match=said):
+        add_teacher("t", folder, tmp_path / "stores" / "t", slices=1)
+    assert not (tmp_path / "stores").exists()
+    config = SimpleNamespace(evaluation=SimpleNamespace(baselines={"base": folder}))
+    with pytest.raises(MtopdError, match=rf"evaluation\.baselines\.base: .*({said})"):
+        check_baselines(config)
+
+
+def test_layers_behind_the_last_are_no_part_of_a_model_made_shallower(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1, layer_types=["full_attention"])
+    facts = check_checkpoint(folder)
+    assert facts.num_layers == 1 and facts.num_further_heads == 0
+    assert not any("layers.1." in name for name in hf_checkpoint.read_weights(folder))
