@@ -89,8 +89,9 @@ def _text(value: Any, what: str) -> str | None:
 def _prompt(record: Record, where: str) -> Any:
     given = [key for key in _PROMPT if record.get(key) is not None]
     if not given:
+        state = "is null" if any(key in record for key in _PROMPT) else "is missing"
         raise MtopdError(
-            f"{where}: column 'prompt' is missing, found {sorted(record)}; every row needs a prompt"
+            f"{where}: column 'prompt' {state}, found {sorted(record)}; every row needs a prompt"
         )
     if len(given) > 1:
         raise MtopdError(f"{where}: both {' and '.join(given)} are given; leave one of them out")

@@ -167,8 +167,10 @@ def _values(column: pa.ChunkedArray, name: str, path: Path) -> list[Any]:
             f"{path}: column '{name}' cannot be read ({error}); write it as text"
         ) from None
     if pa.types.is_float16(kind) or pa.types.is_float32(kind):
-        # 0.1 as float32 is 0.1, not the 0.10000000149011612 that float64 calls it
-        values = [v if v is None else float(str(np.float32(v))) for v in values]
+        # 0.1 as float32 is 0.1, not the 0.10000000149011612 that float64 calls it; whole numbers
+        # keep every digit: the shortest text of 65504 as float16 is 65500
+        width = np.float16 if pa.types.is_float16(kind) else np.float32
+        values = [v if v is None or v.is_integer() else float(str(width(v))) for v in values]
     if name not in NESTED or _is_scalar(kind):
         return [None if isinstance(v, float) and math.isnan(v) else v for v in values]
     kept = ("content",) if name in ("prompt", "messages") else ()  # templates ask for it

@@ -110,6 +110,7 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
             [{"prompt": "a"}, {"question": "b"}],
             r"a\.jsonl, line 2: column 'prompt' is missing, found \['question'\]",
         ),
+        ([{"prompt": None}], r"line 1: column 'prompt' is null, found \['prompt'\]"),
         ([{"prompt": "a"}, "", "{'prompt'"], r"line 3: no valid JSON"),
         ([b"\xff\xfe{}".decode("latin-1")], r"line 1: no valid JSON"),
         (["[1]"], "line 1: found list"),
@@ -356,6 +357,22 @@ def test_numbers_are_the_same_text_from_every_column(tmp_path: Path) -> None:
     nan = write_jsonl(tmp_path / "a.jsonl", '{"prompt": "a", "answer": NaN, "level": 3.0}')
     (row,) = load_prompt_file("x", nan).rows
     assert (row.answer, row.route["level"]) == (None, "3")
+
+
+def test_narrow_floats_have_their_own_shortest_digits_and_whole_numbers_all_of_theirs(
+    tmp_path: Path,
+) -> None:
+    table = pa.table(
+        {
+            "prompt": ["a", "b"],
+            "half": pa.array(np.array([0.1, 65504], np.float16)),
+            "single": pa.array(np.array([0.1, 123456792], np.float32)),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    first, second = load_prompt_file("x", tmp_path / "a.parquet").rows
+    assert dict(first.route) == {"domain": "x", "half": "0.1", "single": "0.1"}
+    assert dict(second.route) == {"domain": "x", "half": "65504", "single": "123456792"}
 
 
 @pytest.mark.parametrize(
