@@ -53,6 +53,7 @@ fuzz: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.fuzz.run --count 2000 --whole 200 --seed $$(date +%s)
+	$(BIN)/python -m tests.convert.read_back
 	$(BIN)/python -m tests.hidden_cache.kill_writers --kills 60
 	$(BIN)/python -m tests.teacher_offload.kill_add --kills 20
 	$(BIN)/python -m tests.integration.kill_pass --kills 20

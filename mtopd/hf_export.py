@@ -57,7 +57,7 @@ def write_hf_checkpoint(
             if values.pop("auto_map", None) is not None:
                 left_out.append(f"auto_map of {name}")
             if name == "config.json":
-                values = config_values(values, dtype) | dict(changes)
+                values = config_values(values | dict(changes), dtype)
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
     save_file(
@@ -73,9 +73,9 @@ def write_hf_checkpoint(
 def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """config.json with the dtype of its weights, in the spellings that transformers 4 and 5 read.
 
-    transformers 5 writes ``dtype`` and keeps everything of the rope in ``rope_parameters``;
-    transformers 4 reads ``torch_dtype``, ``rope_theta`` and ``rope_scaling``, and takes a default
-    without a word where they are missing.
+    transformers 5 writes ``dtype``, keeps everything of the rope in ``rope_parameters`` and has
+    renamed fields (``num_experts``); transformers 4 reads ``torch_dtype``, ``rope_theta``,
+    ``rope_scaling`` and the former names, and takes a default without a word where they are missing.
     """
     found = dict(values)
     for spelling in ("torch_dtype", "dtype"):
@@ -86,6 +86,19 @@ def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
         found.setdefault("rope_theta", rope["rope_theta"])
         if scaling := rope_scaling(rope):
             found.setdefault("rope_scaling", scaling)
+    for former, name in _renamed(found.get("model_type")).items():
+        if name in found:
+            found.setdefault(former, found[name])
+    return found
+
+
+def _renamed(model_type: object) -> Mapping[str, str]:
+    """Fields that transformers 5 saves under another name, by the former one."""
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return {}
+    found: Mapping[str, str] = CONFIG_MAPPING[model_type].attribute_map
     return found
 
 

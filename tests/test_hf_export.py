@@ -105,6 +105,8 @@ def test_a_folder_of_transformers_5_is_read_by_4_too(tmp_path: Path) -> None:
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, torch.float32
     )
     assert plain["rope_theta"] == 1e4 and "rope_scaling" not in plain
+    experts = config_values({"model_type": "qwen3_moe", "num_local_experts": 8}, torch.float32)
+    assert experts["num_experts"] == experts["num_local_experts"] == 8
 
 
 def test_what_is_no_weight_is_copied_by_list_and_the_rest_is_named(
