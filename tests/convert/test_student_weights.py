@@ -23,7 +23,7 @@ EXPERTS = [
     ({"tp": 2, "pp": 2}, SP),
 ]
 LAYOUTS = {
-    "llama": [({"tp": 2, "dp": 2}, {})],
+    "llama": [({"tp": 2, "dp": 2}, {}), ({"pp": 2, "dp": 2}, {})],
     "qwen2": [({"tp": 2, "pp": 2}, {})],
     "qwen3": [*DENSE, UNEVEN],
     "qwen3_moe": [*EXPERTS, ({"pp": 2, "vpp": 2, "dp": 2, "ep": 2}, {})],
@@ -52,7 +52,8 @@ def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path:
     assert LAYOUTS.keys() == MODEL_TYPES.keys()
     jobs = []
     for seed, (kind, layouts) in enumerate(LAYOUTS.items()):
-        save_model(tmp_path / kind, seed=seed, model_type=kind, vocab=111, tied=kind == "qwen3")
+        tied = kind in ("llama", "qwen3")
+        save_model(tmp_path / kind, seed=seed, model_type=kind, vocab=111, tied=tied)
         jobs += [{"kind": kind, "student": {"parallel": p, "megatron": m}} for p, m in layouts]
     jobs += [
         {

@@ -130,6 +130,7 @@ def rows() -> list[Row]:
             OVERLAP,
         ),
         Row("tied tp2pp2 +sp", "tied", "tied", axes("tp2 pp2"), SP),
+        Row("llama pp2", "llama", "llama", axes("pp2")),
     ]
     experts = [
         Row("experts ep2", "experts", "experts", axes("dp2 ep2")),
@@ -207,6 +208,7 @@ def rows() -> list[Row]:
 STUDENTS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tied": False},
+    "llama": {"model_type": "llama"},  # tied; no norm of queries and keys, as the small ones have
     "experts": {"model_type": "qwen3_moe", "tied": False},
     "latent": {"model_type": "deepseek_v3", "tied": False},
     "deep": {"tied": False, "layers": 6},
