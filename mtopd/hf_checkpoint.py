@@ -93,7 +93,7 @@ def hf_config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _check_model_type(where: str, model_type: object) -> None:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise MtopdError(
             f"{where} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}"
         )

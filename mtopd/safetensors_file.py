@@ -81,6 +81,12 @@ def parse_header(label: str, data: bytes, size: int) -> list[TensorEntry]:
             rows.append((name, value["dtype"], value["shape"], *value["data_offsets"]))
         except (TypeError, KeyError):
             raise refuse(f"the entry of tensor {name!r} is malformed: {str(value)[:200]}") from None
+        # No damage: the format gains dtypes, of quantised codes for the most part.
+        if isinstance(value["dtype"], str) and not is_safetensors_name(value["dtype"]):
+            raise MtopdError(
+                f"{label}: tensor {name!r} has dtype {value['dtype'][:40]!r}, which is not read; "
+                "convert the checkpoint to bfloat16 or float32 first"
+            )
     return checked_entries(rows, len(data), size, refuse)
 
 

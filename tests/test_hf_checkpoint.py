@@ -243,6 +243,37 @@ def leave_a_scale(folder: Path) -> None:
     store(folder, stored(folder) | {name: torch.ones(1, 1)})
 
 
+def pack(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    store(folder, stored(folder) | {name: stored(folder)[name].to(torch.uint8)})
+
+
+def call_it_float4(folder: Path) -> None:
+    """A dtype newer than this reader, in a header that is sound otherwise."""
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["dtype"] = "F4"
+    text = json.dumps(header).encode()
+    whole = len(text).to_bytes(8, "little") + text + data[8 + length :]
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+def point_at_a_shard(folder: Path) -> None:
+    _, files = in_shards(folder)
+    (folder / files[1]).write_text(POINTER)
+
+
+def point_at_the_index(folder: Path) -> None:
+    in_shards(folder)
+    (folder / "model.safetensors.index.json").write_text(POINTER)
+
+
+def index_a_pickle(folder: Path) -> None:
+    index, _ = in_shards(folder)
+    write_index(folder, index | {"model.norm.weight": "pytorch_model.bin"})
+
+
 def forget_the_head(folder: Path) -> None:
     store(folder, {n: t for n, t in stored(folder).items() if n != "lm_head.weight"})
 
@@ -254,7 +285,18 @@ def cut_the_vocabulary(folder: Path) -> None:
 
 DAMAGES = [
     (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "quantised"),
+    (lambda f: edit_config(f, compression_config={"format": "int4"}), "a compression_config: quant"),
+    (lambda f: edit_config(f, model_type=["qwen3"]), r"has model_type \['qwen3'\]; supported are"),
     (quantise, r"up_proj.weight' is F8_E4M3, quantised"),
+    (pack, r"up_proj.weight' is U8, quantised"),
+    (call_it_float4, r"tensor 'model\.norm\.weight' has dtype 'F4', which is not read"),
+    (point_at_a_shard, r"model-00002-of-00002\.safetensors is a git-lfs pointer"),
+    (point_at_the_index, r"index\.json is a git-lfs pointer"),
+    (index_a_pickle, r"is in 'pytorch_model\.bin'; needed is the name of a safetensors file"),
+    (
+        lambda f: store(f, stored(f) | {"model.extra.weight": torch.ones(2)}),
+        r"holds tensor 'model\.extra\.weight', which a qwen3 .* does not use",
+    ),
     (leave_a_scale, r"weight_scale_inv', which a qwen3 .* does not use"),
     (forget_the_head, r"has no tensor 'lm_head\.weight'"),
     (cut_the_vocabulary, r"embed_tokens\.weight' has shape \(99, 32\), .* calls for \(100, 32\)"),
@@ -285,3 +327,20 @@ def test_layers_behind_the_last_are_no_part_of_a_model_made_shallower(folder: Pa
     facts = check_checkpoint(folder)
     assert facts.num_layers == 1 and facts.num_further_heads == 0
     assert not any("layers.1." in name for name in hf_checkpoint.read_weights(folder))
+
+
+def test_a_teachers_store_is_made_of_the_tensors_that_count(folder: Path, tmp_path: Path) -> None:
+    """Bytes of the store: shards, float16 and a head under a tied config give the plain folder's."""
+    store(folder, {name: tensor.half() for name, tensor in stored(folder).items()})
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    store(plain, {name: tensor.float() for name, tensor in stored(plain).items()})
+    tensors = stored(folder)
+    in_shards(folder)
+    store(folder, {name: tensor + 1 for name, tensor in tensors.items()}, "stray.safetensors")
+    edit_config(folder, tie_word_embeddings=True, dtype="bfloat16")
+    found, expected = (
+        add_teacher("t", source, tmp_path / "stores" / source.name, slices=1).manifest
+        for source in (folder, plain)
+    )
+    assert found["files"] == expected["files"]
+    assert (found["stored_dtype"], found["tied_embeddings"]) == ("F32", False)

@@ -309,6 +309,8 @@ def test_slices_must_divide_the_architecture(tmp_path: Path) -> None:
         (b"\x02\0\0\0\0\0\0\0{{", "not JSON"),
         (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "malformed"),
         (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "malformed"),
+        (b'{"a":{"dtype":4,"shape":[1],"data_offsets":[0,4]}}', "malformed"),
+        (b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', "'a' has dtype 'F4', which is"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "starts at byte"),
         (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "truncated"),
     ],
