@@ -86,6 +86,11 @@ def make_teacher(
     )
     config.save_pretrained(source)
     draw = torch.Generator().manual_seed(0)
+    files: dict[str, str] = {}  # by tensor
+
+    def save_shard(tensors: dict[str, torch.Tensor], name: str) -> None:
+        save_file(tensors, source / name)
+        files.update(dict.fromkeys(tensors, name))
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=draw) * columns**-0.5
@@ -105,12 +110,14 @@ def make_teacher(
             tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(hidden)
         for name in ("q_norm", "k_norm"):
             tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(head_dim)
-        save_file(tensors, source / f"model-{i:05d}.safetensors")
+        save_shard(tensors, f"model-{i:05d}.safetensors")
     ends = {
         "model.embed_tokens.weight": matrix(vocab, hidden),
         "lm_head.weight": matrix(vocab, hidden),
     }
-    save_file({**ends, "model.norm.weight": torch.ones(hidden)}, source / "model-ends.safetensors")
+    save_shard({**ends, "model.norm.weight": torch.ones(hidden)}, "model-ends.safetensors")
+    index = {"metadata": {}, "weight_map": files}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
     add_teacher("big", source, target, slices=slices)
     return target
 
