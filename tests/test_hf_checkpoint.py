@@ -32,7 +32,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(MtopdError, match=r"is not an HF checkpoint: it has no config\.json"):
         load_hf_config(tmp_path)
     with pytest.raises(
-        MtopdError, match=r"has neither model\.safetensors nor .* other weight formats"
+        MtopdError, match=r"has neither model\.safetensors nor .* copy or export it again"
     ):
         HFTensors(tmp_path)
     (tmp_path / "config.json").write_text("[]")
@@ -198,13 +198,42 @@ def test_a_git_lfs_pointer_is_named_as_such(folder: Path) -> None:
         load_hf_config(folder)
 
 
-def test_an_adapter_and_other_formats_are_named(folder: Path) -> None:
+def test_other_formats_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(MtopdError, match=r"found pytorch_model\.bin; other weight formats can run"):
+    with pytest.raises(
+        MtopdError, match=r"found pytorch_model\.bin, which is not read .* save_pre"
+    ):
         check_checkpoint(folder)
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").symlink_to("../blobs/gone")
+    with pytest.raises(
+        MtopdError, match=r"model\.safetensors is a link to a file that is not there"
+    ):
+        check_checkpoint(folder)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        MtopdError, match=r"it has no config\.json; found model\.gguf, which is not"
+    ):
+        check_checkpoint(tmp_path)
+
+
+def test_an_adapter_alone_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    store(tmp_path, {"a.lora_A.weight": torch.ones(1)}, "adapter_model.safetensors")
     with pytest.raises(MtopdError, match="holds an adapter"):
-        check_checkpoint(folder)
+        check_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe", "mixtral", "llama"])
+def test_every_architecture_as_transformers_saves_it_holds_what_its_config_calls_for(
+    tmp_path: Path, kind: str
+) -> None:
+    save_model(tmp_path, seed=1, layers=2, model_type=kind, tied=False)
+    check_checkpoint(tmp_path)
+    tensors = stored(tmp_path)
+    last = next(n for n in tensors if "experts.3." in n or "layers.1.mlp.down" in n)
+    store(tmp_path, tensors | {last: tensors[last][:, :-1]})
+    with pytest.raises(MtopdError, match=rf"tensor '{last}' has shape"):
+        check_checkpoint(tmp_path)
 
 
 def test_an_own_output_layer_counts_also_under_a_config_that_says_tied(folder: Path) -> None:
@@ -304,6 +333,9 @@ DAMAGES = [
     (lambda f: edit_config(f, hidden_size=-1), "hidden_size is -1; it must be a whole number"),
     (lambda f: edit_config(f, rms_norm_eps="small"), "rms_norm_eps|not a config of qwen3"),
     (lambda f: (f / "model.safetensors").write_text(POINTER), "git-lfs pointer"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    (lambda f: edit_config(f, transformers_weights="other.safetensors"), "transformers_weights 'oth"),
+    (lambda f: edit_config(f, configuration_files=["config.4.0.0.json"]), "has configuration_files"),
 ]  # fmt: skip
 
 
