@@ -21,12 +21,21 @@ from mtopd.families import rope_scaling
 from mtopd.files import publish_tree, read_json, remove_tree
 from mtopd.hf_checkpoint import weight_files
 from mtopd.run_dir import SEAL
+from mtopd.types import MtopdError
 
 # Files that are copied; code, pickles and other weight formats are none of them.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "tiktoken*", "LICENSE*", "README*")
 _NOT_COPIED = ("*.index.json", "*.py")
 _TEMPLATES = "additional_chat_templates"
 _EDITED = ("config.json", "tokenizer_config.json")
+# What a start has read through whatever links lead to it, and an export is no model without.
+_READ_AT_START = (
+    *_EDITED,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
 
 
 def write_hf_checkpoint(
@@ -42,9 +51,9 @@ def write_hf_checkpoint(
     what was left out.
 
     ``changes`` are fields of config.json that no longer are as they were; ``dtype`` is named there
-    too.  ``seal`` marks the folder complete before it gets its name.
+    too.  ``seal`` marks the folder complete before it gets its name.  Raises MtopdError or OSError
+    where it cannot be written.
     """
-    from safetensors.torch import save_file
 
     partial = folder.with_name(f".{folder.name}.tmp")
     for leftover in (partial, folder):
@@ -53,21 +62,33 @@ def write_hf_checkpoint(
     left_out = _copy(source, partial)
     for name in _EDITED:
         if (partial / name).is_file():
-            values = read_json(partial / name)
-            if values.pop("auto_map", None) is not None:
+            values = found = read_json(partial / name)
+            if "auto_map" in found:
+                values = {field: value for field, value in found.items() if field != "auto_map"}
                 left_out.append(f"auto_map of {name}")
             if name == "config.json":
                 values = config_values(values | dict(changes), dtype)
-            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (partial / name).write_text(text, encoding="utf-8")
-    save_file(
-        {n: t.cpu().contiguous() for n, t in tensors.items()},
-        partial / "model.safetensors",
-        {"format": "pt"},
-    )
+            if values is not found:  # a tokenizer's file stays as it stood, byte for byte
+                (partial / name).write_text(json.dumps(values, indent=2) + "\n")
+    _save(tensors, partial / "model.safetensors")
     seal(partial)
     publish_tree(partial, folder)
     return left_out
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raises MtopdError for what safetensors meets, a full disk too: its error is no OSError, and
+    the ranks that wait would not be told.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise MtopdError(
+            f"cannot write {path}: {error}; make room there and start the same command again"
+        ) from None
 
 
 def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -109,9 +130,12 @@ def _copy(source: Path, target: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if path.name == _TEMPLATES and path.is_dir() and not path.is_symlink():
             (target / _TEMPLATES).mkdir()
-            for template in sorted(path.glob("*.jinja")):
-                if _is_own(template, source):
-                    shutil.copyfile(template, target / _TEMPLATES / template.name)
+            for template in sorted(path.iterdir()):
+                name = f"{_TEMPLATES}/{template.name}"
+                if template.suffix == ".jinja" and template.is_file() and _is_own(template, source):
+                    shutil.copyfile(template, target / name)
+                else:
+                    left_out.append(name)
         elif _is_copied(path.name) and path.is_file() and _is_own(path, source):
             shutil.copyfile(path, target / path.name)
         elif path.name not in replaced:
@@ -126,7 +150,11 @@ def _is_copied(name: str) -> bool:
 
 
 def _is_own(path: Path, source: Path) -> bool:
-    """No link that leads elsewhere; the links of a hub's cache lead into its ``blobs``."""
+    """No link that leads elsewhere, but to what was read already; the links of a hub's cache lead
+    into its ``blobs``.
+    """
+    if path.parent == source and path.name in _READ_AT_START:
+        return True
     real = path.resolve()
     blobs = source.resolve().parent.parent / "blobs"
     return real.is_relative_to(source.resolve()) or real.parent == blobs

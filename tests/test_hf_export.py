@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mtopd.hf_checkpoint import HFTensors, check_checkpoint, load_hf_config
 from mtopd.hf_export import config_values, write_hf_checkpoint
 from mtopd.tokenizer import load_tokenizer, tokenizer_hash
+from mtopd.types import MtopdError
 from tests.small_models import save_model
 
 
@@ -115,6 +117,7 @@ def test_what_is_no_weight_is_copied_by_list_and_the_rest_is_named(
     source = copied(model, tmp_path / "source")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates" / "notes.py").write_text("x")
     kept = (
         "generation_config.json",
         "LICENSE",
@@ -133,13 +136,68 @@ def test_what_is_no_weight_is_copied_by_list_and_the_rest_is_named(
     (source / "model.safetensors.index.json").write_text("{}")
     edit(source / "config.json", auto_map={"AutoModel": "modeling_mine.MyModel"})
     left_out = export(source, tmp_path / "out")
-    assert set(left_out) == {*dropped, "linked.json", "auto_map of config.json"}
+    assert set(left_out) == {
+        *dropped,
+        "linked.json",
+        "auto_map of config.json",
+        "additional_chat_templates/notes.py",
+    }
     out = tmp_path / "out"
     assert all((out / name).is_file() for name in kept)
     assert (out / "additional_chat_templates" / "tools.jinja").is_file()
     names = {path.name for path in out.rglob("*")}
     assert not names & {*dropped, "linked.json", "model.safetensors.index.json"}
     assert "auto_map" not in json.loads((out / "config.json").read_text())
+
+
+def test_a_student_made_of_links_gets_an_export_that_can_be_read(
+    model: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in model.iterdir():
+        (source / path.name).symlink_to(path)
+    (source / "vocab.json").symlink_to(model / "config.json")  # not read: not followed
+    assert export(source, tmp_path / "out") == ["vocab.json"]
+    check_checkpoint(tmp_path / "out")
+    load_tokenizer(tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_links_of_a_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
+    blobs, source = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    source.mkdir(parents=True)
+    for path in [*model.iterdir(), Path(__file__)]:
+        name = "README.md" if path.suffix == ".py" else path.name
+        (blobs / f"of-{name}").write_bytes(path.read_bytes())
+        (source / name).symlink_to(Path("../../blobs") / f"of-{name}")
+    assert export(source, tmp_path / "out") == []
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_files_of_the_tokenizer_keep_their_bytes_and_text_may_be_of_any_kind(
+    model: Path, tmp_path: Path
+) -> None:
+    source = copied(model, tmp_path / "source")
+    compact = json.dumps(json.loads((model / "tokenizer_config.json").read_text()))
+    (source / "tokenizer_config.json").write_text(compact)
+    edit(source / "config.json", note="half a pair: \ud800")
+    export(source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == compact
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["note"][-1] == "\ud800"
+
+
+def test_a_full_disk_is_one_line_that_every_rank_can_be_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(MtopdError, match=r"cannot write .*model\.safetensors: .*No space left"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_changed_stands_in_the_config(model: Path, tmp_path: Path) -> None:
