@@ -376,3 +376,11 @@ def test_a_teachers_store_is_made_of_the_tensors_that_count(folder: Path, tmp_pa
     )
     assert found["files"] == expected["files"]
     assert (found["stored_dtype"], found["tied_embeddings"]) == ("F32", False)
+
+
+def test_a_head_that_a_store_would_round_is_refused(folder: Path, tmp_path: Path) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in stored(folder).items()}
+    store(folder, half | {"lm_head.weight": half["lm_head.weight"].float()})
+    with pytest.raises(MtopdError, match=r"lm_head\.weight is torch\.float32, the embedding"):
+        add_teacher("t", folder, tmp_path / "stores" / "t", slices=1)
+    assert not (tmp_path / "stores").exists()

@@ -66,6 +66,12 @@ def add_teacher(
         )
     tensors = HFTensors(source)
     dtype = tensors.dtype("model.embed_tokens.weight")  # config.json may say another
+    for end in ("model.norm.weight", "lm_head.weight"):  # written in the embedding's dtype
+        if end in tensors and tensors.dtype(end).itemsize > dtype.itemsize:
+            raise MtopdError(
+                f"{tensors.file(end)}: {end} is {tensors.dtype(end)}, the embedding {dtype}; it "
+                "would be rounded: save the checkpoint in one dtype"
+            )
     bridge = Bridge(hf_config, dtype=dtype, padded_vocab_size=facts.vocab_size, tp=1)
     manifest = {
         "name": name,
