@@ -20,6 +20,7 @@ from typing import Any
 from mtopd.progress import say
 from mtopd.types import MtopdError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a git-lfs pointer begins
 _ASIDE = ".aside"  # ending of what waits until its successor has its name
 # What a file system answers that does not know a call
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}

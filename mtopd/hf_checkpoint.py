@@ -16,6 +16,7 @@ import torch
 
 from mtopd.dtypes import torch_dtype
 from mtopd.families import FAMILIES, ModelFacts, model_facts
+from mtopd.files import LFS_POINTER
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.types import MtopdError
 
@@ -33,7 +34,6 @@ _SAVE_AGAIN = (
 
 
 # -- config ----------------------------------------------------------------------------------------
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def load_hf_config(folder: Path) -> PretrainedConfig:
@@ -104,7 +104,7 @@ def _read_object(path: Path, missing: str) -> dict[str, Any]:
         raise MtopdError(missing) from None
     except OSError as error:
         raise MtopdError(f"cannot read {path}: {error.strerror}") from None
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(LFS_POINTER):
         raise MtopdError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
     try:
         found = json.loads(data)
@@ -281,7 +281,7 @@ class HFTensors(Mapping[str, torch.Tensor]):
 def _read_header(path: Path) -> list[TensorEntry]:
     try:
         with open(path, "rb") as file:
-            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as error:
         raise MtopdError(f"cannot read {path}: {error.strerror}") from None
     if is_pointer:

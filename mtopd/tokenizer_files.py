@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mtopd.files import LFS_POINTER
 from mtopd.types import MtopdError
 
 CONFIG = "tokenizer_config.json"
@@ -24,7 +25,6 @@ _VOCABULARIES = (
     "tekken.json",
 )
 _OBJECTS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
-_LFS = b"version https://git-lfs.github.com/spec/"
 _ADVICE = "save the model's tokenizer there again"
 
 
@@ -46,8 +46,8 @@ def check_tokenizer_files(folder: Path, named: str) -> None:
 
 def _check_file(path: Path, named: str) -> None:
     with open(path, "rb") as file:
-        start = file.read(len(_LFS))
-    if start == _LFS:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
         raise MtopdError(f"{named} is a git-lfs pointer, not the file; fetch it with git lfs pull")
     if not start and path.suffix != ".jinja":
         raise MtopdError(f"{named} is empty; {_ADVICE}")

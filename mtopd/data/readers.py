@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mtopd.files import LFS_POINTER
 from mtopd.types import MtopdError
 
 Record = Mapping[str, Any]
@@ -27,7 +28,6 @@ FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 NESTED = ("prompt", "messages", "tools", "answer", "reward_model")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _LONGEST_LINE = 64 << 20  # bytes; bounds what a small compressed file can become in memory
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
@@ -54,12 +54,12 @@ def _check_file(path: Path) -> None:
         raise MtopdError(f"{path} does not exist or is no file; correct the path")
     try:
         with open(path, "rb") as file:
-            start = file.read(len(_LFS))
+            start = file.read(len(LFS_POINTER))
     except OSError as error:
         raise MtopdError(
             f"{path} cannot be read ({error.strerror}); change its permissions"
         ) from None
-    if start == _LFS:
+    if start == LFS_POINTER:
         raise MtopdError(f"{path} is a git-lfs pointer, not the data; fetch it with git lfs pull")
 
 
