@@ -14,7 +14,7 @@ help:
 	@echo "make readme       the README's section on your own teachers, verbatim in a clean environment (about 10 minutes)"
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
-	@echo "make integration  whole runs of the command line: kills, resume, the smoke demo"
+	@echo "make integration  whole runs of the command line (kills, resume, the smoke demo) and long matrices"
 	@echo "make lint         ruff and mypy"
 	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"

@@ -32,6 +32,7 @@ def run_script(name: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.integration  # a minute and a half
 def test_in_the_interpreter() -> None:
     assert run_script("triton_interpreted.py", TRITON_INTERPRET="1").split() == [
         c.__name__ for c in CHECKS

@@ -102,6 +102,7 @@ def run_jobs(root: Path, world_size: int, jobs: list[dict]) -> list[dict]:
     return found
 
 
+@pytest.mark.integration  # two minutes
 def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) -> None:
     jobs = [{"save": name, **job} for name, job in SAVED.items()]
     jobs += [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[4]]
