@@ -28,11 +28,16 @@ _OBJECTS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json"
 _ADVICE = "save the model's tokenizer there again"
 
 
+def vocabularies(folder: Path) -> list[Path]:
+    """The files of a folder that hold a tokenizer's vocabulary."""
+    return [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
+
+
 def check_tokenizer_files(folder: Path, named: str) -> None:
     """Raise MtopdError for the first file of the folder that cannot be a tokenizer's; ``named`` is
     how the user knows the folder.
     """
-    found = [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
+    found = vocabularies(folder)
     for path in [*found, *(folder / name for name in _OBJECTS), *folder.glob("*.jinja")]:
         if path.exists():
             with errors_named(f"{named}/{path.name}"):

@@ -28,6 +28,7 @@ from mtopd.tokenizer import (
     tokenizer_hash,
     vocab_size,
 )
+from mtopd.tokenizer_files import vocabularies
 from mtopd.types import MtopdError
 
 from .layouts import check_layout, check_mesh, check_routing
@@ -125,12 +126,28 @@ def check_store(config: SpecialistConfig) -> None:
         choose_slices(config.store.slices, facts.tp_counts, str(config.student.model))
 
 
-def check_baselines(config: ConsolidateConfig) -> None:
+def check_baselines(
+    config: ConsolidateConfig, tokenizer: PreTrainedTokenizerBase, say: Say = _silent
+) -> None:
+    """Sound weights, and the student's tokens: baselines are asked in them and answer in them."""
     for name, folder in config.evaluation.baselines.items():
         try:
             check_checkpoint(folder)
+            if not vocabularies(folder):
+                say(
+                    f"evaluation.baselines.{name}: no tokenizer in {folder}, the student's is taken"
+                )
+                continue
+            theirs = load_tokenizer(folder)
         except MtopdError as error:
             raise MtopdError(f"evaluation.baselines.{name}: {error}") from None
+        difference = first_difference(theirs, tokenizer, below=vocab_size(tokenizer))
+        if difference is not None:
+            raise MtopdError(
+                f"evaluation.baselines.{name}: {folder} has another tokenizer than the student "
+                f"{config.student.model}: {difference}; a baseline answers in the student's tokens: "
+                "take one with the same tokenizer, or evaluate this one elsewhere"
+            )
 
 
 def check_teachers(

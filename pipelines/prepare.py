@@ -60,7 +60,7 @@ def consolidate(
     tokenizer = check_student(config.student, deterministic=config.deterministic, say=say)
     check_world(config.student)
     stores = check_teachers(config, tokenizer, say)
-    check_baselines(config)
+    check_baselines(config, tokenizer, say)
     if config.evaluation.baselines and not any(s.has_held_out for s in config.data.sources):
         say("no source has held-out prompts (eval_path): baselines are not evaluated")
     table = [

@@ -351,7 +351,7 @@ def test_student_teacher_and_baselines_are_refused_alike_before_anything_is_writ
     assert not (tmp_path / "stores").exists()
     config = SimpleNamespace(evaluation=SimpleNamespace(baselines={"base": folder}))
     with pytest.raises(MtopdError, match=rf"evaluation\.baselines\.base: .*({said})"):
-        check_baselines(config)
+        check_baselines(config, tokenizer=None)
 
 
 def test_layers_behind_the_last_are_no_part_of_a_model_made_shallower(folder: Path) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from mtopd.config import SpecialistConfig, StudentConfig
-from mtopd.pipelines.checks import check_ends, check_student, check_teacher
+from mtopd.pipelines.checks import check_baselines, check_ends, check_student, check_teacher
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
 from mtopd.run_dir import RunDir
@@ -367,3 +367,27 @@ def test_a_student_that_cannot_end_is_refused(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(MtopdError, match=r"config.json: eos_token_id is .*must be a token id"):
             end_ids(tokenizer, tmp_path)
+
+
+def test_a_baseline_answers_in_the_students_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    save_model(folder, seed=0)
+    tokenizer_folder(folder)
+    tokenizer, said = load_tokenizer(folder), []
+    baseline = SimpleNamespace(
+        evaluation=SimpleNamespace(baselines={"base": folder}),
+        student=SimpleNamespace(model=tmp_path / "student"),
+    )
+    check_baselines(baseline, tokenizer, said.append)
+    assert not said
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(
+        MtopdError, match=r"baselines\.base: .* another tokenizer .* 'B' in one and 'A'"
+    ):
+        check_baselines(baseline, tokenizer)
+    (folder / "tokenizer.json").unlink()
+    check_baselines(baseline, tokenizer, said.append)
+    assert "no tokenizer in" in said[0]
