@@ -176,8 +176,10 @@ def _render(
                 f"{where}: {_template_file(tokenizer)} makes nothing of its {what}; use a template "
                 f"that does, or take {what} out of the prompt"
             )
-    for message in conversation:
+    for number, message in enumerate(conversation):
         content = message.get("content")
+        if isinstance(content, str) and content.strip() not in text:
+            _refuse_left_out(tokenizer, conversation, tools, number, text, where)
         if isinstance(content, list | tuple) and (
             repr(list(content)) in text or not all(_stands_in(part, text) for part in content)
         ):
@@ -186,6 +188,26 @@ def _render(
                 "one string"
             )
     return text
+
+
+def _refuse_left_out(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Sequence[Message],
+    tools: Tools | None,
+    number: int,
+    text: str,
+    where: str,
+) -> None:
+    """A template may write a message otherwise (less its reasoning, say); one whose absence changes
+    nothing is lost, as system messages are in templates that know of none.
+    """
+    others = [*conversation[:number], *conversation[number + 1 :]]
+    if text == _result_or_none(tokenizer, others, tools):
+        message = conversation[number]
+        raise MtopdError(
+            f"{where}: {_template_file(tokenizer)} makes nothing of its {message['role']} message "
+            f"{_shortened(message['content'])}; use a template that does, or take the message out"
+        )
 
 
 def _template_result(

@@ -373,10 +373,26 @@ def test_what_a_template_leaves_out_is_refused(foreign_tokenizer) -> None:
         encode_prompts(foreign_tokenizer, [[*chat_of("a", tool_calls=[call]), *chat_of("b")]])
     with pytest.raises(MtopdError, match="does not take content in parts"):
         encode_prompts(foreign_tokenizer, [chat_of([{"type": "text", "text": "a"}])])
+    last = copy.deepcopy(foreign_tokenizer)
+    last.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    system = [{"role": "system", "content": "be brief"}, *chat_of("a")]
+    with pytest.raises(MtopdError, match="makes nothing of its system message 'be brief'; use a"):
+        encode_prompts(last, [system])
+    last.chat_template = "{{ messages[-1].content }}"
+    shown = [*chat_of("1+1?"), {"role": "assistant", "content": "2"}, *chat_of("b")]
+    with pytest.raises(MtopdError, match=r"makes nothing of its user message '1\+1\?'"):
+        encode_prompts(last, [shown])
     with pytest.raises(MtopdError, match="makes no token of its messages"):
         silent = copy.deepcopy(foreign_tokenizer)
         silent.chat_template = "{{ '' }}"
         encode_prompts(silent, [chat_of("a")])
+
+
+def test_a_template_may_write_a_message_in_other_words(foreign_tokenizer) -> None:
+    shorter = copy.deepcopy(foreign_tokenizer)
+    shorter.chat_template = "{% for m in messages %}{{ m.content.split('#')[-1] }}|{% endfor %}"
+    (ids,) = encode_prompts(shorter, [[*chat_of("thoughts#a"), *chat_of("b")]])
+    assert shorter.decode(ids).replace(" ", "") == "a|b|"
 
 
 def test_half_a_surrogate_pair_is_refused_by_row(foreign_tokenizer) -> None:

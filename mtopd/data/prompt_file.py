@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -123,6 +124,8 @@ def _answer(record: Record, where: str, unused: dict[str, None]) -> str | None:
 
 def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
     """The messages whole: what the chat template reads beside role and content is kept."""
+    if isinstance(prompt, str):
+        _refuse_written_messages(prompt, where)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages if isinstance(messages, list) else [None]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -139,6 +142,22 @@ def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def _refuse_written_messages(text: str, where: str) -> None:
+    """A table's writer may have turned the list of messages into text: as a user's words it would
+    be another prompt.
+    """
+    if not text.lstrip().startswith("[{"):
+        return
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in found):
+        raise MtopdError(
+            f"{where}: the prompt is a list of messages written as text; store the list itself"
+        )
+
+
 def _is_question(message: Message) -> bool:
     content = message.get("content")
     is_empty = not content or (isinstance(content, str) and not content.strip())
@@ -149,9 +168,14 @@ def _check_content(content: Any, where: str) -> None:
     """A message's content is text, parts of text, or nothing (beside tool calls)."""
     if content is None or isinstance(content, str):
         return
-    for part in content if isinstance(content, list) else [content]:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if not isinstance(content, list):
+        raise MtopdError(
+            f"{where}: a message's content is {type(content).__name__}; it must be a string, or a "
+            "list of parts of type 'text'"
+        )
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
             raise MtopdError(
                 f"{where}: a message's content has a part of type {kind!r}; only text is trained: "
                 "give a string, or parts of type 'text'"

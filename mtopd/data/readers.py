@@ -104,7 +104,12 @@ def _open(path: Path, codec: str | None) -> io.BufferedReader:
 def parse_json(text: bytes, where: str) -> Any:
     """Strictly: UTF-8, no key twice, no infinity; NaN is null.  Raises MtopdError."""
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
+        return json.loads(
+            text.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_float=_finite,
+        )
     except UnicodeDecodeError as error:
         raise MtopdError(
             f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8"
@@ -127,6 +132,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _constant(name: str) -> None:
     if name != "NaN":
         raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is larger than any number of 64 bits")
+    return value
 
 
 def _object(record: Any, where: str) -> tuple[str, Record]:

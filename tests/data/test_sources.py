@@ -125,6 +125,18 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
             [{"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}],
             "line 1: a message's content has a part of type 'image_url'",
         ),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]}],
+            "line 1: a message's content has a part of type 'image'",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": {"type": "text", "text": "a"}}]}],
+            "line 1: a message's content is dict; it must be a string, or a list of parts",
+        ),
+        (
+            [{"prompt": "a"}, {"messages": '[{"role": "user", "content": "a"}]'}],
+            "line 2: the prompt is a list of messages written as text; store the list itself",
+        ),
         ([{"prompt": "a", "tools": "search"}], "line 1: tools: no valid JSON"),
         ([{"prompt": "a", "tools": {"a": 1}}], "line 1: tools must be a list of objects"),
         ([{"prompt": [{"role": "assistant", "content": "x"}]}], "ends with an assistant message"),
@@ -134,6 +146,12 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
 def test_bad_jsonl_is_refused_by_line(tmp_path: Path, records: list, message: str) -> None:
     with pytest.raises(MtopdError, match=message):
         load_prompt_file("x", write_jsonl(tmp_path / "a.jsonl", *records))
+
+
+def test_text_that_only_begins_like_messages_is_a_prompt(tmp_path: Path) -> None:
+    texts = ['[{"role": "user"}] is what?', '[{"role": "user"}]', '[{"a": 1}, 2]', '[{"a": 1']
+    path = write_jsonl(tmp_path / "a.jsonl", *({"prompt": text} for text in texts))
+    assert [row.question for row in load_prompt_file("x", path).rows] == texts
 
 
 def test_bad_parquet_and_paths_are_refused(tmp_path: Path) -> None:
@@ -197,7 +215,8 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: .*'prompt' stands twice"),
         ("a.jsonl", b'{"prompt": [{"role": "user", "role": "system"}]}', "'role' stands twice"),
         ("a.jsonl", b'{"prompt": "a", "level": -Infinity}', "line 1: .*-Infinity is no JSON"),
-        ("a.jsonl", b'{"prompt": "a", "level": 1e999}', "line 1: column 'level' is inf"),
+        ("a.jsonl", b'{"prompt": "a", "level": 1e999}', "line 1: .*1e999 is larger than"),
+        ("a.jsonl", b'{"prompt": "a", "tools": [{"max": -1e999}]}', "line 1: .*-1e999 is larger"),
         ("a.jsonl", b'{"prompt": "a", "level": ' + b"9" * 5000 + b"}", "line 1: no valid JSON"),
         ("a.jsonl", b'{"prompt": "a \\ud83d"}', r"line 1: .*ud83d is half a character"),
         ("a.jsonl", b'{"prompt": "a", "domain": "\\udc00"}', "line 1: .*udc00 is half"),
