@@ -299,6 +299,14 @@ class DataConfig(Model):
         names = [s.name for s in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"source names must differ, found {names}")
+        # Prompts are told apart by these names: a-eval/0 is the first held-out prompt of a.
+        held_out = {f"{s.name}-eval" for s in self.sources if s.has_held_out}
+        if taken := held_out & {*names}:
+            name = min(taken)
+            raise ValueError(
+                f"the source name {name!r} is that of the held-out prompts of source "
+                f"{name.removesuffix('-eval')!r}; choose another"
+            )
         return self
 
 
@@ -376,6 +384,15 @@ class OptimizerConfig(Model):
     """AdamW's."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradients; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr {self.min_lr} is above lr {self.lr}: the rate would rise to its end; lower "
+                "it"
+            )
+        return self
 
 
 class TrainConfig(Model):
@@ -514,6 +531,13 @@ class ConsolidateConfig(Model):
                         f"{world}"
                     )
         baselines = self.evaluation.baselines.keys()
+        if unclear := [
+            n for n in baselines if not n.strip() or n != n.strip() or not n.isprintable()
+        ]:
+            raise ValueError(
+                f"evaluation.baselines: the name {unclear[0]!r} is empty, or has spaces around it or "
+                "characters that do not print"
+            )
         if taken := {"student", "weight average"} & baselines:
             raise ValueError(
                 f"evaluation.baselines.{min(taken)}: the report calls another row so; choose "
@@ -531,7 +555,13 @@ class ConsolidateConfig(Model):
                         f"evaluation.{key} needs held-out prompts, but no source has any; give "
                         f"data.sources an eval_path, or leave evaluation.{key} out"
                     )
-        if unknown := set(self.evaluation.weight_average) - set(self.evaluation.baselines):
+        averaged = self.evaluation.weight_average
+        if len(averaged) != len({*averaged}):
+            raise ValueError(
+                f"evaluation.weight_average names one twice, which would not be the plain average: "
+                f"{averaged}"
+            )
+        if unknown := set(averaged) - set(self.evaluation.baselines):
             raise ValueError(
                 f"evaluation.weight_average names {sorted(unknown)}, baselines are "
                 f"{sorted(self.evaluation.baselines)}"

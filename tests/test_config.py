@@ -79,6 +79,21 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
             },
             "call the teacher otherwise",
         ),
+        (
+            "data.sources",
+            [
+                {"name": "x", "path": "x.jsonl", "eval_path": "y.jsonl"},
+                {"name": "x-eval", "path": "y.jsonl"},
+            ],
+            "name 'x-eval' is that of the held-out prompts of source 'x'; choose another",
+        ),
+        ("train.optimizer", {"lr": 1e-5, "min_lr": 1e-3}, "min_lr 0.001 is above lr 1e-05"),
+        (
+            "evaluation",
+            {"baselines": {"p": "hf", "q": "hg"}, "weight_average": ["p", "q", "p"]},
+            "weight_average names one twice, which would not be the plain average",
+        ),
+        ("evaluation.baselines", {" ": "x"}, "evaluation.baselines: the name ' ' is empty"),
         ("teachers.0.name", "../x", "teachers.0.name is '../x'"),
         ("teachers", [], "teachers"),
         (
