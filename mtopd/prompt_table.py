@@ -23,6 +23,7 @@ from mtopd.data import (
     Overlong,
     PromptSource,
     SupervisedExample,
+    check_file,
     load_prompt_file,
     load_reasoning_gym,
     refuse_overlong,
@@ -173,10 +174,31 @@ def write_prompt_table(
             ]
     if config.overlong == "error":
         refuse_overlong(overlong, config.context_length)
+    _check_every_teacher_is_asked(columns, routes)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
     write_atomic(run.prompts, sink.getvalue().to_pybytes())
+
+
+def _check_every_teacher_is_asked(
+    columns: Mapping[str, Sequence[Any]], routes: Sequence[Mapping[str, str]]
+) -> None:
+    """A value that looks the same but is another text (a blank, another spelling of an accent) would
+    leave a teacher without prompts, and the one with the empty route with those of two.  An empty
+    route may catch nothing.
+    """
+    pairs = zip(columns["teacher_index"], columns["held_out"], strict=True)
+    asked = {teacher for teacher, is_held_out in pairs if not is_held_out}
+    if idle := [index for index, keys in enumerate(routes) if keys and index not in asked]:
+        wanted = dict(routes[idle[0]])
+        fields = [json.loads(text) for text in {*columns["route"]}]
+        found = {key: sorted({f[key] for f in fields if key in f})[:8] for key in wanted}
+        raise MtopdError(
+            f"no training prompt goes to teachers.{idle[0]}: its route is {wanted!a}, prompts "
+            f"have {found!a} there (eight values at most); correct the route or the prompts' "
+            "fields, or remove the teacher"
+        )
 
 
 def _say_dropped(source: PromptSource, num_dropped: int, progress: Callable[[str], None]) -> None:
@@ -249,6 +271,7 @@ def source_identity(source: SourceConfig) -> dict[str, Any]:
 
 
 def _file_hash(name: str, path: Path) -> str:
+    check_file(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from mtopd.config import DataConfig
-from mtopd.prompt_table import Prompts, write_prompt_table
+from mtopd.config import DataConfig, SourceConfig
+from mtopd.prompt_table import Prompts, load_source, source_identity, write_prompt_table
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 from tests.prompt_examples import write_jsonl
@@ -58,3 +59,37 @@ def test_overlong_prompts_are_dropped_and_counted_or_all_named(
     with pytest.raises(MtopdError, match="all 2 prompts of a leave no room"):
         write(data_config(tmp_path, "drop", 20, 30))
     assert json.loads(config.model_dump_json())["overlong"] == "drop"
+
+
+def test_a_teacher_that_no_prompt_goes_to_is_refused(tmp_path: Path, tokenizer) -> None:
+    """An accent in two characters looks like one in one, and the empty route takes all."""
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "x", "domain": "cafe\u0301"})
+    values = {"sources": [{"name": "a", "path": path}], "context_length": 16, "max_response": 8}
+    config = DataConfig.model_validate(values)
+
+    def write(*routes: dict[str, str]) -> None:
+        write_prompt_table(
+            RunDir(tmp_path), config, tokenizer, routes, supervised=False, progress=lambda _: None
+        )
+
+    said = r"^no training prompt goes to teachers\.1: its route is .*'caf\\xe9'.*'cafe\\u0301'"
+    with pytest.raises(MtopdError, match=said):
+        write({}, {"domain": "caf\u00e9"})
+    assert not RunDir(tmp_path).prompts.exists()
+    write({}, {"domain": "cafe\u0301"})  # a net may catch nothing
+
+
+def test_what_is_no_file_is_refused_before_it_is_read_to_its_end(tmp_path: Path) -> None:
+    """A pipe would wait, and a device has no end."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (Path("/dev/zero"), tmp_path / "pipe.jsonl"):
+        with pytest.raises(MtopdError, match=f"{path} does not exist or is no file"):
+            source_identity(SourceConfig(name="a", path=path))
+    with pytest.raises(MtopdError, match="is a folder; give one file of it"):
+        source_identity(SourceConfig(name="a", path=tmp_path))
+
+
+def test_an_empty_domain_of_a_source_stands(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", {"prompt": "x"})
+    train, _ = load_source(SourceConfig(name="a", path=path, fields={"domain": ""}))
+    assert train.rows[0].route == {"domain": ""}

@@ -1,6 +1,7 @@
 """Prompts and supervised examples: where they come from, who teaches them, how answers are scored."""
 
 from mtopd.data.prompt_file import load_prompt_file
+from mtopd.data.readers import check_file
 from mtopd.data.routes import route
 from mtopd.data.sources import (
     Asking,
@@ -25,6 +26,7 @@ __all__ = [
     "PromptRow",
     "PromptSource",
     "SupervisedExample",
+    "check_file",
     "load_prompt_file",
     "load_reasoning_gym",
     "refuse_overlong",

@@ -35,7 +35,7 @@ def load_prompt_file(
     string, number or boolean is a route field.  Null and NaN are no value.  Columns that are none
     of these are named once, through ``say``.
     """
-    domain = domain or name
+    domain = name if domain is None else domain
     rows: list[PromptRow] = []
     unused: dict[str, None] = {}
     for where, record in read_records(path):

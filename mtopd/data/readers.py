@@ -41,13 +41,14 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         raise MtopdError(
             f"{path} is none of {', '.join(FORMATS)}; convert it to one of them, or name it so"
         )
-    _check_file(path)
+    check_file(path)
     if ending == ".parquet":
         return _read_parquet(path)
     return _read_json(path) if ending == ".json" else _read_lines(path, Path(ending).suffix)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raise MtopdError unless ``path`` is a file that can be opened and ends: no folder, no device."""
     if path.is_dir():
         raise MtopdError(f"{path} is a folder; give one file of it, and further ones as sources")
     if not path.is_file():

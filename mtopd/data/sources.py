@@ -116,7 +116,7 @@ def load_reasoning_gym(
     is ``size`` draws at ``seed``, duplicates included, less every draw whose text is an eval prompt
     or an example.
     """
-    domain = domain or name
+    domain = name if domain is None else domain
     draws = partial(_unique, name, domain, dataset, options)
     held_out = draws("eval_size", eval_size, eval_seed, {})
     examples = draws("num_examples", num_examples, EXAMPLE_SEED, held_out)
