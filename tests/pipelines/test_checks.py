@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from mtopd.config import SpecialistConfig, StudentConfig
+from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
+from mtopd.megatron.options import sort_fields
 from mtopd.pipelines.checks import check_baselines, check_ends, check_student, check_teacher
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
+from mtopd.pipelines.student import build_bridge
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import end_ids, load_tokenizer, pad_id, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
@@ -244,6 +251,63 @@ def test_megatron_options_that_cannot_be_are_refused_before_any_process_starts(
     save_model(tmp_path, seed=0)
     with pytest.raises(MtopdError, match=message):
         check_student(StudentConfig(model=tmp_path, megatron=megatron), deterministic=True)
+
+
+def other_values(value: object) -> list[object]:
+    """What else a setting of config.json could be; not all of it is a config."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [2 * value, value + 1, value - 1, 0, 1]
+    if isinstance(value, float):
+        return [2 * value + 1, value / 2, 0.5]
+    return [2, 0.5, True, "none"]
+
+
+def variants_of(values: dict[str, object]) -> Iterator[dict[str, object]]:
+    """``values`` of a config.json with one setting changed, each setting in turn."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            for inner in variants_of(value):
+                yield {**values, key: inner}
+        elif key != "model_type":
+            for other in other_values(value):
+                yield {**values, key: other}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_every_megatron_field_that_follows_from_config_json_is_refused_unless_equal(
+    tmp_path: Path, kind: str
+) -> None:
+    """Which fields those are is found by changing every setting of config.json and looking at what
+    moves in Megatron's config: no list says it.
+    """
+    save_model(tmp_path, seed=0, model_type=kind, layers=2)
+    student = StudentConfig(model=tmp_path)
+
+    def megatron_config(values: dict[str, Any]) -> dict[str, object]:
+        hf_config = hf_config_from_dict(values)
+        bridge = build_bridge(
+            student, hf_config, sort_fields({}), torch.device("cpu"), layout=student.parallel
+        )
+        return dict(vars(bridge.transformer_config))
+
+    values = load_hf_config(tmp_path).to_dict()
+    truth, others = megatron_config(values), dict[str, object]()
+    for variant in variants_of(values):
+        with contextlib.suppress(Exception):  # it is no config, or none that is supported
+            for name, value in megatron_config(variant).items():
+                if not callable(value) and value != truth[name]:
+                    others.setdefault(name, value)
+    common = {"hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"}
+    assert common | {"kv_channels"} <= others.keys(), "the search finds what it must"
+    for name, value in others.items():
+        check_student(
+            StudentConfig(model=tmp_path, megatron={name: truth[name]}), deterministic=True
+        )
+        given = StudentConfig(model=tmp_path, megatron={name: value})
+        with pytest.raises(MtopdError, match=f"student.megatron.{name}=.*{tmp_path} decides it"):
+            check_student(given, deterministic=True)
 
 
 def test_megatron_options_that_go_together_pass_on_every_layout(tmp_path: Path) -> None:
