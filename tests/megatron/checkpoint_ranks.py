@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,19 +245,52 @@ def slow_writer() -> Iterator[threading.Event]:
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
+@dataclass(frozen=True)
+class Hashed:
+    """A file that this rank read to hash it."""
+
+    name: str
+    size: int
+    awaited: bool  # in the main thread: of rank 0, every other rank waits for it
+
+
 @contextlib.contextmanager
-def hashed_in_main_thread() -> Iterator[dict[str, int]]:
-    """Bytes by file name: what every other rank waits for."""
-    digest_of, found = checkpoint._file_sha256, {}
+def hashed_files() -> Iterator[list[Hashed]]:
+    """What is hashed meanwhile, in any thread of this rank."""
+    original, found = hashlib.file_digest, list[Hashed]()
 
-    def counted(path: Path) -> str:
-        if threading.current_thread() is threading.main_thread():
-            found[path.name] = found.get(path.name, 0) + path.stat().st_size
-        return digest_of(path)
+    def counted(file: Any, kind: str) -> Any:
+        awaited = threading.current_thread() is threading.main_thread()
+        size = os.fstat(file.fileno()).st_size
+        found.append(Hashed(Path(file.name).name, size, awaited))
+        return original(file, kind)
 
-    checkpoint._file_sha256 = counted
+    hashlib.file_digest = counted
     yield found
-    checkpoint._file_sha256 = digest_of
+    hashlib.file_digest = original
+
+
+def count_hashed(root: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that each rank hashes for a checkpoint, all and awaited ones, and to load it again."""
+    trainer, _ = build(root, job)
+    run = new_run(root, job["count"])
+    train(trainer, range(1))
+    with hashed_files() as saving:
+        writer = checkpoint.CheckpointWriter(trainer, run, lambda published: None)
+        writer.save(1, {})
+        writer.close()
+    with hashed_files() as loading:
+        checkpoint.load(trainer, run, 1)
+    counts = [
+        sum(file.size for file in saving),
+        sum(file.size for file in saving if file.awaited),
+        sum(file.size for file in loading),
+    ]
+    by_rank: list[Any] = [None] * trainer.ranks.world_size
+    dist.all_gather_object(by_rank, counts)
+    whole = sum(p.stat().st_size for p in run.checkpoint(1).iterdir() if p.name != "SEALED")
+    saved, awaited, loaded = zip(*by_rank, strict=True)
+    return {"whole": whole, "saved": saved, "awaited": awaited, "loaded": loaded}
 
 
 def die_while_writing(trainer: Trainer, writer: checkpoint.CheckpointWriter) -> None:
@@ -345,6 +379,8 @@ def moved_by_hand(trainer: Trainer, folder: Path) -> float:
 def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
     if "begin" in job:
         return begin(root, job)
+    if "count" in job:
+        return count_hashed(root, job)
     trainer, bridge = build(root, job)
     if "straight" in job:
         train(trainer, range(3))
@@ -363,7 +399,7 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
         writer = checkpoint.CheckpointWriter(trainer, run, published.append)
         train(trainer, range(3))
         result: dict[str, Any] = {"saved": state(trainer, bridge)}
-        with slow_writer() as released, hashed_in_main_thread() as hashed:
+        with slow_writer() as released, hashed_files() as hashed:
             writer.save(3, {"shares": {"a": 1.5}})
             # Weights and moments change before they are written.
             losses = train(trainer, range(3, 6))
@@ -375,7 +411,7 @@ def run_job(root: Path, job: dict[str, Any]) -> dict[str, Any]:
             if trainer.ranks.rank == 0:
                 write_json(run.path / "before.json", {**result, "losses": losses})
             die_while_writing(trainer, writer)
-        result["hashed"] = hashed
+        result["awaited"] = [file.name for file in hashed if file.awaited]
         writer.close()
         assert published == ([3] if trainer.ranks.rank == 0 else []) and checkpoint.newest(run) == 3
         result |= {"losses": losses, "state": state(trainer, bridge)}

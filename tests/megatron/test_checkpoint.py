@@ -106,11 +106,12 @@ def run_jobs(root: Path, world_size: int, jobs: list[dict]) -> list[dict]:
 def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) -> None:
     jobs = [{"save": name, **job} for name, job in SAVED.items()]
     jobs += [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[4]]
-    done = run_jobs(root, 4, jobs)
+    *done, of_four = run_jobs(root, 4, [*jobs, counted(4)])
     resumed = [{"resume": name, **SAVED[name], **job} for name, job in RESUMED[2]]
-    of_two = run_jobs(root, 2, [*resumed, *GOES_ON])
+    of_two = run_jobs(root, 2, [*resumed, *GOES_ON, counted(2)])
     done += of_two[: len(resumed)]
-    check_ended_runs_that_go_on(of_two[len(resumed) :])
+    check_ended_runs_that_go_on(of_two[len(resumed) : -1])
+    check_that_ranks_share_the_hashing([*run_jobs(root, 1, [counted(1)]), of_two[-1], of_four])
     wanted = {job["save"]: job for job in done if "save" in job}
     assert len(done) == len(SAVED) + len(RESUMED[4]) + len(RESUMED[2])
     for job in done:
@@ -121,7 +122,7 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
                 assert wanted_word in said
             assert job["refused"] == job["damages"] > 4, "every damaged file was refused by name"
             # Result of rank 0, for which all others wait: what no writer sent a digest for.
-            assert job["hashed"].keys() == {".metadata", "common.pt", "metadata.json"}, job
+            assert sorted(job["awaited"]) == [".metadata", "common.pt", "metadata.json"], job
             continue
         if "refuses" in job:
             assert job["refuses"] in job["error"]
@@ -146,6 +147,25 @@ def test_a_checkpoint_goes_on_at_every_layout_with_the_same_numbers(root: Path) 
             )
         assert max(errors) <= 2e-6, job
         assert job["plain"] == {"shares": {"a": 1.5}}
+
+
+def counted(world_size: int) -> dict:
+    """One model on that many ranks."""
+    return {"count": f"on {world_size}", "kind": "qwen3", "parallel": {"pp": world_size}}
+
+
+def check_that_ranks_share_the_hashing(jobs: list[dict]) -> None:
+    """At 1, 2 and 4 ranks: every byte of a checkpoint once, and no rank more than on fewer ranks.
+    Rank 0 alone hashed all of it again once, while the others waited: 31 minutes of 2.8 TB.
+    """
+    assert [len(job["saved"]) for job in jobs] == [1, 2, 4]
+    for job in jobs:
+        print({name: job[name] for name in ("whole", "saved", "awaited", "loaded")})
+        assert sum(job["saved"]) == sum(job["loaded"]) == job["whole"]
+        assert job["awaited"][0] < 0.05 * job["whole"] and not any(job["awaited"][1:])
+    for name in ("saved", "loaded"):
+        most = [max(job[name]) for job in jobs]
+        assert most == sorted(most, reverse=True) and most[-1] < 0.6 * most[0], most
 
 
 def check_ended_runs_that_go_on(jobs: list[dict]) -> None:
