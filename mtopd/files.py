@@ -172,11 +172,12 @@ def _make_durable(folder: Path, but: Collection[str] = ()) -> None:
             sync_file(path)
 
 
-def sweep(folder: Path) -> None:
-    """Clean up what a killed start left anywhere below ``folder``: a folder whose successor did not
-    come takes its name again; temporary files and half-removed folders go.
+def sweep(folder: Path, *, deep: bool = True) -> None:
+    """Clean up what a killed start left in ``folder``, and anywhere below it: a folder whose
+    successor did not come takes its name again; temporary files and half-removed folders go.
     """
-    for aside in list(folder.rglob(f".*{_ASIDE}")):
+    find = folder.rglob if deep else folder.glob
+    for aside in list(find(f".*{_ASIDE}")):
         target = aside.with_name(aside.name.removeprefix(".").removesuffix(_ASIDE))
         if target.exists():
             remove_tree(aside)
@@ -184,7 +185,7 @@ def sweep(folder: Path) -> None:
             os.replace(aside, target)
             fsync_dir(target.parent)
     for pattern in (".*.tmp", ".*.removed"):
-        for path in list(folder.rglob(pattern)):
+        for path in list(find(pattern)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

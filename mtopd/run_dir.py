@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mtopd.files import UNSUPPORTED, read_json, write_json
+from mtopd.files import UNSUPPORTED, read_json, sweep, write_json
 from mtopd.types import MtopdError
 
 SCHEMA = 1
 SEAL = "SEALED"
+_FOLDERS = ("iterations", "checkpoints", "evaluations", "export", "noise_floors", "probes")
 
 
 class RunDir:
@@ -53,8 +55,8 @@ class RunDir:
 
     def sealed_checkpoints(self) -> list[int]:
         """Iterations that a start can begin with, ascending."""
-        found = (self.path / "checkpoints").glob("[0-9]*")
-        return sorted(int(path.name) for path in found if is_sealed(path))
+        found = numbered(self.path / "checkpoints")
+        return [number for number, path in found.items() if is_sealed(path)]
 
     def export(self, iteration: int) -> Path:
         return self.path / "export" / f"{iteration:06d}"
@@ -144,6 +146,14 @@ class RunDir:
                 "that is empty or does not exist"
             )
 
+    def sweep(self) -> None:
+        """Clean up what killed starts of this run left.  Other folders that lie in this one are not
+        looked at: they may be a run that is going.
+        """
+        sweep(self.path, deep=False)
+        for name in _FOLDERS:
+            sweep(self.path / name)
+
     def take_generation(self) -> None:
         """Become the newest start of the run.  The caller holds the lock."""
         self.generation = self.current_generation() + 1
@@ -179,6 +189,16 @@ def _why(error: OSError) -> str:
     if isinstance(error, FileExistsError):
         return "it is a file"
     return error.strerror or str(error)
+
+
+def numbered(folder: Path, ending: str = "") -> dict[int, Path]:
+    """What a run has named by a number, ascending.  A copy that the user made beside it, such as
+    000010.bak, has another name and is not looked at.
+    """
+    form = re.compile("[0-9]{6,}" + re.escape(ending))
+    found = (path for path in folder.glob(f"[0-9]*{ending}") if form.fullmatch(path.name))
+    by_number = {int(path.name.removesuffix(ending)): path for path in found}
+    return dict(sorted(by_number.items()))
 
 
 def is_sealed(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from mtopd.hf_checkpoint import load_hf_config
 from mtopd.manifest import MANIFEST_SCHEMA, differences
 from mtopd.metrics import read_metrics
 from mtopd.planning import learning_rate
-from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
+from mtopd.run_dir import SEAL, RunDir, is_sealed, numbered, read_seal
 from mtopd.types import MtopdError
 
 from .checks import check_optimizer_form
@@ -85,7 +85,7 @@ def former_end(run: RunDir, config: SpecialistConfig) -> int | None:
     final = _final(run)
     former: dict[str, int] = read_seal(final).get("train_steps", {}) if is_sealed(final) else {}
     goes_on = bool(former) and former["planned"] != config.train.num_steps
-    was_set_aside = not is_sealed(final) and any(final.parent.glob("[0-9]*"))
+    was_set_aside = not is_sealed(final) and bool(numbered(final.parent))
     store = config.store
     if store is not None and store.path.exists() and (goes_on or was_set_aside):
         raise MtopdError(

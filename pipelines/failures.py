@@ -29,7 +29,7 @@ class Counters(Protocol):
 
 def forget(run_dir: Path) -> None:
     """Remove the tracebacks of former starts."""
-    for path in run_dir.glob("failure*.txt"):
+    for path in (*run_dir.glob("failure.[0-9]*.txt"), run_dir / "failure.txt"):
         path.unlink(missing_ok=True)
 
 

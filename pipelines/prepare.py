@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, resolved, to_yaml
 from mtopd.families import model_facts
-from mtopd.files import remove_tree, sweep
+from mtopd.files import remove_tree
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.manifest import check_schema, start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
-from mtopd.run_dir import RunDir
+from mtopd.run_dir import RunDir, numbered
 from mtopd.tokenizer import end_ids, tokenizer_hash
 
 from .checks import (
@@ -137,7 +137,7 @@ def _start(
 ) -> None:
     """What a consolidation and a supervised run have in common.  Says what the run goes on from."""
     if run.is_ours():
-        sweep(run.path)
+        run.sweep()
     check_schema(run)
     manifest["inputs"] = inputs_of(config.student, config.data.sources, say)
     manifest["architecture"] = architecture(config.student.model)
@@ -155,11 +155,11 @@ def _start(
         """
         run.prompts.unlink(missing_ok=True)
         finished = max(checkpoints, default=0)
-        for folder in (run.path / "iterations").glob("[0-9]*"):
-            if int(folder.name) >= finished:
+        for number, folder in numbered(run.path / "iterations").items():
+            if number >= finished:
                 remove_tree(folder)
-        for path in (run.path / "evaluations").glob("[0-9]*.json"):
-            if int(path.stem) > finished:
+        for number, path in numbered(run.path / "evaluations", ".json").items():
+            if number > finished:
                 path.unlink()
 
     changes = start_run(

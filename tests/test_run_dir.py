@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mtopd.manifest import start_run
-from mtopd.run_dir import RunDir, is_sealed, read_seal
+from mtopd.run_dir import SEAL, RunDir, is_sealed, numbered, read_seal
 from mtopd.types import MtopdError
 
 
@@ -116,3 +116,32 @@ def test_an_empty_folder_and_what_a_refused_start_left_are_taken(tmp_path: Path)
     (tmp_path / "generation.json").write_text('{"generation": "1"}')
     with run.lock(), pytest.raises(MtopdError, match="holds no number"):
         run.current_generation()
+
+
+def test_copies_beside_what_a_run_has_numbered_are_not_looked_at(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for name in ("000010", "000002", "1234567", "000011", "000010.bak", "10", "000010 (copy)"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "000011":
+            (tmp_path / "checkpoints" / name / SEAL).write_text("{}")
+    assert run.sealed_checkpoints() == [2, 10, 1234567]
+    for name in ("000003.json", "000003.old.json", "final.json"):
+        (tmp_path / name).write_text("{}")
+    assert numbered(tmp_path, ".json") == {3: tmp_path / "000003.json"}
+    assert numbered(tmp_path / "nothing") == {}
+
+
+def test_a_sweep_leaves_another_run_alone_that_lies_inside(tmp_path: Path) -> None:
+    """It may be writing its checkpoint."""
+    names = (
+        ".manifest.json.1-a.tmp",
+        "checkpoints/.000004.tmp/x",
+        "iterations/.000001.a.removed/x",
+    )
+    kept = ("specialist/checkpoints/.000100.tmp/x", "specialist/.config.yaml.1-a.tmp")
+    for name in (*names, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    RunDir(tmp_path).sweep()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == set(kept)

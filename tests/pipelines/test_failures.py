@@ -24,8 +24,9 @@ def failed(error: Exception) -> Exception:
 def test_what_nobody_foresaw_leaves_its_traceback_for_each_rank(tmp_path: Path) -> None:
     (tmp_path / "failure.txt").write_text("of an older version")
     (tmp_path / "failure.9.txt").write_text("of a former start")
+    (tmp_path / "failure_analysis.txt").write_text("the user's own")
     failures.forget(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["failure_analysis.txt"]
     for rank in (0, 12):
         line = failures.describe(failed(IndexError(f"no\nrow {rank}")), tmp_path, rank)
         path = tmp_path / f"failure.{rank}.txt"
