@@ -21,6 +21,7 @@ from mtopd.families import rope_scaling
 from mtopd.files import publish_tree, read_json, remove_tree
 from mtopd.hf_checkpoint import weight_files
 from mtopd.run_dir import SEAL
+from mtopd.safetensors_file import save_tensors
 from mtopd.types import MtopdError
 
 # Files that are copied; code, pickles and other weight formats are none of them.
@@ -81,10 +82,9 @@ def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     the ranks that wait would not be told.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     try:
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+        save_tensors({n: t.cpu().contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:
         raise MtopdError(
             f"cannot write {path}: {error}; make room there and start the same command again"

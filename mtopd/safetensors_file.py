@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtopd.dtypes import is_safetensors_name, item_size
 from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER_BYTES = 100 << 20
 
@@ -145,3 +148,17 @@ def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
     return struct.pack("<Q", len(text)) + text
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """The library's ``save_file``, but with the mode of any other new file: the library's own is for
+    its owner alone, whatever the umask says.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)

@@ -5,6 +5,7 @@ read the folder before.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ def test_a_written_folder_reads_back_bit_for_bit(model: Path, tmp_path: Path) ->
     same = [tokenizer_hash(load_tokenizer(folder)) for folder in (model, tmp_path / "out")]
     assert same[0] == same[1] and not (tmp_path / ".out.tmp").exists()
     check_checkpoint(tmp_path / "out")
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(model: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        export(model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_a_folder_without_its_seal_gets_no_name(model: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.common import (
     COMMON_STATE_FNAME,
     TorchCommonLoadStrategy,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata
 
 from mtopd.files import remove_tree, replace_tree, sync_file
@@ -39,6 +39,7 @@ from mtopd.megatron.agreement import decide, gather
 from mtopd.megatron.optimizer import create_state
 from mtopd.megatron.trainer import Trainer
 from mtopd.run_dir import SEAL, RunDir, is_sealed, read_seal
+from mtopd.safetensors_file import save_tensors
 from mtopd.types import MtopdError
 
 # Results of a write stay in this process: no manager process, which would outlive a killed rank.
@@ -298,7 +299,7 @@ def _write_buckets(
             raise result
         results[index] = result
         digests[bucket[1]] = _file_sha256(Path(bucket[0]))
-    save_file(dict(rng_state), rng_path)
+    save_tensors(rng_state, rng_path)
     sync_file(rng_path)
     digests[rng_path.name] = _file_sha256(rng_path)
     return _Written(results, digests)
