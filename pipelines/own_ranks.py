@@ -1,8 +1,8 @@
 """Ranks of this node, started with torchrun's library.
 
 A rank that is started here dies with its launcher: the kernel sends it SIGKILL
-(PR_SET_PDEATHSIG), so nothing is left behind however the launcher ends.  On one node rendezvous
-and gloo are bound to loopback.
+(PR_SET_PDEATHSIG), so nothing is left behind however the launcher ends.  On one node the ranks'
+store and gloo are bound to loopback: nobody has to prove who he is to either.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from mtopd.types import MtopdError
 from . import failures
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _PR_SET_PDEATHSIG = 1
@@ -43,22 +45,25 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
 
     Raises MtopdError with the message of the rank that failed first.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     with tempfile.TemporaryDirectory(prefix="mtopd-") as folder:
         error_path = Path(folder) / "error"
+        store = _loopback_store()  # torch's launcher finds it by its port
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=world_size,
             run_id="mtopd",
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
+            rdzv_backend="static",
+            rdzv_endpoint=f"127.0.0.1:{store.port}",
+            rdzv_configs={"rank": 0},
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.2,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),  # else a folder in /tmp that stays
         )
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.update(GLOO_SOCKET_IFNAME="lo", TORCHDYNAMO_DISABLE="1")
@@ -74,6 +79,22 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
             ) from None
         except ChildFailedError as error:
             raise MtopdError(_why(error, error_path)) from None
+
+
+def _loopback_store() -> TCPStore:
+    """The key-value store of all ranks; torch itself would listen on every interface."""
+    from torch.distributed import TCPStore
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listening.detach(),
+    )
 
 
 def _why(error: ChildFailedError, error_path: Path) -> str:
