@@ -35,7 +35,8 @@ def read_entry(kind: str, key: str) -> Mapping[str, Any] | None:
 def write_entry(kind: str, key: str, value: Mapping[str, Any]) -> None:
     """Keep ``value``.  Raises OSError where it cannot be written."""
     path = _path(kind, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent.parent)
+    path.parent.mkdir(exist_ok=True)
     write_json(path, value)
 
 
@@ -44,10 +45,15 @@ def note_path(name: str) -> Path | None:
     folder = user_cache()
     try:
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
     except OSError:
         return None
     return folder and folder / f"{name}.json"
+
+
+def _make(folder: Path) -> None:
+    """For the user alone, whatever the umask: compiled kernels lie there, too, and are loaded."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _path(kind: str, key: str) -> Path:
