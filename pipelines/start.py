@@ -7,6 +7,8 @@ what its ranks read, and then calls one function on every rank.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,8 @@ from . import failures
 from .own_ranks import call, exit_code, launch, own_rank
 
 Config = TypeVar("Config", ConsolidateConfig, SpecialistConfig)
+# Rank 0 reads a large checkpoint, tokenizes: hours.  When it fails, torchrun ends the ranks that wait.
+_PREPARED_WITHIN = datetime.timedelta(days=7)
 _INHERITED = "in a shell that only inherited its variables, unset TORCHELASTIC_RUN_ID"
 
 
@@ -101,6 +105,11 @@ def _join_outer_torchrun(
     """One rank of an outer torchrun.  Rank 0 locks and prepares; the others wait for its word."""
     import torch.distributed as dist
 
+    if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+        raise MtopdError(
+            f"torchrun was given --max-restarts {restarts}, but its second attempt meets what the first "
+            "one left in their store; leave the option out, and start the same command again to go on"
+        )
     try:
         rendezvous, _, _ = next(dist.rendezvous("env://"))
     except (RuntimeError, ValueError, OSError) as error:
@@ -123,6 +132,7 @@ def _join_outer_torchrun(
                 store.set("start", f"error {error}")
                 raise
             store.set("start", word)
+        store.wait(["start"], _PREPARED_WITHIN)
         word, _, rest = store.get("start").decode().partition(" ")
         if word == "error":
             raise MtopdError(rest)
