@@ -57,7 +57,7 @@ Check = Annotated[
     ),
 ]
 Iteration = Annotated[
-    int | None, typer.Option(help="Iteration to run; default: the newest checkpoint's.")
+    int | None, typer.Option(min=0, help="Iteration to run; default: the newest checkpoint's.")
 ]
 
 
