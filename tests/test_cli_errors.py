@@ -404,6 +404,38 @@ def test_no_write_permission_is_refused(
     assert "cannot write" in refused(workplace, capsys, monkeypatch)
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("gradient_accumulation_fusion", True, "ColumnParallelLinear was called with gradient_acc"),
+        ("decoupled_lr", "high", "TypeError: "),
+    ],
+)
+def test_what_megatron_refuses_as_it_builds_layers_or_optimizer_is_one_line(
+    workplace: Path, option: str, value: object, said: str
+) -> None:
+    """No config that is built before the ranks start shows it."""
+    edit_config(
+        workplace,
+        lambda c: c["student"].update(parallel={"tp": 1}, megatron={option: value}),
+    )
+    command = [sys.executable, "-m", "mtopd.pipelines.cli", "consolidate"]
+    done = subprocess.run(
+        [*command, str(workplace / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "starting 1 rank" in done.stderr and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert f"Megatron refuses the options under student.megatron ({option}): " in line
+    assert said in line and "unforeseen" not in line
+    assert "megatron/core" in (workplace / "run" / "failure.0.txt").read_text()
+
+
 def test_a_world_size_that_does_not_fit_is_refused_under_torchrun(workplace: Path) -> None:
     """Under an outer torchrun with three ranks, tp 2 x pp 2 cannot be laid out: rank 0 says so
     once.
