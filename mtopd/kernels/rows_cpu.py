@@ -157,17 +157,29 @@ def _library() -> ctypes.CDLL:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = folder / f"rows_cpu_{key.hexdigest()[:16]}.so"
         # It appears whole, by a rename: only a process that builds it needs the lock.
-        if not library.exists():
+        if (found := _load(library)) is None:
             with open(folder / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not library.exists():
+                if (found := _load(library)) is None:
                     with tempfile.TemporaryDirectory(dir=folder) as build_dir:
-                        os.replace(_compile(flags, build_dir), library)
-        return ctypes.CDLL(str(library))
+                        built = _compile(flags, build_dir)
+                        with open(built, "rb") as file:
+                            os.fsync(file.fileno())  # its name must not outlive its bytes
+                        os.replace(built, library)
+                    found = ctypes.CDLL(str(library))
+        return found
     except OSError as error:
         raise ValueError(
             f"the compiled CPU row kernels cannot be kept in {folder}: {error}"
         ) from error
+
+
+def _load(library: Path) -> ctypes.CDLL | None:
+    """None where it is missing or damaged, and has to be built."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        return None
 
 
 def _compile(flags: list[str], build_dir: str) -> Path:

@@ -1,6 +1,8 @@
 """The compiled row kernels: vectors, threads, instruction sets, and what happens without a compiler."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +124,26 @@ def test_without_a_compiler(
         rows.select_row_kernels("cpu", "cpu", torch.float32)
     assert not list((tmp_path / "mtopd").glob("*.so"))
     rows.select_row_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("found", [None, b"", b"half a library"], ids=["missing", "empty", "half"])
+def test_a_missing_or_damaged_library_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: bytes | None
+) -> None:
+    """A power loss may leave one; every later run would take the slow path."""
+    whole = Path(rows_cpu._library()._name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    builds: list[str] = []
+
+    def compiled(flags: list[str], build_dir: str) -> Path:
+        builds.append(build_dir)
+        return Path(shutil.copy(whole, build_dir))
+
+    monkeypatch.setattr(rows_cpu, "_compile", compiled)
+    if found is not None:
+        (tmp_path / "mtopd").mkdir()
+        (tmp_path / "mtopd" / whole.name).write_bytes(found)
+    for _ in range(2):
+        assert Path(rows_cpu._library()._name) == tmp_path / "mtopd" / whole.name
+    assert len(builds) == 1
+    assert (tmp_path / "mtopd" / whole.name).read_bytes() == whole.read_bytes()
