@@ -30,6 +30,7 @@ class MetricsWriter:
     def __init__(self, path: Path, *, enabled: bool, echo: bool = False) -> None:
         self._file = self._board = None
         self._echo = echo
+        self._path = path
         if enabled:
             from torch.utils.tensorboard import FileWriter
 
@@ -53,7 +54,10 @@ class MetricsWriter:
         values = line.values()
         fields = {"kind": line.kind, "iteration": iteration, **which, **values}
         text = json.dumps(fields, allow_nan=False) + "\n"
-        self._file.write(text)
+        try:
+            self._file.write(text)
+        except OSError as error:  # of an open file, which the system does not name
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._echo:
             sys.stdout.write(text)
             sys.stdout.flush()

@@ -139,3 +139,12 @@ def test_numbers_go_to_tensorboard_under_their_kind(path: Path) -> None:
     ]
     for tag, expected in (("evaluation/accuracy/rot", (3, 0.5)), ("train_step/loss", (7, 2.0))):
         assert [(event.step, event.value) for event in board.Scalars(tag)] == [expected]
+
+
+def test_a_full_disk_names_the_file(path: Path) -> None:
+    writer = MetricsWriter(path, enabled=True)
+    assert writer._file is not None
+    writer._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as caught:
+        writer.write(PhaseLine("train", 1.0), 0)
+    assert caught.value.filename == str(path)
