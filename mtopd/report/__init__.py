@@ -23,6 +23,7 @@ from mtopd.report.tables import (
     accuracy_columns,
     accuracy_rows,
     check_rows,
+    origin_rows,
     result_columns,
     result_rows,
     specialist_verdict,
@@ -49,6 +50,8 @@ def write_report(run_dir: Path, console: Console) -> Report:
         report = build_report(record)
         page = render_page(record, report, str(run_dir))
         columns, rows = result_columns(report), result_rows(report)
+        for line in origin_rows(report):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         checks = [
             f"{name}: {found}, expected {expected}: {result}"
             for name, found, expected, result in check_rows(report)

@@ -45,6 +45,7 @@ def build_report(record: RunRecord) -> Report:
     report = {
         "schema": SCHEMA,
         "finished": record.finished,
+        "began_with": record.origin,
         "iterations": {
             "done": len({e.iteration for e in record.entries(PhaseLine) if e.line.name == _LAST_PHASE}),
             "planned": record.config.train.num_iterations,

@@ -18,6 +18,7 @@ from mtopd.report.tables import (
     first_and_last,
     in_bytes,
     number,
+    origin_rows,
     per_second,
     percent,
     progress,
@@ -37,7 +38,8 @@ def render_page(record: RunRecord, report: Report, title: str) -> str:
     return _render(
         "page.html",
         title=title,
-        lead=f"{'Finished' if report['finished'] else 'NOT finished'}: {progress(report)}.",
+        lead=f"{'Finished' if report['finished'] else 'NOT finished'}: {progress(report)}."
+        + "".join(f" It {line}." for line in origin_rows(report)),
         tiles=_tiles(report),
         result_columns=result_columns(report),
         result_rows=result_rows(report),

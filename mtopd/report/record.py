@@ -59,6 +59,7 @@ class RunRecord(Record):
     evaluations: Mapping[int, Accuracy]  # the student after so many iterations
     models: Mapping[str, Accuracy]  # baselines by name, teachers in their order
     weight_average: Accuracy | None
+    origin: str | None  # RUN@ITERATION whose checkpoint the run began with (--from)
 
     @property
     def passes(self) -> Iterator[tuple[str, PassMetrics]]:
@@ -114,7 +115,8 @@ def read_run(run_dir: Path, config: ConsolidateConfig) -> RunRecord:
     baselines: dict[str, Any] = next(
         (read_json(file) for file in files if file.stem == "baselines"), {}
     )
-    teachers = read_json(run.manifest)["teachers"]
+    known = read_json(run.manifest)
+    teachers, origin = known["teachers"], known.get("from")
     order = {teacher["name"]: index for index, teacher in enumerate(teachers)}
     models = sorted(baselines.get("models", {}).items(), key=lambda item: order.get(item[0], -1))
     return RunRecord(
@@ -125,5 +127,6 @@ def read_run(run_dir: Path, config: ConsolidateConfig) -> RunRecord:
         evaluations={int(file.stem): read_json(file) for file in files if file.stem.isdigit()},
         models=dict(models),
         weight_average=baselines.get("weight_average"),
+        origin=f"{origin['run']}@{origin['iteration']}" if origin else None,
         finished=is_sealed(run.export(config.train.num_iterations)),
     )

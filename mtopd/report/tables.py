@@ -125,6 +125,11 @@ def progress(report: Report) -> str:
     return f"{report['iterations']['done']} of {report['iterations']['planned']} iterations"
 
 
+def origin_rows(report: Report) -> list[str]:
+    """A line for a run that began with another's checkpoint: its student was trained before."""
+    return [f"began with {report['began_with']}"] if report["began_with"] else []
+
+
 def number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}"
 

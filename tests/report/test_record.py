@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtopd.files import write_json
+from mtopd.files import read_json, write_json
 from mtopd.metrics import MetricsWriter
 from mtopd.report import write_report
 from mtopd.run_dir import RunDir
@@ -87,6 +87,19 @@ def test_an_unfinished_run_is_reported_as_far_as_it_came(tmp_path: Path) -> None
         lines[-1].startswith("unfinished, 3 of 8 iterations: ")
         and "NOT finished: 3 of 8 iterations" in page
     )
+
+
+def test_a_run_that_began_with_anothers_checkpoint_says_so(run: RunDir) -> None:
+    """Its student was trained before its first iteration."""
+    report, lines, page = written(run)
+    assert report["began_with"] is None
+    assert not any("began with" in text for text in (*lines, page))
+    origin = {"run": "/runs/first", "iteration": 40, "seal": "c3" * 32}
+    write_json(run.manifest, {**read_json(run.manifest), "from": origin})
+    report, lines, page = written(run)
+    assert report["began_with"] == "/runs/first@40"
+    assert "began with /runs/first@40" in lines
+    assert "iterations. It began with /runs/first@40." in page
 
 
 def test_a_run_that_did_nothing_yet(tmp_path: Path) -> None:
