@@ -308,8 +308,10 @@ def make_cases(kinds: list[str], count: int, whole: int) -> list[Case]:
         for number in range(count):
             role = ROLES[number % 3] if of_model else "student"
             cases.append((kind, number, role))
-    every = len(cases) // whole if whole else len(cases) + 1
-    return [Case(*case, whole=i % every == every // 2) for i, case in enumerate(cases)]
+    every = max(1, len(cases) // max(1, whole))
+    return [
+        Case(*case, whole=whole > 0 and i % every == every // 2) for i, case in enumerate(cases)
+    ]
 
 
 def main() -> int:
