@@ -12,7 +12,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from mtopd.config import ConsolidateConfig, OffloadConfig, ParallelConfig, StudentConfig
+from mtopd.config import ConsolidateConfig, OffloadConfig, StudentConfig
 from mtopd.dtypes import torch_dtype
 from mtopd.families import ModelFacts, check_variant, model_facts
 from mtopd.hf_checkpoint import load_hf_config
@@ -53,24 +53,12 @@ def config_capacity(config: ConsolidateConfig, facts: ModelFacts, teacher_bytes:
     tokens = train.token_budget or (train.micro_batch_size or 1) * config.data.context_length
     return rank_capacity(
         facts.sizes,
-        _layout(parallel),
+        Layout(**parallel.model_dump() | {"etp": parallel.expert_tp}),
         dtype_bytes=torch_dtype(config.student.dtype).itemsize,
         micro_batch_tokens=-(-tokens // parallel.cp),
         distributed_optimizer=has_distributed_optimizer(fields.optimizer),
         recomputes=recomputes_layers(fields.transformer),
         kept_teachers=min(config.teacher_offload.host_budget, teacher_bytes // parallel.world_size),
-    )
-
-
-def _layout(parallel: ParallelConfig) -> Layout:
-    return Layout(
-        tp=parallel.tp,
-        pp=parallel.pp,
-        vpp=parallel.vpp,
-        cp=parallel.cp,
-        dp=parallel.dp,
-        ep=parallel.ep,
-        etp=parallel.expert_tp,
     )
 
 
