@@ -19,6 +19,7 @@ from rich.progress import Progress as RichProgress
 
 console = Console(stderr=True)
 _LINE_EVERY_S = 15.0
+_LOG_JSON = "MTOPD_LOG_JSON"  # ranks inherit it
 
 
 class Progress:
@@ -83,6 +84,18 @@ def under_torchrun() -> bool:
 def is_first() -> bool:
     """This process speaks for the run: it is rank 0, or the only one there is."""
     return not under_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
+def log_as_json() -> None:
+    """--log-json: this start prints metrics lines, on whatever rank prints, as if the config said
+    log_json.  The run keeps its config as it was: a later start shows progress again.
+    """
+    os.environ[_LOG_JSON] = "1"
+
+
+def logs_json(configured: bool) -> bool:
+    """Whether metrics lines are printed instead of progress; ``configured``: the config's log_json."""
+    return configured or os.environ.get(_LOG_JSON) == "1"
 
 
 def say(text: str) -> None:

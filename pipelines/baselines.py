@@ -21,7 +21,7 @@ from mtopd.families import model_facts
 from mtopd.hf_checkpoint import average_weights, load_hf_config, read_weights
 from mtopd.megatron.agreement import decide, gather
 from mtopd.metrics_lines import BaselineLine
-from mtopd.progress import say
+from mtopd.progress import logs_json, say
 from mtopd.rollout.engine import Engine
 from mtopd.tokenizer import tokenizer_hash
 from mtopd.types import MtopdError
@@ -53,7 +53,7 @@ def run(session: Session) -> list[str]:
     if config.weight_average:
         named.append((AVERAGE, [config.baselines[name] for name in config.weight_average]))
     last = session.iteration(session.config.train.num_iterations)
-    tell = say if session.config.log_json else session.progress.note
+    tell = say if logs_json(session.config.log_json) else session.progress.note
     found: dict[str, Result] = {}
     problems: list[str] = []
     if not named:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
 from mtopd.files import one_line_errors
-from mtopd.progress import console, is_first
+from mtopd.progress import console, is_first, log_as_json, logs_json
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
@@ -39,9 +39,21 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file."),
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
+
+
+def _choose_logging(log_json: bool) -> bool:
+    if log_json:
+        log_as_json()
+    return log_json
+
+
 LogJson = Annotated[
     bool,
-    typer.Option("--log-json", help="Print lines of metrics.jsonl instead of a progress display."),
+    typer.Option(
+        "--log-json",
+        help="Print lines of metrics.jsonl instead of a progress display.",
+        callback=_choose_logging,
+    ),
 ]
 AcceptChanged = Annotated[
     bool,
@@ -92,7 +104,7 @@ def consolidate(
     """Distil all teachers into one student; start again to resume, at another layout too."""
     from . import prepare
 
-    loaded = load_config(config, [*(overrides or []), *_logging(log_json)], ConsolidateConfig)
+    loaded = load_config(config, overrides or [], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed, origin=origin)
     run = RunDir(loaded.run_dir)
     final = run.export(loaded.train.num_iterations)
@@ -100,7 +112,7 @@ def consolidate(
     if is_first() and not check:
         from mtopd.report import write_report  # plots, which no rank needs
 
-        write_report(loaded.run_dir, console if loaded.log_json else Console())
+        write_report(loaded.run_dir, console if logs_json(loaded.log_json) else Console())
 
 
 @app.command()
@@ -113,26 +125,22 @@ def specialist(
     """Train one model on supervised examples: an HF checkpoint and, if asked, a teacher store."""
     from . import prepare, stores
 
-    loaded = load_config(config, [*(overrides or []), *_logging(log_json)], SpecialistConfig)
+    loaded = load_config(config, overrides or [], SpecialistConfig)
     run, final = RunDir(loaded.run_dir), loaded.run_dir / "export" / "final"
     start.start_ranks(run, loaded, prepare.specialist, "supervised:main", final=final, check=check)
     if not is_first() or check:
         return
     from mtopd.report import write_report  # plots, which no rank needs
 
-    write_report(loaded.run_dir, console if loaded.log_json else Console())
+    write_report(loaded.run_dir, console if logs_json(loaded.log_json) else Console())
     if loaded.store is not None:
         stores.add(loaded.store.name, final, loaded.store.path, console, slices=loaded.store.slices)
-
-
-def _logging(log_json: bool) -> list[str]:
-    return ["log_json=true"] if log_json else []
 
 
 @app.command()
 def rollout(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
     """Phase 1 alone: sample the iteration's trajectories with the checkpoint of that iteration."""
-    start.phase(run_dir, "rollout", iteration, _logging(log_json))
+    start.phase(run_dir, "rollout", iteration)
 
 
 @app.command("teacher-pass")
@@ -140,13 +148,13 @@ def teacher_pass(
     run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False
 ) -> None:
     """Phase 2 alone: fill the hidden cache from the iteration's sealed trajectories."""
-    start.phase(run_dir, "teacher_pass", iteration, _logging(log_json))
+    start.phase(run_dir, "teacher_pass", iteration)
 
 
 @app.command()
 def train(run_dir: RunDirectory, iteration: Iteration = None, log_json: LogJson = False) -> None:
     """Phase 3 alone: train steps from sealed trajectories and cache; ends in a checkpoint."""
-    start.phase(run_dir, "train", iteration, _logging(log_json))
+    start.phase(run_dir, "train", iteration)
 
 
 @app.command()
@@ -163,11 +171,11 @@ def evaluate(
         raise MtopdError(
             "--iteration says which student, --baselines that it is none; leave one out"
         )
-    start.phase(run_dir, "baselines" if baselines else "evaluate", iteration, _logging(log_json))
+    start.phase(run_dir, "baselines" if baselines else "evaluate", iteration)
     if is_first():
         from mtopd.report import write_report
 
-        write_report(run_dir, console if log_json else Console())
+        write_report(run_dir, console if logs_json(False) else Console())
 
 
 @app.command()

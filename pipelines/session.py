@@ -25,7 +25,7 @@ from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.options import config_overrides
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
-from mtopd.progress import Progress
+from mtopd.progress import Progress, logs_json
 from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
 from mtopd.teacher_offload.store import TeacherStore, open_store
@@ -59,7 +59,7 @@ class Session:
         self.teachers = build_teachers(self.config, self.student, self.run)
         self.probes = TeacherProbes(self.run.path, self.teachers)
         is_first = self.ranks.rank == 0
-        as_json = self.config.log_json
+        as_json = logs_json(self.config.log_json)
         self.metrics = MetricsWriter(self.run.metrics, enabled=is_first, echo=as_json)
         self.progress = Progress(enabled=is_first and not as_json)
         self.checkpoints = checkpoint.CheckpointWriter(self.student.trainer, self.run, self._retain)

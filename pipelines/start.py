@@ -83,8 +83,8 @@ def _ranks(parallel: ParallelConfig) -> str:
     return f"{parallel.world_size} ranks ({axes})"
 
 
-def phase(run_dir: Path, name: str, iteration: int | None, overrides: list[str]) -> None:
-    """Run one phase alone, with the settings that the run directory keeps and ``overrides``."""
+def phase(run_dir: Path, name: str, iteration: int | None) -> None:
+    """Run one phase alone, with the settings that the run directory keeps."""
     from . import prepare
 
     run = RunDir(run_dir)
@@ -93,7 +93,7 @@ def phase(run_dir: Path, name: str, iteration: int | None, overrides: list[str])
             f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a "
             "consolidation"
         )
-    config = load_config(run.config, overrides, ConsolidateConfig)
+    config = load_config(run.config, [], ConsolidateConfig)
     config = config.model_copy(update={"run_dir": run_dir.absolute()})  # it may have been moved
     chosen = "newest" if iteration is None else str(iteration)
     start_ranks(run, config, prepare.consolidate, "phase:main", name, chosen)

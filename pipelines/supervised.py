@@ -27,7 +27,7 @@ from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import EvaluationLine, MemoryLine, SupervisedStepLine
 from mtopd.objectives import CrossEntropy
-from mtopd.progress import Progress, say
+from mtopd.progress import Progress, logs_json, say
 from mtopd.prompt_table import Prompts
 from mtopd.run_dir import RunDir
 from mtopd.step_sums import NonFiniteGradients
@@ -47,8 +47,9 @@ def main(run_dir: Path, generation: int) -> None:
     engine = ENGINES["embedded"](student)
     prompts = Prompts.load(run, config.data)
     is_first = student.ranks.rank == 0
-    metrics = MetricsWriter(run.metrics, enabled=is_first, echo=config.log_json)
-    progress = Progress(enabled=is_first and not config.log_json)
+    as_json = logs_json(config.log_json)
+    metrics = MetricsWriter(run.metrics, enabled=is_first, echo=as_json)
+    progress = Progress(enabled=is_first and not as_json)
     checkpoints = checkpoint.CheckpointWriter(
         student.trainer, run, lambda published: checkpoint.prune(run, keep=config.checkpoint.keep)
     )

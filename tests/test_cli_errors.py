@@ -243,6 +243,22 @@ def test_a_changed_input_is_noticed_by_the_next_start(
     cli.main()
 
 
+def test_log_json_is_for_one_start_and_no_setting_of_the_run(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTOPD_LOG_JSON", "")
+    config, inherited = workplace / "run" / "config.yaml", list[str]()
+    monkeypatch.setattr(start, "launch", lambda *_: inherited.append(os.environ["MTOPD_LOG_JSON"]))
+    for arguments in (
+        ["consolidate", str(workplace / "config.yaml"), "--check", "--log-json"],
+        ["train", str(workplace / "run"), "--log-json"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+        cli.main()
+        assert yaml.safe_load(config.read_text())["log_json"] is False
+    assert inherited == ["1"], "the ranks of the second print lines all the same"
+
+
 def test_a_run_of_an_older_version_is_read_and_not_gone_on_with(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

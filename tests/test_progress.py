@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtopd.progress import is_first
+from mtopd.progress import is_first, log_as_json, logs_json
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,10 @@ def test_a_rank_is_one_that_a_torchrun_started(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_first() is first
+
+
+def test_json_is_chosen_for_one_start_or_by_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTOPD_LOG_JSON", "")
+    assert not logs_json(False) and logs_json(True)
+    log_as_json()
+    assert logs_json(False)
