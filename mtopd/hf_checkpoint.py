@@ -46,6 +46,11 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     path = folder / "config.json"
+    if not folder.is_dir():
+        raise MtopdError(
+            f"there is no folder {folder}; a model is the folder of an HF checkpoint (a hub's name "
+            "is not looked up: download it first)"
+        )
     _refuse_adapter(folder)
     missing = f"{folder} is not an HF checkpoint: it has no config.json"
     if not path.exists() and (found := _other_formats(folder)):
@@ -69,6 +74,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model_facts(config).check_numbers()
         _check_epsilon(config.rms_norm_eps)
+        _check_windows(config)
     except Exception as error:  # of the library's checks, each of its own kind
         raise MtopdError(f"{path} is not a config of {values['model_type']}: {error}") from None
     if config.tie_word_embeddings and _has_own_head(folder):
@@ -94,6 +100,16 @@ def _other_formats(folder: Path) -> str:
 def _check_epsilon(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"rms_norm_eps is {value!r}; it must be a number from 0 to 1")
+
+
+def _check_windows(config: PretrainedConfig) -> None:
+    """transformers builds such a model, and fails at its first token."""
+    kinds = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        raise ValueError(
+            "layer_types has sliding_attention, but there is no window (use_sliding_window and "
+            "sliding_window)"
+        )
 
 
 def _read_object(path: Path, missing: str) -> dict[str, Any]:

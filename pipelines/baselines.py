@@ -22,8 +22,9 @@ from mtopd.hf_checkpoint import average_weights, load_hf_config, read_weights
 from mtopd.megatron.agreement import decide, gather
 from mtopd.metrics_lines import BaselineLine
 from mtopd.progress import logs_json, say
-from mtopd.rollout.engine import Engine
+from mtopd.rollout.engine import Engine, Request
 from mtopd.tokenizer import tokenizer_hash
+from mtopd.tokenizer_files import said
 from mtopd.types import MtopdError
 from mtopd.user_cache import note_path, read_entry, write_entry
 
@@ -155,9 +156,21 @@ def load(session: Session, folders: Sequence[Path]) -> Engine:
         engine.update_weights(
             average_weights([*folders]) if len(folders) > 1 else read_weights(folders[0])
         )
+        _try(engine, session)
     except MtopdError as error:
         raise MtopdError(f"{' + '.join(map(str, folders))}: {error}") from None
     return engine
+
+
+def _try(engine: Engine, session: Session) -> None:
+    """One token, while a failure still is this baseline's alone: later it would end the run."""
+    prompt = next(p for prompts in session.prompts.evaluation for p in prompts)
+    try:
+        engine.generate([Request(prompt.prompt_id, prompt.prompt_ids)], max_response=1)
+    except MtopdError:
+        raise
+    except Exception as error:  # of transformers' code for a config that nobody has run
+        raise MtopdError(f"it cannot answer: {said(error)}") from error
 
 
 def keep(session: Session, key: str, result: Result) -> None:

@@ -331,6 +331,11 @@ DAMAGES = [
     (cut_the_vocabulary, r"embed_tokens\.weight' has shape \(99, 32\), .* calls for \(100, 32\)"),
     (lambda f: edit_config(f, num_hidden_layers=3, layer_types=None), "has no tensor of layer 2"),
     (lambda f: edit_config(f, hidden_size=-1), "hidden_size is -1; it must be a whole number"),
+    (
+        lambda f: edit_config(f, layer_types=["sliding_attention"] * 2, use_sliding_window=False),
+        "layer_types has sliding_attention, but there is no window",
+    ),
+    (shutil.rmtree, r"there is no folder .*\(a hub's name is not looked up: download it first\)"),
     (lambda f: edit_config(f, rms_norm_eps="small"), "rms_norm_eps|not a config of qwen3"),
     (lambda f: (f / "model.safetensors").write_text(POINTER), "git-lfs pointer"),
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),

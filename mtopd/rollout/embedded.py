@@ -10,6 +10,7 @@ tokens are read: sampling is the student's own distribution at temperature 1, bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,9 @@ class EmbeddedEngine:
                 drawn_from_AV = filtered(log_p_AV.cpu(), sampling)
                 token_A = inverse_cdf(drawn_from_AV, torch.from_numpy(u_A)).to(self._device)
             chosen_A = log_p_AV.gather(-1, token_A[:, None])[:, 0].tolist()
+            for row, log_prob in zip(row_A, chosen_A, strict=True):
+                if not math.isfinite(log_prob):
+                    raise _diverged(batch[int(row)].prompt_id, position)
             running = np.zeros(len(row_A), bool)
             for i, (row, token, log_prob) in enumerate(
                 zip(row_A, token_A.tolist(), chosen_A, strict=True)
@@ -157,6 +161,14 @@ class EmbeddedEngine:
             ids_BS[row, width - len(prompt) :] = torch.tensor(prompt)
             mask_BS[row, width - len(prompt) :] = 1
         return ids_BS.to(self._device), mask_BS.to(self._device)
+
+
+def _diverged(prompt_id: str, position: int) -> MtopdError:
+    return MtopdError(
+        f"log-probs of token {position} of an answer to {prompt_id} are not finite: weights of the "
+        "model hold NaN or inf, or overflow; export it again, or, where it diverged in training, go "
+        "on from an earlier checkpoint with a lower learning rate"
+    )
 
 
 def filtered(log_p_AV: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -174,6 +174,28 @@ def test_one_that_fails_is_named_and_the_others_stand(models: Path, asked: list[
     assert in_report(models) == {"models": {"rot": {"words": 0.75}}, "weight_average": None}
 
 
+def test_one_that_loads_and_cannot_answer_is_named_before_the_others_wait(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers raises of a config that nobody has run is its own affair."""
+
+    class Silent:
+        def update_weights(self, tensors: Any) -> None: ...
+
+        def generate(self, batch: Any, **_: Any) -> Any:
+            raise TypeError("'NoneType' object cannot be\ninterpreted as an integer")
+
+    facts = SimpleNamespace(vocab_size=5)
+    monkeypatch.setattr(baselines, "load_hf_config", lambda folder: None)
+    monkeypatch.setattr(baselines, "model_facts", lambda config: facts)
+    monkeypatch.setattr(baselines, "read_weights", lambda folder: {})
+    monkeypatch.setattr(baselines, "ENGINES", {"embedded": lambda *_: Silent()})
+    asking = session(models)
+    asking.student.vocab_size = 5
+    with pytest.raises(MtopdError, match="rot: it cannot answer: TypeError: 'NoneType' object can"):
+        baselines.load(asking, [models / "rot"])
+
+
 def test_a_killed_start_keeps_what_is_done(models: Path, asked: list[str]) -> None:
     write_model(models / "rot", "killed")
     with pytest.raises(KeyboardInterrupt):

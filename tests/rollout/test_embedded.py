@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
         assert (response.response_ids[-1] == 1) == (response.finish_reason == "stop")
         assert 1 not in response.response_ids[:-1]
         assert len(response.log_probs) == len(response.response_ids) <= 16
+
+
+def test_a_model_that_holds_nan_answers_nothing(engine: EmbeddedEngine) -> None:
+    """Its argmax would be a token like any other, and its accuracy 0."""
+    broken = copy.deepcopy(engine)
+    broken._model.model.norm.weight[3] = float("nan")
+    for sampling in (UNFILTERED, GREEDY):
+        with pytest.raises(MtopdError, match="token 0 of an answer to p/0 are not finite: weights"):
+            broken.generate(requests(2), max_response=4, sampling=sampling)
 
 
 def test_end_tokens_and_stop_strings_end_a_response_at_once(engine: EmbeddedEngine) -> None:
