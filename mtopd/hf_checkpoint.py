@@ -422,19 +422,51 @@ def _pieces(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an HF checkpoint that answering takes."""
-    stored, facts = HFTensors(folder), model_facts(load_hf_config(folder))
+    stored = HFTensors(folder)
+    return {name: stored[name] for name in _names_that_answer(folder, stored)}
+
+
+def _names_that_answer(folder: Path, stored: HFTensors) -> list[str]:
+    facts = model_facts(load_hf_config(folder))
     tied = {_HEAD} if facts.has_tied_embeddings else set()
-    return {
-        name: stored[name]
+    return [
+        name
         for name in stored
         if not (facts.is_behind_last(name) or name in tied or name.endswith("inv_freq"))
-    }
+    ]
+
+
+def check_average(folders: Sequence[Path]) -> None:
+    """Raise MtopdError unless the checkpoints have the same tensors: only then is their mean that
+    of models.
+    """
+    first, *others = folders
+    wanted = _shapes_that_answer(first)
+    for folder in others:
+        found = _shapes_that_answer(folder)
+        if differing := sorted(wanted.keys() ^ found.keys()):
+            has, lacks = (first, folder) if differing[0] in wanted else (folder, first)
+            raise MtopdError(
+                f"{lacks} has no tensor {differing[0]!r}, which {has} has; they cannot be averaged"
+            )
+        for name, shape in wanted.items():
+            if found[name] != shape:
+                raise MtopdError(
+                    f"{name!r} has shape {found[name]} in {folder} and {shape} in {first}; they "
+                    "cannot be averaged"
+                )
+
+
+def _shapes_that_answer(folder: Path) -> dict[str, tuple[int, ...]]:
+    stored = HFTensors(folder)
+    return {name: stored.shape(name) for name in _names_that_answer(folder, stored)}
 
 
 def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
     """The plain mean of checkpoints, in the dtype of the first: a running float32 sum, so that one
     checkpoint is in memory beside it.
     """
+    check_average(folders)
     first, *others = folders
     weights = read_weights(first)
     sums = {name: tensor.float() for name, tensor in weights.items()}
@@ -442,16 +474,7 @@ def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
     del weights
     for folder in others:
         weights = read_weights(folder)
-        if lacking := sorted(sums.keys() - weights.keys()):
-            raise MtopdError(
-                f"{folder} has no tensor {lacking[0]!r}, which {first} has; they cannot be averaged"
-            )
         for name, total in sums.items():
-            if weights[name].shape != total.shape:
-                raise MtopdError(
-                    f"{name!r} has shape {tuple(weights[name].shape)} in {folder} and "
-                    f"{tuple(total.shape)} in {first}; they cannot be averaged"
-                )
             total += weights[name].float()
         del weights
     return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}

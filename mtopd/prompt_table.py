@@ -175,6 +175,7 @@ def write_prompt_table(
     if config.overlong == "error":
         refuse_overlong(overlong, config.context_length)
     _check_every_teacher_is_asked(columns, routes)
+    _say_seen(columns, progress)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=_SCHEMA))
@@ -198,6 +199,17 @@ def _check_every_teacher_is_asked(
             f"no training prompt goes to teachers.{idle[0]}: its route is {wanted!a}, prompts "
             f"have {found!a} there (eight values at most); correct the route or the prompts' "
             "fields, or remove the teacher"
+        )
+
+
+def _say_seen(columns: Mapping[str, Sequence[Any]], say: Callable[[str], None]) -> None:
+    """How many held-out prompts are trained on: the accuracy on them is not that on new ones."""
+    rows = [*zip(columns["held_out"], map(tuple, columns["prompt_ids"]), strict=True)]
+    held_out = {ids for is_held_out, ids in rows if is_held_out}
+    if seen := held_out.intersection(ids for is_held_out, ids in rows if not is_held_out):
+        say(
+            f"{len(seen)} of {len(held_out)} different held-out prompts are training prompts, too: "
+            "the accuracy on them says little of new ones"
         )
 
 

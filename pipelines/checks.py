@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig
 from mtopd.families import check_variant, model_facts
-from mtopd.hf_checkpoint import check_checkpoint, load_hf_config
+from mtopd.hf_checkpoint import (
+    check_average,
+    check_checkpoint,
+    load_hf_config,
+)
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
 from mtopd.progress import under_torchrun
@@ -148,6 +152,15 @@ def check_baselines(
                 f"{config.student.model}: {difference}; a baseline answers in the student's tokens: "
                 "take one with the same tokenizer, or evaluate this one elsewhere"
             )
+
+
+def check_weight_average(config: ConsolidateConfig) -> None:
+    """The models have the same tensors: it is evaluated last, when the run is over."""
+    if names := config.evaluation.weight_average:
+        try:
+            check_average([config.evaluation.baselines[name] for name in names])
+        except MtopdError as error:
+            raise MtopdError(f"evaluation.weight_average: {error}") from None
 
 
 def check_teachers(

@@ -78,6 +78,10 @@ def check_experts(
         raise MtopdError(
             f"student.parallel.cp {parallel.cp} does not go with latent attention; set it to 1"
         )
+    if student.freeze_router and not experts:
+        raise MtopdError(
+            f"student.freeze_router: {student.model} has no experts and no router; leave it out"
+        )
     if parallel.etp is not None and not experts:
         raise MtopdError(
             f"student.parallel.etp {parallel.etp} splits experts, of which {student.model} has "

@@ -24,6 +24,7 @@ from .checks import (
     check_store,
     check_student,
     check_teachers,
+    check_weight_average,
     check_world,
     ranks_on_node,
 )
@@ -37,6 +38,7 @@ from .continuation import (
 )
 from .inputs import inputs_of
 from .memory import report_memory
+from .notices import report_positions, report_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ def consolidate(
     check_world(config.student)
     stores = check_teachers(config, tokenizer, say)
     check_baselines(config, tokenizer, say)
+    check_weight_average(config)
     if config.evaluation.baselines and not any(s.has_held_out for s in config.data.sources):
         say("no source has held-out prompts (eval_path): baselines are not evaluated")
     table = [
@@ -71,6 +74,8 @@ def consolidate(
     ]
     manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
     _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
+    report_positions(config, stores, say)
+    report_schedule(config.train, say)
     report_memory(config, stores, ranks_on_node(config.student), say)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
@@ -123,6 +128,7 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     _start(run, config, token_identity(tokenizer, config.student.model), say)
     if former is not None:
         say(set_aside_final(run, former))
+    report_schedule(config.train, say)
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from mtopd.hf_checkpoint import (
     hf_config_from_dict,
     load_hf_config,
 )
-from mtopd.pipelines.checks import check_baselines, check_student
+from mtopd.pipelines.checks import check_baselines, check_student, check_weight_average
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
@@ -90,15 +91,32 @@ def test_one_checkpoint_at_a_time_is_in_memory_beside_the_sum(
 
 
 def test_checkpoints_of_other_tensors_are_not_averaged(folders: list[Path], tmp_path: Path) -> None:
-    """A tensor too many is left out, as the first has none; one too few is refused by name."""
+    """Whichever comes first: what one has more is a part of its model."""
     save_model(tmp_path / "tied", seed=4, tied=True)
-    average = hf_checkpoint.average_weights([tmp_path / "tied", folders[0]])
-    assert "lm_head.weight" not in average
-    with pytest.raises(MtopdError, match=r"tied has no tensor 'lm_head\.weight'"):
-        hf_checkpoint.average_weights([folders[0], tmp_path / "tied"])
+    for pair in ([tmp_path / "tied", folders[0]], [folders[0], tmp_path / "tied"]):
+        with pytest.raises(MtopdError, match=r"tied has no tensor 'lm_head\.weight'"):
+            hf_checkpoint.average_weights(pair)
+    save_model(tmp_path / "deep", seed=4, tied=False, layers=5)
+    with pytest.raises(MtopdError, match=r"0 has no tensor 'model\.layers\.4.* which .*deep has"):
+        hf_checkpoint.average_weights([folders[0], tmp_path / "deep"])
     save_model(tmp_path / "wide", seed=4, tied=False, intermediate_size=160)
     with pytest.raises(MtopdError, match=r"mlp.*has shape \(.*160.*\) in .*wide and .*128"):
         hf_checkpoint.average_weights([folders[0], tmp_path / "wide"])
+
+
+def test_an_average_that_cannot_be_is_refused_before_ranks_start(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    save_model(tmp_path / "wide", seed=4, tied=False, intermediate_size=160)
+    named = {"a": folders[0], "b": tmp_path / "wide"}
+    for averaged, said in (
+        (["a", "b"], r"^evaluation\.weight_average: .*cannot be av"),
+        (["a"], ""),
+    ):
+        evaluation = SimpleNamespace(baselines=named, weight_average=averaged)
+        refused = pytest.raises(MtopdError, match=said) if said else nullcontext()
+        with refused:
+            check_weight_average(SimpleNamespace(evaluation=evaluation))
 
 
 # -- which files count, and what they must hold ----------------------------------------------------

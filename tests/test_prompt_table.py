@@ -48,6 +48,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_all_named(
         f"a: {4 - len(kept)} of 4 prompts leave no room for the response and are left out" in said
     )
     assert "a-eval: 2 of 4 prompts leave no room for the response and are left out" in said
+    assert any(line.startswith("2 of 2 different held-out prompts are training") for line in said)
     prompts = Prompts.load(run, config)
     assert [p.prompt_id for p in prompts.evaluation[0]] == ["a-eval/0", "a-eval/2"]
     for name, table in zip("ab", prompts.train, strict=True):

@@ -72,7 +72,7 @@ PIPELINES = (
     ("prepare",),  # what a verb checks and writes before its ranks start
     ("failures", "continuation", "inputs"),  # why a rank ended; what a start goes on from
     ("checks", "stores", "caches", "doctor"),  # bodies of verbs
-    ("layouts", "memory"),  # refusals of layouts; what a rank will hold
+    ("layouts", "memory", "notices"),  # refusals of layouts; what a rank will hold; what is said
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each

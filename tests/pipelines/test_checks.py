@@ -194,6 +194,14 @@ def test_a_mesh_that_does_not_divide_its_teacher_is_refused(
         check_mesh("t0", store, tp, ep, world_size=4)  # type: ignore[arg-type]
 
 
+def test_a_router_that_is_not_there_is_not_frozen(tmp_path: Path) -> None:
+    save_model(tmp_path, seed=0, layers=2)
+    with pytest.raises(
+        MtopdError, match=r"student\.freeze_router: .* has no experts and no router"
+    ):
+        check_student(StudentConfig(model=tmp_path, freeze_router=True), deterministic=True)
+
+
 def test_an_uneven_number_of_layers_is_answered_with_a_split_that_works(tmp_path: Path) -> None:
     save_model(tmp_path, seed=0, layers=5)
     with pytest.raises(

@@ -1,0 +1,50 @@
+"""What a start says of settings that work and mean little: nothing here is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mtopd.config import ConsolidateConfig, SupervisedConfig, TrainConfig
+from mtopd.families import model_facts
+from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
+from mtopd.teacher_offload.store import TeacherStore
+
+Say = Callable[[str], None]
+
+
+def report_positions(config: ConsolidateConfig, stores: Sequence[TeacherStore], say: Say) -> None:
+    """Say which model was made for fewer positions than a sample may have: it answers behind them,
+    and scores, but nobody trained it to.
+    """
+    longest = config.data.context_length
+    models = {"student": model_facts(load_hf_config(config.student.model))}
+    for store in stores:
+        described = hf_config_from_dict(store.manifest["architecture"])
+        models[f"teacher {store.name!r}"] = model_facts(described)
+    for name, folder in config.evaluation.baselines.items():
+        models[f"baseline {name!r}"] = model_facts(load_hf_config(folder))
+    for what, facts in models.items():
+        if facts.max_positions < longest:
+            say(
+                f"{what} is made for {facts.max_positions} positions (max_position_embeddings), "
+                f"data.context_length is {longest}: behind them its numbers mean little"
+            )
+
+
+def report_schedule(train: TrainConfig | SupervisedConfig, say: Say) -> None:
+    """Say what of the optimizer's schedule the planned train steps never come to."""
+    steps, optimizer = num_train_steps(train), train.optimizer
+    if optimizer.warmup_steps > steps:
+        reached = optimizer.lr * steps / optimizer.warmup_steps
+        say(
+            f"the learning rate rises for {optimizer.warmup_steps} train steps (warmup_steps), "
+            f"{steps} are planned: it comes to {reached:.4g}, not to {optimizer.lr:.4g}"
+        )
+    if optimizer.decay == "constant" and optimizer.min_lr:
+        say(f"min_lr {optimizer.min_lr:.4g} does nothing under decay constant")
+
+
+def num_train_steps(train: TrainConfig | SupervisedConfig) -> int:
+    if isinstance(train, SupervisedConfig):
+        return train.num_steps
+    return train.num_iterations * train.train_steps_per_iteration
