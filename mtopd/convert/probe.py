@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mtopd.hf_checkpoint import Tensors, fill, load_hf_config, stored_names
+from mtopd.tokenizer_files import said
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
@@ -41,7 +42,16 @@ def transformers_probe(
     rng = np.random.default_rng(0)
     input_ids = rng.integers(known, size=NUM_TOKENS)
     model = _streamed_model(load_hf_config(source), tensors)
-    logits = model(torch.from_numpy(input_ids)[None], use_cache=False).logits[0, :, :known] * scale
+    try:
+        output = model(torch.from_numpy(input_ids)[None], use_cache=False)
+    except MtopdError:
+        raise
+    except Exception as error:  # of a config whose values do not go together
+        raise MtopdError(
+            f"{source}: transformers cannot run the model of this config.json ({said(error)}); "
+            "export it again"
+        ) from error
+    logits = output.logits[0, :, :known] * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_probs = torch.log_softmax(logits, -1)

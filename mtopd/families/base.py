@@ -34,6 +34,7 @@ class ModelFacts:
     has_tied_embeddings: bool
     is_latent_attention: bool = False  # MLA
     num_experts: int = 0  # routed ones of a layer that has experts
+    experts_per_token: int = 0  # of them
     num_dense_layers: int = 0  # of a model with experts: its first layers, which have none
     num_further_heads: int = 0  # that predict further tokens (MTP)
     # FFN columns of a layer, 0 where no layer has such a part
@@ -102,6 +103,11 @@ class ModelFacts:
                 raise ValueError(f"{name} is {found!r}; it must be a whole number above 0")
         if self.num_layers > _MOST or self.num_experts > _MOST:
             raise ValueError(f"{self.num_layers} layers of {self.num_experts} experts are too many")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"a token has {self.experts_per_token} of {self.num_experts} experts "
+                "(num_experts_per_tok)"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads are no multiple of the "

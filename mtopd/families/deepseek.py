@@ -49,6 +49,7 @@ def _facts(hf_config: PretrainedConfig) -> ModelFacts:
         value_head_dim=hf_config.v_head_dim,
         is_latent_attention=True,
         num_experts=hf_config.n_routed_experts,
+        experts_per_token=hf_config.num_experts_per_tok,
         num_dense_layers=hf_config.first_k_dense_replace,
         num_further_heads=getattr(hf_config, "num_nextn_predict_layers", None) or 0,
         expert_ffn_size=hf_config.moe_intermediate_size,
@@ -70,6 +71,10 @@ def _refusals(hf_config: PretrainedConfig) -> Iterator[str]:
             f"{hf_config.num_experts_per_tok} experts of {hf_config.topk_group} groups a token: "
             "Megatron ranks groups as the checkpoint's code does only for two experts a group"
         )
+    if hf_config.n_group < 1 or hf_config.n_routed_experts % hf_config.n_group:
+        yield f"{hf_config.n_routed_experts} experts do not go into {hf_config.n_group} groups (n_group)"
+    if hf_config.topk_group > hf_config.n_group:
+        yield f"a token has {hf_config.topk_group} of {hf_config.n_group} groups (topk_group, n_group)"
     yield from common_refusals(
         hf_config,
         rope_types=("default", "yarn"),
@@ -83,10 +88,11 @@ def _refusals(hf_config: PretrainedConfig) -> Iterator[str]:
         and not rope.get("attention_factor")
         and rope.get("truncate", True)
         and rope.get("factor")
+        and rope.get("partial_rotary_factor") in (None, 1)
     ):
         yield (
-            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor "
-            f"and truncate on; found {dict(rope)}"
+            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor, no "
+            f"partial_rotary_factor and truncate on; found {dict(rope)}"
         )
 
 

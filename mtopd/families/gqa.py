@@ -39,6 +39,7 @@ def _qwen3_moe_facts(hf_config: PretrainedConfig) -> ModelFacts:
         _qwen3_facts(hf_config),
         ffn_size=hf_config.num_experts_per_tok * hf_config.moe_intermediate_size,
         num_experts=hf_config.num_experts,
+        experts_per_token=hf_config.num_experts_per_tok,
         dense_ffn_size=0,
         expert_ffn_size=hf_config.moe_intermediate_size,
     )
@@ -54,6 +55,7 @@ def _mixtral_facts(hf_config: PretrainedConfig) -> ModelFacts:
         dense_facts(hf_config),
         ffn_size=hf_config.num_experts_per_tok * hf_config.intermediate_size,
         num_experts=hf_config.num_local_experts,
+        experts_per_token=hf_config.num_experts_per_tok,
         dense_ffn_size=0,
         expert_ffn_size=hf_config.intermediate_size,
     )

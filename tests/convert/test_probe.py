@@ -130,6 +130,17 @@ print(tensors.peak - before)
 """
 
 
+def test_what_transformers_cannot_run_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("selected index k\nout of range")
+
+    monkeypatch.setattr("mtopd.convert.probe._streamed_model", lambda *_: fail)
+    with pytest.raises(MtopdError, match=r"cannot run .* \(RuntimeError: selected index k out of"):
+        probe(folder)
+
+
 def test_one_layer_is_in_memory_at_a_time(folder: Path, tmp_path: Path) -> None:
     model = save_model(tmp_path, seed=1, hidden=1024, layers=8)
     layer_bytes = 4 * sum(p.numel() for p in model.model.layers[0].parameters())

@@ -54,11 +54,19 @@ FACTS = {
         DENSE,
         ffn_size=2 * 32,
         num_experts=8,
+        experts_per_token=2,
         common_attention_params=2 * 16,
         dense_ffn_size=0,
         expert_ffn_size=32,
     ),
-    "mixtral": replace(DENSE, ffn_size=2 * 96, num_experts=4, dense_ffn_size=0, expert_ffn_size=96),
+    "mixtral": replace(
+        DENSE,
+        ffn_size=2 * 96,
+        num_experts=4,
+        experts_per_token=2,
+        dense_ffn_size=0,
+        expert_ffn_size=96,
+    ),
     "deepseek_v3": replace(
         DENSE,
         ffn_size=(4 + 2) * 32,
@@ -66,6 +74,7 @@ FACTS = {
         value_head_dim=12,
         is_latent_attention=True,
         num_experts=8,
+        experts_per_token=4,
         num_dense_layers=1,
         expert_ffn_size=32,
         shared_ffn_size=2 * 32,
@@ -162,10 +171,22 @@ def test_no_heavy_library_is_loaded_by_the_tables() -> None:
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank is None"),
         ("deepseek_v3", {"n_group": 4, "topk_group": 4}, "4 experts of 4 groups"),
         ("deepseek_v3", {"n_group": 1, "num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
+        ("deepseek_v3", {"n_group": 3}, r"8 experts do not go into 3 groups \(n_group\)"),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 2}, "a token has 2 of 1 groups"),
         (
             "deepseek_v3",
             {"rope_parameters": {**MODEL_TYPES["deepseek_v3"]["rope_parameters"], "mscale": 0.0}},
             "yarn",
+        ),
+        (
+            "deepseek_v3",
+            {
+                "rope_parameters": {
+                    **MODEL_TYPES["deepseek_v3"]["rope_parameters"],
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "yarn needs .* no partial_rotary_factor",
         ),
     ],
 )
@@ -174,6 +195,13 @@ def test_variants_that_megatron_computes_otherwise_are_refused(
 ) -> None:
     with pytest.raises(MtopdError, match=message):
         check_variant(make_config(model_type, **fields))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "deepseek_v3"])
+def test_a_token_has_no_more_experts_than_there_are(model_type: str) -> None:
+    facts = model_facts(make_config(model_type, num_experts_per_tok=9))
+    with pytest.raises(ValueError, match=f"a token has 9 of {facts.num_experts} experts"):
+        facts.check_numbers()
 
 
 def test_scaled_ropes_are_named() -> None:
