@@ -648,6 +648,16 @@ class SpecialistConfig(Model):
     """Write the result as a teacher, too."""
 
     @model_validator(mode="after")
+    def _store_stands_beside(self) -> SpecialistConfig:
+        run, store = self.run_dir, self.store
+        if store is not None and (store.path.is_relative_to(run) or run.is_relative_to(store.path)):
+            raise ValueError(
+                f"store.path {store.path} and run_dir {run}: a store is no part of a run, nor a run "
+                "of a store; give it a folder of its own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stop_can_come(self) -> SpecialistConfig:
         stop = self.train.stop
         if stop is None:

@@ -14,7 +14,7 @@ from mtopd.manifest import check_schema, start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
-from mtopd.run_dir import RunDir, numbered
+from mtopd.run_dir import RunDir, is_sealed, numbered
 from mtopd.tokenizer import end_ids, tokenizer_hash
 
 from .checks import (
@@ -39,6 +39,7 @@ from .continuation import (
 from .inputs import inputs_of
 from .memory import report_memory
 from .notices import report_positions, report_schedule
+from .stores import check_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,6 +126,8 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     check_batch(config)
     check_store(config)
     former = former_end(run, config)
+    if config.store is not None and not is_sealed(run.path / "export" / "final"):
+        check_place(config.store.path)
     _start(run, config, token_identity(tokenizer, config.student.model), say)
     if former is not None:
         say(set_aside_final(run, former))

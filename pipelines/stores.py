@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,16 @@ from mtopd.teacher_offload.store import TeacherStore, check_files, damaged_block
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
 from mtopd.types import MtopdError
 
-__all__ = ["add", "check_name", "local_folder", "removable", "remove_store", "table", "verify"]
+__all__ = [
+    "add",
+    "check_name",
+    "check_place",
+    "local_folder",
+    "removable",
+    "remove_store",
+    "table",
+    "verify",
+]
 
 
 def add(
@@ -64,6 +74,18 @@ def check_name(name: str) -> None:
             f"a teacher's name begins with a letter or digit and has letters, digits, _, . and - "
             f"alone, found {name!r}; the folder that holds the store is --to"
         )
+
+
+def check_place(target: Path) -> None:
+    """A store can be written at ``target`` when its model is trained.  Raises MtopdError."""
+    if target.exists():
+        raise MtopdError(
+            f"{target} exists, and what this run is to write there is not trained yet: give "
+            "store.path another value, or remove it (a store: `mtopd teachers rm`)"
+        )
+    nearest = next(folder for folder in target.parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise MtopdError(f"the store {target} cannot be written: {nearest} is no folder of yours")
 
 
 def _slices(given: str | int) -> int | Literal["auto"]:

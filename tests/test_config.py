@@ -174,6 +174,13 @@ def stopping(eval_path: str | None, **stop: Any) -> dict[str, Any]:
     return values
 
 
+def test_a_store_and_a_run_stand_beside_each_other() -> None:
+    for path in ("run", "run/export", "."):
+        with pytest.raises(MtopdError, match="a store is no part of a run, nor a run of a store"):
+            validate({**SUPERVISED, "store": {"name": "s", "path": path}}, SpecialistConfig, "c")
+    validate({**SUPERVISED, "store": {"name": "s", "path": "run2"}}, SpecialistConfig, "c")
+
+
 def test_a_stop_that_cannot_come_is_refused() -> None:
     for values, said in (
         (

@@ -19,6 +19,7 @@ from mtopd.megatron.options import sort_fields
 from mtopd.pipelines.checks import check_baselines, check_ends, check_student, check_teacher
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
+from mtopd.pipelines.stores import check_place
 from mtopd.pipelines.student import build_bridge
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import end_ids, load_tokenizer, pad_id, tokenizer_hash, vocab_size
@@ -192,6 +193,17 @@ def test_a_mesh_that_does_not_divide_its_teacher_is_refused(
     check_mesh("t0", store, 2, 4 if num_experts else 1, world_size=4)  # type: ignore[arg-type]
     with pytest.raises(MtopdError, match=f"teacher 't0' {message}"):
         check_mesh("t0", store, tp, ep, world_size=4)  # type: ignore[arg-type]
+
+
+def test_a_specialists_store_has_a_place_before_it_is_trained(tmp_path: Path) -> None:
+    """At the end of the training it would be late."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(MtopdError, match=r"other exists, and what .* is not trained yet"):
+        check_place(tmp_path / "other")
+    with pytest.raises(MtopdError, match=r"file/a/s cannot be written: .*file is no folder"):
+        check_place(tmp_path / "file" / "a" / "s")
+    check_place(tmp_path / "new" / "s")
 
 
 def test_a_router_that_is_not_there_is_not_frozen(tmp_path: Path) -> None:
