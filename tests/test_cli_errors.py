@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mtopd.convert.teacher import add_teacher
 from mtopd.hidden_cache import HiddenCacheWriter, sample_key
@@ -184,6 +185,80 @@ def test_bad_input_is_one_line_and_leaves_nothing_to_trust(
         assert word in line, line
     run = workplace / "run"
     assert not (run / "prompts.arrow").exists() and not list(run.rglob("SEALED"))
+
+
+def in_shards(folder: Path) -> dict[str, str]:
+    """The folder's tensors in two files; returns their index, which is written too."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {name: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in sorted(set(index.values())):
+        part = {name: tensor for name, tensor in tensors.items() if index[name] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    write_index(folder, index)
+    return index
+
+
+def write_index(folder: Path, index: dict[str, str]) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def tensor_in_two_shards(folder: Path) -> None:
+    first, second = sorted(set(in_shards(folder).values()))
+    both = {**load_file(folder / first), **load_file(folder / second)}
+    save_file(both, folder / second, {"format": "pt"})
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / sorted(set(in_shards(folder).values()))[1]).unlink()
+
+
+def index_out_of_the_folder(folder: Path) -> None:
+    index = in_shards(folder)
+    write_index(folder, index | {"model.norm.weight": "../model-00001-of-00002.safetensors"})
+
+
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher", "baseline"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (tensor_in_two_shards, "one of them is of another checkpoint"),
+        (missing_shard, "has no model-00002-of-00002.safetensors, which"),
+        (index_out_of_the_folder, "needed is the name of a safetensors file in the same folder"),
+        (adapter_beside, "holds an adapter (adapter_config.json)"),
+        (only_a_pickle, "found pytorch_model.bin, which is not read"),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused_by_the_command_that_takes_it(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    said: str,
+    role: str,
+) -> None:
+    folder = workplace / ("student" if role == "student" else "t0")
+    damage(folder)
+    arguments = ["consolidate", str(workplace / "config.yaml"), "--check"]
+    if role == "teacher":
+        to = workplace / "new"
+        arguments = ["teachers", "add", "t", "--from", str(folder), "--to", str(to)]
+    if role == "baseline":
+        edit_config(workplace, lambda c: c.update(evaluation={"baselines": {"base": str(folder)}}))
+    line = refused(workplace, capsys, monkeypatch, *arguments)
+    assert said in line and str(folder) in line
+    assert ("evaluation.baselines.base: " in line) == (role == "baseline")
+    assert not (workplace / "run" / "manifest.json").exists()
+    assert not (workplace / "new" / "t").exists()
 
 
 def test_check_does_what_a_start_does_before_its_ranks(
