@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -314,13 +314,14 @@ def _has_own_head(folder: Path) -> bool:
     return head.shape != embedding.shape or not torch.equal(head, embedding)
 
 
-def check_checkpoint(folder: Path) -> ModelFacts:
+def check_checkpoint(folder: Path, say: Callable[[str], None] = lambda text: None) -> ModelFacts:
     """The facts of a checkpoint, after its files' headers were compared with what its config calls
     for: every tensor is there, in the right shape, and none is left over.
 
     What may be left over: an output layer that repeats the tied embedding, buffers that
-    transformers computes (``inv_freq``), and layers behind the last.  Raises MtopdError that names
-    the tensor and its file.
+    transformers computes (``inv_freq``), and layers behind the last.  An index and layers that do
+    not count are said: whoever left them there may think that they do.  Raises MtopdError that
+    names the tensor and its file.
     """
     hf_config, tensors = load_hf_config(folder), HFTensors(folder)
     facts = model_facts(hf_config)
@@ -345,6 +346,15 @@ def check_checkpoint(folder: Path) -> ModelFacts:
                 "this config.json does not use; a scale or part that is ignored would make another "
                 "model: export the checkpoint again"
             )
+    if (folder / _SINGLE).is_file() and (folder / _INDEX).is_file():
+        say(f"{folder}: {_SINGLE} counts, {_INDEX} and files that only it names are not read")
+    behind = (n for n in tensors if facts.is_behind_last(n) and not facts.is_further_head(n))
+    layers = {int(match[1]) for match in map(_LAYER.match, behind) if match is not None}
+    if layers:
+        say(
+            f"{folder}: config.json has {facts.num_layers} layers; {len(layers)} more in the files, "
+            f"up to layer {max(layers)}, are not read"
+        )
     return facts
 
 

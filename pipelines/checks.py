@@ -52,7 +52,7 @@ def check_student(
 ) -> PreTrainedTokenizerBase:
     """The student's tokenizer, after its HF folder and its Megatron table were checked."""
     check_variant(load_hf_config(student.model), str(student.model / "config.json"))
-    facts = check_checkpoint(student.model)
+    facts = check_checkpoint(student.model, say)
     tokenizer = load_tokenizer(student.model)
     check_ends(student.model, tokenizer, say)
     if (ids := vocab_size(tokenizer)) > facts.vocab_size:
@@ -136,7 +136,7 @@ def check_baselines(
     """Sound weights, and the student's tokens: baselines are asked in them and answer in them."""
     for name, folder in config.evaluation.baselines.items():
         try:
-            check_checkpoint(folder)
+            check_checkpoint(folder, say)
             if not vocabularies(folder):
                 say(
                     f"evaluation.baselines.{name}: no tokenizer in {folder}, the student's is taken"

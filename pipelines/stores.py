@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mtopd.config import NAME_PATTERN
 from mtopd.dtypes import safetensors_name
+from mtopd.progress import say
 from mtopd.teacher_offload.names import MANIFEST
 from mtopd.teacher_offload.store import TeacherStore, check_files, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
@@ -60,6 +61,7 @@ def add(
             logit_scale=logit_scale,
             softcap=softcap,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            say=say,
         )
     Console(soft_wrap=True, highlight=False, markup=False).print(
         f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint "

@@ -174,7 +174,15 @@ def test_the_single_file_counts_before_an_index_and_nothing_else_does(folder: Pa
     write_index(folder, dict.fromkeys(other, "model-00001-of-00001.safetensors"))
     found = HFTensors(folder)
     assert all(torch.equal(found[n], t) for n, t in stored(folder).items())
-    check_checkpoint(folder)
+    for check in (
+        lambda say: check_checkpoint(folder, say),
+        lambda say: check_student(StudentConfig(model=folder), deterministic=True, say=say),
+        lambda say: add_teacher("t", folder, folder.parent / "t", slices=1, say=say),
+    ):
+        said: list[str] = []
+        check(said.append)
+        (line,) = [text for text in said if "index.json" in text]
+        assert line.startswith(f"{folder}: model.safetensors counts, model.safetensors.index.json")
 
 
 def test_shards_are_read_by_their_index(folder: Path) -> None:
@@ -379,7 +387,10 @@ def test_student_teacher_and_baselines_are_refused_alike_before_anything_is_writ
 
 def test_layers_behind_the_last_are_no_part_of_a_model_made_shallower(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1, layer_types=["full_attention"])
-    facts = check_checkpoint(folder)
+    said: list[str] = []
+    facts = check_checkpoint(folder, said.append)
+    (line,) = said
+    assert line.endswith("has 1 layers; 1 more in the files, up to layer 1, are not read")
     assert facts.num_layers == 1 and facts.num_further_heads == 0
     assert not any("layers.1." in name for name in hf_checkpoint.read_weights(folder))
 

@@ -39,6 +39,7 @@ def add_teacher(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TeacherStore:
     """Write the store of the HF checkpoint ``source`` to ``target``, whole or not at all.
 
@@ -56,7 +57,7 @@ def add_teacher(
             raise MtopdError(f"the {what} is {given}; it must be a positive number")
     hf_config = load_hf_config(source)
     check_variant(hf_config, str(source / "config.json"))
-    facts = check_checkpoint(source)
+    facts = check_checkpoint(source, say)
     slices = choose_slices(slices, facts.tp_counts, str(source))
     tokenizer = load_tokenizer(source)
     if (known := vocab_size(tokenizer)) > facts.vocab_size:
