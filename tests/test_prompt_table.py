@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from mtopd.config import DataConfig, SourceConfig
@@ -25,7 +26,7 @@ def data_config(tmp_path: Path, overlong: str, *lengths: int) -> DataConfig:
 
 @pytest.mark.parametrize("supervised", [False, True])
 def test_overlong_prompts_are_dropped_and_counted_or_all_named(
-    tmp_path: Path, tokenizer, supervised: bool
+    tmp_path: Path, tokenizer, supervised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = (3, 12, 4, 30)  # beside its answer the 12 fits, beside 8 tokens of a response not
     kept = [0, 1, 2] if supervised else [0, 2]
@@ -56,6 +57,14 @@ def test_overlong_prompts_are_dropped_and_counted_or_all_named(
         for i in range(len(table)) if supervised else ():
             answer = tokenizer.decode(table.example(i).response_ids)
             assert answer == f"{lengths[kept[i]]}<eos>"
+    files = list[str]()
+    map_file = pa.memory_map
+    with monkeypatch.context() as patched:
+        patched.setattr(pa, "memory_map", lambda path: (files.append(path), map_file(path))[1])
+        for name in ("open", "read_bytes", "read_text"):
+            patched.setattr(Path, name, lambda path, *_: files.append(str(path)))
+        Prompts.load(run, config)
+    assert files == [str(run.prompts)], "a rank maps one file, and reads no source again"
     run.prompts.unlink()
     with pytest.raises(MtopdError, match="all 2 prompts of a leave no room"):
         write(data_config(tmp_path, "drop", 20, 30))

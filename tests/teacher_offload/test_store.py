@@ -47,6 +47,28 @@ def tensor(store: TeacherStore, path: str, name: str) -> torch.Tensor:
     return torch.from_numpy(np.array(data)).view(torch.float32).view(entry.shape)
 
 
+def test_a_rank_opens_a_store_by_its_manifest_alone(
+    model_and_store: tuple[torch.nn.Module, TeacherStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank opens every store: one file each, and not a byte of the files in it, however many
+    those are.  Whether they are whole is looked at once, before the ranks start.
+    """
+    _, store = model_and_store
+    read_into, found = FolderStorage.read_into, list[tuple[str, int]]()
+
+    def counted(storage: FolderStorage, path: str, start: int, out: np.ndarray) -> None:
+        found.append((path, len(out)))
+        read_into(storage, path, start, out)
+
+    monkeypatch.setattr(FolderStorage, "read_into", counted)
+    opened = open_store(store.location)
+    assert found == [("teacher.json", Path(store.location, "teacher.json").stat().st_size)]
+    check_files(opened)
+    assert {path for path, _ in found[1:]} == set(store.files) and len(found) == 1 + len(
+        store.files
+    )
+
+
 def test_slices_join_to_the_checkpoints_tensors(
     model_and_store: tuple[torch.nn.Module, TeacherStore],
 ) -> None:
