@@ -21,7 +21,7 @@ from tests.support import real_step, smollm2
 
 ROOT = Path("runs/real")
 CONFIGS = REPOSITORY / "launch" / "configs"
-DOMAINS = ("names", "sums")
+DOMAINS = ("names", "family")
 LAYOUTS = {"tp1": "{tp: 1}", "pp2": "{tp: 1, pp: 2}"}
 NUM_STEPS = 3  # whose losses every layout must give
 
