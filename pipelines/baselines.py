@@ -35,7 +35,7 @@ from .session import Session
 
 AVERAGE = "weight average"
 _KIND = "baselines"  # of entries in the folder of caches
-_VERSION = 1  # raised when the same weights and prompts may give other answers than before
+_VERSION = 2  # raised when the same weights and prompts may give other answers than before
 
 
 def run_at_end(session: Session) -> None:
