@@ -30,6 +30,15 @@ from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
 
 _WORLD_SIZES = (1, 2, 4, 8)
+# heads of a table that fits into 80 columns
+_SHORT = {
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "kept teachers": "kept",
+    "checkpoint copy": "copy",
+    "libraries": "libs",
+}
 
 
 def report_memory(
@@ -145,16 +154,18 @@ def print_layouts(model: Path, console: Console, *, dtype: str, tokens: int) -> 
     ]
     largest = max(capacity.total for _, capacity in rows)
     _, unit = in_binary_units([largest])
-    table = Table("ranks", "layout", *rows[0][1].parts, f"a rank, {unit}", "here", box=None)
+    heads = [_SHORT.get(part, part) for part in rows[0][1].parts]
+    table = Table("ranks", "layout", *heads, unit, "here", box=None, padding=(0, 1, 0, 0))
     for layout, capacity in rows:
         values = [capacity.total, *capacity.parts.values()]
         (total, *parts), _ = in_binary_units([*values, largest])
-        lacking = "too little memory" if too_little(capacity, layout.world_size) else "fits"
-        table.add_row(str(layout.world_size), str(layout), *parts[:-1], total, lacking)
+        here = "no" if too_little(capacity, layout.world_size) else "fits"
+        table.add_row(str(layout.world_size), str(layout), *parts[:-1], total, here)
     console.print(table)
     console.print(
-        f"{dtype}, {tokens:,} tokens of a micro-batch on a rank; activations and the checkpoint's "
-        "copy are estimates; kept: one teacher of this size, up to teacher_offload.host_budget"
+        f"{unit} of a rank in {dtype}, {tokens:,} tokens of a micro-batch on it; activations and copy, "
+        "the checkpoint's, are estimates; kept: one teacher of this size, up to "
+        "teacher_offload.host_budget; here: whether this machine has the memory free now"
         + (
             "; tp beyond 1 needs student.megatron.sequence_parallel=true"
             if experts or facts.is_latent_attention

@@ -69,7 +69,8 @@ def launch(world_size: int, target: str, run_dir: Path, generation: int, *argume
         os.environ.update(GLOO_SOCKET_IFNAME="lo", TORCHDYNAMO_DISABLE="1")
         # our error line replaces torch's report
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        entry = ["-u", "-m", "mtopd.pipelines.own_ranks"]
+        # -P: the folder mtopd of a clone that one stands in is not the installed package.
+        entry = ["-P", "-u", "-m", "mtopd.pipelines.own_ranks"]
         rank = [target, str(run_dir), str(generation), str(error_path), *arguments]
         try:
             elastic_launch(config, sys.executable)(*entry, *rank)
