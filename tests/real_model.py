@@ -1,8 +1,8 @@
 """The real model from end to end: ``make real``, about 45 minutes on two cores.
 
 SmolLM2-135M becomes two specialists on reasoning-gym datasets, which are consolidated at tensor
-parallel 3.  One process and a pipeline of two do the first steps again and must give the same
-losses; one step's gradients are held against transformers in float64.  Ends with a table of what
+parallel 3.  One process and a pipeline of two do the steps of one iteration and must give the
+losses of tensor parallel 3; one step's gradients are held against transformers in float64.  Ends with a table of what
 was found and what was asked, and exit code 1 where something falls short.
 """
 
@@ -22,8 +22,10 @@ from tests.support import real_step, smollm2
 ROOT = Path("runs/real")
 CONFIGS = REPOSITORY / "launch" / "configs"
 DOMAINS = ("names", "family")
-LAYOUTS = {"tp1": "{tp: 1}", "pp2": "{tp: 1, pp: 2}"}
-NUM_STEPS = 3  # whose losses every layout must give
+LAYOUTS = {"tp3": "{tp: 3}", "tp1": "{tp: 1}", "pp2": "{tp: 1, pp: 2}"}
+# Steps whose losses every layout must give.  All of one iteration: the answers of the next are drawn
+# anew, and weights that differ by their rounding turn one draw in some thousands.
+NUM_STEPS = 3
 
 
 def mtopd(*arguments: str) -> None:
@@ -37,7 +39,8 @@ def mtopd(*arguments: str) -> None:
 def losses(run_dir: Path) -> list[float]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     steps = {line["step"]: line["loss"] for line in lines if line["kind"] == "train_step"}
-    return [steps[step] for step in sorted(steps)][:NUM_STEPS]
+    assert len(steps) == NUM_STEPS, f"{run_dir}: {len(steps)} train steps"
+    return [steps[step] for step in sorted(steps)]
 
 
 def gradient_error(model: Path) -> float:
@@ -60,8 +63,8 @@ def findings() -> Iterator[tuple[str, float, str, bool]]:
         yield f"specialist on {name}", domain["teacher"], ">= 0.85", domain["teacher"] >= 0.85
         yield f"student on {name}", domain["student"], "", True
     yield "worst recovery", report["worst_recovery"], ">= 0.8", report["worst_recovery"] >= 0.8
-    wanted = losses(ROOT / "consolidate")
-    for layout in LAYOUTS:
+    wanted = losses(ROOT / "consolidate-tp3")
+    for layout in list(LAYOUTS)[1:]:
         found = losses(ROOT / f"consolidate-{layout}")
         worst = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
         yield (
@@ -85,13 +88,14 @@ def main() -> int:
         mtopd("specialist", str(CONFIGS / f"real_{name}.yaml"))
     mtopd("consolidate", str(CONFIGS / "real.yaml"))
     for layout, parallel in LAYOUTS.items():
-        iterations = -(-NUM_STEPS // 2)  # of two steps each
         mtopd(
             "consolidate",
             str(CONFIGS / "real.yaml"),
             f"run_dir={ROOT}/consolidate-{layout}",
             f"student.parallel={parallel}",
-            f"train.num_iterations={iterations}",
+            "train.num_iterations=1",
+            f"train.train_steps_per_iteration={NUM_STEPS}",
+            f"rollout.prompts_per_iteration={8 * NUM_STEPS}",
             "evaluation.baselines_at_end=false",
         )
     found = list(findings())
