@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mtopd.progress import say
 from mtopd.types import MtopdError
@@ -97,17 +97,27 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, after a
     crash too.
     """
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name ``path`` when the block ends; where the block raises,
+    nothing has changed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
+        of_the_file = isinstance(error, OSError) and error.filename in (None, str(temporary))
+        if isinstance(error, OSError) and of_the_file and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     fsync_dir(path.parent)

@@ -32,7 +32,8 @@ from mtopd.data import (
     verify,
     with_fields,
 )
-from mtopd.files import write_atomic
+from mtopd.data.tally import PromptTally
+from mtopd.files import open_atomic
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError, Prompt
 
@@ -51,6 +52,7 @@ _SCHEMA = pa.schema(
         ("verify", pa.string()),  # held-out rows only
     ]
 )
+_ROWS_AT_ONCE = 4096  # prompts that are held as Python objects while the table is written
 
 
 @dataclass(frozen=True)
@@ -140,77 +142,59 @@ def write_prompt_table(
     """
     if run.prompts.exists():
         return
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     overlong: list[Overlong] = []
-    for number, source in enumerate(config.sources):
-        progress(f"preparing prompts of {source.name}")
-        train, held_out = load_source(source, progress)
-        for rows, is_held_out in ((train, False), (held_out, True)):
-            if rows is None:
-                continue
-            learn = supervised and not is_held_out
-            answers = tokenize_answers(rows, tokenizer) if learn else None
-            num_overlong = len(overlong)
-            prompts = tokenize_prompts(
-                rows,
-                tokenizer,
-                routes,
-                context_length=config.context_length,
-                max_response=config.max_response,
-                answers=answers,
-                overlong=overlong,
-            )
-            if config.overlong == "drop":
-                _say_dropped(rows, len(overlong) - num_overlong, progress)
-            columns["source"] += [number] * len(prompts)
-            columns["held_out"] += [is_held_out] * len(prompts)
-            columns["prompt_id"] += [p.prompt_id for p in prompts]
-            columns["route"] += [json.dumps(dict(p.route), sort_keys=True) for p in prompts]
-            columns["teacher_index"] += [p.teacher_index for p in prompts]
-            columns["prompt_ids"] += [p.prompt_ids for p in prompts]
-            columns["answer_ids"] += [answers[p.prompt_id] if answers else () for p in prompts]
-            columns["verify"] += [
-                json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts
-            ]
-    if config.overlong == "error":
-        refuse_overlong(overlong, config.context_length)
-    _check_every_teacher_is_asked(columns, routes)
-    _say_seen(columns, progress)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, _SCHEMA) as writer:
-        writer.write_table(pa.table(columns, schema=_SCHEMA))
-    write_atomic(run.prompts, sink.getvalue().to_pybytes())
+    tally = PromptTally(routes)
+    with open_atomic(run.prompts) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        for number, source in enumerate(config.sources):
+            progress(f"preparing prompts of {source.name}")
+            train, held_out = load_source(source, progress)
+            for rows, is_held_out in ((train, False), (held_out, True)):
+                if rows is None:
+                    continue
+                num_overlong = len(overlong)
+                for first in range(0, len(rows.rows), _ROWS_AT_ONCE):
+                    chosen = range(first, min(first + _ROWS_AT_ONCE, len(rows.rows)))
+                    learn = supervised and not is_held_out
+                    answers = tokenize_answers(rows, tokenizer, rows=chosen) if learn else None
+                    prompts = tokenize_prompts(
+                        rows,
+                        tokenizer,
+                        routes,
+                        context_length=config.context_length,
+                        max_response=config.max_response,
+                        answers=answers,
+                        overlong=overlong,
+                        rows=chosen,
+                    )
+                    tally.add(prompts, is_held_out)
+                    writer.write_batch(_batch(number, prompts, answers, is_held_out))
+                if config.overlong == "drop":
+                    _say_dropped(rows, len(overlong) - num_overlong, progress)
+        if config.overlong == "error":
+            refuse_overlong(overlong, config.context_length)
+        tally.check_every_teacher_is_asked()
+        tally.say_seen(progress)
 
 
-def _check_every_teacher_is_asked(
-    columns: Mapping[str, Sequence[Any]], routes: Sequence[Mapping[str, str]]
-) -> None:
-    """A value that looks the same but is another text (a blank, another spelling of an accent) would
-    leave a teacher without prompts, and the one with the empty route with those of two.  An empty
-    route may catch nothing.
-    """
-    pairs = zip(columns["teacher_index"], columns["held_out"], strict=True)
-    asked = {teacher for teacher, is_held_out in pairs if not is_held_out}
-    if idle := [index for index, keys in enumerate(routes) if keys and index not in asked]:
-        wanted = dict(routes[idle[0]])
-        fields = [json.loads(text) for text in {*columns["route"]}]
-        found = {key: sorted({f[key] for f in fields if key in f})[:8] for key in wanted}
-        raise MtopdError(
-            f"no training prompt goes to teachers.{idle[0]}: its route is {wanted!a}, prompts "
-            f"have {found!a} there (eight values at most); correct the route or the prompts' "
-            "fields, or remove the teacher"
-        )
-
-
-def _say_seen(columns: Mapping[str, Sequence[Any]], say: Callable[[str], None]) -> None:
-    """How many held-out prompts are trained on: the accuracy on them is not that on new ones."""
-    rows = [*zip(columns["held_out"], map(tuple, columns["prompt_ids"]), strict=True)]
-    held_out = {ids for is_held_out, ids in rows if is_held_out}
-    if seen := held_out.intersection(ids for is_held_out, ids in rows if not is_held_out):
-        say(
-            f"{len(seen)} of {len(held_out)} different held-out prompts are training prompts, too: "
-            "the accuracy on them says little of new ones"
-        )
+def _batch(
+    source: int,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[int]] | None,
+    is_held_out: bool,
+) -> pa.RecordBatch:
+    columns = {
+        "source": [source] * len(prompts),
+        "held_out": [is_held_out] * len(prompts),
+        "prompt_id": [p.prompt_id for p in prompts],
+        "route": [json.dumps(dict(p.route), sort_keys=True) for p in prompts],
+        "teacher_index": [p.teacher_index for p in prompts],
+        "prompt_ids": [p.prompt_ids for p in prompts],
+        "answer_ids": [answers[p.prompt_id] if answers else () for p in prompts],
+        "verify": [
+            json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts
+        ],
+    }
+    return pa.record_batch(columns, schema=_SCHEMA)
 
 
 def _say_dropped(source: PromptSource, num_dropped: int, progress: Callable[[str], None]) -> None:

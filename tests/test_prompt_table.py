@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from mtopd import prompt_table
 from mtopd.config import DataConfig, SourceConfig
+from mtopd.data.sources import PromptRow, PromptSource
 from mtopd.prompt_table import Prompts, load_source, source_identity, write_prompt_table
 from mtopd.run_dir import RunDir
+from mtopd.tokenizer import load_tokenizer
 from mtopd.types import MtopdError
 from tests.prompt_examples import write_jsonl
+from tests.small_models import tokenizer_folder
 
 
 def data_config(tmp_path: Path, overlong: str, *lengths: int) -> DataConfig:
@@ -87,6 +94,53 @@ def test_a_teacher_that_no_prompt_goes_to_is_refused(tmp_path: Path, tokenizer) 
         write({}, {"domain": "caf\u00e9"})
     assert not RunDir(tmp_path).prompts.exists()
     write({}, {"domain": "cafe\u0301"})  # a net may catch nothing
+
+
+class _Rows(Sequence[PromptRow]):
+    """Rows that are made when asked for: what stays in memory is the table writer's."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        text = f"{index:06d} " * 30
+        return PromptRow(({"role": "user", "content": text},), None, {"domain": str(index)}, {})
+
+
+def test_the_table_is_written_without_holding_its_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of memory a prompt, by the growth from 400 to 4,000 prompts of 211 tokens."""
+    tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "t"))
+    values = {
+        "sources": [{"name": "a", "path": "a.jsonl"}],
+        "context_length": 256,
+        "max_response": 8,
+    }
+    config = DataConfig.model_validate(values)
+    monkeypatch.setattr(prompt_table, "_ROWS_AT_ONCE", 50, raising=False)
+
+    def peak(count: int) -> int:
+        source = PromptSource("a", "a", _Rows(count))
+        monkeypatch.setattr(prompt_table, "load_source", lambda *_: (source, None))
+        run = RunDir(tmp_path / str(count))
+        run.path.mkdir()
+        tracemalloc.start()
+        write_prompt_table(run, config, tokenizer, [{}], supervised=False, progress=lambda _: None)
+        _, highest = tracemalloc.get_traced_memory()
+        arrow = pa.default_memory_pool().max_memory()
+        tracemalloc.stop()
+        table = Prompts.load(run, config).train[0]
+        assert len(table) == count
+        assert tokenizer.decode(table[count - 1].prompt_ids).startswith(f"{count - 1:06d}")
+        return highest + arrow
+
+    few = peak(400)
+    a_prompt = (peak(4000) - few) / 3600
+    assert a_prompt < 100, f"{a_prompt:.0f} bytes a prompt"
 
 
 def test_what_is_no_file_is_refused_before_it_is_read_to_its_end(tmp_path: Path) -> None:
