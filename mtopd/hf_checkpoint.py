@@ -265,6 +265,7 @@ class HFTensors(Mapping[str, torch.Tensor]):
             raise MtopdError(
                 f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again"
             ) from None
+        _check_finite(tensor, name, path)
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
     def dtype(self, name: str) -> torch.dtype:
@@ -292,6 +293,22 @@ class HFTensors(Mapping[str, torch.Tensor]):
             ]
             for path, es in sorted(files.items())
         ]
+
+
+def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Raises MtopdError for NaN and infinity.  They pass through a sum, which costs a fraction of
+    reading; a sum may also overflow, so only where it did is every number looked at.
+    """
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    wrong = (~tensor.isfinite()).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise MtopdError(
+            f"{path}: tensor {name!r} has {len(wrong)} of {tensor.numel()} values that are NaN or "
+            f"infinite, the first at {place}; the file is damaged, or the model diverged, or "
+            "was too large for float16: export it again"
+        )
 
 
 def _read_header(path: Path) -> list[TensorEntry]:

@@ -418,3 +418,31 @@ def test_a_head_that_a_store_would_round_is_refused(folder: Path, tmp_path: Path
     with pytest.raises(MtopdError, match=r"lm_head\.weight is torch\.float32, the embedding"):
         add_teacher("t", folder, tmp_path / "stores" / "t", slices=1)
     assert not (tmp_path / "stores").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_named_by_whoever_reads_it(
+    folder: Path, tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    """Student and baselines read by ``read_weights`` or the bridge, teachers by ``teachers add``:
+    all of them one tensor at a time, through one reader.
+    """
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = {n: tensor.to(dtype) for n, tensor in stored(folder).items()}
+    tensors[name][3, 5] = value
+    store(folder, tensors)
+    said = rf"model\.safetensors: tensor '{name}' has 1 of \d+ .* NaN or infinite, .* at \[3, 5\]"
+    with pytest.raises(MtopdError, match=said):
+        hf_checkpoint.read_weights(folder)
+    with pytest.raises(MtopdError, match=said):
+        add_teacher("t", folder, tmp_path / "stores" / "t", slices=1)
+    assert not (tmp_path / "stores" / "t").exists()
+
+
+def test_large_numbers_are_numbers(folder: Path) -> None:
+    """Their sum may overflow."""
+    tensors = stored(folder)
+    tensors["model.norm.weight"][:] = 3e38
+    store(folder, tensors)
+    assert hf_checkpoint.read_weights(folder)["model.norm.weight"].max() == 3e38
