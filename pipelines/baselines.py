@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from mtopd.content import ContentNotes, digest
@@ -63,7 +62,7 @@ def run(session: Session) -> list[str]:
         for number, (name, folders) in enumerate(named, start=1):
             where = f"baseline {name} ({number} of {len(named)})"
             try:
-                result, is_kept = look_up_or_answer(session, folders, partial(tell, f"{where} ..."))
+                result, is_kept = look_up_or_answer(session, folders, where, tell)
             except MtopdError as error:
                 problems.append(f"{where} was not evaluated: {error}")
                 continue
@@ -77,37 +76,41 @@ def run(session: Session) -> list[str]:
 
 
 def look_up_or_answer(
-    session: Session, folders: Sequence[Path], begin: Callable[[], None]
+    session: Session, folders: Sequence[Path], where: str, tell: Callable[[str], None]
 ) -> tuple[Result, bool]:
-    """The model's result, and whether it was known; ``begin`` is called where it was not.  Raises
+    """The model's result, and whether it was known; where it was not, that is told.  Raises
     MtopdError on every rank.  Collective.
     """
-    key, known = look_up(session, folders)
+    key, known = look_up(session, folders, tell)
     if known is not None:
         return known, True
-    begin()
+    tell(f"{where} ...")
     result = answer(session, folders)
     keep(session, key, result)
     return result, False
 
 
-def look_up(session: Session, folders: Sequence[Path]) -> tuple[str, Result | None]:
-    """The key of a model, and what is kept under it.  Rank 0 reads, every rank gets its word or the
-    MtopdError that it met.  Collective.
+def look_up(
+    session: Session, folders: Sequence[Path], tell: Callable[[str], None]
+) -> tuple[str, Result | None]:
+    """The key of a model, and what is kept under it.  Rank 0 reads, and tells of large files; every
+    rank gets its word or the MtopdError that it met.  Collective.
     """
 
     def look() -> tuple[str, Result | None]:
-        key = key_of(session, folders)
+        key = key_of(session, folders, tell)
         return key, _read(session, key)
 
     return decide(session.ranks, look)
 
 
-def key_of(session: Session, folders: Sequence[Path]) -> str:
+def key_of(session: Session, folders: Sequence[Path], tell: Callable[[str], None]) -> str:
     """sha256, hex, over everything that a result follows from."""
     config, student = session.config, session.student
     notes = ContentNotes(note_path("contents"))
-    contents = [digest(notes.content_of(folder, _model_files(folder))) for folder in folders]
+    contents = [
+        digest(notes.content_of(folder, _model_files(folder), say=tell)) for folder in folders
+    ]
     _without_error(notes.save)
     made_of = {
         "version": _VERSION,

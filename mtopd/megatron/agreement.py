@@ -12,7 +12,9 @@ raised on every rank, with its name.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import itertools
 import socket
 import time
 from collections import Counter
@@ -28,6 +30,8 @@ from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
 T = TypeVar("T")
+_DECIDED_WITHIN = datetime.timedelta(days=7)
+_decisions = itertools.count()  # every rank comes to the same number
 
 # Seconds until ranks look again that see different files: caches of attributes expire.
 STALE_WAITS_S: tuple[float, ...] = (1, 4, 15, 45)
@@ -49,8 +53,19 @@ class _Outcome(Generic[T]):
 
 
 def decide(ranks: Ranks, look: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank: a small value.  The others do not look."""
-    outcomes = [_attempt(look) if ranks.rank == 0 else None]
+    """What rank 0 finds, on every rank: a small value.  The others do not look.
+
+    They wait in the job's key-value store: rank 0 may hash or write a large checkpoint, which takes
+    longer than a collective may.  When it dies, its launcher ends them.
+    """
+    key = f"decision {next(_decisions)}"
+    store = dist.PrefixStore("mtopd", dist.distributed_c10d._get_default_store())
+    outcomes = [None]
+    if ranks.rank == 0:
+        outcomes = [_attempt(look)]
+        store.set(key, "made")
+    else:
+        store.wait([key], _DECIDED_WITHIN)
     dist.broadcast_object_list(outcomes, src=0, device=ranks.device)
     (outcome,) = outcomes
     assert outcome is not None
