@@ -22,6 +22,7 @@ __all__ = [
     "Family",
     "ModelFacts",
     "check_variant",
+    "dropouts",
     "model_facts",
     "rope_scaling",
     "without_further_heads",
@@ -53,6 +54,12 @@ def without_further_heads(hf_config: PretrainedConfig) -> dict[str, object]:
     """Fields of config.json of a checkpoint without heads that predict further tokens (MTP)."""
     field = FAMILIES[hf_config.model_type].further_heads
     return {field: 0} if field is not None and hasattr(hf_config, field) else {}
+
+
+def dropouts(hf_config: PretrainedConfig) -> dict[str, float]:
+    """What the checkpoint's config says of dropout in training, by its name there."""
+    names = (name for name in vars(hf_config) if name.endswith("dropout"))
+    return {name: value for name in names if (value := getattr(hf_config, name))}
 
 
 def rope_scaling(rope_parameters: Mapping[str, object]) -> dict[str, object]:

@@ -201,7 +201,14 @@ def common_refusals(
                 f"model_type {hf_config.model_type!r} with {name} {found!r} is not supported; only "
                 f"{value!r} is"
             )
-    kind = hf_config.rope_parameters.get("rope_type", "default")
+    rope = hf_config.rope_parameters
+    if (share := rope.get("partial_rotary_factor")) not in (None, 1):
+        yield (
+            f"partial_rotary_factor {share!r} of model_type {hf_config.model_type!r} is not supported: "
+            "transformers 5 ignores it there and 4 fails on it, so the file says another model than "
+            "the one that answers; leave it out where all of a head turns"
+        )
+    kind = rope.get("rope_type", "default")
     if kind not in rope_types:
         yield f"rope_type {kind!r} of model_type {hf_config.model_type!r} is not supported"
 

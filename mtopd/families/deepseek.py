@@ -88,11 +88,10 @@ def _refusals(hf_config: PretrainedConfig) -> Iterator[str]:
         and not rope.get("attention_factor")
         and rope.get("truncate", True)
         and rope.get("factor")
-        and rope.get("partial_rotary_factor") in (None, 1)
     ):
         yield (
-            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor, no "
-            f"partial_rotary_factor and truncate on; found {dict(rope)}"
+            "yarn needs a factor, both or none of mscale and mscale_all_dim, no attention_factor and "
+            f"truncate on; found {dict(rope)}"
         )
 
 

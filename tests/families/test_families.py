@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mtopd.families import (
     FAMILIES,
@@ -82,6 +83,9 @@ FACTS = {
         common_attention_params=64 * (24 + 32 + 8) + 24 + 32,
     ),
 }
+
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def make_config(model_type: str, **fields: Any) -> PretrainedConfig:
@@ -186,7 +190,15 @@ def test_no_heavy_library_is_loaded_by_the_tables() -> None:
                     "partial_rotary_factor": 0.5,
                 }
             },
-            "yarn needs .* no partial_rotary_factor",
+            "partial_rotary_factor 0.5 of",
+        ),
+        *(
+            (kind, fields, f"partial_rotary_factor 0.5 of model_type '{kind}'")
+            for kind in MODEL_TYPES
+            for fields in (
+                {"partial_rotary_factor": 0.5},
+                {"rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5}},
+            )
         ),
     ],
 )
@@ -213,3 +225,18 @@ def test_scaled_ropes_are_named() -> None:
     }
     with pytest.raises(MtopdError, match="rope_type 'yarn' of model_type 'qwen3' is not supported"):
         check_variant(make_config("qwen3", rope_parameters=rope))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_transformers_turns_all_of_a_head_whatever_the_factor_says(model_type: str) -> None:
+    """So the refusal of another factor refuses no model that transformers computes otherwise."""
+    ids, logits = torch.arange(12)[None], []
+    for factor in (1.0, 0.5):
+        rope = {**PLAIN_ROPE, "partial_rotary_factor": factor}
+        config = make_config(model_type, rope_parameters=rope)
+        assert config.rope_parameters["partial_rotary_factor"] == factor
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
