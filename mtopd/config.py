@@ -27,6 +27,9 @@ from mtopd.yaml_file import dump_yaml, parse_yaml, read_yaml
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
+_MOST_SAMPLES = 1 << 24  # of an iteration
+_MOST_RANKS = 1 << 20
+
 
 def _whole(value: object) -> object:
     # 1e4 is a float to YAML and a count to everybody else.
@@ -34,7 +37,11 @@ def _whole(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Whole, Field(ge=1, le=1 << 53)]
+# A bound is far above what anybody needs and far below what would hang a start, or fill its memory.
+Count = Annotated[Whole, Field(ge=1, le=1 << 53)]  # of bytes, or of what is never counted up to
+Items = Annotated[Whole, Field(ge=1, le=1 << 24)]  # that are held one by one: prompts, tokens
+Ranks = Annotated[Whole, Field(ge=1, le=_MOST_RANKS)]
+Turns = Annotated[Whole, Field(ge=1, le=10**9)]  # of a loop: iterations, train steps
 Seed = Annotated[Whole, Field(ge=0, lt=1 << 32)]  # a word of the generator that draws tokens
 
 
@@ -111,20 +118,26 @@ class ParallelConfig(Model):
     ``megatron``'s own option.
     """
 
-    tp: Count = 1
+    tp: Ranks = 1
     """Tensor parallelism: ranks that share every matrix."""
-    pp: Count = 1
+    pp: Ranks = 1
     """Pipeline stages."""
-    vpp: Count = 1
+    vpp: Ranks = 1
     """Model chunks on a pipeline rank: more than one is Megatron's interleaved schedule."""
-    cp: Count = 1
+    cp: Ranks = 1
     """Context parallelism: ranks that share a sample's positions."""
-    dp: Count = 1
+    dp: Ranks = 1
     """Data parallelism: replicas, each with its share of the samples."""
-    ep: Count = 1
+    ep: Ranks = 1
     """Experts of a layer are split over this many ranks of a stage."""
-    etp: Count | None = None
+    etp: Ranks | None = None
     """Tensor parallelism of an expert; default tp, and 1 where ep splits the experts."""
+
+    @model_validator(mode="after")
+    def _ranks_can_be(self) -> ParallelConfig:
+        if self.world_size > _MOST_RANKS:
+            raise ValueError(f"tp x pp x cp x dp is {self.world_size} ranks; {_MOST_RANKS} at most")
+        return self
 
     @property
     def world_size(self) -> int:
@@ -208,9 +221,9 @@ class SourceConfig(Model):
     fields: dict[str, FieldText] = {}
     """Fields that every prompt of the source has for routing, where its row has none of that name.
     """
-    train_size: Count | None = None
+    train_size: Items | None = None
     """Training prompts drawn from a reasoning-gym dataset; default 20000."""
-    eval_size: Count | None = None
+    eval_size: Items | None = None
     """Held-out prompts drawn from a reasoning-gym dataset; default 256."""
     seed: Seed | None = None
     """Of the training prompts that a reasoning-gym dataset draws; default 1."""
@@ -220,7 +233,7 @@ class SourceConfig(Model):
     """System message in front of every prompt."""
     examples: list[ExampleConfig] = []
     """Worked examples in front of every prompt, each as two chat turns."""
-    num_examples: Count | None = None
+    num_examples: Items | None = None
     """Or: so many worked examples, drawn from the reasoning-gym dataset."""
     answer_from: AnswerFrom | None = None
     """Where a response has its answer: last_number, boxed, {tag: NAME} or {regex: PATTERN}; default
@@ -281,9 +294,9 @@ class SourceConfig(Model):
 class DataConfig(Model):
     sources: Annotated[list[SourceConfig], Field(min_length=1)]
     """Where prompts come from; each iteration takes equally many of each."""
-    context_length: Count
+    context_length: Items
     """Prompt + response tokens of a sample."""
-    max_response: Count
+    max_response: Items
     """Tokens that a response may have."""
     overlong: Literal["error", "drop"] = "error"
     """Prompts that leave no room for the response: all named in one error, or left out and counted.
@@ -313,9 +326,9 @@ class DataConfig(Model):
 class TeacherParallel(Model):
     """A teacher's own mesh over all ranks; what tp does not take are replicas."""
 
-    tp: Count | None = None
+    tp: Ranks | None = None
     """Default the student's."""
-    ep: Count = 1
+    ep: Ranks = 1
     """Experts of a layer are split over this many consecutive ranks."""
 
 
@@ -335,11 +348,11 @@ class TeacherConfig(Model):
 class RolloutConfig(Model):
     engine: Literal["embedded"] = "embedded"
     """What samples responses."""
-    prompts_per_iteration: Count
+    prompts_per_iteration: Items
     """A multiple of the number of sources."""
-    samples_per_prompt: Count = 1
+    samples_per_prompt: Items = 1
     """Responses to each prompt."""
-    batch_size: Count = 96
+    batch_size: Items = 96
     """Samples that are answered together: the unit of replay."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """A response also ends once its text holds one of these (evaluation cuts it before).  Its
@@ -352,9 +365,9 @@ class OffloadConfig(Model):
     """Bytes per process for shares read ahead and kept between passes."""
     activation_budget: Count = 4 << 30
     """Bytes per process for activations between two layers; more waves beyond it."""
-    batch_tokens: Count = 16384
+    batch_tokens: Items = 16384
     """Tokens of one forward through a layer."""
-    reader_threads: Count = 4
+    reader_threads: Annotated[Whole, Field(ge=1, le=1024)] = 4
     """Threads per process that read a teacher's layers ahead."""
     offload_student: Literal["auto", "always", "never"] = "auto"
     """The student's gradients and optimizer state in host memory during a pass; auto: when the pass
@@ -396,13 +409,13 @@ class OptimizerConfig(Model):
 
 
 class TrainConfig(Model):
-    num_iterations: Count
+    num_iterations: Turns
     """A later start of the run may have more."""
-    train_steps_per_iteration: Count = 1
+    train_steps_per_iteration: Items = 1
     """Optimizer updates; the iteration's samples are dealt to them."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: Items | None = None
     """Samples of a micro-batch, padded to the longest of the train step."""
-    token_budget: Count | None = None
+    token_budget: Items | None = None
     """Or tokens of a pack, samples one behind the other."""
     normalization: Literal["teacher_balanced", "token_mean", "sequence_mean"] = "teacher_balanced"
     """What a token's loss is divided by: tokens of its teacher, of all, or of its sample."""
@@ -496,6 +509,12 @@ class ConsolidateConfig(Model):
             raise ValueError(f"teacher names must differ, found {names}")
         samples = self.rollout.prompts_per_iteration * self.rollout.samples_per_prompt
         steps = self.train.train_steps_per_iteration
+        if samples > _MOST_SAMPLES:
+            raise ValueError(
+                f"an iteration has {samples} samples (rollout.prompts_per_iteration x "
+                f"samples_per_prompt), each rank plans all of them: {_MOST_SAMPLES} at most; lower "
+                "one, and raise train.num_iterations"
+            )
         if samples < steps:
             raise ValueError(
                 f"an iteration has {samples} samples for {steps} train steps; every train step "
@@ -603,18 +622,18 @@ class TeacherStoreConfig(Model):
     """The teacher's name."""
     path: LocalPath
     """Folder of the store."""
-    slices: Count | Literal["auto"] = 1
+    slices: Items | Literal["auto"] = 1
     """Largest tensor-parallel size that can load it without a copy; auto: as many as the model has,
     up to 8.
     """
 
 
 class SupervisedConfig(Model):
-    num_steps: Count
+    num_steps: Turns
     """A later start of the run may have more."""
-    global_batch_size: Count
+    global_batch_size: Items
     """Samples of a train step."""
-    micro_batch_size: Count
+    micro_batch_size: Items
     """Samples of one forward pass of a rank."""
     optimizer: OptimizerConfig
     """AdamW and its schedule."""

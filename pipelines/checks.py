@@ -35,12 +35,13 @@ from mtopd.tokenizer import (
 from mtopd.tokenizer_files import vocabularies
 from mtopd.types import MtopdError
 
-from .layouts import check_layout, check_mesh, check_routing
+from .layouts import check_deterministic, check_layout, check_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
+_RANKS_OF_A_MACHINE = 128  # that are started here, however few its cores are
 
 
 def _silent(text: str) -> None:
@@ -62,8 +63,8 @@ def check_student(
         )
     fields = sort_fields(student.megatron)
     check_layout(student, facts, fields.transformer)
-    if deterministic and facts.num_experts:
-        check_routing(fields.transformer)
+    if deterministic:
+        check_deterministic(fields.transformer)
     if student.megatron:  # importing Megatron takes seconds
         from .student import check_megatron
 
@@ -91,9 +92,18 @@ def ranks_on_node(student: StudentConfig) -> int:
 
 
 def check_world(student: StudentConfig) -> None:
-    """Under an outer torchrun, its world size must be the config's."""
+    """Ranks that start here are as many as a machine may have; under an outer torchrun, its world
+    size must be the config's.
+    """
     parallel = student.parallel
     found = os.environ["WORLD_SIZE"] if under_torchrun() else None
+    most = max(_RANKS_OF_A_MACHINE, 4 * (os.cpu_count() or 1))
+    if found is None and parallel.world_size > most:
+        raise MtopdError(
+            f"student.parallel asks for {parallel.world_size} ranks, all on this machine "
+            f"({os.cpu_count()} cores); it starts {most} at most: lower dp, or start the ranks of "
+            "several machines with torchrun"
+        )
     if found is not None and int(found) != parallel.world_size:
         need = parallel.tp * parallel.pp * parallel.cp
         axes = f"tp {parallel.tp} x pp {parallel.pp}" + (

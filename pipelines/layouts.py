@@ -100,8 +100,8 @@ def check_experts(
         )
 
 
-def check_routing(megatron: Mapping[str, object]) -> None:
-    """Of a deterministic run with experts: a step may not depend on how tokens meet in batches."""
+def check_deterministic(megatron: Mapping[str, object]) -> None:
+    """Of a deterministic run: a step may not depend on how tokens meet in batches, nor on ranks."""
     for name, allowed in LAYOUT_DEPENDENT.items():
         if megatron.get(name, allowed[0]) not in allowed:
             raise MtopdError(

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mtopd.config import ConsolidateConfig, SupervisedConfig, TrainConfig
-from mtopd.families import model_facts
+from mtopd.config import (
+    ConsolidateConfig,
+    SpecialistConfig,
+    StudentConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
+from mtopd.families import dropouts, model_facts
 from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
 from mtopd.teacher_offload.store import TeacherStore
 
 Say = Callable[[str], None]
 
 
-def report_positions(config: ConsolidateConfig, stores: Sequence[TeacherStore], say: Say) -> None:
+def report_positions(
+    config: ConsolidateConfig | SpecialistConfig, stores: Sequence[TeacherStore], say: Say
+) -> None:
     """Say which model was made for fewer positions than a sample may have: it answers behind them,
     and scores, but nobody trained it to.
     """
@@ -21,14 +29,27 @@ def report_positions(config: ConsolidateConfig, stores: Sequence[TeacherStore], 
     for store in stores:
         described = hf_config_from_dict(store.manifest["architecture"])
         models[f"teacher {store.name!r}"] = model_facts(described)
-    for name, folder in config.evaluation.baselines.items():
-        models[f"baseline {name!r}"] = model_facts(load_hf_config(folder))
+    if not isinstance(config, SpecialistConfig):
+        for name, folder in config.evaluation.baselines.items():
+            models[f"baseline {name!r}"] = model_facts(load_hf_config(folder))
     for what, facts in models.items():
         if facts.max_positions < longest:
             say(
                 f"{what} is made for {facts.max_positions} positions (max_position_embeddings), "
                 f"data.context_length is {longest}: behind them its numbers mean little"
             )
+
+
+def report_dropout(student: StudentConfig, say: Say) -> None:
+    """Say which dropout of the checkpoint's config is not applied: the student that is trained is
+    the one that answered.
+    """
+    if found := dropouts(load_hf_config(student.model)):
+        named = ", ".join(f"{name} {value}" for name, value in found.items())
+        say(
+            f"{student.model / 'config.json'} has {named}: a run trains without dropout, unless "
+            "student.megatron has hidden_dropout or attention_dropout"
+        )
 
 
 def report_schedule(train: TrainConfig | SupervisedConfig, say: Say) -> None:

@@ -38,7 +38,7 @@ from .continuation import (
 )
 from .inputs import inputs_of
 from .memory import report_memory
-from .notices import report_positions, report_schedule
+from .notices import report_dropout, report_positions, report_schedule
 from .stores import check_place
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def consolidate(
     manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
     _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
     report_positions(config, stores, say)
+    report_dropout(config.student, say)
     report_schedule(config.train, say)
     report_memory(config, stores, ranks_on_node(config.student), say)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
@@ -131,6 +132,8 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     _start(run, config, token_identity(tokenizer, config.student.model), say)
     if former is not None:
         say(set_aside_final(run, former))
+    report_positions(config, [], say)
+    report_dropout(config.student, say)
     report_schedule(config.train, say)
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 

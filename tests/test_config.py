@@ -7,13 +7,22 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config, to_yaml, validate
+from mtopd.config import (
+    ConsolidateConfig,
+    SpecialistConfig,
+    _models_in,
+    load_config,
+    to_yaml,
+    validate,
+)
 from mtopd.types import MtopdError
 from tests.conftest import REPOSITORY
 
@@ -313,3 +322,84 @@ def test_the_shipped_configs_are_valid(path: Path) -> None:
     load_config(
         path, [], ConsolidateConfig if "teachers:" in path.read_text() else SpecialistConfig
     )
+
+
+def counts_of(kind: type[BaseModel], path: str = "") -> Iterator[str]:
+    """Every setting of a root that takes a whole number, by its path in ROOTS."""
+    for name, field in kind.model_fields.items():
+        where = f"{path}{name}"
+        for inner in _models_in(field.annotation):
+            place = f"{where}.0." if "list" in str(field.annotation) else f"{where}."
+            yield from counts_of(inner, place)
+        if int in (field.annotation, *get_args(field.annotation)):
+            yield where
+
+
+# What may be any number: a bound of memory, or of what is compared with a counter.
+FREE = {
+    "seed",
+    "data.sources.0.seed",
+    "data.sources.0.eval_seed",
+    "teacher_offload.host_budget",
+    "teacher_offload.activation_budget",
+    "train.optimizer.warmup_steps",
+    "train.max_bad_steps",
+    "evaluation.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "train.stop.every",
+    "train.stop.first",
+}
+DRAWN = {"name": "s", "reasoning_gym": "leg_counting"}
+SPECIALIST: dict[str, Any] = {
+    "run_dir": "run",
+    "student": {"model": "hf"},
+    "data": {"sources": [DRAWN], "context_length": 64, "max_response": 16},
+    "train": {
+        "num_steps": 4,
+        "global_batch_size": 4,
+        "micro_batch_size": 4,
+        "optimizer": {"lr": 1e-3},
+    },
+    "store": {"name": "t", "path": "t"},
+}
+COUNTS = [
+    *(("consolidate", path) for path in counts_of(ConsolidateConfig)),
+    *(("specialist", path) for path in counts_of(SpecialistConfig)),
+]
+
+
+@pytest.mark.parametrize(("root", "path"), COUNTS)
+def test_an_absurd_count_is_refused_when_the_config_is_read(root: str, path: str) -> None:
+    """Nothing is drawn, planned or started for it: that would hang, or fill the memory."""
+    if path in FREE:
+        return
+    is_specialist = root == "specialist"
+    values = copy.deepcopy(SPECIALIST if is_specialist else GOOD)
+    values["data"]["sources"] = [dict(DRAWN)]
+    kind: Any = SpecialistConfig if is_specialist else ConsolidateConfig
+    *parents, leaf = path.split(".")
+    for absurd in (10**12, 10**15):
+        table = values
+        for part in parents:
+            table = table[int(part)] if part.isdigit() else table.setdefault(part, {})
+        table[leaf] = absurd
+        with pytest.raises(
+            MtopdError, match=rf"^file: .*{leaf} is {absurd}: .* less than or equal"
+        ):
+            validate(values, kind, "file")
+
+
+def test_counts_that_are_absurd_together_are_refused() -> None:
+    for path, value, said in (
+        (
+            "rollout",
+            {"prompts_per_iteration": 1 << 20, "samples_per_prompt": 1 << 20},
+            "1099511627",
+        ),
+        ("student.parallel", {"tp": 1 << 10, "dp": 1 << 20}, "is 1073741824 ranks; 1048576 at"),
+    ):
+        with pytest.raises(MtopdError, match=said):
+            validate(spoiled(path, value), ConsolidateConfig, "file")
+    longest = {**GOOD["data"], "context_length": 1 << 24, "max_response": 1 << 20}
+    validate(spoiled("data", longest), ConsolidateConfig, "file")

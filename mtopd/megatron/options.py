@@ -366,6 +366,9 @@ FREE_MEGATRON = (
 # another layout; with what each may be, the default first.  A kind of balancing that is a loss does
 # nothing at moe_aux_loss_coeff 0.
 LAYOUT_DEPENDENT: dict[str, tuple[object, ...]] = {
+    # what is dropped follows from the generators of the ranks
+    "hidden_dropout": (0.0,),
+    "attention_dropout": (0.0,),
     "moe_aux_loss_coeff": (0.0,),
     "moe_z_loss_coeff": (None,),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),

@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from mtopd.config import SupervisedConfig
-from mtopd.pipelines.notices import report_positions, report_schedule
+import torch
+
+from mtopd.config import SpecialistConfig, StudentConfig, SupervisedConfig
+from mtopd.hf_checkpoint import load_hf_config
+from mtopd.megatron.options import sort_fields
+from mtopd.pipelines.notices import report_dropout, report_positions, report_schedule
+from mtopd.pipelines.student import build_bridge
 from tests.small_models import save_model
 
 
@@ -45,3 +50,42 @@ def test_models_made_for_fewer_positions_are_said(tmp_path: Path) -> None:
         "teacher 't' is made for 32",
         "baseline 'b' is made for 16",
     ]
+
+    values = {
+        "run_dir": "run",
+        "student": {"model": tmp_path / "base"},
+        "data": {
+            "sources": [{"name": "s", "path": "s.jsonl"}],
+            "context_length": 64,
+            "max_response": 8,
+        },
+        "train": {
+            "num_steps": 1,
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+            "optimizer": {"lr": 1},
+        },
+    }
+    said.clear()
+    report_positions(SpecialistConfig.model_validate(values), [], said.append)
+    assert [line.partition(" positions")[0] for line in said] == ["student is made for 16"]
+
+
+def test_dropout_of_the_checkpoints_config_is_said_and_not_applied(tmp_path: Path) -> None:
+    save_model(tmp_path, seed=0, layers=1)
+    student, said = StudentConfig(model=tmp_path), list[str]()
+    report_dropout(student, said.append)
+    assert said == []
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.1}))
+    report_dropout(student, said.append)
+    assert said[0].startswith(f"{path} has attention_dropout 0.1: a run trains without dropout")
+    hf_config, device = load_hf_config(tmp_path), torch.device("cpu")
+    for given in ({}, {"attention_dropout": 0.2, "hidden_dropout": 0.3}):
+        bridge = build_bridge(
+            student, hf_config, sort_fields(given), device, layout=student.parallel
+        )
+        applied = vars(bridge.transformer_config)
+        assert {name: applied[name] for name in ("attention_dropout", "hidden_dropout")} == (
+            given or {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+        )
