@@ -81,6 +81,11 @@ class RunDir:
     def _generation(self) -> Path:
         return self.path / "generation.json"
 
+    @property
+    def first_files(self) -> list[Path]:
+        """What a start writes before its ranks exist."""
+        return [self.config, self.manifest, self._generation, self.prompts]
+
     # -- start -------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

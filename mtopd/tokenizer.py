@@ -423,18 +423,22 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]
     name further ones in config.json or generation_config.json (``eos_token_id``, often a list).
     Answers to learn end with the tokenizer's EOS alone.
 
-    Raises MtopdError when there is none.
+    Raises MtopdError when there is none, or one that no token has: answers would run past it.
     """
-    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    found += end_ids_of_configs(folder)
-    table = _token_table(tokenizer)
-    known = tuple(dict.fromkeys(index for index in found if index in table))
-    if not known:
+    table, of_configs = _token_table(tokenizer), end_ids_of_configs(folder)
+    for index, path in of_configs:
+        if index not in table:
+            raise MtopdError(
+                f"{path}: eos_token_id {index} is outside the vocabulary: no token of the "
+                f"tokenizer has that id ({len(table)} tokens, the last is {max(table)}); give the "
+                "id of the token that ends an answer, or leave eos_token_id out"
+            )
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if not (found := (*own, *(index for index, _ in of_configs))):
         raise MtopdError(
-            f"{folder} names no EOS token that its tokenizer has: an answer could not end; set "
-            f"eos_token in its {CONFIG}"
+            f"{folder} names no EOS token: an answer could not end; set eos_token in its {CONFIG}"
         )
-    return known
+    return tuple(dict.fromkeys(found))
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> int:

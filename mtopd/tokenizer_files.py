@@ -25,6 +25,8 @@ _VOCABULARIES = (
     "tekken.json",
 )
 _OBJECTS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
+# Text; of bytes in another encoding the library's error names neither file nor place.
+_TEXTS = ("*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "vocab.txt")
 _ADVICE = "save the model's tokenizer there again"
 
 
@@ -38,10 +40,12 @@ def check_tokenizer_files(folder: Path, named: str) -> None:
     how the user knows the folder.
     """
     found = vocabularies(folder)
-    for path in [*found, *(folder / name for name in _OBJECTS), *folder.glob("*.jinja")]:
+    texts = [path for pattern in _TEXTS for path in sorted(folder.glob(pattern))]
+    for path in [*found, *(folder / name for name in _OBJECTS), *texts]:
         if path.exists():
-            with errors_named(f"{named}/{path.name}"):
-                _check_file(path, f"{named}/{path.name}")
+            where = f"{named}/{path.relative_to(folder)}"
+            with errors_named(where):
+                _check_file(path, where, is_text=path in texts)
     if not found:
         raise MtopdError(
             f"{named} has no tokenizer (no tokenizer.json, nor another file with a vocabulary); save "
@@ -49,7 +53,7 @@ def check_tokenizer_files(folder: Path, named: str) -> None:
         )
 
 
-def _check_file(path: Path, named: str) -> None:
+def _check_file(path: Path, named: str, *, is_text: bool) -> None:
     with open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
@@ -63,6 +67,19 @@ def _check_file(path: Path, named: str) -> None:
         if path.name == CONFIG:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
             _refuse_code(value, named)
+    elif is_text:
+        _check_text(path.read_bytes(), named)
+
+
+def _check_text(data: bytes, named: str) -> None:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise MtopdError(
+            f"{named} is not UTF-8: byte {error.start} (line {line}) is 0x{data[error.start]:02x}; "
+            "save the file as UTF-8"
+        ) from None
 
 
 def _refuse_code(config: dict[str, Any], named: str) -> None:
@@ -77,9 +94,11 @@ def _refuse_code(config: dict[str, Any], named: str) -> None:
         )
 
 
-def end_ids_of_configs(folder: Path) -> list[int]:
-    """``eos_token_id`` of config.json and generation_config.json: an id, a list of ids, or none."""
-    found: list[int] = []
+def end_ids_of_configs(folder: Path) -> list[tuple[int, Path]]:
+    """``eos_token_id`` of config.json and generation_config.json, an id, a list of ids, or none: each
+    id with its file.
+    """
+    found: list[tuple[int, Path]] = []
     for path in (folder / "config.json", folder / "generation_config.json"):
         if not path.exists():
             continue
@@ -92,7 +111,7 @@ def end_ids_of_configs(folder: Path) -> list[int]:
             raise MtopdError(
                 f"{path}: eos_token_id is {value!r}; it must be a token id or a list of token ids"
             )
-        found += ids
+        found += [(index, path) for index in ids]
     return found
 
 

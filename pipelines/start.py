@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mtopd.config import ConsolidateConfig, ParallelConfig, SpecialistConfig, load_config
 from mtopd.files import one_line_errors
+from mtopd.planning import in_words
 from mtopd.progress import is_first, say, under_torchrun
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.types import MtopdError
@@ -57,7 +58,11 @@ def start_ranks(
 
             check_own_devices(config.student.parallel.world_size)
         if check:
-            say(f"all is well: {run.path} would start {_ranks(config.student.parallel)}")
+            say(
+                f"all is well: {run.path} would start {_ranks(config.student.parallel)}; written "
+                f"there: {in_words([path.name for path in run.first_files], 'and')}, which the "
+                "start will use (with other settings: remove the folder first)"
+            )
         else:
             failures.forget(run.path)
         return not check

@@ -272,6 +272,9 @@ def test_check_does_what_a_start_does_before_its_ranks(
         found = " ".join(capsys.readouterr().err.split())
         assert "all is well" in found and "would start 4 ranks (tp 2 x pp 2)" in found
         assert json.loads((run / "generation.json").read_text())["generation"] == start_number
+        written = "config.yaml, manifest.json, generation.json and prompts.arrow"
+        assert f"written there: {written}, which the start will use" in found
+        assert {*os.listdir(run)} == {"lock", *written.replace(" and ", ", ").split(", ")}
         assert (run / "prompts.arrow").is_file() and not (run / "report.json").exists()
     line = refused(workplace, capsys, monkeypatch, *arguments, "train.optimizer.lr=-1")
     assert "train.optimizer.lr" in line

@@ -306,6 +306,17 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
             "special_tokens_map.json: no readable tokenizer .JSONDecode",
         ),
         ("chat_template.jinja", POINTER, "chat_template.jinja is a git-lfs pointer"),
+        (
+            "chat_template.jinja",
+            "{{ 'ok' }}\n{# caf\udce9 #}",
+            r"chat_template.jinja is not UTF-8: byte 17 \(line 2\) is 0xe9; save",
+        ),
+        (
+            "additional_chat_templates/tool_use.jinja",
+            "\udcff",
+            r"additional_chat_templates/tool_use.jinja is not UTF-8: byte 0 \(line 1\) is 0xff",
+        ),
+        ("merges.txt", "a b\n\udc80", r"merges.txt is not UTF-8: byte 4 \(line 2\) is 0x80"),
     ],
 )
 def test_a_folder_that_is_no_tokenizer_is_one_line_that_names_the_file(
@@ -313,7 +324,11 @@ def test_a_folder_that_is_no_tokenizer_is_one_line_that_names_the_file(
 ) -> None:
     folder = tmp_path / "t"
     shutil.copytree(tokenizer_folder, folder)
-    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    (folder / file).parent.mkdir(exist_ok=True)
+    if text is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(MtopdError, match=message) as error:
         load_tokenizer(folder)
     assert str(error.value).startswith(str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,13 @@ import torch
 from mtopd.config import SpecialistConfig, StudentConfig
 from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
 from mtopd.megatron.options import sort_fields
-from mtopd.pipelines.checks import check_baselines, check_ends, check_student, check_teacher
+from mtopd.pipelines.checks import (
+    check_baselines,
+    check_ends,
+    check_student,
+    check_teacher,
+    check_world,
+)
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
 from mtopd.pipelines.stores import check_place
@@ -87,6 +94,8 @@ from tests.small_models import save_model, tokenizer_folder, write_prompts
             "moe_aux_loss_coeff=0.01 makes a step depend on the layout",
         ),
         ("qwen3_moe", {}, {"moe_router_bias_update_rate": 1e-3}, "set deterministic=false"),
+        ("qwen3", {}, {"hidden_dropout": 0.1}, "hidden_dropout=0.1 makes .* deterministic=false"),
+        ("llama", {}, {"attention_dropout": 0.1}, "attention_dropout=0.1 .* deterministic=false"),
         (
             "qwen3_moe",
             {},
@@ -204,6 +213,18 @@ def test_a_specialists_store_has_a_place_before_it_is_trained(tmp_path: Path) ->
     with pytest.raises(MtopdError, match=r"file/a/s cannot be written: .*file is no folder"):
         check_place(tmp_path / "file" / "a" / "s")
     check_place(tmp_path / "new" / "s")
+
+
+def test_more_ranks_than_a_machine_starts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    check_world(StudentConfig(model="hf", parallel={"dp": 128}))
+    with pytest.raises(
+        MtopdError, match=r"10000 ranks, all on this machine \(2 cores\); it starts 128"
+    ):
+        check_world(StudentConfig(model="hf", parallel={"dp": 10_000}))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "10000")
+    check_world(StudentConfig(model="hf", parallel={"dp": 10_000}))
 
 
 def test_a_router_that_is_not_there_is_not_frozen(tmp_path: Path) -> None:
@@ -418,7 +439,6 @@ def test_tokenizers_agree_where_the_loss_can_meet_them(tmp_path: Path, noted: di
         ("<eos>", 1, 1, (1,), "<pad>"),
         ("<eos>", [2, 1], None, (1, 2), "<pad>"),  # as Qwen and Llama-3 write it
         ("<eos>", None, [1, 0, 2], (1, 0, 2), None),
-        ("<eos>", 4_000, None, (1,), None),  # names no token: never sampled
         (None, None, 2, (2,), None),
     ],
 )
@@ -445,12 +465,27 @@ def test_a_student_that_cannot_end_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
     tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(MtopdError, match="names no EOS token that its tokenizer has"):
+    with pytest.raises(MtopdError, match="names no EOS token: an answer could not end"):
         end_ids(tokenizer, tmp_path)
     for wrong in ("<eos>", [1.5], True, {"a": 1}):
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(MtopdError, match=r"config.json: eos_token_id is .*must be a token id"):
             end_ids(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("value", [4_000, -1, [1, 100]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_token_outside_the_vocabulary_is_refused_by_its_file(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    """The model might even have a row for it: such an id is a mistake, and answers would run on."""
+    save_model(tmp_path, seed=0, vocab=128)  # rows for more ids than the tokenizer's 100
+    path = tmp_path / name
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | {"eos_token_id": value}))
+    wrong = value[-1] if isinstance(value, list) else value
+    with pytest.raises(MtopdError, match=f"^{path}: eos_token_id {wrong} is outside the vocab"):
+        check_student(StudentConfig(model=tmp_path), deterministic=True)
 
 
 def test_a_baseline_answers_in_the_students_tokens(tmp_path: Path) -> None:
