@@ -6,6 +6,7 @@ No code from a folder is ever run: only config.json, tokenizer files and safeten
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
@@ -296,19 +297,17 @@ class HFTensors(Mapping[str, torch.Tensor]):
 
 
 def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
-    """Raises MtopdError for NaN and infinity.  They pass through a sum, which costs a fraction of
-    reading; a sum may also overflow, so only where it did is every number looked at.
+    """Raises MtopdError for NaN and infinity.  The least and the largest value show both, in a
+    sixth of the time of reading.
     """
-    if tensor.sum(dtype=torch.float32).isfinite():
+    if not tensor.numel() or all(math.isfinite(end.item()) for end in tensor.aminmax()):
         return
     wrong = (~tensor.isfinite()).nonzero()
-    if len(wrong):
-        place = wrong[0].tolist()
-        raise MtopdError(
-            f"{path}: tensor {name!r} has {len(wrong)} of {tensor.numel()} values that are NaN or "
-            f"infinite, the first at {place}; the file is damaged, or the model diverged, or "
-            "was too large for float16: export it again"
-        )
+    raise MtopdError(
+        f"{path}: tensor {name!r} has {len(wrong)} of {tensor.numel()} values that are NaN or "
+        f"infinite, the first at {wrong[0].tolist()}; the file is damaged, or the model diverged, "
+        "or was too large for float16: export it again"
+    )
 
 
 def _read_header(path: Path) -> list[TensorEntry]:

@@ -441,7 +441,7 @@ def test_a_number_that_is_none_is_named_by_whoever_reads_it(
 
 
 def test_large_numbers_are_numbers(folder: Path) -> None:
-    """Their sum may overflow."""
+    """Their sum would overflow."""
     tensors = stored(folder)
     tensors["model.norm.weight"][:] = 3e38
     store(folder, tensors)
