@@ -35,13 +35,12 @@ from mtopd.tokenizer import (
 from mtopd.tokenizer_files import vocabularies
 from mtopd.types import MtopdError
 
-from .layouts import check_deterministic, check_layout, check_mesh
+from .layouts import check_deterministic, check_layout, check_mesh, check_own_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
-_RANKS_OF_A_MACHINE = 128  # that are started here, however few its cores are
 
 
 def _silent(text: str) -> None:
@@ -97,13 +96,8 @@ def check_world(student: StudentConfig) -> None:
     """
     parallel = student.parallel
     found = os.environ["WORLD_SIZE"] if under_torchrun() else None
-    most = max(_RANKS_OF_A_MACHINE, 4 * (os.cpu_count() or 1))
-    if found is None and parallel.world_size > most:
-        raise MtopdError(
-            f"student.parallel asks for {parallel.world_size} ranks, all on this machine "
-            f"({os.cpu_count()} cores); it starts {most} at most: lower dp, or start the ranks of "
-            "several machines with torchrun"
-        )
+    if found is None:
+        check_own_ranks(parallel)
     if found is not None and int(found) != parallel.world_size:
         need = parallel.tp * parallel.pp * parallel.cp
         axes = f"tp {parallel.tp} x pp {parallel.pp}" + (

@@ -4,6 +4,7 @@ model's number, and the values that work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from mtopd.config import ParallelConfig, StudentConfig
@@ -17,6 +18,8 @@ from mtopd.megatron.options import (
 from mtopd.planning import in_words, sizes_that_work, undivided, working_sizes
 from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
+
+_RANKS_OF_A_MACHINE = 128  # that are started here, however few its cores are
 
 
 def check_layout(student: StudentConfig, facts: ModelFacts, megatron: Mapping[str, object]) -> None:
@@ -46,6 +49,17 @@ def check_layout(student: StudentConfig, facts: ModelFacts, megatron: Mapping[st
             if uneven[-1] > 0:
                 works += f", or an uneven split, e.g. {' '.join(split_options(uneven))}"
         raise MtopdError(f"{given}: {student.model} has {layers} layers; {works}")
+
+
+def check_own_ranks(parallel: ParallelConfig) -> None:
+    """Ranks that all start on this machine."""
+    most = max(_RANKS_OF_A_MACHINE, 4 * (os.cpu_count() or 1))
+    if parallel.world_size > most:
+        raise MtopdError(
+            f"student.parallel asks for {parallel.world_size} ranks, all on this machine "
+            f"({os.cpu_count()} cores); it starts {most} at most: lower dp, or start the ranks of "
+            "several machines with torchrun"
+        )
 
 
 def check_axes(parallel: ParallelConfig) -> None:

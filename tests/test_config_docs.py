@@ -25,7 +25,7 @@ def test_every_key_has_a_meaning_and_a_row() -> None:
                 assert f"| `{name}` |" in page
     for row in (
         "| `lr` | number above 0 | needed |",
-        "| `micro_batch_size` | whole number at least 1 | - |",
+        "| `micro_batch_size` | whole number at least 1 and at most 16777216 | - |",
         "| `store` | path or URL | needed |",
         "| `route` | table of text, a number, true or false | needed |",
         "| `mtp` | `freeze`, `drop` | `freeze` |",

@@ -60,7 +60,7 @@ def decide(ranks: Ranks, look: Callable[[], T]) -> T:
     """
     key = f"decision {next(_decisions)}"
     store = dist.PrefixStore("mtopd", dist.distributed_c10d._get_default_store())
-    outcomes = [None]
+    outcomes: list[_Outcome[T] | None] = [None]
     if ranks.rank == 0:
         outcomes = [_attempt(look)]
         store.set(key, "made")
