@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig
 from mtopd.families import check_variant, model_facts
-from mtopd.hf_checkpoint import (
-    check_average,
-    check_checkpoint,
-    load_hf_config,
-)
+from mtopd.hf_checkpoint import check_average, check_checkpoint, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
 from mtopd.progress import under_torchrun
@@ -91,9 +87,7 @@ def ranks_on_node(student: StudentConfig) -> int:
 
 
 def check_world(student: StudentConfig) -> None:
-    """Ranks that start here are as many as a machine may have; under an outer torchrun, its world
-    size must be the config's.
-    """
+    """Under an outer torchrun, its world size must be the config's."""
     parallel = student.parallel
     found = os.environ["WORLD_SIZE"] if under_torchrun() else None
     if found is None:
