@@ -154,7 +154,7 @@ class Bench:
 
         from mtopd.config import ParallelConfig
         from mtopd.megatron import parallel
-        from mtopd.pipelines.session import build_teacher_layers
+        from mtopd.pipelines.teachers import build_teacher_layers
         from mtopd.teacher_offload.store import open_store
 
         self.ranks = parallel.initialize(ParallelConfig(), seed=0)

@@ -161,6 +161,10 @@ class StudentConfig(Model):
     """Heads that predict further tokens: carried unchanged into every export, or left out.  They
     are not trained.
     """
+    bucket_bytes: Count = 256 << 20
+    """Bytes of weights that a rank gathers at a time for the rollout engine and for an export; a larger
+    tensor is gathered alone.
+    """
     megatron: dict[str, Any] = {}
     """Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig,
     verbatim.
@@ -472,6 +476,10 @@ class CheckpointConfig(Model):
     """Iterations between checkpoints."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    export_every: Annotated[Whole, Field(ge=0)] = 0
+    """Iterations between exports of the student as an HF folder, export/000020; 0: at the end only.
+    They all stay.
+    """
 
 
 class ConsolidateConfig(Model):
@@ -641,9 +649,11 @@ class SupervisedConfig(Model):
     """End early, by accuracy."""
 
 
-class SupervisedCheckpointConfig(CheckpointConfig):
+class SupervisedCheckpointConfig(Model):
     every: Count = 100
     """Train steps between checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
 
 
 class SpecialistConfig(Model):

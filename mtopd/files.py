@@ -151,9 +151,11 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def publish_tree(partial: Path, target: Path) -> None:
-    """Give a complete folder its final name: everything in it durable first, then one rename."""
-    _make_durable(partial)
+def publish_tree(partial: Path, target: Path, *, durable: Collection[str] = ()) -> None:
+    """Give a complete folder its final name: everything in it durable first, then one rename.
+    ``durable`` names files that their writers have synced.
+    """
+    _make_durable(partial, but=durable)
     os.replace(partial, target)
     fsync_dir(target.parent)
 

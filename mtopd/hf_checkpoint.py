@@ -428,7 +428,7 @@ def fill(tensor: torch.Tensor, names: Sequence[str], tensors: Tensors) -> None:
     """Copy the checkpoint's tensors (``stored_names``) into the model's.  Raises MtopdError when a
     shape differs.
     """
-    for stored, piece in zip(names, _pieces(tensor, len(names)), strict=True):
+    for stored, piece in stored_pieces(tensor, names).items():
         found = tensors[stored]
         if found.shape != piece.shape:
             raise MtopdError(
@@ -438,69 +438,12 @@ def fill(tensor: torch.Tensor, names: Sequence[str], tensors: Tensors) -> None:
         piece.copy_(found)
 
 
-def _pieces(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The parts of a model's tensor that a checkpoint stores: itself, or a layer's experts."""
-    if count == 1:
-        return [tensor]
-    matrices = tensor.chunk(count // tensor.shape[0], dim=1)
-    return [piece for matrix in matrices for piece in matrix.unbind()]
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of an HF checkpoint that answering takes."""
-    stored = HFTensors(folder)
-    return {name: stored[name] for name in _names_that_answer(folder, stored)}
-
-
-def _names_that_answer(folder: Path, stored: HFTensors) -> list[str]:
-    facts = model_facts(load_hf_config(folder))
-    tied = {_HEAD} if facts.has_tied_embeddings else set()
-    return [
-        name
-        for name in stored
-        if not (facts.is_behind_last(name) or name in tied or name.endswith("inv_freq"))
-    ]
-
-
-def check_average(folders: Sequence[Path]) -> None:
-    """Raise MtopdError unless the checkpoints have the same tensors: only then is their mean that
-    of models.
+def stored_pieces(tensor: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The parts of a model's tensor that a checkpoint stores under ``names``, as views: itself, or a
+    layer's experts.
     """
-    first, *others = folders
-    wanted = _shapes_that_answer(first)
-    for folder in others:
-        found = _shapes_that_answer(folder)
-        if differing := sorted(wanted.keys() ^ found.keys()):
-            has, lacks = (first, folder) if differing[0] in wanted else (folder, first)
-            raise MtopdError(
-                f"{lacks} has no tensor {differing[0]!r}, which {has} has; they cannot be averaged"
-            )
-        for name, shape in wanted.items():
-            if found[name] != shape:
-                raise MtopdError(
-                    f"{name!r} has shape {found[name]} in {folder} and {shape} in {first}; they "
-                    "cannot be averaged"
-                )
-
-
-def _shapes_that_answer(folder: Path) -> dict[str, tuple[int, ...]]:
-    stored = HFTensors(folder)
-    return {name: stored.shape(name) for name in _names_that_answer(folder, stored)}
-
-
-def average_weights(folders: list[Path]) -> dict[str, torch.Tensor]:
-    """The plain mean of checkpoints, in the dtype of the first: a running float32 sum, so that one
-    checkpoint is in memory beside it.
-    """
-    check_average(folders)
-    first, *others = folders
-    weights = read_weights(first)
-    sums = {name: tensor.float() for name, tensor in weights.items()}
-    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-    del weights
-    for folder in others:
-        weights = read_weights(folder)
-        for name, total in sums.items():
-            total += weights[name].float()
-        del weights
-    return {name: (total / len(folders)).to(dtypes[name]) for name, total in sums.items()}
+    pieces = [tensor]
+    if len(names) > 1:
+        matrices = tensor.chunk(len(names) // tensor.shape[0], dim=1)
+        pieces = [piece for matrix in matrices for piece in matrix.unbind()]
+    return dict(zip(names, pieces, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ import torch
 from mtopd.dtypes import dtype_name
 from mtopd.families import rope_scaling
 from mtopd.files import publish_tree, read_json, remove_tree
-from mtopd.hf_checkpoint import weight_files
+from mtopd.hf_checkpoint import HFTensors, weight_files
+from mtopd.hf_writer import INDEX, Shard, write_index
 from mtopd.run_dir import SEAL
-from mtopd.safetensors_file import save_tensors
-from mtopd.types import MtopdError
 
 # Files that are copied; code, pickles and other weight formats are none of them.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "tiktoken*", "LICENSE*", "README*")
@@ -39,24 +38,16 @@ _READ_AT_START = (
 )
 
 
-def write_hf_checkpoint(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    source: Path,
-    changes: Mapping[str, object],
-    *,
-    dtype: torch.dtype,
-    seal: Callable[[Path], object],
+def begin_export(
+    folder: Path, source: Path, changes: Mapping[str, object], *, dtype: torch.dtype
 ) -> list[str]:
-    """Write ``tensors`` and what else lies in ``source``, as an HF checkpoint; returns the names of
-    what was left out.
+    """Make the folder that weight files are written into, with what else lies in ``source``; returns
+    the names of what was left out.
 
     ``changes`` are fields of config.json that no longer are as they were; ``dtype`` is named there
-    too.  ``seal`` marks the folder complete before it gets its name.  Raises MtopdError or OSError
-    where it cannot be written.
+    too.  Raises MtopdError or OSError where it cannot be written.
     """
-
-    partial = folder.with_name(f".{folder.name}.tmp")
+    partial = unfinished(folder)
     for leftover in (partial, folder):
         remove_tree(leftover)
     partial.mkdir(parents=True)
@@ -71,24 +62,24 @@ def write_hf_checkpoint(
                 values = config_values(values | dict(changes), dtype)
             if values is not found:  # a tokenizer's file stays as it stood, byte for byte
                 (partial / name).write_text(json.dumps(values, indent=2) + "\n")
-    _save(tensors, partial / "model.safetensors")
-    seal(partial)
-    publish_tree(partial, folder)
     return left_out
 
 
-def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raises MtopdError for what safetensors meets, a full disk too: its error is no OSError, and
-    the ranks that wait would not be told.
-    """
-    from safetensors import SafetensorError
+def unfinished(folder: Path) -> Path:
+    """Where an export is until it is whole."""
+    return folder.with_name(f".{folder.name}.tmp")
 
-    try:
-        save_tensors({n: t.cpu().contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
-    except SafetensorError as error:
-        raise MtopdError(
-            f"cannot write {path}: {error}; make room there and start the same command again"
-        ) from None
+
+def finish_export(folder: Path, shards: Sequence[Shard], seal: Callable[[Path], object]) -> None:
+    """Write the index, look whether every weight file is whole, ``seal``, give the folder its name.
+    The files were synced by their writers.
+    """
+    partial = unfinished(folder)
+    write_index(partial, shards)
+    found, wanted = HFTensors(partial), {t.name for shard in shards for t in shard.tensors}
+    assert found.keys() == wanted, found.keys() ^ wanted
+    seal(partial)
+    publish_tree(partial, folder, durable={shard.name for shard in shards})
 
 
 def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -125,7 +116,7 @@ def _renamed(model_type: object) -> Mapping[str, str]:
 
 def _copy(source: Path, target: Path) -> list[str]:
     """Copy by list; returns what was not copied and is no weight that ``tensors`` replace."""
-    replaced = {path.name for path in weight_files(source)} | {"model.safetensors.index.json", SEAL}
+    replaced = {path.name for path in weight_files(source)} | {INDEX, SEAL}
     left_out = []
     for path in sorted(source.iterdir()):
         if path.name == _TEMPLATES and path.is_dir() and not path.is_symlink():

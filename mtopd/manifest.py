@@ -26,6 +26,7 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "data", "sources", "*", "eval_path"),
     ("inputs",),
     ("config", "student", "parallel"),
+    ("config", "student", "bucket_bytes"),
     ("config", "teachers", "*", "parallel"),
     ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
     ("config", "teacher_offload"),

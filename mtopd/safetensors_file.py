@@ -135,11 +135,13 @@ def _refusal(label: str, problem: str) -> MtopdError:
     )
 
 
-def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def header_bytes(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> bytes:
     """The header for (name, dtype, shape) in the order in which their bytes will follow, padded to
     64 bytes.
     """
-    table: dict[str, object] = {}
+    table: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
     for name, dtype, shape in tensors:
         stop = offset + prod(shape) * item_size(dtype)

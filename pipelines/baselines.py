@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mtopd.content import ContentNotes, digest
 from mtopd.families import model_facts
-from mtopd.hf_checkpoint import average_weights, load_hf_config, read_weights
+from mtopd.hf_checkpoint import load_hf_config
+from mtopd.hf_weights import average_weights, read_weights
 from mtopd.megatron.agreement import decide, gather
 from mtopd.metrics_lines import BaselineLine
 from mtopd.progress import logs_json, say
@@ -157,7 +158,7 @@ def load(session: Session, folders: Sequence[Path]) -> Engine:
     engine = ENGINES[session.config.rollout.engine](student, session.config.rollout.stop, hf_config)
     try:
         engine.update_weights(
-            average_weights([*folders]) if len(folders) > 1 else read_weights(folders[0])
+            average_weights(folders) if len(folders) > 1 else read_weights(folders[0])
         )
         _try(engine, session)
     except MtopdError as error:

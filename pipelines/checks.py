@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig
 from mtopd.families import check_variant, model_facts
-from mtopd.hf_checkpoint import check_average, check_checkpoint, load_hf_config
+from mtopd.hf_checkpoint import check_checkpoint, load_hf_config
+from mtopd.hf_weights import check_average
 from mtopd.megatron.options import sort_fields
 from mtopd.planning import choose_slices
 from mtopd.progress import under_torchrun

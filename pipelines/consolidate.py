@@ -41,7 +41,7 @@ def main(run_dir: Path, generation: int) -> None:
 
         # 4. The new weights answer the next prompts.
         with session.timed("update_weights", iteration):
-            session.engine.update_weights(session.student.weights())
+            session.update_weights()
 
         session.save(iteration)
         evaluate.run(session, iteration.next)

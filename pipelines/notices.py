@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from mtopd.config import (
@@ -11,8 +12,10 @@ from mtopd.config import (
     SupervisedConfig,
     TrainConfig,
 )
+from mtopd.dtypes import torch_dtype
 from mtopd.families import dropouts, model_facts
-from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
+from mtopd.hf_checkpoint import HFTensors, hf_config_from_dict, load_hf_config
+from mtopd.planning import in_binary_units
 from mtopd.teacher_offload.store import TeacherStore
 
 Say = Callable[[str], None]
@@ -63,6 +66,21 @@ def report_schedule(train: TrainConfig | SupervisedConfig, say: Say) -> None:
         )
     if optimizer.decay == "constant" and optimizer.min_lr:
         say(f"min_lr {optimizer.min_lr:.4g} does nothing under decay constant")
+
+
+def report_large_tensors(student: StudentConfig, say: Say) -> None:
+    """Say which tensor is larger than the buckets that weights leave the trainer in."""
+    stored, itemsize = HFTensors(student.model), torch_dtype(student.dtype).itemsize
+    sizes = {name: math.prod(stored.shape(name)) * itemsize for name in stored}
+    large = [name for name, size in sizes.items() if size > student.bucket_bytes]
+    if large:
+        most = max(large, key=lambda name: sizes[name])
+        (found, limit), unit = in_binary_units([sizes[most], student.bucket_bytes])
+        others = f" and {len(large) - 1} more tensors are" if len(large) > 1 else " is"
+        say(
+            f"{most} ({found} {unit}){others} larger than student.bucket_bytes ({limit} {unit}): "
+            "weights leave the trainer with each of these in a bucket of its own"
+        )
 
 
 def num_train_steps(train: TrainConfig | SupervisedConfig) -> int:

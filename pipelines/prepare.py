@@ -38,7 +38,12 @@ from .continuation import (
 )
 from .inputs import inputs_of
 from .memory import report_memory
-from .notices import report_dropout, report_positions, report_schedule
+from .notices import (
+    report_dropout,
+    report_large_tensors,
+    report_positions,
+    report_schedule,
+)
 from .stores import check_place
 
 if TYPE_CHECKING:
@@ -78,6 +83,7 @@ def consolidate(
     report_positions(config, stores, say)
     report_dropout(config.student, say)
     report_schedule(config.train, say)
+    report_large_tensors(config.student, say)
     report_memory(config, stores, ranks_on_node(config.student), say)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
     routes = [t.route for t in config.teachers]
@@ -135,6 +141,7 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     report_positions(config, [], say)
     report_dropout(config.student, say)
     report_schedule(config.train, say)
+    report_large_tensors(config.student, say)
     write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
 
 
@@ -173,6 +180,9 @@ def _start(
         for number, path in numbered(run.path / "evaluations", ".json").items():
             if number > finished:
                 path.unlink()
+        for number, folder in numbered(run.path / "export").items():
+            if number > finished:
+                remove_tree(folder)
 
     changes = start_run(
         run,

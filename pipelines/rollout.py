@@ -15,7 +15,7 @@ from mtopd import trajectories
 from mtopd.megatron.agreement import decide
 from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import number_samples, plan_batches, select_prompts
-from mtopd.rollout.engine import Request
+from mtopd.rollout.engine import Engine, Request
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt, Trajectory
 
@@ -40,12 +40,13 @@ def run(session: Session, iteration: Iteration) -> None:
     if (sealed := decide(ranks, sealed_before)) is None:
         return
     requests = plan_requests(session, iteration)
+    engine = session.engine  # on every rank: one without a batch helps to give the others weights
     batch_size = session.config.rollout.batch_size
     counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for batch in plan_batches(len(requests), batch_size, ranks.world_size)[ranks.rank]:
         name = f"batch-{batch.start // batch_size:05d}"
         if name not in sealed:
-            answered = answer(session, iteration, requests, batch)
+            answered = answer(engine, session, iteration, requests, batch)
             trajectories.write_shard(folder, name, answered, session.run.generation)
         done = trajectories.read_shard_metadata(folder, name)
         num_tokens = sum(done["response_len"].to_pylist())
@@ -78,10 +79,14 @@ def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, 
 
 
 def answer(
-    session: Session, iteration: Iteration, requests: list[tuple[Prompt, Request]], batch: range
+    engine: Engine,
+    session: Session,
+    iteration: Iteration,
+    requests: list[tuple[Prompt, Request]],
+    batch: range,
 ) -> list[Trajectory]:
     """Sample one batch: the unit of replay."""
-    responses = session.engine.generate(
+    responses = engine.generate(
         [requests[i][1] for i in batch],
         max_response=session.config.data.max_response,
         seed=session.config.seed,

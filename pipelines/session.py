@@ -14,29 +14,25 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import ConsolidateConfig, load_config
-from mtopd.convert.bridge import Bridge
-from mtopd.dtypes import torch_dtype
 from mtopd.files import read_json, remove_tree
-from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.manifest import check_accepted
-from mtopd.megatron import checkpoint, parallel
+from mtopd.megatron import checkpoint
 from mtopd.megatron.agreement import decide, see_start_alike
-from mtopd.megatron.layers import TeacherLayers
-from mtopd.megatron.options import config_overrides
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress, logs_json
 from mtopd.prompt_table import Prompts
+from mtopd.rollout.engine import Engine
 from mtopd.run_dir import RunDir
-from mtopd.teacher_offload.store import TeacherStore, open_store
 from mtopd.teacher_offload.teacher_probes import TeacherProbes
-from mtopd.teacher_offload.teachers import Teachers
 from mtopd.tokenizer import tokenizer_hash
 from mtopd.types import MtopdError
 
 from .engines import ENGINES
+from .export import export
 from .iteration import Iteration
 from .student import Student, peak_host_bytes
+from .teachers import build_teachers
 
 
 class Session:
@@ -53,8 +49,8 @@ class Session:
         self.student = Student(self.config.student, train.optimizer, num_steps, self.config.seed)
         self.ranks = self.student.ranks
         see_start_alike(self.ranks, self.run)
-        self.engine = ENGINES[self.config.rollout.engine](self.student, self.config.rollout.stop)
-        self.engine.update_weights(self.student.weights())
+        self._engine: Engine | None = None
+        self._engine_is_current = False
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)
         self.probes = TeacherProbes(self.run.path, self.teachers)
@@ -107,6 +103,25 @@ class Session:
             f"train step {step} is left out ({self.num_bad_steps} of {allowed}): {why}"
         )
 
+    # -- the rollout engine ------------------------------------------------------------------------
+    @property
+    def engine(self) -> Engine:
+        """The rollout engine with the student's weights as they are now; built when first asked for:
+        a phase that samples nothing has none.  Collective.
+        """
+        if self._engine is None:
+            rollout = self.config.rollout
+            self._engine = ENGINES[rollout.engine](self.student, rollout.stop)
+        if not self._engine_is_current:
+            self._engine.update_weights(self.student.weights())
+            self._engine_is_current = True
+        return self._engine
+
+    def update_weights(self) -> None:
+        """The student has changed: give the engine its weights.  Collective."""
+        self._engine_is_current = False
+        _ = self.engine
+
     # -- checkpoints -------------------------------------------------------------------------------
     def resume(self) -> Iteration:
         """Restore the newest sealed checkpoint; returns the iteration to go on with."""
@@ -126,7 +141,7 @@ class Session:
         checkpoint.begin_with(self.student.trainer, folder, origin["seal"])
         self.checkpoints.save(0, self.checkpoint_state())
         self.checkpoints.wait()
-        self.engine.update_weights(self.student.weights())
+        self._engine_is_current = False
 
     def beginnings(self) -> list[int]:
         """Iterations whose student is at hand, ascending: those with a sealed checkpoint, and 0,
@@ -145,14 +160,20 @@ class Session:
         folder = self.run.checkpoint(iteration.number)
         check_accepted(self.run, folder, state["taught_by"], teacher_identities(self))
         self.num_bad_steps = int(state["bad_steps"])
-        self.engine.update_weights(self.student.weights())
+        self._engine_is_current = False
 
     def save(self, iteration: Iteration) -> None:
-        """Begin a checkpoint of the state after ``iteration``, when it is due."""
+        """Begin a checkpoint of the state after ``iteration``, and export the student, when they are
+        due.
+        """
         is_due = (iteration.number + 1) % self.config.checkpoint.every == 0
         if is_due or iteration.is_last:
             with self.timed("checkpoint", iteration):
                 self.checkpoints.save(iteration.number + 1, self.checkpoint_state())
+        every = self.config.checkpoint.export_every
+        if every and (iteration.number + 1) % every == 0 and not iteration.is_last:
+            with self.timed("export", iteration):
+                export(self.student, self.run, self.run.export(iteration.number + 1))
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the trainer's own."""
@@ -168,7 +189,7 @@ class Session:
     def finish(self) -> None:
         """Export the student, then close."""
         self.checkpoints.wait()
-        self.student.export(self.run, self.run.export(self.config.train.num_iterations))
+        export(self.student, self.run, self.run.export(self.config.train.num_iterations))
         self.close()
 
     def close(self) -> None:
@@ -201,47 +222,3 @@ def teacher_identities(session: Session) -> dict[str, Any]:
         "teachers": teachers,
         "tokenizer_hash": tokenizer_hash(session.student.tokenizer),
     }
-
-
-def build_teachers(config: ConsolidateConfig, student: Student, run: RunDir) -> Teachers:
-    """The config's teachers, those that the start has checked, on meshes of their own; teachers of
-    one shape share a mesh.  Collective.
-    """
-    ranks = student.ranks
-    shapes = [(config.teacher_tp(i), t.parallel.ep) for i, t in enumerate(config.teachers)]
-    meshes = {shape: parallel.build_teacher_mesh(*shape) for shape in dict.fromkeys(shapes)}
-    head_rows = None
-    if ranks.is_last_stage:
-        num_rows = student.trainer.output_weight().shape[0]
-        head_rows = range(ranks.tp_rank * num_rows, (ranks.tp_rank + 1) * num_rows)
-    checked = read_json(run.manifest)["teachers"]
-    return Teachers(
-        [
-            open_store(teacher.store, name=teacher.name, expected=entry["fingerprint"])
-            for teacher, entry in zip(config.teachers, checked, strict=True)
-        ],
-        [meshes[shape] for shape in shapes],
-        ranks.device,
-        build_layers=build_teacher_layers,
-        offload=config.teacher_offload,
-        cache=config.hidden_cache,
-        head_rows=head_rows,
-    )
-
-
-def build_teacher_layers(
-    store: TeacherStore, mesh: parallel.TeacherMesh, device: torch.device
-) -> TeacherLayers:
-    """The layer modules of a teacher on its mesh; they hold no weight until a stream binds some."""
-    hf_config = hf_config_from_dict(store.manifest["architecture"])
-    bridge = Bridge(
-        hf_config,
-        dtype=torch_dtype(store.dtype),
-        padded_vocab_size=hf_config.vocab_size,
-        overrides=config_overrides(device),
-        tp=mesh.tp_size,
-        ep=mesh.ep_size,
-    )
-    return TeacherLayers(
-        bridge.transformer_config, mesh.collection, bridge.facts.rope_theta, device
-    )

@@ -1,13 +1,9 @@
-"""The model that is trained, on this rank, and the export of its weights, to a rollout engine or as
-an HF checkpoint.
-"""
+"""The model that is trained, on this rank, and its weights on their way out, bucket by bucket."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +11,12 @@ import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, ParallelConfig, StudentConfig
 from mtopd.convert.bridge import Bridge
+from mtopd.convert.weight_stream import WeightStream
 from mtopd.dtypes import torch_dtype
-from mtopd.families import model_facts, without_further_heads
-from mtopd.hf_checkpoint import HFTensors, load_hf_config
-from mtopd.hf_export import write_hf_checkpoint
+from mtopd.families import model_facts
+from mtopd.hf_checkpoint import load_hf_config
+from mtopd.hf_weights import Bucket
 from mtopd.megatron import parallel
-from mtopd.megatron.agreement import decide
 from mtopd.megatron.model import build_chunks
 from mtopd.megatron.optimizer import build_optimizer_config
 from mtopd.megatron.options import (
@@ -32,9 +28,7 @@ from mtopd.megatron.options import (
 )
 from mtopd.megatron.trainer import Trainer, build_ddp_config
 from mtopd.planning.capacity import padded_vocab_size
-from mtopd.progress import say
 from mtopd.rollout.ending import Ending
-from mtopd.run_dir import RunDir, is_sealed
 from mtopd.tokenizer import end_ids, load_tokenizer, vocab_size
 
 if TYPE_CHECKING:
@@ -76,47 +70,16 @@ class Student:
         self.bridge.load(chunks, config.model)
         with megatron_refuses(config.megatron):
             self.trainer = Trainer(chunks, self.ranks, optimizer, num_steps, self.dtype, fields)
+        self.stream = WeightStream(self.bridge, chunks, self.ranks)
 
     def ending(self, stop: Sequence[str]) -> Ending:
         """When a response is over."""
         return Ending(self.tokenizer, self.end_ids, stop)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """All weights as HF tensors, on every rank.  Collective."""
+    def weights(self) -> Iterator[Bucket]:
+        """All weights as HF tensors, bucket by bucket, on every rank.  Collective."""
         self.trainer.finish_param_sync()
-        return self.bridge.export(self.trainer.chunks)
-
-    def export(
-        self, run: RunDir, folder: Path, contents: Mapping[str, object] | None = None
-    ) -> None:
-        """Write a normal HF checkpoint, whole or not at all, and seal it; ``contents`` go into the
-        seal.  Collective.
-        """
-        tensors = self.weights()
-
-        def write() -> None:
-            if is_sealed(folder):
-                return
-            stored, changes = HFTensors(self.config.model), dict[str, object]()
-            further = [name for name in stored if self.facts.is_further_head(name)]
-            if self.config.mtp == "freeze":
-                tensors.update({name: stored[name] for name in further})
-            if self.config.mtp != "freeze" or not further:
-                changes |= without_further_heads(self.hf_config)
-            if not self.facts.has_tied_embeddings:  # whatever the source's config says
-                changes["tie_word_embeddings"] = False
-            left_out = write_hf_checkpoint(
-                folder,
-                tensors,
-                self.config.model,
-                changes,
-                dtype=self.dtype,
-                seal=partial(run.seal, contents=contents),
-            )
-            if left_out:
-                say(f"not copied from {self.config.model} into {folder}: {', '.join(left_out)}")
-
-        decide(self.ranks, write)
+        return self.stream.buckets(self.config.bucket_bytes)
 
 
 def build_bridge(

@@ -10,6 +10,7 @@ and, where the config names one, as a teacher store.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +30,14 @@ from mtopd.metrics_lines import EvaluationLine, MemoryLine, SupervisedStepLine
 from mtopd.objectives import CrossEntropy
 from mtopd.progress import Progress, logs_json, say
 from mtopd.prompt_table import Prompts
+from mtopd.rollout.engine import Engine
 from mtopd.run_dir import RunDir
 from mtopd.step_sums import NonFiniteGradients
 from mtopd.types import MtopdError, num_input_tokens
 
 from . import evaluate
 from .engines import ENGINES
+from .export import export
 from .student import Student, peak_host_bytes
 
 
@@ -44,7 +47,6 @@ def main(run_dir: Path, generation: int) -> None:
     config: SpecialistConfig = load_config(run.config, [], SpecialistConfig)
     student = Student(config.student, config.train.optimizer, config.train.num_steps, config.seed)
     see_start_alike(student.ranks, run)
-    engine = ENGINES["embedded"](student)
     prompts = Prompts.load(run, config.data)
     is_first = student.ranks.rank == 0
     as_json = logs_json(config.log_json)
@@ -55,9 +57,13 @@ def main(run_dir: Path, generation: int) -> None:
     )
     shares = dict.fromkeys(prompts.names, 1.0)  # of each source in a mini-batch
 
+    @functools.cache
+    def engine() -> Engine:
+        return ENGINES["embedded"](student)
+
     def evaluated() -> evaluate.Result:
-        engine.update_weights(student.weights())
-        return evaluate.measure(engine, prompts, student, config)
+        engine().update_weights(student.weights())
+        return evaluate.measure(engine(), prompts, student, config)
 
     num_done, has_ended = _resume(student, run, config, shares)
     for step in range(num_done, 0 if has_ended else config.train.num_steps):
@@ -90,7 +96,7 @@ def main(run_dir: Path, generation: int) -> None:
     metrics.close()
     progress.close()
     done = {"train_steps": {"planned": config.train.num_steps, "done": num_done}}
-    student.export(run, run.path / "export" / "final", done)
+    export(student, run, run.path / "export" / "final", done)
     dist.destroy_process_group()
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mtopd.hf_export import begin_export, finish_export, unfinished
+from mtopd.hf_weights import TensorSpec
+from mtopd.hf_writer import SHARD_BYTES, ShardFile, plan_shards
 
 WORDS = ["abc", "hello", "table", "stone", "river", "cloud", "grass", "plant"]
 
@@ -132,3 +137,35 @@ def write_prompts(path: Path, count: int = 24, domains: tuple[str, ...] = ("a", 
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def whole(buckets: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All tensors of buckets, each in memory of its own."""
+    found: dict[str, torch.Tensor] = {}
+    for bucket in buckets:
+        assert not found.keys() & bucket.keys(), "a tensor came twice"
+        found |= {name: tensor.clone() for name, tensor in bucket.items()}
+    return found
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    source: Path,
+    changes: Mapping[str, object],
+    *,
+    dtype: torch.dtype,
+    seal: Callable[[Path], object] = lambda _: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """An export by one process: what was left out."""
+    left_out = begin_export(folder, source, changes, dtype=dtype)
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    shards = plan_shards(specs, shard_bytes)
+    for shard in shards:
+        file = ShardFile(unfinished(folder) / shard.name, shard.tensors)
+        for tensor in shard.tensors:
+            file.write(tensor.name, tensors[tensor.name])
+        file.close()
+    finish_export(folder, shards, seal)
+    return left_out

@@ -347,6 +347,8 @@ FREE = {
     "evaluation.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.export_every",
+    "student.bucket_bytes",
     "train.stop.every",
     "train.stop.first",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import weakref
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtopd import hf_checkpoint
+from mtopd import hf_weights
 from mtopd.config import StudentConfig
 from mtopd.convert.teacher import add_teacher
 from mtopd.hf_checkpoint import (
@@ -26,7 +25,7 @@ from mtopd.hf_checkpoint import (
 )
 from mtopd.pipelines.checks import check_baselines, check_student, check_weight_average
 from mtopd.types import MtopdError
-from tests.small_models import save_model
+from tests.small_models import save_model, whole
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
@@ -59,8 +58,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_the_average_is_the_mean_of_every_tensor(folders: list[Path]) -> None:
-    models = [hf_checkpoint.read_weights(folder) for folder in folders]
-    average = hf_checkpoint.average_weights(folders)
+    models = [whole(hf_weights.read_weights(folder)) for folder in folders]
+    average = whole(hf_weights.average_weights(folders))
     assert average.keys() == models[0].keys()
     for name, tensor in average.items():
         expected = torch.stack([model[name] for model in models]).mean(0)
@@ -69,25 +68,40 @@ def test_the_average_is_the_mean_of_every_tensor(folders: list[Path]) -> None:
         assert not torch.equal(tensor, models[0][name]) or "norm" in name
 
 
-def test_one_checkpoint_at_a_time_is_in_memory_beside_the_sum(
-    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("read", ["one", "mean"])
+def test_one_bucket_at_a_time_is_in_memory(
+    read: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three as of ten: the first becomes the sum, each other one goes before the next comes."""
-    read, alive, found = hf_checkpoint.read_weights, weakref.WeakSet[torch.Tensor](), []
+    """Whether of one checkpoint or of the mean of six, where a tensor of two is there beside it."""
+    known: list[weakref.ref[torch.Tensor]] = []
+    found = []
+    item = HFTensors.__getitem__
 
-    def counted(folder: Path) -> dict[str, torch.Tensor]:
-        gc.collect()
-        found.append(len(alive))
-        weights = {name: tensor.to(torch.bfloat16) for name, tensor in read(folder).items()}
-        for tensor in weights.values():
-            alive.add(tensor)
-        return weights
+    def alive() -> int:
+        tensors = [reference() for reference in known]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    monkeypatch.setattr(hf_checkpoint, "read_weights", counted)
-    average = hf_checkpoint.average_weights(folders * 2)
-    # The last tensor of a checkpoint is the loop's variable until the next one's first.
-    assert len(found) == 6 and max(found) <= 1, found
-    assert {tensor.dtype for tensor in average.values()} == {torch.bfloat16}
+    def counted(self: HFTensors, name: str) -> torch.Tensor:
+        tensor = item(self, name).to(torch.bfloat16)
+        found.append(alive() + tensor.nbytes)
+        known.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(HFTensors, "__getitem__", counted)
+    size = 40_000
+    if read == "one":
+        buckets = hf_weights.read_weights(folders[0], size)
+    else:
+        buckets = hf_weights.average_weights(folders * 2, size)
+    sizes, dtypes, largest = [], set(), 0
+    for bucket in buckets:
+        if read == "mean":  # its buckets hold other tensors than the files'
+            known += map(weakref.ref, bucket.values())
+        sizes.append(sum(t.nbytes for t in bucket.values()))
+        dtypes |= {t.dtype for t in bucket.values()}
+        largest = max(largest, *(t.nbytes for t in bucket.values()))
+    assert dtypes == {torch.bfloat16} and len(sizes) > 5
+    assert max(sizes) <= max(size, largest) and max(found) <= 2 * size + 3 * largest, (sizes, found)
 
 
 def test_checkpoints_of_other_tensors_are_not_averaged(folders: list[Path], tmp_path: Path) -> None:
@@ -95,13 +109,13 @@ def test_checkpoints_of_other_tensors_are_not_averaged(folders: list[Path], tmp_
     save_model(tmp_path / "tied", seed=4, tied=True)
     for pair in ([tmp_path / "tied", folders[0]], [folders[0], tmp_path / "tied"]):
         with pytest.raises(MtopdError, match=r"tied has no tensor 'lm_head\.weight'"):
-            hf_checkpoint.average_weights(pair)
+            hf_weights.average_weights(pair)
     save_model(tmp_path / "deep", seed=4, tied=False, layers=5)
     with pytest.raises(MtopdError, match=r"0 has no tensor 'model\.layers\.4.* which .*deep has"):
-        hf_checkpoint.average_weights([folders[0], tmp_path / "deep"])
+        hf_weights.average_weights([folders[0], tmp_path / "deep"])
     save_model(tmp_path / "wide", seed=4, tied=False, intermediate_size=160)
     with pytest.raises(MtopdError, match=r"mlp.*has shape \(.*160.*\) in .*wide and .*128"):
-        hf_checkpoint.average_weights([folders[0], tmp_path / "wide"])
+        hf_weights.average_weights([folders[0], tmp_path / "wide"])
 
 
 def test_an_average_that_cannot_be_is_refused_before_ranks_start(
@@ -273,7 +287,7 @@ def test_an_own_output_layer_counts_also_under_a_config_that_says_tied(folder: P
     tensors = stored(folder)
     store(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert load_hf_config(folder).tie_word_embeddings, "a copy of the embedding is no other head"
-    assert "lm_head.weight" not in hf_checkpoint.read_weights(folder)
+    assert "lm_head.weight" not in whole(hf_weights.read_weights(folder))
     check_checkpoint(folder)
 
 
@@ -392,7 +406,7 @@ def test_layers_behind_the_last_are_no_part_of_a_model_made_shallower(folder: Pa
     (line,) = said
     assert line.endswith("has 1 layers; 1 more in the files, up to layer 1, are not read")
     assert facts.num_layers == 1 and facts.num_further_heads == 0
-    assert not any("layers.1." in name for name in hf_checkpoint.read_weights(folder))
+    assert not any("layers.1." in name for name in whole(hf_weights.read_weights(folder)))
 
 
 def test_a_teachers_store_is_made_of_the_tensors_that_count(folder: Path, tmp_path: Path) -> None:
@@ -434,7 +448,7 @@ def test_a_number_that_is_none_is_named_by_whoever_reads_it(
     store(folder, tensors)
     said = rf"model\.safetensors: tensor '{name}' has 1 of \d+ .* NaN or infinite, .* at \[3, 5\]"
     with pytest.raises(MtopdError, match=said):
-        hf_checkpoint.read_weights(folder)
+        whole(hf_weights.read_weights(folder))
     with pytest.raises(MtopdError, match=said):
         add_teacher("t", folder, tmp_path / "stores" / "t", slices=1)
     assert not (tmp_path / "stores" / "t").exists()
@@ -445,4 +459,4 @@ def test_large_numbers_are_numbers(folder: Path) -> None:
     tensors = stored(folder)
     tensors["model.norm.weight"][:] = 3e38
     store(folder, tensors)
-    assert hf_checkpoint.read_weights(folder)["model.norm.weight"].max() == 3e38
+    assert whole(hf_weights.read_weights(folder))["model.norm.weight"].max() == 3e38

@@ -43,6 +43,8 @@ LOWER = {
     "families",
     "hf_checkpoint",
     "hf_export",
+    "hf_weights",
+    "hf_writer",
 }
 BOTTOM = {"config", "yaml_file", "types"}
 # Part -> other parts it may import: the stated exceptions.
@@ -77,7 +79,7 @@ PIPELINES = (
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
     ("session",),
-    ("iteration", "engines"),
+    ("iteration", "engines", "export", "teachers"),
     ("student",),
 )
 MEGATRON_DATACLASSES = {  # file below megatron/core -> dataclasses whose fields are options

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +47,9 @@ class _TransformerEngineNames:
     use.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        bridge: Bridge,
-        tensors: Iterable[tuple[str, torch.Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, bridge: Bridge) -> None:
         self._model = model
         self._bridge = bridge
-        self._tensors = tensors
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -66,10 +60,6 @@ class _TransformerEngineNames:
             for k, v in self._model.state_dict().items()
             if isinstance(v, torch.Tensor)
         }
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        tensors = self._tensors if self._tensors is not None else self._model.named_parameters()
-        return ((self._te_name(name), tensor) for name, tensor in tensors)
 
     def _te_name(self, name: str) -> str:
         # Parameters are named by their place in the chunk; the kind of a layer is known by its
@@ -94,8 +84,40 @@ class _Reader:
         return self._tensors[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """A tensor of a whole Megatron model and the HF tensors that it is made of.
+
+    ``split`` gives a tp rank's shard as its parts of the HF tensors, in the order of ``hf``: views
+    whose elements, in their order, are those of the part.  The parts of tp ranks follow one another
+    along ``tp_axis``; where that is None every tp rank has the whole.
+    """
+
+    megatron: str  # as Transformer Engine spells it
+    hf: tuple[str, ...]
+    split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    tp_axis: int | None
+    is_expert: bool = False  # over the ranks of ep and expert tp
+    rows: int | None = None  # of the HF tensor, where Megatron's has padding behind them
+
+
+# Ends of local-spec names of what tp splits, and along which axis
+_TP_AXIS = {
+    "embedding.word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_q_up_proj.weight": 0,
+    "linear_kv_up_proj.weight": 0,
+    "linear_proj.weight": 1,
+    "linear_fc1.weight": 0,
+    "linear_fc2.weight": 1,
+}
+
+
 class Bridge:
-    """Maps one HF architecture to a Megatron TransformerConfig and weights both ways.
+    """Maps one HF architecture to a Megatron TransformerConfig, and weights: into Megatron with
+    ``load``, out of it by ``ties``, which ``weight_stream`` gathers by.
 
     ``tp`` and ``ep`` are given for a model on its own mesh (a teacher), ``layout`` for one that is
     described before its process groups exist; without them Megatron's global state counts. Raises
@@ -180,26 +202,54 @@ class Bridge:
                 [_TransformerEngineNames(chunk, self) for chunk in chunks], str(folder)
             )
 
-    def export(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        tensors: Sequence[Iterable[tuple[str, torch.Tensor]] | None] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """All HF tensors of a Megatron model, on every rank.  Collective over tp and pp.
-
-        ``tensors`` (local-spec name, tensor with the parameter's tp attributes) replaces the
-        parameters, e.g. by their gradients: the map is linear, so the gradient of an HF tensor
-        comes out.
-        """
-        with torch.no_grad():
-            views = [
-                _TransformerEngineNames(chunk, self, given)
-                for chunk, given in zip(chunks, tensors or [None] * len(chunks), strict=True)
-            ]
-            pairs = self._bridge.export_weights(views)
-            return {name: tensor.detach().clone() for name, tensor in pairs}
-
     # -- names -------------------------------------------------------------------------------------
+    def ties(self, layer: int | None) -> list[Tie]:
+        """What a layer's tensors are made of; None: those outside layers.  Heads that predict further
+        tokens are no part of the trained model.
+        """
+        facts = self.facts
+        if layer is None:
+            head = [] if facts.has_tied_embeddings else ["output_layer.weight"]
+            ends = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", *head]
+            return [self._tie(name) for name in ends]
+        experts = [
+            f"mlp.experts.local_experts.{expert}.{name}"
+            for expert in range(facts.num_experts_of(layer))
+            for name in ("linear_fc1.weight", "linear_fc2.weight")
+        ]
+        names = [*self.family.layer_names(facts, layer), *experts]
+        return [self._tie(f"decoder.layers.{layer}.{name}") for name in names]
+
+    def _tie(self, local_name: str) -> Tie:
+        facts = self.facts
+        group = facts.num_attention_heads // facts.num_key_value_heads
+        heads = [group * facts.head_dim, facts.head_dim, facts.head_dim]  # rows of a query group
+
+        def whole(shard: torch.Tensor) -> Sequence[torch.Tensor]:
+            return [shard]
+
+        def gate_and_up(shard: torch.Tensor) -> Sequence[torch.Tensor]:
+            return shard.chunk(2)
+
+        def query_key_value(shard: torch.Tensor) -> Sequence[torch.Tensor]:
+            return shard.unflatten(0, (-1, sum(heads))).split(heads, dim=1)
+
+        end = next((end for end in _TP_AXIS if local_name.endswith(end)), "")
+        split = whole
+        if end == "linear_fc1.weight":
+            split = gate_and_up
+        elif end.startswith("linear_qkv."):
+            split = query_key_value
+        has_padding = not local_name.startswith("decoder.")
+        return Tie(
+            megatron=self.te_name(local_name),
+            hf=tuple(self.hf_names(local_name)),
+            split=split,
+            tp_axis=_TP_AXIS.get(end),
+            is_expert=".local_experts." in local_name,
+            rows=facts.vocab_size if has_padding else None,
+        )
+
     def te_name(self, local_name: str, layer: int | None = None) -> str:
         """Local-spec parameter name -> Transformer Engine's, where most norms live in the linear
         layer after them.

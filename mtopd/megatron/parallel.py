@@ -39,8 +39,12 @@ class Ranks:
     cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
     ep_size: int
+    expert_tp_rank: int
     expert_tp_size: int
+    model_group: dist.ProcessGroup  # tp x pp: the ranks that have everything but experts once
+    expert_model_group: dist.ProcessGroup  # ep x expert tp x pp: those that have every expert once
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
@@ -115,8 +119,12 @@ def build_groups(
         cp_size=layout.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=layout.ep,
+        expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         expert_tp_size=layout.expert_tp,
+        model_group=parallel_state.get_model_parallel_group(),
+        expert_model_group=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),

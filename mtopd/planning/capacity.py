@@ -6,7 +6,8 @@ Strategy:
    that Megatron's own modules have.  The rank that holds most is the one that is told.
 2. Price what is kept for each parameter: weights, gradients, optimizer state, and what a checkpoint
    copies beside them (measured).
-3. Price what is not of a parameter: the embedded engine's whole model, kept shares of teachers, the
+3. Price what is not of a parameter: the embedded engine's whole model (weights
+   come into it in buckets), kept shares of teachers, the
    activations of the micro-batches in flight (estimated).
 
 Promises:
@@ -32,8 +33,6 @@ _CHECKPOINT_BYTES = 36
 _CHECKPOINT_BYTES_DP = 32
 # What a rank holds before it holds a model: torch, Megatron, transformers.
 _LIBRARY_BYTES = 600 << 20
-# The embedded engine's model, and the weights on their way into it: measured 2.0 to 2.3 models.
-_ENGINE_MODELS = 2
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def rank_capacity(
         weights=dtype_bytes * params,
         gradients=4 * params,  # summed in float32 whatever the weights are
         optimizer=state // (layout.dp * layout.cp) if distributed_optimizer else state,
-        engine=_ENGINE_MODELS * dtype_bytes * sizes.num_params if embedded_engine else 0,
+        engine=dtype_bytes * sizes.num_params if embedded_engine else 0,
         activations=activation_bytes(
             sizes,
             layout,

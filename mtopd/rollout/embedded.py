@@ -11,20 +11,20 @@ tokens are read: sampling is the student's own distribution at temperature 1, bu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from mtopd.hf_checkpoint import fill, stored_names
+from mtopd.hf_checkpoint import stored_names, stored_pieces
 from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import UNFILTERED, Request, Response, Sampling
 from mtopd.rollout.philox import uniform
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs
 
@@ -42,16 +42,12 @@ class EmbeddedEngine:
         pad_id: int,
         device: torch.device,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=dtype, attn_implementation="sdpa"
-        )
+        self._model = empty_model(hf_config, dtype, device)
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
-            if any(part in name for part in self._model._keep_in_fp32_modules_strict):
+            if any(part in name for part in self._model._keep_in_fp32_modules_strict or ()):
                 # As from_pretrained keeps it: a rounded router bias chooses other experts.
                 tensor.data = tensor.data.float()
-        self._model.to(device).eval().requires_grad_(False)
+        self._model.eval().requires_grad_(False)
         tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
         self._stored = {
             name: stored_names(self._model, name, tensor)
@@ -63,24 +59,40 @@ class EmbeddedEngine:
         self._pad_id = pad_id
         self._device = device
 
-    def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take HF-named tensors; a tied output layer may be left out, nothing else may.  Raises
-        MtopdError for others: they are another model's.
+    def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Take HF-named tensors, bucket by bucket; a tied output layer may be left out, nothing else
+        may, and nothing may come twice.  Raises MtopdError after the last bucket (giving buckets is
+        collective) for weights of another model; the engine then holds a mixture.
         """
-        expected = {stored for names in self._stored.values() for stored in names}
-        found = tensors.keys() - (
-            {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
-        )
-        if found != expected:
-            said = {"lack": expected - found, "have, beyond those of the model,": found - expected}
+        pieces = {
+            stored: piece
+            for name, tensor in self._model.state_dict().items()
+            if name in self._stored
+            for stored, piece in stored_pieces(tensor, self._stored[name]).items()
+        }
+        ignored = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
+        taken: set[str] = set()
+        wrong: dict[str, str] = {}  # the first of each kind
+        for bucket in buckets:
+            for name, tensor in bucket.items():
+                if name in ignored:
+                    continue
+                if name in taken:
+                    wrong.setdefault("twice", f"hold {name!r} twice")
+                elif name not in pieces:
+                    wrong.setdefault("beyond", f"have, beyond those of the model, {name!r}")
+                elif tensor.shape != pieces[name].shape:
+                    shapes = f"{tuple(tensor.shape)}, the model's is {tuple(pieces[name].shape)}"
+                    wrong.setdefault("shape", f"have {name!r} in shape {shapes}")
+                else:
+                    pieces[name].copy_(tensor)
+                taken.add(name)
+        if lacking := pieces.keys() - taken:
+            wrong["lack"] = f"lack {min(lacking)!r}"
+        if wrong:
             raise MtopdError(
-                "the weights "
-                + "; ".join(f"{how} {min(names)!r}" for how, names in said.items() if names)
-                + ": they are not of this config.json"
+                f"the weights {'; '.join(wrong.values())}: they are not of this config.json"
             )
-        for name, tensor in self._model.state_dict().items():
-            if name in self._stored:
-                fill(tensor, self._stored[name], tensors)
 
     @torch.no_grad()
     def generate(
@@ -161,6 +173,25 @@ class EmbeddedEngine:
             ids_BS[row, width - len(prompt) :] = torch.tensor(prompt)
             mask_BS[row, width - len(prompt) :] = 1
         return ids_BS.to(self._device), mask_BS.to(self._device)
+
+
+def empty_model(
+    hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The causal model with whatever its memory holds: random weights would be drawn on the host, and
+    copied.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+    model.to_empty(device=device)
+    model.tie_weights()
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    assert all(".rotary_emb." in name for name in computed), computed
+    rotary = model.base_model.rotary_emb
+    model.base_model.rotary_emb = type(rotary)(hf_config).to(device)
+    return model
 
 
 def _diverged(prompt_id: str, position: int) -> MtopdError:

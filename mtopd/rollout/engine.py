@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +49,10 @@ class Response:
 class Engine(Protocol):
     """Answers with the weights it was last given."""
 
-    def update_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take HF-named tensors; a tied output layer may be left out, nothing else may."""
+    def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Take HF-named tensors, bucket by bucket; a tied output layer may be left out, nothing else
+        may.
+        """
 
     def generate(
         self,

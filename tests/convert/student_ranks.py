@@ -4,8 +4,11 @@ engine.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,20 @@ import torch
 import torch.distributed as dist
 
 from mtopd.config import OptimizerConfig, StudentConfig
+from mtopd.convert.bridge import Tie
+from mtopd.convert.weight_stream import WeightStream
 from mtopd.files import write_json
-from mtopd.hf_checkpoint import read_weights
+from mtopd.hf_weights import read_weights
 from mtopd.megatron.options import splits_unevenly
 from mtopd.pipelines.engines import embedded
+from mtopd.pipelines.export import export
 from mtopd.pipelines.student import Student
 from mtopd.planning import Layout
 from mtopd.planning.capacity import stage_params
 from mtopd.progress import quiet_libraries
 from mtopd.rollout.engine import GREEDY, Engine, Request
 from mtopd.run_dir import RunDir
+from tests.small_models import whole
 
 BIAS = "e_score_correction_bias"  # chooses experts: float32 whatever the model is
 
@@ -34,7 +41,7 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
     check_counted(student)
     engine = embedded(student, ())
     engine.update_weights(student.weights())
-    wanted, found = read_weights(folder), student.weights()
+    wanted, found = whole(read_weights(folder)), whole(student.weights())
     tied = {"lm_head.weight"} if student.hf_config.tie_word_embeddings else set()
     assert found.keys() - tied == wanted.keys() - tied, found.keys() ^ wanted.keys()
     for name in found.keys() - tied:
@@ -49,9 +56,81 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
     for chunk in student.trainer.chunks:
         for name, parameter in chunk.named_parameters():
             assert parameter.requires_grad == (".router." not in name), name
+    check_buckets(student, found)
+    check_files(root / "runs" / job["name"], student)
     if first_of_kind:
+        check_mutants(student, found)
         check_answers(root, job["kind"], student, engine)
     dist.barrier()
+
+
+def check_buckets(student: Student, found: dict[str, torch.Tensor]) -> None:
+    """The same tensors in small buckets, on all ranks and on any one of them."""
+    largest = max(tensor.nbytes for tensor in found.values())
+    for to in (None, *range(dist.get_world_size())):
+        sizes = [sum(t.nbytes for t in b.values()) for b in student.stream.buckets(20_000, to=to)]
+        has = to is None or to == dist.get_rank()
+        assert len(sizes) > 3 and max(sizes) <= max(20_000, largest) and has == (min(sizes) > 0)
+        again = whole(student.stream.buckets(20_000, to=to))
+        assert again.keys() == (found.keys() if has else set())
+        for name, tensor in again.items():
+            assert torch.equal(tensor, found[name]) and tensor.dtype == found[name].dtype, name
+
+
+def check_files(folder: Path, student: Student) -> None:
+    """An export in many files; that other layouts write the same bytes, the test compares."""
+    run = RunDir(folder, 1)
+    if dist.get_rank() == 0:
+        run.path.mkdir(parents=True)
+        write_json(run.path / "generation.json", {"generation": 1})
+    dist.barrier()
+    student.config = student.config.model_copy(update={"bucket_bytes": 20_000})
+    export(student, run, run.path / "export", shard_bytes=100_000)
+
+
+# What may be wrong in the table of ties, and what the weights then are: other ones, or refused.
+def _swap(tie: Tie) -> Tie:
+    return dataclasses.replace(tie, hf=(*tie.hf[1::-1], *tie.hf[2:]))
+
+
+MUTANTS: dict[str, Callable[[list[Tie]], list[Tie]]] = {
+    "a tensor left out": lambda ties: ties[:-1],
+    "wrong axis": lambda ties: [
+        dataclasses.replace(t, tp_axis=1 - t.tp_axis)
+        if t.tp_axis is not None and "linear_proj" in t.megatron
+        else t
+        for t in ties
+    ],
+    "gate and up swapped": lambda ties: [_swap(t) if len(t.hf) == 2 else t for t in ties],
+    "key and query swapped": lambda ties: [_swap(t) if len(t.hf) == 3 else t for t in ties],
+    "key and value swapped": lambda ties: [
+        dataclasses.replace(t, hf=(t.hf[0], t.hf[2], t.hf[1])) if len(t.hf) == 3 else t
+        for t in ties
+    ],
+    "padding kept": lambda ties: [dataclasses.replace(t, rows=None) for t in ties],
+}
+
+
+def check_mutants(student: Student, found: dict[str, torch.Tensor]) -> None:
+    bridge = student.bridge
+    for what, change in MUTANTS.items():
+        if student.facts.is_latent_attention and "key" in what:
+            continue
+        if student.ranks.tp_size == 1 and what in ("wrong axis", "padding kept"):
+            continue
+        wrong = copy.copy(bridge)
+        wrong.ties = lambda layer, change=change: change(bridge.ties(layer))
+        try:
+            weights = whole(
+                WeightStream(wrong, student.trainer.chunks, student.ranks).buckets(1 << 20)
+            )
+            same = weights.keys() == found.keys() and all(
+                weights[n].shape == found[n].shape and torch.equal(weights[n], found[n])
+                for n in found
+            )
+        except AssertionError:
+            same = False
+        assert not same, what
 
 
 def check_counted(student: Student) -> None:
@@ -77,13 +156,13 @@ def check_answers(root: Path, kind: str, student: Student, engine: Engine) -> No
     """Greedy answers of the engine, and of transformers from the exported folder: the same tokens."""
     run = RunDir(root / "runs", 1)
     if dist.get_rank() == 0:
-        run.path.mkdir(exist_ok=True)
+        run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.path / "generation.json", {"generation": 1})
     dist.barrier()
     for mtp in ("drop", "freeze"):
         student.config = student.config.model_copy(update={"mtp": mtp})
         student.hf_config.num_nextn_predict_layers = 1  # what the folder says
-        student.export(run, run.path / f"{kind}-{mtp}")
+        export(student, run, run.path / f"{kind}-{mtp}")
     prompts = [tuple(range(5 + i, 12 + 2 * i)) for i in range(4)]
     requests = [Request(f"p{i}", ids) for i, ids in enumerate(prompts)]
     answers = [r.response_ids for r in engine.generate(requests, max_response=12, sampling=GREEDY)]

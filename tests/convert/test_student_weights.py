@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mtopd.hf_writer import INDEX
+from mtopd.run_dir import SEAL
 from tests.conftest import run_ranks
 from tests.small_models import MODEL_TYPES, save_model
 
@@ -61,10 +63,19 @@ def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path:
             "student": {"parallel": {"pp": 2, "dp": 2, "ep": 2}, "dtype": "bfloat16"},
         }
     ]
+    for number, job in enumerate(jobs):
+        job["name"] = f"{job['kind']}-{job['student'].get('dtype', 'float32')}/{number}"
     further = with_further_head(tmp_path / "deepseek_v3")
     output = run_ranks(4, WORKER, str(tmp_path), json.dumps(jobs), timeout=400.0)
     print(output)
     assert output.count("PASSED") == len(jobs), output
+    for kind in {Path(job["name"]).parent for job in jobs}:
+        files = [
+            {path.name: path.read_bytes() for path in export.iterdir() if path.name != SEAL}
+            for export in sorted((tmp_path / "runs").glob(f"{kind}/*/export"))
+        ]
+        assert all(found == files[0] for found in files), f"{kind}: not the same bytes everywhere"
+        assert sum(name.startswith("model-") for name in files[0]) > 4 and INDEX in files[0]
     for mtp in ("freeze", "drop"):
         export = tmp_path / "runs" / f"deepseek_v3-{mtp}"
         stored = load_file(export / "model.safetensors")

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from mtopd.config import OptimizerConfig, ParallelConfig
 from mtopd.convert.bridge import Bridge
+from mtopd.convert.weight_stream import WeightStream
 from mtopd.files import write_json
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron import checkpoint, parallel
@@ -39,6 +40,7 @@ from mtopd.objectives import CrossEntropy
 from mtopd.progress import quiet_libraries
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
+from tests.small_models import whole
 
 VOCAB, PADDED, BATCH = 100, 128, 8
 NUM_STEPS = 10
@@ -129,7 +131,7 @@ def cross_entropy(trainer: Trainer) -> CrossEntropy:
 def state(trainer: Trainer, bridge: Bridge) -> str:
     """A digest of all weights."""
     trainer.finish_param_sync()
-    tensors = bridge.export(trainer.chunks)
+    tensors = whole(WeightStream(bridge, trainer.chunks, trainer.ranks).buckets(1 << 20))
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())

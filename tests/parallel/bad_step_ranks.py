@@ -19,6 +19,7 @@ from mtopd.pipelines.iteration import Iteration
 from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
 from mtopd.types import MtopdError
+from tests.small_models import whole
 
 
 def poison_cache(session: Session, iteration: Iteration, victim: int) -> None:
@@ -57,13 +58,13 @@ def main() -> None:
             return to_values(train.train_step(session, iteration, plan, runs, states, number))
 
     def refusal(number: int) -> str:
-        before = {name: tensor.clone() for name, tensor in session.student.weights().items()}
+        before = whole(session.student.weights())
         done = trainer.steps_done
         try:
             step(number)
         except MtopdError as error:
             assert trainer.steps_done == done
-            for name, tensor in session.student.weights().items():
+            for name, tensor in whole(session.student.weights()).items():
                 assert torch.equal(tensor, before[name]) or tensor.isnan().any(), (
                     f"{name} was touched"
                 )
@@ -138,6 +139,8 @@ def main() -> None:
     said = refusal(3)
     assert "the student's hidden states in sample" in said and str(victim.sample_id) in said, said
     say(said)
+    # `teacher-pass` and `train` alone: no rank holds a whole model for sampling that nobody asks for.
+    assert session._engine is None
     session.metrics.close()
     session.checkpoints.close()
     dist.barrier()

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from mtopd.hf_checkpoint import read_weights
+from mtopd.convert.weight_stream import WeightStream
+from mtopd.hf_weights import read_weights
 from mtopd.hidden_cache import HiddenCacheReader, shared_read
 from mtopd.megatron import packing
 from mtopd.megatron.layers import TeacherLayers
@@ -25,6 +26,7 @@ from mtopd.megatron.optimizer import torch_optimizers
 from mtopd.metrics_lines import to_values
 from mtopd.pipelines import teacher_pass, train
 from mtopd.pipelines.engines import embedded
+from mtopd.pipelines.export import export
 from mtopd.pipelines.iteration import Iteration
 from mtopd.pipelines.session import Session
 from mtopd.planning import Part, row_length
@@ -35,6 +37,7 @@ from mtopd.teacher_offload import head_slot, layer_stream
 from mtopd.trajectories import read_metadata
 from mtopd.types import MicroBatch, PlannedSample, SampleMetadata, TrainStepPlan
 from tests.parallel import mutants
+from tests.small_models import whole
 
 METRICS = (
     "grad_norm",
@@ -60,13 +63,11 @@ def named_like_weights(
     for chunk in session.student.trainer.chunks:
         pairs = []
         for name, parameter in chunk.named_parameters():
-            tensor = tensor_of(parameter).detach().clone()
-            for attribute in ("tensor_model_parallel", "partition_dim"):
-                if hasattr(parameter, attribute):
-                    setattr(tensor, attribute, getattr(parameter, attribute))
-            pairs.append((name, tensor))
+            pairs.append((name, tensor_of(parameter).detach().clone()))
         of_chunks.append(pairs)
-    return session.student.bridge.export(session.student.trainer.chunks, of_chunks)
+    student = session.student
+    stream = WeightStream(student.bridge, student.trainer.chunks, student.ranks, of_chunks)
+    return whole(stream.buckets(1 << 20))
 
 
 def gradients(session: Session) -> dict[str, torch.Tensor]:
@@ -253,7 +254,9 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
         assert heads.made - before == swaps, (heads.made - before, swaps)
         assert heads.live == 0 and heads.peak <= 1, (heads.live, heads.peak)
     trainer.optimizer_step = optimizer_step
-    found |= {f"weights/{name}": tensor for name, tensor in session.student.weights().items()}
+    found |= {
+        f"weights/{name}": tensor for name, tensor in whole(session.student.weights()).items()
+    }
     values = results[0]
     rounded = row["cache_dtype"] == "bfloat16"
     # Of a teacher held against itself the KL is what rounding makes it.
@@ -341,7 +344,7 @@ def check_argmax(session: Session) -> str:
     """
     trainer = session.student.trainer
     folder = session.run.path / "export" / "check"
-    session.student.export(session.run, folder)
+    export(session.student, session.run, folder)
     engine = embedded(session.student, ())
     engine.update_weights(read_weights(folder))
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]

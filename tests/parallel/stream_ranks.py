@@ -21,7 +21,7 @@ from mtopd.hf_checkpoint import hf_config_from_dict
 from mtopd.megatron import parallel
 from mtopd.megatron.model import build_chunks
 from mtopd.megatron.options import config_overrides
-from mtopd.pipelines.session import build_teacher_layers
+from mtopd.pipelines.teachers import build_teacher_layers
 from mtopd.planning import plan_pass
 from mtopd.progress import quiet_libraries
 from mtopd.teacher_offload import store as store_module

@@ -180,7 +180,7 @@ def test_one_that_loads_and_cannot_answer_is_named_before_the_others_wait(
     """What transformers raises of a config that nobody has run is its own affair."""
 
     class Silent:
-        def update_weights(self, tensors: Any) -> None: ...
+        def update_weights(self, buckets: Any) -> None: ...
 
         def generate(self, batch: Any, **_: Any) -> Any:
             raise TypeError("'NoneType' object cannot be\ninterpreted as an integer")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mtopd.hf_weights import in_buckets
 from mtopd.rollout.embedded import EmbeddedEngine, filtered, inverse_cdf
 from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import GREEDY, UNFILTERED, Request, Sampling
@@ -78,7 +78,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
     weights["model.embed_tokens.weight"][100:] *= 8
     weights["model.embed_tokens.weight"][1] *= 3  # EOS is likely in about half of all states
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    engine.update_weights(weights)
+    engine.update_weights([weights])
     return engine
 
 
@@ -237,10 +237,24 @@ def test_an_evaluation_at_a_temperature_is_replayed_and_keeps_to_its_nucleus(
         )
 
 
-def test_missing_weights_are_not_filled_with_anything(
-    engine: EmbeddedEngine, tmp_path: Path
-) -> None:
-    weights = dict(engine._model.state_dict())
-    del weights["model.norm.weight"]
-    with pytest.raises(MtopdError, match=r"lack 'model\.norm\.weight'"):
-        engine.update_weights(weights)
+def test_weights_come_in_buckets_and_all_of_them(engine: EmbeddedEngine) -> None:
+    weights = {name: tensor.clone() for name, tensor in engine._model.state_dict().items()}
+    del weights["lm_head.weight"]  # tied
+    doubled = {name: tensor * 2 for name, tensor in weights.items()}
+    buckets = list(in_buckets(doubled.items(), 20_000))
+    assert len(buckets) > 5
+    engine.update_weights(iter(buckets))
+    found = engine._model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in doubled.items())
+    for wrong, said in (
+        (buckets[:-1], "the weights lack 'model"),
+        ([*buckets, {"model.extra": torch.zeros(1)}], "beyond those of the model, 'model.extra'"),
+        # What a buffer that was filled too late looks like: the former bucket in its place
+        ([*buckets[:-1], buckets[-2]], r"hold 'model.*' twice; "),
+        ([{**weights, "model.norm.weight": torch.ones(3)}], r"'model.norm.weight' in shape \(3,\)"),
+    ):
+        asked = iter(wrong)
+        with pytest.raises(MtopdError, match=said):
+            engine.update_weights(asked)
+        assert next(asked, None) is None, "the ranks that gather would wait for this one"
+    engine.update_weights([weights])
