@@ -94,18 +94,7 @@ class Prompts:
 
     @staticmethod
     def load(run: RunDir, config: DataConfig) -> Prompts:
-        path = run.prompts
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            table.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            raise MtopdError(
-                f"{path} is damaged ({error}); remove it and start the run again"
-            ) from None
-        if table.schema != _SCHEMA:
-            raise MtopdError(
-                f"{path} was written by another version; remove it and start the run again"
-            )
+        table = _map_table(run.prompts)
         source, held_out = table["source"].to_numpy(), table["held_out"].to_numpy()
         train = [
             PromptTable(table.filter(pa.array((source == i) & ~held_out)))
@@ -126,6 +115,43 @@ class Prompts:
     @staticmethod
     def score(prompt: Prompt, response_text: str) -> float:
         return verify(prompt, response_text)
+
+
+class PromptIndex:
+    """The prompts of a run by their ids."""
+
+    def __init__(self, run: RunDir) -> None:
+        table = _map_table(run.prompts)
+        self._table = PromptTable(table)
+        self._held_out = table["held_out"]
+        self._row_of = {name: row for row, name in enumerate(table["prompt_id"].to_pylist())}
+
+    def training_prompt(self, prompt_id: str) -> Prompt | None:
+        row = self._row_of.get(prompt_id)
+        return None if row is None or self._held_out[row].as_py() else self._table[row]
+
+    def held_out_tokens(self) -> set[tuple[int, ...]]:
+        """What the held-out prompts ask, whatever they are called."""
+        return {*map(tuple, self._table.rows.filter(self._held_out)["prompt_ids"].to_pylist())}
+
+    def is_held_out(self, prompt_id: str) -> bool:
+        row = self._row_of.get(prompt_id)
+        return row is not None and bool(self._held_out[row].as_py())
+
+
+def _map_table(path: Path) -> pa.Table:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise MtopdError(
+            f"{path} is damaged ({error}); remove it and start the run again"
+        ) from None
+    if table.schema != _SCHEMA:
+        raise MtopdError(
+            f"{path} was written by another version; remove it and start the run again"
+        )
+    return table
 
 
 def write_prompt_table(

@@ -83,6 +83,8 @@ class Trajectory:
     student_version: int  # the iteration whose weights sampled it
     finish_reason: str  # "stop" (an end token or a stop string) | "length"
     reward: float | None = None  # the verifier's score where the prompt has a verifier
+    # What the teacher reads before the response; None: the student's own prompt
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,14 @@ class SampleMetadata:
     response_len: int
     num_loss_tokens: int
     token_hash: str = ""  # of prompt, response and loss mask: names the sample's cached rows
+    # What the teacher reads before the response; 0 and "": the student's own prompt
+    teacher_prompt_len: int = 0
+    teacher_prompt_hash: str = ""
+
+    @property
+    def num_teacher_tokens(self) -> int:
+        """Tokens that the teacher reads."""
+        return num_input_tokens(self.teacher_prompt_len or self.prompt_len, self.response_len)
 
 
 @dataclass(frozen=True, slots=True)

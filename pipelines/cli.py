@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_stores.teachers_app, name="teachers")
+app.add_typer(cli_stores.trajectories_app, name="trajectories")
 app.add_typer(cli_stores.cache_app, name="cache")
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
 Overrides = Annotated[
@@ -80,7 +81,7 @@ def options(
 ) -> None:
     # models and tokenizers come from folders, never from a hub
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    if context.invoked_subcommand in ("teachers", "cache", "report", "doctor"):
+    if context.invoked_subcommand in ("teachers", "trajectories", "cache", "report", "doctor"):
         # They take no part in a torchrun: in a shell that inherited its variables, they speak.
         os.environ.pop("TORCHELASTIC_RUN_ID", None)
 

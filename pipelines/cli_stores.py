@@ -1,4 +1,6 @@
-"""The command line's groups that look after stored files: ``mtopd teachers`` and ``mtopd cache``."""
+"""The command line's groups that look after stored files: ``mtopd teachers``, ``mtopd trajectories`` and
+``mtopd cache``.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,10 @@ teachers_app = typer.Typer(
 )
 cache_app = typer.Typer(
     help="Hidden caches of a run: teachers' last hidden states on disk.", no_args_is_help=True
+)
+trajectories_app = typer.Typer(
+    help="Trajectories of a run: from another harness, what there is, whether it is sound.",
+    no_args_is_help=True,
 )
 
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
@@ -78,6 +84,44 @@ def teachers_rm(
         if yes or typer.confirm(f"remove {folder}?", err=True, abort=True):
             stores.remove_store(folder)
             say(f"removed {folder}")
+
+
+@trajectories_app.command("import")
+def trajectories_import(
+    run_dir: RunDirectory,
+    files: Annotated[
+        list[Path], typer.Argument(help="JSON Lines or Parquet: docs/trajectories.md.")
+    ],
+    iteration: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Iteration that trains on them; default: the newest checkpoint's."
+        ),
+    ] = None,
+) -> None:
+    """Take another harness's samples as an iteration's rollout; again to go on after a kill."""
+    from . import imports
+
+    imports.import_rows(run_dir, files, iteration, console)
+
+
+@trajectories_app.command("ls")
+def trajectories_ls(run_dir: RunDirectory) -> None:
+    """Samples, tokens, students, finish reasons and bytes by iteration and shard."""
+    from . import shards
+
+    Console(soft_wrap=True, highlight=False).print(shards.table(run_dir))
+
+
+@trajectories_app.command("verify")
+def trajectories_verify(
+    run_dir: RunDirectory,
+    iteration: Annotated[int | None, typer.Option(min=0, help="Default: all of them.")] = None,
+) -> None:
+    """Read every byte and look at every sample; names the first bad place, with exit code 2."""
+    from . import shards
+
+    shards.verify(run_dir, iteration, console)
 
 
 @cache_app.command("ls")

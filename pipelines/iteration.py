@@ -8,9 +8,9 @@ from mtopd.config import ConsolidateConfig
 from mtopd.hidden_cache import sample_key
 from mtopd.megatron import parallel
 from mtopd.megatron.agreement import STALE_WAITS_S, digest_of, see_alike
-from mtopd.run_dir import RunDir
+from mtopd.run_dir import RunDir, is_sealed, read_seal
 from mtopd.teacher_offload.teachers import Teachers
-from mtopd.trajectories import TokenStore, sealed_shards, verify_shards
+from mtopd.trajectories import TokenStore, check_seals, sealed_shards, verify_shards
 from mtopd.types import SampleMetadata
 
 
@@ -69,6 +69,10 @@ class Iteration:
 
         def opened() -> TokenStore:
             if ranks.local_rank == 0:
+                # A folder that is not sealed yet has shards to come.
+                listed = read_seal(folder).get("shards") if is_sealed(folder) else None
+                if listed is not None:
+                    check_seals(folder, listed)
                 verify_shards(folder)
             return TokenStore(folder)
 
@@ -95,6 +99,11 @@ class Iteration:
         if key is None:
             index = sample.teacher_index
             fingerprint = self._teachers.stores[index].fingerprint
-            key = sample_key(fingerprint, sample.token_hash, self._teachers.hidden_dtype(index))
+            key = sample_key(
+                fingerprint,
+                sample.token_hash,
+                self._teachers.hidden_dtype(index),
+                sample.teacher_prompt_hash,
+            )
             self._cache_keys[sample.sample_id] = key
         return key

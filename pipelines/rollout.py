@@ -58,7 +58,7 @@ def run(session: Session, iteration: Iteration) -> None:
     line = RolloutLine(tokens=tokens, samples=samples, stopped=stopped)
     session.metrics.write(line, iteration.number)
     if ranks.rank == 0:
-        session.run.seal(folder)
+        session.run.seal(folder, {"shards": trajectories.seal_hashes(folder)})
     dist.barrier()
 
 

@@ -33,7 +33,7 @@ from mtopd.planning import Wave, plan_pass
 from mtopd.run_dir import is_sealed
 from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, run_teacher_pass
 from mtopd.teacher_offload.teacher_probes import Probe
-from mtopd.types import SampleMetadata, first_loss_position, num_input_tokens
+from mtopd.types import SampleMetadata, first_loss_position
 
 from .iteration import Iteration
 from .session import Session
@@ -64,11 +64,8 @@ def run(session: Session, iteration: Iteration) -> None:
         found = recover(folder)
         if found.segments:
             logger.warning(
-                "hidden cache: a killed start left %d segments; %d samples saved, %d to be "
-                "computed again",
-                len(found.segments),
-                len(found.salvaged),
-                len(found.dropped),
+                "hidden cache: a killed start left %d segments; %d samples saved, %d to compute again",
+                *map(len, (found.segments, found.salvaged, found.dropped)),
             )
 
     decide(ranks, recovered)
@@ -105,7 +102,7 @@ def plan(session: Session, iteration: Iteration, missing: Set[int]) -> list[Teac
         places = {i for i, s in enumerate(samples) if s.sample_id in missing}
         if places:
             waves = plan_pass(
-                [num_input_tokens(s.prompt_len, s.response_len) for s in samples],
+                [sample.num_teacher_tokens for sample in samples],
                 teachers.meshes[index].num_replicas,
                 batch_tokens=offload.batch_tokens,
                 token_bytes=store.hidden_size * item_size(store.dtype),
@@ -192,10 +189,14 @@ def forward_teacher(
 
 
 def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSample:
-    """Tokens the teacher reads, and the positions that predict a trained token."""
+    """Tokens the teacher reads, behind its own prompt where it has one, and the positions that
+    predict a trained token.
+    """
     fields = iteration.tokens.tokens(sample.sample_id)
-    input_ids = np.concatenate([fields.prompt_ids, fields.response_ids[:-1]])
-    positions = first_loss_position(len(fields.prompt_ids)) + np.flatnonzero(fields.loss_mask)
+    context = fields.teacher_prompt_ids
+    prompt_ids = fields.prompt_ids if context is None else context
+    input_ids = np.concatenate([prompt_ids, fields.response_ids[:-1]])
+    positions = first_loss_position(len(prompt_ids)) + np.flatnonzero(fields.loss_mask)
     return TeacherSample(input_ids, positions)
 
 

@@ -73,7 +73,8 @@ PIPELINES = (
     ("own_ranks",),
     ("prepare",),  # what a verb checks and writes before its ranks start
     ("failures", "continuation", "inputs"),  # why a rank ended; what a start goes on from
-    ("checks", "stores", "caches", "doctor"),  # bodies of verbs
+    ("shards",),
+    ("checks", "stores", "caches", "doctor", "imports"),  # bodies of verbs
     ("layouts", "memory", "notices"),  # refusals of layouts; what a rank will hold; what is said
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),

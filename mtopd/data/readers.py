@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -79,27 +79,44 @@ def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_lines(path: Path, ending: str) -> Iterator[tuple[str, Record]]:
+    for number, line in numbered_lines(path, ending):
+        yield parse_line(line, f"{path}, line {number}")
+
+
+def numbered_lines(
+    path: Path, ending: str, at: Callable[[int], None] = lambda position: None
+) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and bytes of each line that is not blank; ``ending``: .gz or .zst where the
+    file is compressed.  ``at`` is told how many bytes of the file were read.
+    """
     number = 0
     try:
-        with closing(_open(path, _CODECS.get(ending))) as file:
+        raw = open(path, "rb")  # noqa: SIM115 - closed with what reads from it
+        with closing(_decompressed(raw, _CODECS.get(ending))) as file:
             while line := file.readline(_LONGEST_LINE + 1):
                 number += 1
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                where = f"{path}, line {number}"
                 if len(line) > _LONGEST_LINE:
+                    where = f"{path}, line {number}"
                     raise MtopdError(f"{where} is longer than {_LONGEST_LINE} bytes; split it")
                 if line.strip():
-                    yield _object(parse_json(line, where), where)
+                    at(raw.tell())
+                    yield number, line
     except (OSError, pa.ArrowException) as error:
         raise MtopdError(
             f"{path}, after line {number}: cannot be read on ({error}); copy or write it again"
         ) from None
 
 
-def _open(path: Path, codec: str | None) -> io.BufferedReader:
+def parse_line(line: bytes, where: str) -> tuple[str, Record]:
+    """(where, record) of a line that must hold one JSON object.  Raises MtopdError."""
+    return _object(parse_json(line, where), where)
+
+
+def _decompressed(raw: io.BufferedReader, codec: str | None) -> io.BufferedReader:
     if codec is None:
-        return open(path, "rb")
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), codec))
+        return raw
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec))
 
 
 def parse_json(text: bytes, where: str) -> Any:

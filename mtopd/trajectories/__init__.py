@@ -2,7 +2,16 @@
 once, sealed, and read memory-mapped.
 """
 
-from mtopd.trajectories.format import sealed_shards, shard_is_sealed, token_hash
+from mtopd.trajectories.format import (
+    FINISH_REASONS,
+    check_seals,
+    load_shard,
+    seal_hashes,
+    sealed_shards,
+    shard_is_sealed,
+    teacher_prompt_hash,
+    token_hash,
+)
 from mtopd.trajectories.read import (
     TokenFields,
     TokenStore,
@@ -14,13 +23,18 @@ from mtopd.trajectories.read import (
 from mtopd.trajectories.write import write_shard
 
 __all__ = [
+    "FINISH_REASONS",
     "TokenFields",
     "TokenStore",
+    "check_seals",
+    "load_shard",
     "read_metadata",
     "read_shard_metadata",
     "sample_metadata",
+    "seal_hashes",
     "sealed_shards",
     "shard_is_sealed",
+    "teacher_prompt_hash",
     "token_hash",
     "verify_shards",
     "write_shard",

@@ -1,4 +1,4 @@
-"""Trajectories on disk: a public format, version 1, that another harness may write too.
+"""Trajectories on disk: a public format, version 2, that another harness may write too.
 
 A folder holds any number of shards.  Shard ``<name>`` is three files; ``<name>.sealed.json`` is
 written last and makes the shard visible.  It holds ``schema_version``, ``generation`` (the start of
@@ -18,6 +18,8 @@ and ``sha256``.
     finish_reason    string               "stop" (at an end token or a stop string) or "length"
     reward           double, nullable     the verifier's score
     token_hash       string               ``token_hash`` of the sample's tokens, hex
+    teacher_prompt_len   int32            number of teacher_prompt_ids; 0 where there are none
+    teacher_prompt_hash  string           their ``teacher_prompt_hash``, hex; empty where there are none
 
 ``<name>.tokens.arrow``, an uncompressed Arrow IPC file with the same samples in the same order,
 memory-mapped:
@@ -28,7 +30,8 @@ memory-mapped:
     loss_mask            list<uint8>       0 or 1 for each response token
     rollout_log_probs    list<float>       of each response token, under the student that sampled it
     version_spans        list<struct<start: int32, version: int32>>  ``version`` sampled from token ``start`` on
-    teacher_prompt_ids   list<int32>, nullable  the teacher's own longer context, aligned by response index
+    teacher_prompt_ids   list<int32>, nullable  what the teacher reads in place of prompt_ids, before the same
+                                                response; at least 1 where not null
 
 Sealed shards are never changed.  A reader takes sealed shards only and refuses a damaged one by
 file name: the metadata by its sha256 at every opening, the tokens file by ``verify_shards``, which
@@ -50,7 +53,7 @@ import pyarrow as pa
 from mtopd.files import read_json
 from mtopd.types import MtopdError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: length and hash of the teacher's own prompt in the metadata
 SEAL_SUFFIX = ".sealed.json"
 FINISH_REASONS = ("stop", "length")
 
@@ -66,6 +69,8 @@ _METADATA_TYPES = {
     "finish_reason": pa.string(),
     "reward": pa.float64(),
     "token_hash": pa.string(),
+    "teacher_prompt_len": pa.int32(),
+    "teacher_prompt_hash": pa.string(),
 }
 _TOKEN_TYPES = {
     "sample_id": pa.int64(),
@@ -105,6 +110,11 @@ def token_hash(
     for part in parts:
         digest.update(part.tobytes())
     return digest.hexdigest()
+
+
+def teacher_prompt_hash(teacher_prompt_ids: npt.ArrayLike) -> str:
+    """sha256, hex, over the ids as little-endian int32."""
+    return hashlib.sha256(np.asarray(teacher_prompt_ids, "<i4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,27 @@ def shard_is_sealed(folder: Path, name: str) -> bool:
         return False
     shard = load_shard(folder, name)
     return all(_size(folder / file) == sealed["size"] for file, sealed in shard.files.items())
+
+
+def seal_hashes(folder: Path) -> dict[str, str]:
+    """sha256, hex, of the seal of each sealed shard: the seal of the folder holds them, so that a
+    shard that vanishes or is sealed again is found.
+    """
+    names = sealed_shards(folder)
+    return {n: hashlib.sha256(seal_path(folder, n).read_bytes()).hexdigest() for n in names}
+
+
+def check_seals(folder: Path, seals: Mapping[str, str]) -> None:
+    """The shards are those that were there when the folder was sealed.  Raises MtopdError."""
+    found = seal_hashes(folder)
+    for name in sorted(found.keys() | seals.keys()):
+        if found.get(name) != seals.get(name):
+            what = "is gone" if name not in found else "was sealed again since"
+            what = "was put there since" if name not in seals else what
+            raise MtopdError(
+                f"shard {name} of {folder} {what}: the folder's seal has other shards; put it back "
+                "as it was, or remove the folder and make the iteration's trajectories again"
+            )
 
 
 def metadata_path(folder: Path, name: str) -> Path:

@@ -24,6 +24,7 @@ from mtopd.trajectories.format import (
     damaged,
     load_shard,
     sealed_shards,
+    teacher_prompt_hash,
     token_hash,
 )
 from mtopd.types import MtopdError, SampleMetadata, Trajectory
@@ -31,8 +32,8 @@ from mtopd.types import MtopdError, SampleMetadata, Trajectory
 
 def verify_shards(folder: Path) -> None:
     """Compare every byte of all sealed shards with their seals, and every sample's tokens with its
-    ``token_hash``, which names its cached rows.  Raises MtopdError that names the damaged file, or
-    the sample.
+    ``token_hash`` and ``teacher_prompt_hash``, which name its cached rows.  Raises MtopdError that
+    names the damaged file, or the sample.
     """
     shards = _load_shards(folder)
     for shard in shards:
@@ -42,11 +43,16 @@ def verify_shards(folder: Path) -> None:
                 shard.check_sha256(path, hashlib.file_digest(file, "sha256").hexdigest())
     for shard, metadata in zip(shards, _read_tables(shards), strict=True):
         # Another harness may have written the hashes.
-        sealed = zip(*(metadata[n].to_pylist() for n in ("sample_id", "token_hash")), strict=True)
+        columns = ("sample_id", "token_hash", "teacher_prompt_hash")
+        sealed = zip(*(metadata[name].to_pylist() for name in columns), strict=True)
         for batch in map(_Batch, _map_tokens(shard, metadata).to_batches()):
             for row in range(len(batch)):
-                (sample_id, expected), fields = next(sealed), batch.fields(row)
-                found = token_hash(fields.prompt_ids, fields.response_ids, fields.loss_mask)
+                (sample_id, *expected), fields = next(sealed), batch.fields(row)
+                context = fields.teacher_prompt_ids
+                found = [
+                    token_hash(fields.prompt_ids, fields.response_ids, fields.loss_mask),
+                    "" if context is None else teacher_prompt_hash(context),
+                ]
                 if found != expected:
                     what = f"the tokens of sample {sample_id} do not match their hash"
                     raise damaged(shard.tokens_path, what)
@@ -149,12 +155,7 @@ class TokenStore:
     def get(self, sample_id: int) -> Trajectory:
         """The trajectory as it was written."""
         fields = self.tokens(sample_id)
-        if fields.teacher_prompt_ids is not None:
-            raise MtopdError(
-                f"sample {sample_id} of {self._folder} has teacher_prompt_ids, which a Trajectory "
-                "cannot hold; this "
-                "version scores the student's own context only: write the shard without them"
-            )
+        context = fields.teacher_prompt_ids
         (row,) = self.metadata.slice(self._row(sample_id), 1).to_pylist()
         return Trajectory(
             sample_id=sample_id,
@@ -168,6 +169,7 @@ class TokenStore:
             student_version=row["student_version"],
             finish_reason=row["finish_reason"],
             reward=row["reward"],
+            teacher_prompt_ids=None if context is None else tuple(context.tolist()),
         )
 
     def _row(self, sample_id: int) -> int:
@@ -255,6 +257,14 @@ def _format_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:
             return f"column {field.name} has nulls inside its lists"
     if not tokens["sample_id"].equals(metadata["sample_id"]):
         return "its sample ids are not those of the metadata, in that order"
+    contexts = tokens["teacher_prompt_ids"]
+    has_context, lengths = contexts.is_valid(), pc.list_value_length(contexts)
+    if not pc.fill_null(lengths, 0).equals(metadata["teacher_prompt_len"]):
+        return "the lengths of teacher_prompt_ids are not the metadata's teacher_prompt_len"
+    if pc.any(pc.equal(lengths, 0)).as_py():
+        return "teacher_prompt_ids is empty; null means that the teacher reads the student's prompt"
+    if not pc.not_equal(metadata["teacher_prompt_hash"], "").equals(has_context):
+        return "teacher_prompt_hash must be empty where teacher_prompt_ids is null, and only there"
     for column, length in LENGTH_OF.items():
         if not pc.list_value_length(tokens[column]).equals(metadata[length]):
             return f"the lengths of {column} are not the metadata's {length}"

@@ -22,6 +22,7 @@ from mtopd.trajectories.format import (
     metadata_path,
     seal_path,
     shard_is_sealed,
+    teacher_prompt_hash,
     token_hash,
     tokens_path,
 )
@@ -101,6 +102,8 @@ def _broken_invariant(t: Trajectory) -> str | None:
         return f"loss_mask has the values {sorted(set(t.loss_mask))}; only 0 and 1 are allowed"
     if not np.isfinite(t.rollout_log_probs).all():
         return "rollout_log_probs has a value that is not finite; a sampled token has a finite log-prob"
+    if t.teacher_prompt_ids is not None and not t.teacher_prompt_ids:
+        return "teacher_prompt_ids is empty; give None where the teacher reads the student's prompt"
     if t.finish_reason not in FINISH_REASONS:
         return f"finish_reason is '{t.finish_reason}'; use one of {', '.join(FINISH_REASONS)}"
     return None
@@ -119,6 +122,10 @@ def _metadata_row(t: Trajectory) -> dict[str, Any]:
         "finish_reason": t.finish_reason,
         "reward": t.reward,
         "token_hash": token_hash(t.prompt_ids, t.response_ids, t.loss_mask),
+        "teacher_prompt_len": len(t.teacher_prompt_ids or ()),
+        "teacher_prompt_hash": teacher_prompt_hash(t.teacher_prompt_ids)
+        if t.teacher_prompt_ids is not None
+        else "",
     }
 
 
@@ -126,7 +133,7 @@ def _token_row(t: Trajectory) -> dict[str, Any]:
     return {
         **{name: getattr(t, name) for name in ("sample_id", *LENGTH_OF)},
         "version_spans": [{"start": 0, "version": t.student_version}],
-        "teacher_prompt_ids": None,
+        "teacher_prompt_ids": t.teacher_prompt_ids,
     }
 
 

@@ -24,6 +24,7 @@ def trajectory(sample_id: int, response_len: int = 5, **changes) -> Trajectory:
         "student_version": 7,
         "finish_reason": "stop" if sample_id % 2 else "length",
         "reward": None if sample_id % 2 else 0.1,
+        "teacher_prompt_ids": tuple(range(3 + sample_id)) if sample_id % 4 == 2 else None,
     }
     return Trajectory(**{**values, **changes})
 

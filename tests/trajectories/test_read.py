@@ -199,8 +199,8 @@ def test_damaged_or_foreign_seal_is_refused(folder: Path) -> None:
     for text, message in [
         ("{", "not valid JSON"),
         (
-            json.dumps({**seal, "schema_version": 2}),
-            "schema_version 2; this version of mtopd reads 1",
+            json.dumps({**seal, "schema_version": 3}),
+            "schema_version 3; this version of mtopd reads 2",
         ),
         ("[]", "schema_version None"),
         (json.dumps({**seal, "files": {}}), "is damaged: it must hold"),
@@ -261,21 +261,52 @@ def test_a_shard_of_another_harness_that_breaks_the_format_is_refused(
     folder: Path, change, message: str
 ) -> None:
     rewrite_tokens(folder, change)
-    with pytest.raises(MtopdError, match=rf"a\.tokens\.arrow does not fit version 1.*{message}"):
+    with pytest.raises(MtopdError, match=rf"a\.tokens\.arrow does not fit version 2.*{message}"):
         TokenStore(folder)
 
 
-def test_a_shard_of_another_harness_may_have_longer_teacher_prompts(folder: Path) -> None:
-    contexts = [[9, 9, 9], None, None, None]
+def test_a_shard_of_another_harness_may_have_other_batches_and_columns_in_another_order(
+    folder: Path,
+) -> None:
+    rewrite_tokens(folder, lambda t: pa.table({name: t[name] for name in reversed(t.schema.names)}))
+    store = TokenStore(folder)
+    assert store.tokens(2).teacher_prompt_ids.tolist() == [0, 1, 2, 3, 4]
+    assert [store.get(k) for k in range(4)] == [trajectory(k) for k in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [
+        ([None, None, [0, 1, 2, 3], None], "lengths of teacher_prompt_ids"),
+        ([None, None, None, None], "lengths of teacher_prompt_ids"),
+        ([None, [], [0, 1, 2, 3, 4], None], "teacher_prompt_ids is empty"),
+    ],
+)
+def test_teacher_prompts_that_planning_does_not_know_are_refused(
+    folder: Path, contexts: list, message: str
+) -> None:
+    """A pass that read the student's prompt instead would give the wrong rows under the right key."""
     rewrite_tokens(
         folder, lambda t: replace_column(t, "teacher_prompt_ids", contexts, pa.list_(pa.int32()))
     )
-    rewrite_tokens(folder, lambda t: pa.table({name: t[name] for name in reversed(t.schema.names)}))
-    store = TokenStore(folder)
-    assert store.tokens(0).teacher_prompt_ids.tolist() == [9, 9, 9]
-    assert store.get(1) == trajectory(1), "several record batches, nullable columns, another order"
-    with pytest.raises(MtopdError, match=r"sample 0 .* teacher_prompt_ids"):
-        store.get(0)
+    with pytest.raises(MtopdError, match=rf"a\.tokens\.arrow does not fit version 2.*{message}"):
+        TokenStore(folder)
+
+
+def test_a_hash_of_another_teacher_prompt_is_found(folder: Path) -> None:
+    contexts = [None, None, [0, 1, 2, 3, 9], None]
+    rewrite_tokens(
+        folder, lambda t: replace_column(t, "teacher_prompt_ids", contexts, pa.list_(pa.int32()))
+    )
+    TokenStore(folder)
+    with pytest.raises(MtopdError, match="the tokens of sample 2 do not match their hash"):
+        verify_shards(folder)
+    path = folder / "a.meta.parquet"
+    table = pq.read_table(path)
+    pq.write_table(replace_column(table, "teacher_prompt_hash", [""] * 4, pa.string()), path)
+    reseal(folder, "a")
+    with pytest.raises(MtopdError, match="teacher_prompt_hash must be empty where"):
+        TokenStore(folder)
 
 
 def test_metadata_of_another_harness_is_cast_but_not_guessed(folder: Path) -> None:
@@ -291,7 +322,7 @@ def test_metadata_of_another_harness_is_cast_but_not_guessed(folder: Path) -> No
     ):
         pq.write_table(broken, path)
         reseal(folder, "a")
-        with pytest.raises(MtopdError, match=r"a\.meta\.parquet is no version 1 metadata"):
+        with pytest.raises(MtopdError, match=r"a\.meta\.parquet is no version 2 metadata"):
             read_metadata(folder)
 
 
