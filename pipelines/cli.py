@@ -73,6 +73,9 @@ Iteration = Annotated[
     int | None, typer.Option(min=0, help="Iteration to run; default: the newest checkpoint's.")
 ]
 
+_INTERRUPTED = 128 + signal.SIGINT  # what typer makes of Ctrl-C: it returns the code of every exit
+_STOPPED = "stopped; start the same command again to go on"
+
 
 @app.callback()
 def options(
@@ -211,19 +214,21 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     try:
         with one_line_errors():
-            app(standalone_mode=False)
-        return
+            ended = app(standalone_mode=False)
+        if not ended:
+            return
+        if ended != _INTERRUPTED:
+            sys.exit(ended)
+        message, code = _STOPPED, _INTERRUPTED
     except MtopdError as error:
         if "--debug" in sys.argv:
             raise
         message, code = str(error), 2
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except BrokenPipeError:  # whoever read what we print has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, typer.Abort):
-        message, code = "stopped; start the same command again to go on", 130
+        message, code = _STOPPED, _INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
