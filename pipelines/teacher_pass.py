@@ -65,7 +65,7 @@ def run(session: Session, iteration: Iteration) -> None:
         if found.segments:
             logger.warning(
                 "hidden cache: a killed start left %d segments; %d samples saved, %d to compute again",
-                *map(len, (found.segments, found.salvaged, found.dropped)),
+                *(len(part) for part in (found.segments, found.salvaged, found.dropped)),
             )
 
     decide(ranks, recovered)

@@ -137,7 +137,9 @@ class RowChecks:
             )
         if prompt is None and self.held_out(row.prompt_id):
             raise _Refused("prompt_id", f"{row.prompt_id!r} is held out; training spoils it")
-        route = row.route if row.route is not None else prompt and prompt.route
+        route: Mapping[str, str] | None = row.route
+        if route is None and prompt is not None:
+            route = prompt.route
         found: int | None = None
         if route is not None:
             try:
