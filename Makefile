@@ -69,12 +69,14 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/teacher_stream.py --json benchmarks/results/teacher_stream_2core_cpu.json
 	$(BIN)/python benchmarks/hidden_cache.py --json benchmarks/results/hidden_cache_2core_cpu.json
 	$(BIN)/python benchmarks/trainer.py --json benchmarks/results/trainer_2core_cpu.json
+	$(BIN)/python benchmarks/weights.py --json benchmarks/results/weights_2core_cpu.json
 
 benchmark-quick: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --quick
 	$(BIN)/python benchmarks/teacher_stream.py --quick
 	$(BIN)/python benchmarks/hidden_cache.py --quick
 	$(BIN)/python benchmarks/trainer.py --quick
+	$(BIN)/python benchmarks/weights.py --quick
 
 clean-demo:
 	rm -rf runs/demo
