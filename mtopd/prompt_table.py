@@ -112,6 +112,18 @@ class Prompts:
     def num_held_out(self) -> int:
         return sum(map(len, self.evaluation))
 
+    def held_out_by_domain(self, teachers: Sequence[str]) -> dict[str, list[Prompt]]:
+        """Held-out prompts by the name that their accuracy has: the source's, or source/teacher
+        where its prompts go to several of ``teachers``.
+        """
+        found: dict[str, list[Prompt]] = {}
+        for source, prompts in zip(self.names, self.evaluation, strict=True):
+            asked = sorted({p.teacher_index for p in prompts})
+            for index in asked:
+                name = domain_name(source, teachers[index]) if len(asked) > 1 else source
+                found[name] = [p for p in prompts if p.teacher_index == index]
+        return found
+
     @staticmethod
     def score(prompt: Prompt, response_text: str) -> float:
         return verify(prompt, response_text)
@@ -152,6 +164,26 @@ def _map_table(path: Path) -> pa.Table:
             f"{path} was written by another version; remove it and start the run again"
         )
     return table
+
+
+def domain_name(source: str, teacher: str) -> str:
+    """Of a source's prompts that go to this of its teachers; neither name has a slash."""
+    return f"{source}/{teacher}"
+
+
+def held_out_teachers(run: RunDir) -> dict[int, list[int]] | None:
+    """By source, the indices of the teachers that its held-out prompts go to, in order; None where
+    no table can be read.
+    """
+    try:
+        table = _map_table(run.prompts)
+    except MtopdError:
+        return None
+    chosen = table.filter(table["held_out"]).select(["source", "teacher_index"])
+    found: dict[int, set[int]] = {}
+    for source, teacher in zip(*(column.to_pylist() for column in chosen.columns), strict=True):
+        found.setdefault(source, set()).add(teacher)
+    return {source: sorted(teachers) for source, teachers in found.items()}
 
 
 def write_prompt_table(

@@ -25,7 +25,7 @@ from mtopd.progress import logs_json, say
 from mtopd.rollout.engine import Engine, Request
 from mtopd.tokenizer import tokenizer_hash
 from mtopd.tokenizer_files import said
-from mtopd.types import MtopdError
+from mtopd.types import MtopdError, Prompt
 from mtopd.user_cache import note_path, read_entry, write_entry
 
 from . import evaluate
@@ -125,10 +125,14 @@ def key_of(session: Session, folders: Sequence[Path], tell: Callable[[str], None
         "sampling": config.evaluation.model_dump(include={"temperature", "top_p"}),
         "prompts": [
             [name, [[p.prompt_id, p.prompt_ids, p.verify] for p in prompts]]
-            for name, prompts in zip(session.prompts.names, session.prompts.evaluation, strict=True)
+            for name, prompts in _held_out(session).items()
         ],
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def _held_out(session: Session) -> dict[str, list[Prompt]]:
+    return session.prompts.held_out_by_domain(evaluate.teachers_of(session.config))
 
 
 def _model_files(folder: Path) -> list[str]:
@@ -186,8 +190,7 @@ def _read(session: Session, key: str) -> Result | None:
     kept = read_entry(_KIND, key)
     if kept is None:
         return None
-    sources = zip(session.prompts.names, session.prompts.evaluation, strict=True)
-    names = {name for name, prompts in sources if prompts}
+    names = _held_out(session).keys()
     try:
         result = Result(**kept)
         tables = (result.accuracy, result.stopped, result.counts)

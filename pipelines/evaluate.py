@@ -32,7 +32,7 @@ from .session import Session
 from .student import Student
 
 _BATCH = 64
-Accuracy = dict[str, float]  # by source
+Accuracy = dict[str, float]  # by domain: source, or source/teacher where it has several
 
 
 def run(session: Session, iteration: Iteration) -> None:
@@ -60,7 +60,7 @@ def evaluate_student(session: Session, iteration: Iteration) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """How one model answered the held-out prompts, by source; sources without any are left out."""
+    """How one model answered the held-out prompts, by domain."""
 
     accuracy: Accuracy
     stopped: Mapping[str, float]  # share of its answers that ended by themselves
@@ -76,8 +76,9 @@ def measure(
     alone.  Collective.
     """
     ranks, sampling, ending = student.ranks, sampling_of(config), student.ending(stop_of(config))
-    items = [(s, p) for s, source in enumerate(prompts.evaluation) for p in source]
-    sums = torch.zeros(2, len(prompts.evaluation), dtype=torch.float64, device=ranks.device)
+    by_domain = prompts.held_out_by_domain(teachers_of(config))
+    items = [(d, p) for d, asked in enumerate(by_domain.values()) for p in asked]
+    sums = torch.zeros(2, len(by_domain), dtype=torch.float64, device=ranks.device)
     correct, stopped = sums
     for batch in plan_batches(len(items), _BATCH, ranks.world_size)[ranks.rank]:
         chosen = [items[i] for i in batch]
@@ -85,23 +86,23 @@ def measure(
         responses = engine.generate(
             requests, max_response=config.data.max_response, sampling=sampling
         )
-        for (source, prompt), response in zip(chosen, responses, strict=True):
+        for (domain, prompt), response in zip(chosen, responses, strict=True):
             if response.finish_reason == "stop":
                 text = ending.text(response.response_ids)
-                correct[source] += prompts.score(prompt, text) >= CORRECT_SCORE
-                stopped[source] += 1
+                correct[domain] += prompts.score(prompt, text) >= CORRECT_SCORE
+                stopped[domain] += 1
     dist.all_reduce(sums)
-    counts = {
-        name: len(source)
-        for name, source in zip(prompts.names, prompts.evaluation, strict=True)
-        if source
-    }
+    counts = {name: len(asked) for name, asked in by_domain.items()}
 
     def shares(found: torch.Tensor) -> dict[str, float]:
-        by_source = dict(zip(prompts.names, found.tolist(), strict=True))
-        return {name: by_source[name] / count for name, count in counts.items()}
+        numbers = zip(counts.items(), found.tolist(), strict=True)
+        return {name: number / count for (name, count), number in numbers}
 
     return Result(shares(correct), shares(stopped), counts)
+
+
+def teachers_of(config: ConsolidateConfig | SpecialistConfig) -> Sequence[str]:
+    return [t.name for t in config.teachers] if isinstance(config, ConsolidateConfig) else ()
 
 
 def stop_of(config: ConsolidateConfig | SpecialistConfig) -> Sequence[str]:
@@ -114,11 +115,11 @@ def sampling_of(config: ConsolidateConfig | SpecialistConfig) -> Sampling:
 
 
 def explain_zeros(found: Result) -> list[str]:
-    """A line for each source of which no answer is right: it may be a matter of form."""
+    """A line for each domain of which no answer is right: it may be a matter of form."""
     return [
         f"{name}: 0 of {count} answers are right, {round(found.stopped[name] * count)} of them "
         "ended by themselves (others count as wrong); how an answer is found in a response: "
-        "docs/data.md on answer extraction"
+        'docs/data.md, "Answers"'
         for name, count in found.counts.items()
         if found.accuracy[name] == 0
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 
@@ -41,6 +42,25 @@ def report_positions(
                 f"{what} is made for {facts.max_positions} positions (max_position_embeddings), "
                 f"data.context_length is {longest}: behind them its numbers mean little"
             )
+
+
+def report_baselines(config: ConsolidateConfig, say: Say) -> None:
+    """Say which baseline is taken for no teacher's, and what that leaves without a recovery."""
+    baselines, teachers = config.evaluation.baselines, [t.name for t in config.teachers]
+    if not baselines:
+        return
+    lacking = [name for name in teachers if name not in baselines]
+    for name in baselines:
+        if name == "base" or name in teachers or name in config.evaluation.weight_average:
+            continue
+        open_names = lacking if "base" in baselines else [*lacking, "base"]
+        meant = difflib.get_close_matches(name, open_names, n=1)
+        hint = f"; did you mean {meant[0]!r}?" if meant else ""
+        say(f"evaluation.baselines {name!r} names no teacher, nor 'base'{hint}")
+    if "base" not in baselines:
+        say("evaluation.baselines has no 'base': no recovery")
+    elif lacking:
+        say(f"evaluation.baselines has no {', '.join(lacking)}: no recovery for it")
 
 
 def report_dropout(student: StudentConfig, say: Say) -> None:

@@ -39,6 +39,7 @@ from .continuation import (
 from .inputs import inputs_of
 from .memory import report_memory
 from .notices import (
+    report_baselines,
     report_dropout,
     report_large_tensors,
     report_positions,
@@ -80,6 +81,7 @@ def consolidate(
     ]
     manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
     _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
+    report_baselines(config, say)
     report_positions(config, stores, say)
     report_dropout(config.student, say)
     report_schedule(config.train, say)

@@ -24,6 +24,7 @@ from mtopd.report.tables import (
     accuracy_rows,
     check_rows,
     origin_rows,
+    recovery_lines,
     result_columns,
     result_rows,
     specialist_verdict,
@@ -56,6 +57,7 @@ def write_report(run_dir: Path, console: Console) -> Report:
             f"{name}: {found}, expected {expected}: {result}"
             for name, found, expected, result in check_rows(report)
         ]
+        checks += recovery_lines(report)
         result = verdict(report)
     write_json(run_dir / "report.json", report)
     write_atomic(run_dir / "report.html", page.encode())

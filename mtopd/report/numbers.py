@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mtopd.config import SourceConfig
 from mtopd.metrics_lines import (
     BadStepLine,
     EvaluationLine,
@@ -16,7 +15,7 @@ from mtopd.metrics_lines import (
     RolloutLine,
     TrainStepLine,
 )
-from mtopd.report.record import Accuracy, Record, RunRecord, SpecialistRecord
+from mtopd.report.record import Accuracy, Domain, Record, RunRecord, SpecialistRecord
 from mtopd.run_dir import SCHEMA
 
 Report = Mapping[str, Any]  # as JSON has it
@@ -33,7 +32,8 @@ def build_report(record: RunRecord) -> Report:
     wall_s: dict[str, list[float]] = defaultdict(list)
     for phase in record.lines(PhaseLine):
         wall_s[phase.name].append(phase.wall_s)
-    domains = {source.name: _domain(record, source) for source in record.config.data.sources}
+    found = record.domains()
+    domains = {domain.name: _domain(record, domain) for domain in found}
     recovered = [d["recovery"] for d in domains.values() if d["recovery"] is not None]
     resident = _peak(s.heads.peak_resident_heads for s in steps)
     heads = _peak(s.heads.peak_head_bytes for s in steps)
@@ -64,6 +64,8 @@ def build_report(record: RunRecord) -> Report:
         "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
         "reverse_kl": first_and_last(steps, lambda s: s.reverse_kl),
         "domains": domains,
+        "no_recovery": {d.name: _why_not(record, d, domains[d.name]) for d in found
+                        if domains[d.name]["recovery"] is None},
         "student_stopped": _newest_stopped(record),
         "worst_recovery": min(recovered, default=None),
         "mean_recovery": sum(recovered) / len(recovered) if recovered else None,
@@ -108,11 +110,11 @@ def _teacher(
     }
 
 
-def _domain(record: RunRecord, source: SourceConfig) -> dict[str, float | None]:
-    models = (record.models.get("base"), record.models.get(record.teacher_of(source) or ""))
+def _domain(record: RunRecord, domain: Domain) -> dict[str, float | None]:
+    models = (record.models.get("base"), record.models.get(domain.teacher or ""))
     newest = record.evaluations[max(record.evaluations)] if record.evaluations else None
     base, teacher, student = (
-        _number(model.get(source.name)) if model else None for model in (*models, newest)
+        _number(model.get(domain.name)) if model else None for model in (*models, newest)
     )
     return {
         "base": base,
@@ -120,6 +122,27 @@ def _domain(record: RunRecord, source: SourceConfig) -> dict[str, float | None]:
         "student": student,
         "recovery": recovery(base, teacher, student),
     }
+
+
+def _why_not(record: RunRecord, domain: Domain, found: Mapping[str, float | None]) -> str:
+    """Why a domain has no recovery, and what to do about it where something can be done."""
+    if domain.why_not:
+        return domain.why_not
+    if domain.teacher is None:
+        return "no teacher's route fits it"
+    baselines = record.config.evaluation.baselines
+    wanted = {"base": found["base"], domain.teacher: found["teacher"]}
+    missing = [name for name, value in wanted.items() if value is None]
+    if unnamed := [name for name in missing if name not in baselines]:
+        return f"evaluation.baselines has no {' and no '.join(map(repr, unnamed))}"
+    if missing:
+        return f"baselines not evaluated: mtopd evaluate {record.config.run_dir} --baselines"
+    if found["student"] is None:
+        return "the student was not evaluated"
+    return (
+        f"teacher {domain.teacher} ({found['teacher']:.1%}) is not {_MIN_GAIN:.0%} above the base "
+        f"({found['base']:.1%})"
+    )
 
 
 def recovery(base: float | None, teacher: float | None, student: float | None) -> float | None:

@@ -22,6 +22,7 @@ from mtopd.report.tables import (
     per_second,
     percent,
     progress,
+    recovery_lines,
     result_columns,
     result_rows,
     reverse_kl,
@@ -39,7 +40,8 @@ def render_page(record: RunRecord, report: Report, title: str) -> str:
         "page.html",
         title=title,
         lead=f"{'Finished' if report['finished'] else 'NOT finished'}: {progress(report)}."
-        + "".join(f" It {line}." for line in origin_rows(report)),
+        + "".join(f" It {line}." for line in origin_rows(report))
+        + "".join(f" {line[0].upper()}{line[1:]}." for line in recovery_lines(report)),
         tiles=_tiles(report),
         result_columns=result_columns(report),
         result_rows=result_rows(report),

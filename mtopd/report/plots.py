@@ -66,11 +66,11 @@ def teacher_colours(report: Report) -> dict[str, str]:
 
 
 def accuracy_plots(record: RunRecord, report: Report, colours: Mapping[str, str]) -> list[Plot]:
-    """One for each source, in the colour of its teacher."""
+    """One for each domain, in the colour of its teacher."""
     plots = []
-    for i, source in enumerate(record.config.data.sources):
-        colour = colours.get(record.teacher_of(source) or "", COLOURS[i % len(COLOURS)])
-        plots.append(_accuracy_plot(record, report, source.name, colour))
+    for i, domain in enumerate(record.domains()):
+        colour = colours.get(domain.teacher or "", COLOURS[i % len(COLOURS)])
+        plots.append(_accuracy_plot(record, report, domain.name, colour))
     return plots
 
 

@@ -16,11 +16,21 @@ from mtopd.data import route
 from mtopd.files import read_json
 from mtopd.metrics import Entry, L, read_metrics
 from mtopd.metrics_lines import Line, PassMetrics, TeacherPassLine
+from mtopd.prompt_table import domain_name, held_out_teachers
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.types import MtopdError
 from mtopd.yaml_file import read_yaml
 
-Accuracy = Mapping[str, float | None]  # by source name
+Accuracy = Mapping[str, float | None]  # by domain
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Held-out prompts that are counted together: a source's that go to one teacher."""
+
+    name: str
+    teacher: str | None
+    why_not: str = ""  # why no recovery can be told, whatever was evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +70,34 @@ class RunRecord(Record):
     models: Mapping[str, Accuracy]  # baselines by name, teachers in their order
     weight_average: Accuracy | None
     origin: str | None  # RUN@ITERATION whose checkpoint the run began with (--from)
+    # By source, the teachers that its held-out prompts go to; None: no prompt table can be read.
+    asked: Mapping[int, Sequence[int]] | None
 
     @property
     def passes(self) -> Iterator[tuple[str, PassMetrics]]:
         """(teacher name, metrics) of every teacher pass."""
         return (item for line in self.lines(TeacherPassLine) for item in line.teachers.items())
+
+    def domains(self) -> list[Domain]:
+        """What the report has a column for: a source, or each of its teachers where the held-out
+        prompts go to several.
+        """
+        return [d for n, s in enumerate(self.config.data.sources) for d in self._domains_of(n, s)]
+
+    def _domains_of(self, number: int, source: SourceConfig) -> list[Domain]:
+        if self.asked is None:
+            return [Domain(source.name, self.teacher_of(source))]
+        teachers = [self.config.teachers[i].name for i in self.asked.get(number, ())]
+        if not teachers:
+            why = "it has no held-out prompts (eval_path)"
+            return [Domain(source.name, self.teacher_of(source), why)]
+        if len(teachers) == 1:
+            return [Domain(source.name, teachers[0])]
+        newest = self.evaluations[max(self.evaluations)] if self.evaluations else {}
+        if source.name in newest:
+            why = f"its prompts go to {', '.join(teachers)} and were counted together by an older "
+            return [Domain(source.name, None, why + "version")]
+        return [Domain(domain_name(source.name, teacher), teacher) for teacher in teachers]
 
     def teacher_of(self, source: SourceConfig) -> str | None:
         """The teacher that a prompt of this source goes to when its row adds no route fields."""
@@ -127,6 +160,7 @@ def read_run(run_dir: Path, config: ConsolidateConfig) -> RunRecord:
         evaluations={int(file.stem): read_json(file) for file in files if file.stem.isdigit()},
         models=dict(models),
         weight_average=baselines.get("weight_average"),
+        asked=held_out_teachers(run),
         origin=f"{origin['run']}@{origin['iteration']}" if origin else None,
         finished=is_sealed(run.export(config.train.num_iterations)),
     )

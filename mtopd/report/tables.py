@@ -18,7 +18,7 @@ def result_rows(report: Report) -> list[list[str]]:
     models = {
         "base": {name: d["base"] for name, d in domains.items()},
         **baselines["specialists"],
-        "weight average": baselines["weight_average"],
+        **({"weight average": average} if (average := baselines["weight_average"]) else {}),
         "student": {name: d["student"] for name, d in domains.items()},
     }
     rows = [
@@ -119,6 +119,18 @@ def first_and_last(ends: Mapping[str, float | None], num_steps: int, arrow: str)
     ratio = first / last if first is not None and last else 0
     lower = f" ({ratio:.1f}x)" if 1 <= ratio < 10 else f" ({ratio:.0f}x)" if ratio >= 10 else ""
     return f"{nats(first)} {arrow} {nats(last)}{lower}"
+
+
+def recovery_lines(report: Report) -> list[str]:
+    """What the worst recovery leaves out, and why; the same reason is said once."""
+    found, missing = report["domains"], report["no_recovery"]
+    lines: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        lines.setdefault(why, []).append(name)
+    said = [f"none for {', '.join(names)}: {why}" for why, names in lines.items()]
+    if said:
+        said[0] = f"recovery of {len(found) - len(missing)} of {len(found)} domains; {said[0]}"
+    return said
 
 
 def progress(report: Report) -> str:

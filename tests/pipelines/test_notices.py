@@ -6,12 +6,18 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from mtopd.config import SpecialistConfig, StudentConfig, SupervisedConfig
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron.options import sort_fields
-from mtopd.pipelines.notices import report_dropout, report_positions, report_schedule
+from mtopd.pipelines.notices import (
+    report_baselines,
+    report_dropout,
+    report_positions,
+    report_schedule,
+)
 from mtopd.pipelines.student import build_bridge
 from tests.small_models import save_model
 
@@ -31,6 +37,39 @@ def test_what_a_schedule_never_comes_to_is_said() -> None:
     assert report(10, min_lr=1e-4, decay="constant") == [
         "min_lr 0.0001 does nothing under decay constant"
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("base math code", []),
+        ("", []),
+        (
+            "base mathe code",
+            [
+                "evaluation.baselines 'mathe' names no teacher, nor 'base'; did you mean 'math'?",
+                "evaluation.baselines has no math: no recovery for it",
+            ],
+        ),
+        ("base math code", []),
+        (
+            "basis math code",
+            [
+                "evaluation.baselines 'basis' names no teacher, nor 'base'; did you mean 'base'?",
+                "evaluation.baselines has no 'base': no recovery",
+            ],
+        ),
+        ("base math code zebra", ["evaluation.baselines 'zebra' names no teacher, nor 'base'"]),
+    ],
+)
+def test_a_misspelt_baseline_is_said(names: str, said: list[str]) -> None:
+    config = SimpleNamespace(
+        teachers=[SimpleNamespace(name=name) for name in ("math", "code")],
+        evaluation=SimpleNamespace(baselines=dict.fromkeys(names.split(), "x"), weight_average=[]),
+    )
+    found: list[str] = []
+    report_baselines(config, found.append)  # type: ignore[arg-type]
+    assert found == said
 
 
 def test_models_made_for_fewer_positions_are_said(tmp_path: Path) -> None:
