@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
+SGLANG := .venv-sglang
+SUPPORT := tests/support/sglang_cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smoke real readme test parity integration lint fuzz soak benchmark benchmark-quick clean-demo clean-smoke help
+.PHONY: demo smoke real readme test parity integration sglang lint fuzz soak benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
@@ -15,6 +17,7 @@ help:
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line (kills, resume, the smoke demo) and long matrices"
+	@echo "make sglang       the environment of real SGLang servers on a CPU (about 5 minutes, 3 GB)"
 	@echo "make lint         ruff and mypy"
 	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
@@ -47,6 +50,16 @@ parity: $(READY)
 
 integration: $(READY)
 	$(BIN)/python -m pytest -m integration
+
+# SGLang names the CUDA build of everything it needs, so it is installed alone and its imports by a list.
+$(SGLANG)/ready: $(SUPPORT)/requirements.txt $(SUPPORT)/constraints.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -c $(SUPPORT)/constraints.txt torch
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -c $(SUPPORT)/constraints.txt --no-deps sglang torchvision
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -c $(SUPPORT)/constraints.txt -r $(SUPPORT)/requirements.txt
+	@touch $@
+
+sglang: $(SGLANG)/ready
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.run

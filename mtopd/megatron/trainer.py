@@ -124,6 +124,27 @@ class Trainer:
         # Used by `_scale`, for what routers add to the loss.
         self._num_positions = batch_size * seq_length * len(micro_batches) * self.ranks.dp_size
         self.num_backwards += 1
+        self._run_schedule(micro_batches, objective, forward_only=False)
+
+    @torch.no_grad()
+    def forward(self, micro_batches: Sequence[PackedMicroBatch], objective: LossFunction) -> None:
+        """Let ``objective`` see the hidden states of micro-batches of one shape, as
+        `forward_backward` does; no gradient.  Collective over the whole job.
+        """
+        self.finish_param_sync()
+        for module in self.ddp:
+            module.eval()
+        self._run_schedule(micro_batches, objective, forward_only=True)
+
+    def _run_schedule(
+        self,
+        micro_batches: Sequence[PackedMicroBatch],
+        objective: LossFunction,
+        *,
+        forward_only: bool,
+    ) -> None:
+        batch_size, seq_length = micro_batches[0].input_ids_BS.shape
+        seq_length *= self.ranks.cp_size
         # Every chunk of an interleaved schedule goes through all micro-batches by itself.
         iterators = [iter(micro_batches) for _ in self.ddp]
         get_forward_backward_func()(
@@ -135,7 +156,7 @@ class Trainer:
             num_microbatches=len(micro_batches),
             seq_length=seq_length,
             micro_batch_size=batch_size,
-            forward_only=False,
+            forward_only=forward_only,
         )
 
     @cpu.no_device_rewrite()

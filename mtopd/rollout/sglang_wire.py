@@ -1,0 +1,285 @@
+"""What an SGLang server is sent and what it answers, as bytes: bodies, events, and every check of them.
+
+A chunk of a stream is "what is new", of any size: chunks may merge on the way, or come twice from a
+broken proxy; the running total that each carries tells.  Tokens that pass here are trained on, so what
+is not exactly as asked is refused.  No network and no clock in this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtopd.types import MtopdError
+
+if TYPE_CHECKING:
+    from mtopd.rollout.engine import Sampling
+
+VERSION = "0.5.23"  # its wire format and its flags are what this client was tested with
+_LONGEST_EVENT = 64 << 20  # bytes: a server that streams cumulatively would grow without end
+_EVENT = b"data:"
+_NEEDED = {  # field of /server_info -> the flag that sets it
+    "enable_deterministic_inference": "--enable-deterministic-inference",
+    "incremental_streaming_output": "--incremental-streaming-output",
+    "skip_tokenizer_init": "--skip-tokenizer-init",
+}
+
+
+class AttemptFailed(Exception):
+    """This attempt ended early; what it delivered before counts, another may go on behind it.
+    ``kind`` is what metrics count it as.
+    """
+
+    def __init__(self, why: str, kind: str = "malformed") -> None:
+        super().__init__(why)
+        self.kind = kind
+
+
+class RequestRefused(Exception):
+    """The server will not answer this request, now or later."""
+
+
+# -- a server --------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself."""
+
+    longest_input: int  # tokens of prompt and response together
+    tp_size: int
+    device: str  # "cpu", "cuda"
+
+
+def check_server(
+    url: str,
+    server_info: Mapping[str, Any],
+    model_info: Mapping[str, Any],
+    *,
+    context_length: int,
+    seeded: bool,
+) -> ServerFacts:
+    """Raise MtopdError, with the flag to change, unless the server answers as this client reads."""
+
+    def refuse(found: str, needed: str, do: str) -> MtopdError:
+        return MtopdError(f"SGLang server {url}: {found}; {needed}: {do}")
+
+    found = server_info.get("version")
+    if found != VERSION:
+        raise refuse(
+            f"version {found}",
+            f"this client speaks to {VERSION}",
+            f"install sglang=={VERSION} there",
+        )
+    for field, flag in _NEEDED.items():
+        if field == "enable_deterministic_inference" and not seeded:
+            continue
+        if server_info.get(field) is not True:
+            raise refuse(f"{field} is off", "it must be on", f"start it with {flag}")
+    if model_info.get("preferred_sampling_params"):
+        raise refuse(
+            f"preferred_sampling_params are {model_info['preferred_sampling_params']}",
+            "they would change every request",
+            "start it without --preferred-sampling-params",
+        )
+    # The longest accepted input is one token less than it says (seen at 2048: 2041 and not 2042).
+    longest = int(server_info.get("max_req_input_len") or 0) - 1
+    if context_length > longest:
+        raise refuse(
+            f"its longest input is {longest} tokens",
+            f"data.context_length {context_length} must fit, or a response near its end could not "
+            "be continued",
+            "raise --context-length and --max-total-tokens, or lower data.context_length",
+        )
+    return ServerFacts(longest, int(server_info.get("tp_size", 1)), str(server_info.get("device")))
+
+
+# -- a request -------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tokens that one attempt is asked for."""
+
+    num_tokens: int
+    endless: bool = (
+        False  # end tokens are tokens like any other: before the response's least length
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What all requests of a phase have in common."""
+
+    vocab_size: int  # of the tokenizer: ids at or above it are nobody's
+    end_ids: frozenset[int]
+    version: str  # of the weights that must answer
+    sampling: Sampling
+    seeded: bool
+    interval: int  # tokens of a chunk
+
+
+def check_ids(prompt_id: str, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """One id outside the model's rows ends an SGLang server with all that it answers."""
+    if not prompt_ids:
+        raise MtopdError(f"prompt {prompt_id} has no tokens; an engine needs one: remove it")
+    lowest, highest = min(prompt_ids), max(prompt_ids)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise MtopdError(
+            f"prompt {prompt_id} holds the token id {wrong}; ids of the student's tokenizer run "
+            f"from 0 to {vocab_size - 1}: tokenize it with the student's own"
+        )
+
+
+def generate_body(
+    asking: Asking, rid: str, input_ids: Sequence[int], part: Part, seed: int
+) -> bytes:
+    """The body of /generate for ``part`` behind ``input_ids``."""
+    params: dict[str, Any] = {
+        "temperature": asking.sampling.temperature,
+        "max_new_tokens": part.num_tokens,
+        "stream_interval": asking.interval,
+    }
+    if part.endless:
+        params["ignore_eos"] = True
+    else:
+        params["stop_token_ids"] = sorted(asking.end_ids)
+    if asking.sampling.top_p < 1:
+        params["top_p"] = asking.sampling.top_p
+    if asking.seeded:
+        params["sampling_seed"] = seed
+    body = {
+        "rid": rid,
+        "input_ids": list(input_ids),
+        "stream": True,
+        "return_logprob": True,
+        "sampling_params": params,
+    }
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+# -- a stream --------------------------------------------------------------------------------------
+class Events:
+    """Cuts a stream of bytes into its events, whatever the pieces it comes in."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The JSON texts of the events that are whole now; comments and the last [DONE] are none."""
+        if self._rest:
+            data = self._rest + data
+        *lines, self._rest = data.split(b"\n")
+        if len(self._rest) > _LONGEST_EVENT:
+            raise AttemptFailed(f"an event of more than {_LONGEST_EVENT >> 20} MiB")
+        for line in lines:
+            if line.startswith(_EVENT):
+                text = line[5:].strip()
+                if text != b"[DONE]":
+                    yield text
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The new tokens of one event."""
+
+    ids: array[int]
+    log_probs: np.ndarray  # float32 [len(ids)]
+    finish: str | None  # "stop", "length", "abort"; None: more will come
+
+
+class Stream:
+    """The checks of one attempt, event by event."""
+
+    __slots__ = ("_asking", "_ends", "_rest", "cached_tokens", "total")
+
+    def __init__(self, asking: Asking, part: Part) -> None:
+        self._asking = asking
+        self._rest = part.num_tokens
+        self._ends = frozenset() if part.endless else asking.end_ids
+        self.total = 0  # tokens so far
+        self.cached_tokens = 0  # of the prompt, that the server found in its prefix cache
+
+    def read(self, text: bytes) -> Chunk:
+        """Raises AttemptFailed, and RequestRefused for an error that another try would meet too."""
+        asking = self._asking
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            raise AttemptFailed(f"an event is not JSON: {text[:80]!r}") from None
+        try:
+            if "error" in answer:
+                raise _error_event(answer["error"])
+            ids_read, meta = answer["output_ids"], answer["meta_info"]
+            triples = meta["output_token_logprobs"] if ids_read else []
+            log_probs_read = [triple[0] for triple in triples]
+            if [triple[1] for triple in triples] != ids_read:
+                raise AttemptFailed("tokens and those of the log-probs differ")
+            ids, total, finish = (
+                array("i", ids_read),
+                meta["completion_tokens"],
+                meta["finish_reason"],
+            )
+            log_probs = np.array(array("f", log_probs_read))
+            version, kind = meta["weight_version"], finish and finish["type"]
+        except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            # null is what a masked-out token has for a log-prob
+            raise AttemptFailed(f"an event without what it must hold: {error!r:.80}") from None
+        if version != asking.version:
+            raise AttemptFailed(
+                f"answered with weights {version!r}, not {asking.version!r}", "other_weights"
+            )
+        self.total += len(ids)
+        if total != self.total:
+            raise AttemptFailed(f"{self.total} tokens came, the server counts {total}")
+        if self.total > self._rest:
+            raise AttemptFailed(f"{self.total} tokens, {self._rest} were asked for")
+        if not math.isfinite(sum(log_probs_read)):  # NaN and inf stay in a sum
+            raise AttemptFailed("a log-prob is not finite")
+        if ids and not (min(ids) >= 0 and max(ids) < asking.vocab_size):
+            raise AttemptFailed(
+                f"a sampled id is not below the tokenizer's {asking.vocab_size}: the server's "
+                "vocabulary is not trimmed"
+            )
+        self.cached_tokens = meta.get("cached_tokens") or 0
+        self._check_end(ids, kind)
+        return Chunk(ids, log_probs, kind)
+
+    def _check_end(self, ids: array[int], kind: str | None) -> None:
+        ends = self._ends
+        if not ends.isdisjoint(ids[:-1] if kind == "stop" else ids):
+            raise AttemptFailed("tokens come behind an end token")
+        if kind == "stop" and not (ids and ids[-1] in ends):
+            raise AttemptFailed(f"stopped at {list(ids[-1:])}, which is no end token of ours")
+        if kind == "length" and self.total != self._rest:
+            # What a full KV pool looks like.
+            raise AttemptFailed(
+                f"cut at {self.total} of {self._rest} tokens and called it length", "cut_short"
+            )
+        if kind not in (None, "stop", "length", "abort"):
+            raise AttemptFailed(f"finish reason {kind!r}")
+
+
+def _error_event(error: Any) -> Exception:
+    """An error inside a stream, which has status 200."""
+    code = error.get("code") if isinstance(error, dict) else None
+    said = error.get("message", error) if isinstance(error, dict) else error
+    if code == 400:
+        return RequestRefused(f"{said}")
+    return AttemptFailed(f"the server said in its stream: {said!s:.200}", "error_event")
+
+
+def error_text(body: str) -> str:
+    """What an answer that is no 200 says."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return body.strip()[:300]
+    for key in ("error", "message"):
+        if isinstance(found, dict) and found.get(key):
+            value = found[key]
+            return str(value.get("message", value) if isinstance(value, dict) else value)[:300]
+    return body[:300]
