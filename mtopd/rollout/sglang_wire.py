@@ -12,14 +12,11 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mtopd.types import MtopdError
-
-if TYPE_CHECKING:
-    from mtopd.rollout.engine import Sampling
 
 VERSION = "0.5.23"  # its wire format and its flags are what this client was tested with
 _LONGEST_EVENT = 64 << 20  # bytes: a server that streams cumulatively would grow without end
@@ -116,9 +113,10 @@ class Asking:
     vocab_size: int  # of the tokenizer: ids at or above it are nobody's
     end_ids: frozenset[int]
     version: str  # of the weights that must answer
-    sampling: Sampling
     seeded: bool
     interval: int  # tokens of a chunk
+    temperature: float = 1.0  # 0: the most likely token
+    top_p: float = 1.0
 
 
 def check_ids(prompt_id: str, prompt_ids: Sequence[int], vocab_size: int) -> None:
@@ -139,7 +137,7 @@ def generate_body(
 ) -> bytes:
     """The body of /generate for ``part`` behind ``input_ids``."""
     params: dict[str, Any] = {
-        "temperature": asking.sampling.temperature,
+        "temperature": asking.temperature,
         "max_new_tokens": part.num_tokens,
         "stream_interval": asking.interval,
     }
@@ -147,8 +145,8 @@ def generate_body(
         params["ignore_eos"] = True
     else:
         params["stop_token_ids"] = sorted(asking.end_ids)
-    if asking.sampling.top_p < 1:
-        params["top_p"] = asking.sampling.top_p
+    if asking.top_p < 1:
+        params["top_p"] = asking.top_p
     if asking.seeded:
         params["sampling_seed"] = seed
     body = {

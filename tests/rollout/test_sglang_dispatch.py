@@ -11,7 +11,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from mtopd.rollout.engine import Sampling
 from mtopd.rollout.sglang_dispatch import Dispatcher, Work
 from mtopd.rollout.sglang_servers import Servers
 from mtopd.rollout.sglang_wire import Asking, Chunk
@@ -39,9 +38,7 @@ class Run:
         self.finishes: Finishes = {}
         self.changes = {"most_open": 16, "silence_s": 20.0, **changes}
         self.patience_s = self.changes.pop("patience_s", 20.0)
-        self.asking = Asking(
-            VOCABULARY, frozenset({END}), "run/1/0", Sampling(max_response=BUDGET), True, 8
-        )
+        self.asking = Asking(VOCABULARY, frozenset({END}), "run/1/0", True, 8)
 
     def append(self, work: Work, chunk: Chunk) -> None:
         assert work.sample_id not in self.finishes, "tokens behind the end"

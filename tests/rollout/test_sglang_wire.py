@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from mtopd.rollout.engine import Sampling
 from mtopd.rollout.sglang_wire import (
     Asking,
     AttemptFailed,
@@ -27,7 +26,6 @@ ASKING = Asking(
     vocab_size=50,
     end_ids=frozenset({49}),
     version="run/1/3",
-    sampling=Sampling(max_response=16),
     seeded=True,
     interval=8,
 )
