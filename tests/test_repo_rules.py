@@ -59,6 +59,7 @@ ONE_PLACE = {  # library -> where it may be imported
     "zarr": r"(?!)",  # a reader's tool: tests open our segments with it
     "reasoning_gym": r"mtopd/data/verifiers\.py",
     "transformer_engine": r"mtopd/megatron/.*",
+    "aiohttp": r"mtopd/rollout/sglang.*\.py",
     "triton": r"mtopd/kernels/rows_triton\.py",
     "jinja2": r"mtopd/report/page\.py",
     "matplotlib": r"mtopd/report/plots\.py",
@@ -81,6 +82,7 @@ PIPELINES = (
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
     ("session",),
     ("iteration", "engines", "export", "teachers"),
+    ("scores",),
     ("student",),
 )
 MEGATRON_DATACLASSES = {  # file below megatron/core -> dataclasses whose fields are options

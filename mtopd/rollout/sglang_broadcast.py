@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -28,7 +29,7 @@ class BroadcastGroup:
         self.size = num_receivers + 1
         self.device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None  # a ProcessGroup of the backend
         # Only on the address that the servers are told: whoever reaches the store can take part.
         self._store = dist.TCPStore(
             address,
@@ -51,7 +52,7 @@ class BroadcastGroup:
             nccl._timeout = datetime.timedelta(seconds=BROADCAST_S)
             self._group = dist.ProcessGroupNCCL(store, 0, self.size, nccl)
             return
-        gloo = dist.ProcessGroupGloo._Options()
+        gloo = getattr(dist.ProcessGroupGloo, "_Options")()  # noqa: B009 - the stubs lack it
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]
         gloo._timeout = datetime.timedelta(seconds=BROADCAST_S)
         self._group = dist.ProcessGroupGloo(store, 0, self.size, gloo)
