@@ -87,11 +87,16 @@ def check_schema(run: RunDir) -> None:
     """Raise MtopdError when the run, if there is one, cannot be gone on with by this version."""
     if run.manifest.exists():
         read_manifest(run)
-    elif run.current_generation():
+    elif run.current_generation() and not run.is_unstarted():
         raise MtopdError(
             f"{run.path} has lost its {run.manifest.name}, which says what run it is; put it back, "
             "or choose another run_dir"
         )
+
+
+def has_origin(run: RunDir) -> bool:
+    """The run begins with another run's checkpoint."""
+    return run.manifest.exists() and "from" in read_manifest(run)
 
 
 def start_run(

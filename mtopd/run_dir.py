@@ -161,8 +161,34 @@ class RunDir:
 
     def take_generation(self) -> None:
         """Become the newest start of the run.  The caller holds the lock."""
+        unstarted = not self._generation.exists() or self.is_unstarted()
         self.generation = self.current_generation() + 1
-        write_json(self._generation, {"generation": self.generation})
+        self._note_generation(ranks_started=not unstarted)
+
+    def note_ranks(self) -> None:
+        """Ranks start now: from here on the run keeps its settings.  The caller holds the lock."""
+        self._note_generation(ranks_started=True)
+
+    def _note_generation(self, *, ranks_started: bool) -> None:
+        contents = {"generation": self.generation, "ranks_started": ranks_started}
+        write_json(self._generation, contents)
+
+    def is_unstarted(self) -> bool:
+        """Starts have only checked and prepared here, as they noted themselves: no rank has run."""
+        if not self._generation.exists():
+            return False
+        found = read_json(self._generation)
+        return (
+            isinstance(found, dict)
+            and found.get("ranks_started") is False
+            and not self.metrics.exists()
+            and not any((self.path / name).exists() for name in _FOLDERS)
+        )
+
+    def forget_first_files(self) -> None:
+        """Make room for those of another start.  ``generation.json`` stays: it marks the folder."""
+        for path in (self.prompts, self.config, self.manifest):
+            path.unlink(missing_ok=True)
 
     def current_generation(self) -> int:
         if not self._generation.exists():

@@ -202,7 +202,7 @@ def _origin(
     chosen = available[-1] if iteration is None else iteration
     if chosen not in available:
         raise MtopdError(
-            f"{where}: there is no checkpoint of iteration {chosen}; there are "
+            f"{where}: there is no checkpoint of iteration {chosen}; iterations with a checkpoint: "
             f"{', '.join(map(str, available))}"
         )
     manifest = read_json(source.manifest)

@@ -36,7 +36,8 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
     if phase != "teacher_pass":
         if chosen not in available:
             raise MtopdError(
-                f"{run_dir} has no checkpoint of iteration {chosen}; there are {available}"
+                f"{run_dir} has no checkpoint of iteration {chosen}; iterations with a checkpoint: "
+                f"{', '.join(map(str, available))}"
             )
         if chosen or session.origin is not None:
             session.restore(iteration)

@@ -10,7 +10,7 @@ from mtopd.config import ConsolidateConfig, SpecialistConfig, resolved, to_yaml
 from mtopd.families import model_facts
 from mtopd.files import remove_tree
 from mtopd.hf_checkpoint import load_hf_config
-from mtopd.manifest import check_schema, start_run
+from mtopd.manifest import check_schema, has_origin, start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
@@ -160,6 +160,9 @@ def _start(
     if run.is_ours():
         run.sweep()
     check_schema(run)
+    # The origin of a run is kept, unless it is given anew: a start that names none goes on with it.
+    if run.is_unstarted() and (given_origin or not has_origin(run)):
+        run.forget_first_files()
     manifest["inputs"] = inputs_of(config.student, config.data.sources, say)
     manifest["architecture"] = architecture(config.student.model)
     origin = find_origin(run, given_origin, config.student, manifest)

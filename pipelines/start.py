@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mtopd.config import ConsolidateConfig, ParallelConfig, SpecialistConfig, load_config
 from mtopd.files import one_line_errors
+from mtopd.manifest import has_origin
 from mtopd.planning import in_words
 from mtopd.progress import is_first, say, under_torchrun
 from mtopd.run_dir import RunDir, is_sealed
@@ -61,10 +62,11 @@ def start_ranks(
             say(
                 f"all is well: {run.path} would start {_ranks(config.student.parallel)}; written "
                 f"there: {in_words([path.name for path in run.first_files], 'and')}, which the "
-                "start will use (with other settings: remove the folder first)"
+                "start will use, or write anew for other settings"
             )
         else:
             failures.forget(run.path)
+            run.note_ranks()
         return not check
 
     if under_torchrun():
@@ -100,8 +102,33 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
         )
     config = load_config(run.config, [], ConsolidateConfig)
     config = config.model_copy(update={"run_dir": run_dir.absolute()})  # it may have been moved
+
+    def prepared(config: ConsolidateConfig, run: RunDir, say: Callable[[str], None]) -> None:
+        if name in ("evaluate", "baselines"):
+            if not any(source.has_held_out for source in config.data.sources):
+                raise MtopdError(
+                    f"{run_dir} has no held-out prompts to evaluate on; they come from eval_path "
+                    "of data.sources, or from a reasoning_gym dataset"
+                )
+            if name == "baselines" and not config.evaluation.baselines:
+                raise MtopdError(f"the config of {run_dir} has no evaluation.baselines")
+        if iteration is not None and name != "teacher_pass":
+            check_checkpoint(run, iteration)
+        prepare.consolidate(config, run, say)
+
     chosen = "newest" if iteration is None else str(iteration)
-    start_ranks(run, config, prepare.consolidate, "phase:main", name, chosen)
+    start_ranks(run, config, prepared, "phase:main", name, chosen)
+
+
+def check_checkpoint(run: RunDir, iteration: int) -> None:
+    """Raise MtopdError unless a phase can begin with ``iteration``: 0 is the student itself."""
+    found = run.sealed_checkpoints()
+    available = sorted({0, *found}) if not has_origin(run) else found or [0]
+    if iteration not in available:
+        raise MtopdError(
+            f"{run.path} has no checkpoint of iteration {iteration}; iterations with a "
+            f"checkpoint: {', '.join(map(str, available))}"
+        )
 
 
 def _join_outer_torchrun(

@@ -287,6 +287,33 @@ def test_check_does_what_a_start_does_before_its_ranks(
     assert "is finished" in found and "all is well" not in found
 
 
+def test_a_run_keeps_its_settings_once_ranks_have_started(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check, change, check is free; a phase asks for what there is before its ranks start."""
+    run, arguments = workplace / "run", ["consolidate", str(workplace / "config.yaml"), "--check"]
+    for lr in (0.5, 0.25):
+        override = f"train.optimizer.lr={lr}"
+        monkeypatch.setattr(sys, "argv", ["mtopd", *arguments, override])
+        cli.main()
+        assert "all is well" in capsys.readouterr().err
+        kept = yaml.safe_load((run / "config.yaml").read_text())
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert kept["train"]["optimizer"]["lr"] == lr
+        assert manifest["config"]["train"]["optimizer"]["lr"] == lr
+    for phase, said in (
+        (["train", str(run), "--iteration", "7"], "iterations with a checkpoint: 0"),
+        (["evaluate", str(run), "--baselines"], "no held-out prompts"),
+    ):
+        monkeypatch.setattr(start, "launch", lambda *_: pytest.fail("ranks have started"))
+        assert said in refused(workplace, capsys, monkeypatch, *phase)
+    monkeypatch.setattr(start, "launch", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["mtopd", "train", str(run)])
+    cli.main()
+    capsys.readouterr()
+    assert "belongs to another run" in refused(workplace, capsys, monkeypatch, *arguments)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
@@ -309,6 +336,9 @@ def test_a_changed_input_is_noticed_by_the_next_start(
     arguments = ["consolidate", str(workplace / "config.yaml"), "--check"]
     monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
     cli.main()
+    run = RunDir(workplace / "run")
+    run.generation = run.current_generation()
+    run.note_ranks()  # before, another start could take other inputs
     path = workplace / file
     before = path.read_bytes()
     path.write_bytes(change(before))

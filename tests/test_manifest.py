@@ -197,6 +197,7 @@ def test_a_run_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
         for begin in (check_schema, lambda run: start_run(run, CONFIG, MANIFEST, "new")):
             with pytest.raises(MtopdError, match=said):
                 begin(run)
+    run.note_ranks()
     run.manifest.unlink()
     with pytest.raises(MtopdError, match=r"has lost its manifest\.json"):
         check_schema(run)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,6 +104,8 @@ def install() -> None:
     )
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     _install_dispatcher()
+    # of torch's checkpoint reader, about ShardedTensor, which megatron-core chooses
+    warnings.filterwarnings("ignore", "Please use DTensor", FutureWarning)
     mode = _CudaMeansCpu()
     mode.__enter__()
     _installed.append(mode)

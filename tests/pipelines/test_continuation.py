@@ -164,7 +164,9 @@ def test_the_other_run_may_go_once_there_is_a_checkpoint(
     with pytest.raises(MtopdError, match="was written again since the first start"):
         find_origin(run, None, student, KNOWN)
     seal.unlink()
-    with pytest.raises(MtopdError, match="no checkpoint of iteration 2; there are 4"):
+    with pytest.raises(
+        MtopdError, match="no checkpoint of iteration 2; iterations with a checkpoint: 4"
+    ):
         find_origin(run, None, student, KNOWN)
     run.checkpoint(0).mkdir(parents=True)
     run.seal(run.checkpoint(0))
@@ -184,7 +186,7 @@ def test_a_run_begun_without_another_does_not_take_one(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("source@3", "no checkpoint of iteration 3; there are 2, 4"),
+        ("source@3", "no checkpoint of iteration 3; iterations with a checkpoint: 2, 4"),
         ("empty", "no finished checkpoint"),
         ("nothing", "not a run directory"),
         ("source@x", "not a run directory"),
