@@ -6,19 +6,24 @@ directory on a local disk is another folder on every node: then ranks would plan
 train, without a word.  So what a phase begins with is compared by one all-reduce of 16 bytes, and
 where the way through the code depends on a file, rank 0 looks and tells the others.
 
+Work that takes ranks unlike times (``apart``) ends on the store: a collective would give up on the
+slowest after minutes.
+
 Every function here is collective, and what a rank raises as MtopdError or OSError while it looks is
 raised on every rank, with its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import itertools
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -133,6 +138,86 @@ def see_start_alike(ranks: Ranks, run: RunDir) -> None:
     )
 
 
+# -- work that takes ranks unlike times ------------------------------------------------------------
+BEAT_EVERY_S = 5.0
+SILENCE_S = 300.0  # a rank that does not beat for so long is lost
+_POLL_S = 0.02, 1.0  # the first wait between two looks, and the longest
+_FAILED = 1 << 40  # beyond every number that is dealt
+_pieces = itertools.count()  # every rank begins pieces of work in one order
+
+
+@contextlib.contextmanager
+def apart(ranks: Ranks) -> Iterator[str]:
+    """A piece of work that each rank does in its own time; gives its name, for ``deal``.
+
+    The block ends on every rank when it has ended on all, however long the slowest takes.  While it
+    is in the block a rank beats; one that has fallen silent is named.  What a rank raises as
+    MtopdError or OSError is raised on every rank.
+    """
+    name = f"apart/{next(_pieces)}"
+    store = _store(name)
+    stop = threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):  # the store's process has ended: so will this one
+            while True:
+                store.add(f"beat/{ranks.rank}", 1)
+                if stop.wait(BEAT_EVERY_S):
+                    return
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        try:
+            yield name
+        except (MtopdError, OSError) as error:
+            outcome: _Outcome[None] = _failure(error)
+            host = f"rank {ranks.rank} on host {socket.gethostname()}: " * (ranks.world_size > 1)
+            # The first that fails is told of.
+            store.compare_set("error", "", f"{host}{outcome.error}")
+        store.add("done", 1)
+        _wait_for_all(store, ranks)
+    finally:
+        stop.set()
+        heart.join()
+    if store.check(["error"]):
+        raise MtopdError(store.get("error").decode())
+
+
+def deal(name: str, call: int) -> int:
+    """The next number from 0 in the ``call``-th dealing of the piece of work ``name`` that no rank
+    has had; a huge one once a rank has failed: nobody begins anything then.
+    """
+    store = _store(name)
+    if store.check(["error"]):
+        return _FAILED
+    return int(store.add(f"deal/{call}", 1)) - 1
+
+
+def _store(name: str) -> dist.Store:
+    # Public functions reach the job's store only while they make it.
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+
+def _wait_for_all(store: dist.Store, ranks: Ranks) -> None:
+    """Until every rank is done.  Raises MtopdError when the next rank has fallen silent: each watches
+    one other.
+    """
+    watched = (ranks.rank + 1) % ranks.world_size
+    beats, heard, (wait, longest) = -1, time.monotonic(), _POLL_S
+    while store.add("done", 0) < ranks.world_size:
+        now = store.add(f"beat/{watched}", 0)
+        if now != beats:
+            beats, heard = now, time.monotonic()
+        elif time.monotonic() - heard > SILENCE_S:
+            raise MtopdError(
+                f"rank {watched} has given no sign of life for {SILENCE_S:.0f} seconds, and it is not "
+                "through: its host is down, or stopped; look at it, then start the same command again"
+            )
+        time.sleep(wait)
+        wait = min(2 * wait, longest)
+
+
 def digest_of(*parts: object) -> bytes:
     """Bytes to compare plain values by; equal values have equal representations."""
     digest = hashlib.sha256()
@@ -145,12 +230,14 @@ def digest_of(*parts: object) -> bytes:
 def _attempt(look: Callable[[], T]) -> _Outcome[T]:
     try:
         return _Outcome(look())
-    except MtopdError as error:
-        return _Outcome(None, str(error))
-    except OSError as error:  # a file that this rank cannot see, say
-        return _Outcome(
-            None, f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        )
+    except (MtopdError, OSError) as error:
+        return _failure(error)
+
+
+def _failure(error: MtopdError | OSError) -> _Outcome[T]:
+    if isinstance(error, OSError) and error.filename:  # a file that this rank cannot see, say
+        return _Outcome(None, f"{error.filename}: {error.strerror}")
+    return _Outcome(None, str(error))
 
 
 def _is_same(ranks: Ranks, compared: bytes) -> bool:
