@@ -8,10 +8,10 @@ may hold several train steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 
 
 class MtopdError(ValueError):
@@ -49,6 +49,13 @@ def num_input_tokens(prompt_len: int, response_len: int) -> int:
     return prompt_len + response_len - 1
 
 
+class Numbers(Protocol):
+    """One number a token: a tuple, or an array."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 # -- a sample on its way ---------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -76,15 +83,17 @@ class Trajectory:
     route: Mapping[str, str]
     teacher_index: int
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    loss_mask: tuple[int, ...]  # one 0/1 for each response token
+    response_ids: Numbers
+    loss_mask: Numbers  # one 0/1 for each response token
     # Log-prob of each response token under the sampling student
-    rollout_log_probs: tuple[float, ...]
-    student_version: int  # the iteration whose weights sampled it
+    rollout_log_probs: Numbers
+    student_version: int  # the iteration whose weights sampled its last token
     finish_reason: str  # "stop" (an end token or a stop string) | "length"
     reward: float | None = None  # the verifier's score where the prompt has a verifier
     # What the teacher reads before the response; None: the student's own prompt
     teacher_prompt_ids: tuple[int, ...] | None = None
+    # (first token, student version) of each run of tokens; (): student_version sampled them all
+    version_spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ and ``sha256``.
     prompt_len       int32                at least 1
     response_len     int32                at least 1; counts the end token or stop string, which is trained and last
     num_loss_tokens  int32                ones in loss_mask
-    student_version  int32                the iteration whose weights sampled the response
+    student_version  int32                the iteration whose weights sampled the response's last token
+    oldest_version   int32                the smallest version of ``version_spans``
     finish_reason    string               "stop" (at an end token or a stop string) or "length"
     reward           double, nullable     the verifier's score
     token_hash       string               ``token_hash`` of the sample's tokens, hex
@@ -29,7 +30,8 @@ memory-mapped:
     response_ids         list<int32>
     loss_mask            list<uint8>       0 or 1 for each response token
     rollout_log_probs    list<float>       of each response token, under the student that sampled it
-    version_spans        list<struct<start: int32, version: int32>>  ``version`` sampled from token ``start`` on
+    version_spans        list<struct<start: int32, version: int32>>  ``version`` sampled from token ``start`` on;
+                                           the first start is 0, they ascend, the last version is student_version
     teacher_prompt_ids   list<int32>, nullable  what the teacher reads in place of prompt_ids, before the same
                                                 response; at least 1 where not null
 
@@ -53,7 +55,9 @@ import pyarrow as pa
 from mtopd.files import read_json
 from mtopd.types import MtopdError
 
-SCHEMA_VERSION = 2  # 2: length and hash of the teacher's own prompt in the metadata
+SCHEMA_VERSION = 2  # 2: oldest_version, length and hash of the teacher's own prompt in the metadata
+# Of version 1 every token has student_version, and the teacher reads the student's own prompt.
+_READ = (1, SCHEMA_VERSION)
 SEAL_SUFFIX = ".sealed.json"
 FINISH_REASONS = ("stop", "length")
 
@@ -66,6 +70,7 @@ _METADATA_TYPES = {
     "response_len": pa.int32(),
     "num_loss_tokens": pa.int32(),
     "student_version": pa.int32(),
+    "oldest_version": pa.int32(),
     "finish_reason": pa.string(),
     "reward": pa.float64(),
     "token_hash": pa.string(),
@@ -123,6 +128,7 @@ class Shard:
 
     folder: Path
     name: str
+    schema_version: int
     generation: int
     num_samples: int
     files: Mapping[str, Mapping[str, int | str]]  # file name -> its sealed size and sha256
@@ -151,16 +157,17 @@ def load_shard(folder: Path, name: str) -> Shard:
     path = seal_path(folder, name)
     seal = read_json(path)
     version = seal.get("schema_version") if isinstance(seal, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in _READ:
         raise MtopdError(
-            f"{path} has schema_version {version!r}; this version of mtopd reads {SCHEMA_VERSION}"
+            f"{path} has schema_version {version!r}; this version of mtopd reads "
+            f"{' and '.join(map(str, _READ))}"
         )
     files = [metadata_path(folder, name).name, tokens_path(folder, name).name]
     if not {"generation", "num_samples", "files"} <= seal.keys() or sorted(seal["files"]) != files:
         raise damaged(
             path, f"it must hold generation, num_samples and files with {' and '.join(files)}"
         )
-    return Shard(folder, name, seal["generation"], seal["num_samples"], seal["files"])
+    return Shard(folder, name, version, seal["generation"], seal["num_samples"], seal["files"])
 
 
 def sealed_shards(folder: Path) -> list[str]:

@@ -167,6 +167,7 @@ class TokenStore:
             loss_mask=tuple(fields.loss_mask.tolist()),
             rollout_log_probs=tuple(fields.rollout_log_probs.tolist()),
             student_version=row["student_version"],
+            version_spans=fields.version_spans if len(fields.version_spans) > 1 else (),
             finish_reason=row["finish_reason"],
             reward=row["reward"],
             teacher_prompt_ids=None if context is None else tuple(context.tolist()),
@@ -214,7 +215,7 @@ def _read_table(shard: Shard) -> pa.Table:
     try:
         # Another harness may mark its columns nullable or use wider integers: the cast admits both,
         # but no null.
-        table = pq.read_table(pa.BufferReader(data), columns=METADATA_SCHEMA.names).cast(
+        table = _complete(pq.read_table(pa.BufferReader(data)), shard.schema_version).cast(
             METADATA_SCHEMA
         )
     except (pa.ArrowException, ValueError) as error:
@@ -224,6 +225,16 @@ def _read_table(shard: Shard) -> pa.Table:
     if len(table) != shard.num_samples:
         raise damaged(path, f"it has {len(table)} samples, sealed were {shard.num_samples}")
     return table
+
+
+def _complete(table: pa.Table, schema_version: int) -> pa.Table:
+    """The columns of this version, in its order; what version 1 did not write follows from the rest."""
+    if schema_version == 1 and "student_version" in table.column_names:
+        count = len(table)
+        table = table.append_column("oldest_version", table["student_version"])
+        table = table.append_column("teacher_prompt_len", pa.array([0] * count, pa.int32()))
+        table = table.append_column("teacher_prompt_hash", pa.array([""] * count))
+    return table.select([n for n in METADATA_SCHEMA.names if n in table.column_names])
 
 
 def _map_tokens(shard: Shard, metadata: pa.Table) -> pa.Table:
@@ -270,7 +281,26 @@ def _format_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:
             return f"the lengths of {column} are not the metadata's {length}"
         if pc.min(metadata[length]).as_py() < 1:
             return f"{length} is 0; it must be at least 1"
-    return _loss_mask_difference(tokens, metadata)
+    return _span_difference(tokens, metadata) or _loss_mask_difference(tokens, metadata)
+
+
+def _span_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:
+    """Of all samples at once: a shard may hold very many."""
+    counts = pc.list_value_length(tokens["version_spans"]).to_numpy()
+    if len(counts) and counts.min() < 1:
+        return "version_spans of a sample is empty"
+    spans = pc.list_flatten(tokens["version_spans"])
+    starts, versions = (pc.struct_field(spans, name).to_numpy() for name in ("start", "version"))
+    first = np.cumsum(counts) - counts
+    last = first + counts - 1
+    rises = np.append(np.diff(starts) > 0, True)
+    rises[last] = starts[last] < metadata["response_len"].to_numpy()
+    if starts[first].any() or not rises.all():
+        return "version_spans begin at 0 and ascend, within the response"
+    newest, oldest = (metadata[n].to_numpy() for n in ("student_version", "oldest_version"))
+    if (versions[last] != newest).any() or (np.minimum.reduceat(versions, first) != oldest).any():
+        return "version_spans are not those of student_version and oldest_version"
+    return None
 
 
 def _loss_mask_difference(tokens: pa.Table, metadata: pa.Table) -> str | None:

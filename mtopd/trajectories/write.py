@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +28,7 @@ from mtopd.trajectories.format import (
     token_hash,
     tokens_path,
 )
-from mtopd.types import MtopdError, Trajectory
+from mtopd.types import MtopdError, Numbers, Trajectory
 
 
 def write_shard(
@@ -43,7 +45,7 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         metadata_path(folder, name): _parquet_bytes([_metadata_row(t) for t in trajectories]),
-        tokens_path(folder, name): _arrow_bytes([_token_row(t) for t in trajectories]),
+        tokens_path(folder, name): _arrow_bytes(_token_columns(trajectories)),
     }
     # A truncated shard's seal goes first: it must not vouch for bytes it has never seen.
     seal_path(folder, name).unlink(missing_ok=True)
@@ -90,7 +92,7 @@ def _check_trajectories(name: str, trajectories: Sequence[Trajectory]) -> None:
 
 
 def _broken_invariant(t: Trajectory) -> str | None:
-    if not t.prompt_ids or not t.response_ids:
+    if not len(t.prompt_ids) or not len(t.response_ids):
         return f"prompt has {len(t.prompt_ids)} and response {len(t.response_ids)} tokens; both need at least 1"
     if not len(t.loss_mask) == len(t.rollout_log_probs) == len(t.response_ids):
         return (
@@ -98,12 +100,18 @@ def _broken_invariant(t: Trajectory) -> str | None:
             "entries "
             f"for {len(t.response_ids)} response tokens"
         )
-    if not set(t.loss_mask) <= {0, 1}:
-        return f"loss_mask has the values {sorted(set(t.loss_mask))}; only 0 and 1 are allowed"
-    if not np.isfinite(t.rollout_log_probs).all():
+    values = np.unique(_array(t.loss_mask)).tolist()
+    if not {*values} <= {0, 1}:
+        return f"loss_mask has the values {values}; only 0 and 1 are allowed"
+    if not np.isfinite(_array(t.rollout_log_probs)).all():
         return "rollout_log_probs has a value that is not finite; a sampled token has a finite log-prob"
     if t.teacher_prompt_ids is not None and not t.teacher_prompt_ids:
         return "teacher_prompt_ids is empty; give None where the teacher reads the student's prompt"
+    starts, versions = zip(*spans_of(t), strict=True)
+    if starts[0] != 0 or not _ascend([*starts, len(t.response_ids)]):
+        return f"version_spans begin at the tokens {starts}; they begin at 0 and ascend, within the response"
+    if versions[-1] != t.student_version:
+        return f"student_version is {t.student_version}, the last of version_spans {versions[-1]}"
     if t.finish_reason not in FINISH_REASONS:
         return f"finish_reason is '{t.finish_reason}'; use one of {', '.join(FINISH_REASONS)}"
     return None
@@ -117,11 +125,12 @@ def _metadata_row(t: Trajectory) -> dict[str, Any]:
         "teacher_index": t.teacher_index,
         "prompt_len": len(t.prompt_ids),
         "response_len": len(t.response_ids),
-        "num_loss_tokens": sum(t.loss_mask),
+        "num_loss_tokens": int(np.count_nonzero(_array(t.loss_mask))),
         "student_version": t.student_version,
+        "oldest_version": min(version for _, version in spans_of(t)),
         "finish_reason": t.finish_reason,
         "reward": t.reward,
-        "token_hash": token_hash(t.prompt_ids, t.response_ids, t.loss_mask),
+        "token_hash": token_hash(t.prompt_ids, _array(t.response_ids), _array(t.loss_mask)),
         "teacher_prompt_len": len(t.teacher_prompt_ids or ()),
         "teacher_prompt_hash": teacher_prompt_hash(t.teacher_prompt_ids)
         if t.teacher_prompt_ids is not None
@@ -129,12 +138,40 @@ def _metadata_row(t: Trajectory) -> dict[str, Any]:
     }
 
 
-def _token_row(t: Trajectory) -> dict[str, Any]:
-    return {
-        **{name: getattr(t, name) for name in ("sample_id", *LENGTH_OF)},
-        "version_spans": [{"start": 0, "version": t.student_version}],
-        "teacher_prompt_ids": t.teacher_prompt_ids,
+def spans_of(t: Trajectory) -> tuple[tuple[int, int], ...]:
+    """(first token, student version) of each run of tokens."""
+    return t.version_spans or ((0, t.student_version),)
+
+
+def _array(numbers: Numbers) -> npt.NDArray[Any]:
+    return np.asarray(numbers)
+
+
+def _ascend(numbers: Sequence[int]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(numbers))
+
+
+def _token_columns(trajectories: Sequence[Trajectory]) -> list[pa.Array]:
+    """In the order of the schema.  A token is never an object of its own."""
+    contexts = [t.teacher_prompt_ids for t in trajectories]
+    columns: dict[str, pa.Array] = {
+        "sample_id": pa.array([t.sample_id for t in trajectories], pa.int64()),
+        "teacher_prompt_ids": pa.array(contexts, pa.list_(pa.int32())),
     }
+    for name in LENGTH_OF:
+        dtype = TOKENS_SCHEMA.field(name).type.value_type.to_pandas_dtype()
+        arrays = [_array(getattr(t, name)).astype(dtype) for t in trajectories]
+        columns[name] = _lists(map(len, arrays), pa.array(np.concatenate(arrays)))
+    spans = [spans_of(t) for t in trajectories]
+    flat = np.array([span for of_sample in spans for span in of_sample], np.int32)
+    structs = pa.StructArray.from_arrays([flat[:, 0], flat[:, 1]], ["start", "version"])
+    columns["version_spans"] = _lists(map(len, spans), structs)
+    return [columns[name] for name in TOKENS_SCHEMA.names]
+
+
+def _lists(lengths: Iterable[int], values: pa.Array) -> pa.Array:
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
 def _parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
@@ -143,8 +180,8 @@ def _parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _arrow_bytes(rows: list[dict[str, Any]]) -> bytes:
+def _arrow_bytes(columns: list[pa.Array]) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, TOKENS_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, TOKENS_SCHEMA))
+        writer.write_table(pa.Table.from_arrays(columns, schema=TOKENS_SCHEMA))
     return sink.getvalue().to_pybytes()

@@ -200,7 +200,7 @@ def test_damaged_or_foreign_seal_is_refused(folder: Path) -> None:
         ("{", "not valid JSON"),
         (
             json.dumps({**seal, "schema_version": 3}),
-            "schema_version 3; this version of mtopd reads 2",
+            "schema_version 3; this version of mtopd reads 1 and 2",
         ),
         ("[]", "schema_version None"),
         (json.dumps({**seal, "files": {}}), "is damaged: it must hold"),
@@ -229,6 +229,13 @@ def rewrite_tokens(folder: Path, change, max_chunksize: int = 1) -> None:
     reseal(folder, "a")
 
 
+def replace_spans(table: pa.Table, spans: list[tuple[int, int]]) -> pa.Table:
+    """The last sample's, of five tokens."""
+    values = [*table["version_spans"].to_pylist()[:-1]]
+    values.append([{"start": start, "version": version} for start, version in spans])
+    return replace_column(table, "version_spans", values, table["version_spans"].type)
+
+
 def replace_column(table: pa.Table, name: str, values: list, type_: pa.DataType) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, type_))
 
@@ -255,6 +262,12 @@ def replace_column(table: pa.Table, name: str, values: list, type_: pa.DataType)
             lambda t: replace_column(t, "loss_mask", [[1] * 4] * 4, pa.list_(pa.uint8())),
             "lengths of loss_mask",
         ),
+        (lambda t: replace_spans(t, []), "version_spans of a sample is empty"),
+        (lambda t: replace_spans(t, [(1, 7)]), "version_spans begin at 0 and ascend"),
+        (lambda t: replace_spans(t, [(0, 7), (0, 7)]), "version_spans begin at 0 and ascend"),
+        (lambda t: replace_spans(t, [(0, 7), (5, 7)]), "version_spans begin at 0 and ascend"),
+        (lambda t: replace_spans(t, [(0, 7), (2, 8)]), "are not those of student_version"),
+        (lambda t: replace_spans(t, [(0, 6), (2, 7)]), "are not those of student_version"),
     ],
 )
 def test_a_shard_of_another_harness_that_breaks_the_format_is_refused(
@@ -353,3 +366,32 @@ def test_wrong_count_of_loss_tokens_is_refused(folder: Path) -> None:
     reseal(folder, "a")
     with pytest.raises(MtopdError, match="loss_mask of sample 0 must hold 0 ones"):
         TokenStore(folder).get(0)
+
+
+def test_spans_of_versions_come_back(folder: Path) -> None:
+    spans = ((0, 5), (2, 6), (4, 7))
+    written = trajectory(30, version_spans=spans)
+    write_shard(folder, "c", [trajectory(29), written], generation=2)
+    store = TokenStore(folder)
+    assert store.get(30) == written and store.tokens(30).version_spans == spans
+    oldest = dict(
+        zip(*(store.metadata[n].to_pylist() for n in ("sample_id", "oldest_version")), strict=True)
+    )
+    assert (oldest[29], oldest[30]) == (7, 5)
+
+
+NEW = ["oldest_version", "teacher_prompt_len", "teacher_prompt_hash"]  # since version 1
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    """It has no oldest_version: one student sampled a response."""
+    folder = tmp_path
+    write_shard(folder, "a", [trajectory(k) for k in (0, 1, 3)], generation=1)
+    path = folder / "a.meta.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(NEW), path)
+    reseal(folder, "a")
+    seal = folder / "a.sealed.json"
+    seal.write_text(json.dumps({**json.loads(seal.read_text()), "schema_version": 1}))
+    store = TokenStore(folder)
+    assert store.get(3) == trajectory(3)
+    assert set(store.metadata["oldest_version"].to_pylist()) == {7}
