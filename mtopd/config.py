@@ -357,11 +357,34 @@ class RolloutConfig(Model):
     samples_per_prompt: Items = 1
     """Responses to each prompt."""
     batch_size: Items = 96
-    """Samples that are answered together: the unit of replay."""
+    """Samples that are sealed together, and that the embedded engine answers together: its unit of
+    replay.
+    """
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """A response also ends once its text holds one of these (evaluation cuts it before).  Its
     tokens are what the student sampled: they stay in the response and are trained, no EOS is added.
     """
+    stop_ids: list[Annotated[Whole, Field(ge=0, lt=1 << 31)]] = []
+    """Further tokens that end a response, beside those that the student's folder names."""
+    min_response: Annotated[Whole, Field(ge=0, le=1 << 31)] = 0
+    """A response does not end before so many tokens: an end token or stop string before is a token
+    like any other, no distribution is changed for it.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_exact(cls, values: object) -> object:
+        changing = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+        changing |= {"frequency_penalty", "presence_penalty", "logit_bias"}
+        found = sorted(changing & {*values}) if isinstance(values, dict) else []
+        if found:
+            raise ValueError(
+                f"{found[0]} would change the distribution that responses are drawn from: exact "
+                "distillation trains on the student's own tokens, drawn at temperature 1 without a "
+                "filter; leave it out (evaluation.temperature and evaluation.top_p are for held-out "
+                "prompts)"
+            )
+        return values
 
 
 class OffloadConfig(Model):
@@ -533,6 +556,11 @@ class ConsolidateConfig(Model):
             raise ValueError(
                 f"rollout.prompts_per_iteration {per_source[0]} is not a multiple of the "
                 f"{per_source[1]} data sources"
+            )
+        if self.rollout.min_response > self.data.max_response:
+            raise ValueError(
+                f"rollout.min_response {self.rollout.min_response} is above data.max_response "
+                f"{self.data.max_response}; no response could end"
             )
         if self.train.token_budget is not None and self.student.parallel.cp > 1:
             raise ValueError(

@@ -91,7 +91,9 @@ class RolloutLine(Line):
     KIND = "rollout"
     tokens: int
     samples: int
-    stopped: int  # samples that ended by themselves
+    stopped: int  # samples that ended by themselves; the others have all the tokens they may
+    continued_tokens: int  # of tokens, sampled by starts that were killed
+    log_bytes: int  # of this start's token logs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ class RunDir:
 
     def trajectories(self, iteration: int) -> Path:
         return self.iteration(iteration) / "trajectories"
+
+    def token_logs(self, iteration: int) -> Path:
+        return self.iteration(iteration) / "rollout"
 
     def hidden_cache(self, iteration: int) -> Path:
         return self.iteration(iteration) / "hidden_cache"
@@ -170,17 +174,16 @@ class RunDir:
         self._note_generation(ranks_started=True)
 
     def _note_generation(self, *, ranks_started: bool) -> None:
-        contents = {"generation": self.generation, "ranks_started": ranks_started}
-        write_json(self._generation, contents)
+        name = self._note().get("id") or uuid.uuid4().hex  # a run that began without
+        note = {"generation": self.generation, "id": name, "ranks_started": ranks_started}
+        write_json(self._generation, note)
 
     def is_unstarted(self) -> bool:
         """Starts have only checked and prepared here, as they noted themselves: no rank has run."""
         if not self._generation.exists():
             return False
-        found = read_json(self._generation)
         return (
-            isinstance(found, dict)
-            and found.get("ranks_started") is False
+            self._note().get("ranks_started") is False
             and not self.metrics.exists()
             and not any((self.path / name).exists() for name in _FOLDERS)
         )
@@ -190,11 +193,19 @@ class RunDir:
         for path in (self.prompts, self.config, self.manifest):
             path.unlink(missing_ok=True)
 
+    @property
+    def id(self) -> str:
+        """The run's own name, wherever its folder lies."""
+        return str(self._note().get("id", ""))
+
+    def _note(self) -> dict[str, Any]:
+        found = read_json(self._generation) if self._generation.exists() else {}
+        return found if isinstance(found, dict) else {}
+
     def current_generation(self) -> int:
         if not self._generation.exists():
             return 0
-        found = read_json(self._generation)
-        generation = found.get("generation") if isinstance(found, dict) else None
+        generation = self._note().get("generation")
         if not isinstance(generation, int):
             raise MtopdError(f"{self._generation} holds no number of a start; put it back")
         return generation

@@ -19,10 +19,11 @@ from mtopd.content import ContentNotes, digest
 from mtopd.families import model_facts
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.hf_weights import average_weights, read_weights
-from mtopd.megatron.agreement import decide, gather
+from mtopd.megatron.agreement import apart, decide, gather
 from mtopd.metrics_lines import BaselineLine
 from mtopd.progress import logs_json, say
-from mtopd.rollout.engine import Engine, Request
+from mtopd.rollout.engine import Engine, Request, Sampling
+from mtopd.rollout.memory_log import MemoryLog
 from mtopd.tokenizer import tokenizer_hash
 from mtopd.tokenizer_files import said
 from mtopd.types import MtopdError, Prompt
@@ -35,7 +36,7 @@ from .session import Session
 
 AVERAGE = "weight average"
 _KIND = "baselines"  # of entries in the folder of caches
-_VERSION = 2  # raised when the same weights and prompts may give other answers than before
+_VERSION = 3  # raised when the same weights and prompts may give other answers than before
 
 
 def run_at_end(session: Session) -> None:
@@ -120,7 +121,8 @@ def key_of(session: Session, folders: Sequence[Path], tell: Callable[[str], None
         "dtype": config.student.dtype,
         "device": session.ranks.device.type,
         "tokenizer": tokenizer_hash(student.tokenizer),
-        "ends": [student.end_ids, config.rollout.stop],
+        "ends": [student.end_ids, config.rollout.stop_ids, config.rollout.stop],
+        "batch_size": config.rollout.batch_size,
         "max_response": config.data.max_response,
         "sampling": config.evaluation.model_dump(include={"temperature", "top_p"}),
         "prompts": [
@@ -145,10 +147,15 @@ def answer(session: Session, folders: Sequence[Path]) -> Result:
     """Evaluate a model, the average of those in ``folders``.  Raises MtopdError, on every rank, when
     one of them cannot load it.  Collective.
     """
+    session.engine.release()  # one model at a time
     engines: list[Engine] = []
     gather(session.ranks, lambda: engines.append(load(session, folders)))
     (engine,) = engines
-    return evaluate.measure(engine, session.prompts, session.student, session.config)
+    try:
+        try_out(engine, session, folders)
+        return evaluate.measure(engine, session.prompts, session.student, session.config)
+    finally:
+        engine.close()
 
 
 def load(session: Session, folders: Sequence[Path]) -> Engine:
@@ -159,26 +166,34 @@ def load(session: Session, folders: Sequence[Path]) -> Engine:
             f"{folders[0]} has {rows} rows for the {student.vocab_size} ids of the student's "
             "tokenizer; a baseline answers in the student's tokens"
         )
-    engine = ENGINES[session.config.rollout.engine](student, session.config.rollout.stop, hf_config)
+    engine = ENGINES[session.config.rollout.engine](student, session.config.rollout, hf_config)
     try:
         engine.update_weights(
-            average_weights(folders) if len(folders) > 1 else read_weights(folders[0])
+            average_weights(folders) if len(folders) > 1 else read_weights(folders[0]),
+            "baseline/0",
         )
-        _try(engine, session)
     except MtopdError as error:
-        raise MtopdError(f"{' + '.join(map(str, folders))}: {error}") from None
+        raise MtopdError(f"{_named(folders)}: {error}") from None
     return engine
 
 
-def _try(engine: Engine, session: Session) -> None:
-    """One token, while a failure still is this baseline's alone: later it would end the run."""
+def try_out(engine: Engine, session: Session, folders: Sequence[Path]) -> None:
+    """One token, while a failure still is this baseline's alone: later it would end the run.
+    Collective.
+    """
     prompt = next(p for prompts in session.prompts.evaluation for p in prompts)
-    try:
-        engine.generate([Request(prompt.prompt_id, prompt.prompt_ids)], max_response=1)
-    except MtopdError:
-        raise
-    except Exception as error:  # of transformers' code for a config that nobody has run
-        raise MtopdError(f"it cannot answer: {said(error)}") from error
+    requests = [Request(0, prompt.prompt_id, prompt.prompt_ids)]
+    with apart(session.ranks) as name:
+        try:
+            list(engine.generate(requests, MemoryLog(name), Sampling(max_response=1)))
+        except MtopdError as error:
+            raise MtopdError(f"{_named(folders)}: {error}") from None
+        except Exception as error:  # of transformers' code for a config that nobody has run
+            raise MtopdError(f"{_named(folders)}: it cannot answer: {said(error)}") from error
+
+
+def _named(folders: Sequence[Path]) -> str:
+    return " + ".join(map(str, folders))
 
 
 def keep(session: Session, key: str, result: Result) -> None:

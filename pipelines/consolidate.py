@@ -41,7 +41,7 @@ def main(run_dir: Path, generation: int) -> None:
 
         # 4. The new weights answer the next prompts.
         with session.timed("update_weights", iteration):
-            session.update_weights()
+            session.update_engine(iteration.next)
 
         session.save(iteration)
         evaluate.run(session, iteration.next)

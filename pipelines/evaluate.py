@@ -16,22 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig
+from mtopd.config import ConsolidateConfig, RolloutConfig, SpecialistConfig
 from mtopd.data import CORRECT_SCORE
 from mtopd.files import write_json
-from mtopd.megatron.agreement import decide
+from mtopd.megatron.agreement import apart, decide
 from mtopd.metrics_lines import EvaluationLine
-from mtopd.planning import plan_batches
 from mtopd.progress import say
 from mtopd.prompt_table import Prompts
 from mtopd.rollout.engine import Engine, Request, Sampling
+from mtopd.rollout.memory_log import MemoryLog
 from mtopd.run_dir import RunDir
 
 from .iteration import Iteration
 from .session import Session
 from .student import Student
 
-_BATCH = 64
 Accuracy = dict[str, float]  # by domain: source, or source/teacher where it has several
 
 
@@ -48,6 +47,7 @@ def run(session: Session, iteration: Iteration) -> None:
 def evaluate_student(session: Session, iteration: Iteration) -> None:
     """Evaluate the student that ``iteration`` begins with, whether it is due or not.  Collective."""
     with session.timed("evaluation", iteration):
+        session.update_engine(iteration)
         found = measure(session.engine, session.prompts, session.student, session.config)
         if session.ranks.rank == 0:
             write(session.run, iteration.evaluation.stem, found.accuracy)
@@ -75,23 +75,22 @@ def measure(
     The draws are the same for every model and iteration, so that two models differ by their weights
     alone.  Collective.
     """
-    ranks, sampling, ending = student.ranks, sampling_of(config), student.ending(stop_of(config))
+    ranks, ending = student.ranks, student.ending(rollout_of(config))
     by_domain = prompts.held_out_by_domain(teachers_of(config))
     items = [(d, p) for d, asked in enumerate(by_domain.values()) for p in asked]
-    sums = torch.zeros(2, len(by_domain), dtype=torch.float64, device=ranks.device)
-    correct, stopped = sums
-    for batch in plan_batches(len(items), _BATCH, ranks.world_size)[ranks.rank]:
-        chosen = [items[i] for i in batch]
-        requests = [Request(p.prompt_id, p.prompt_ids) for _, p in chosen]
-        responses = engine.generate(
-            requests, max_response=config.data.max_response, sampling=sampling
-        )
-        for (domain, prompt), response in zip(chosen, responses, strict=True):
+    requests = [Request(i, p.prompt_id, p.prompt_ids) for i, (_, p) in enumerate(items)]
+    sums = torch.zeros(3, len(by_domain), dtype=torch.float64, device=ranks.device)
+    answered, correct, stopped = sums
+    with apart(ranks) as name:
+        for response in engine.generate(requests, MemoryLog(name), sampling_of(config)):
+            domain, prompt = items[response.sample_id]
+            answered[domain] += 1
             if response.finish_reason == "stop":
-                text = ending.text(response.response_ids)
+                text = ending.text(response.response_ids.tolist())
                 correct[domain] += prompts.score(prompt, text) >= CORRECT_SCORE
                 stopped[domain] += 1
     dist.all_reduce(sums)
+    assert answered.sum() == len(items), f"{answered.tolist()} of {len(items)} answered"
     counts = {name: len(asked) for name, asked in by_domain.items()}
 
     def shares(found: torch.Tensor) -> dict[str, float]:
@@ -105,13 +104,17 @@ def teachers_of(config: ConsolidateConfig | SpecialistConfig) -> Sequence[str]:
     return [t.name for t in config.teachers] if isinstance(config, ConsolidateConfig) else ()
 
 
-def stop_of(config: ConsolidateConfig | SpecialistConfig) -> Sequence[str]:
+def rollout_of(config: ConsolidateConfig | SpecialistConfig) -> RolloutConfig | None:
     """A specialist has no rollouts: its answers end with an end token."""
-    return config.rollout.stop if isinstance(config, ConsolidateConfig) else ()
+    return config.rollout if isinstance(config, ConsolidateConfig) else None
 
 
 def sampling_of(config: ConsolidateConfig | SpecialistConfig) -> Sampling:
-    return Sampling(config.evaluation.temperature, config.evaluation.top_p)
+    return Sampling(
+        config.data.max_response,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+    )
 
 
 def explain_zeros(found: Result) -> list[str]:

@@ -226,6 +226,7 @@ def build_checks(
         for teacher, known in zip(config.teachers, manifest["teachers"], strict=True)
     ]
     routes = [teacher.route for teacher in config.teachers]
+    ends = [*manifest["end_ids"], *config.rollout.stop_ids]
     return RowChecks(
         iteration=number,
         vocab_size=vocab_size(tokenizer),
@@ -237,7 +238,7 @@ def build_checks(
         teacher_of=lambda fields: route(fields, routes),
         prompt=prompts.training_prompt,
         held_out=prompts.is_held_out,
-        is_over=Ending(tokenizer, manifest["end_ids"], config.rollout.stop).is_over,
+        is_over=Ending(tokenizer, ends, config.rollout.stop).is_over,
     )
 
 

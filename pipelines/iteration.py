@@ -27,6 +27,7 @@ class Iteration:
     ) -> None:
         self.number = number
         self.trajectories = run.trajectories(number)
+        self.token_logs = run.token_logs(number)
         self.hidden_cache = run.hidden_cache(number)
         self.evaluation = run.evaluation(number)
         self._run = run

@@ -47,10 +47,13 @@ def report_memory(
     ranks_on_node: int,
     say: Callable[[str], None],
 ) -> None:
-    """Say what each rank will hold, and whether this machine has less."""
+    """Say what each rank will hold, and whether this machine has less.  Raises MtopdError where the
+    embedded engine's model cannot be there.
+    """
     facts = model_facts(load_hf_config(config.student.model))
     capacity = config_capacity(config, facts, sum(store.pass_bytes() for store in stores))
     say(f"each rank will hold about {capacity}")
+    refuse_engine(capacity, ranks_on_node)
     if lacking := too_little(capacity, ranks_on_node):
         say(f"warning: {lacking}")
 
@@ -92,6 +95,26 @@ def too_little(capacity: Capacity, ranks_on_node: int) -> str:
             f"{'s' * (ranks_on_node > 1)} will hold {need}"
         )
     return ""
+
+
+def refuse_engine(capacity: Capacity, ranks_on_node: int) -> None:
+    """Raise MtopdError where a rank has not the memory for the embedded engine's whole model beside
+    what it keeps of the trainer: nothing of that is an estimate.
+    """
+    import psutil
+
+    where, has = "device", _device_bytes(ranks_on_node)
+    if not has:
+        where = "share of the memory that is free"
+        has = psutil.virtual_memory().available // ranks_on_node
+    kept = capacity.weights + capacity.gradients + capacity.optimizer
+    if kept + capacity.engine > has:
+        (engine, beside, there), unit = in_binary_units([capacity.engine, kept, has])
+        raise MtopdError(
+            f"rollout.engine embedded holds the whole student on each rank, {engine} {unit}, beside "
+            f"{beside} {unit} of weights, gradients and optimizer; a rank's {where} is {there} {unit}: "
+            "take a machine with more memory, more ranks for the trainer's part, or a smaller student"
+        )
 
 
 def _device_bytes(ranks_on_node: int) -> int:

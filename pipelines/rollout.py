@@ -1,65 +1,114 @@
-"""Phase 1: the student answers the iteration's prompts; trajectories are sealed batch by batch.
+"""Phase 1: the student answers the iteration's prompts; shards of trajectories are sealed as they are
+answered.
 
     mtopd rollout RUN_DIR --iteration N
 
-Differs from the textbook in: a batch is the unit of replay, a killed start answers the unsealed ones
-again to the same tokens; sampling is the student's own distribution at temperature 1, unfiltered.
+Every token is in a log within a tenth of a second (``mtopd.rollout.token_log``): a killed start is
+gone on with where it was, finished responses are not sampled again.  Differs from the textbook in:
+sampling is the student's own distribution at temperature 1, unfiltered; ranks that are through wait
+for the slowest however long it takes.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mtopd import trajectories
-from mtopd.megatron.agreement import decide
+from mtopd.files import remove_tree
+from mtopd.megatron.agreement import STALE_WAITS_S, apart, decide, digest_of, see_alike
 from mtopd.metrics_lines import RolloutLine
-from mtopd.planning import number_samples, plan_batches, select_prompts
-from mtopd.rollout.engine import Engine, Request
+from mtopd.planning import number_samples, select_prompts
+from mtopd.progress import say
+from mtopd.rollout.engine import Request, Sampling
+from mtopd.rollout.shards import ShardWriter, shard_name
+from mtopd.rollout.token_log import Recovery, TokenLog, log_path, logs_before, recover
 from mtopd.run_dir import is_sealed
-from mtopd.types import Prompt, Trajectory
+from mtopd.types import Prompt
 
 from .iteration import Iteration
 from .session import Session
 
 
 def run(session: Session, iteration: Iteration) -> None:
-    """Write and seal ``trajectories/`` of the iteration.  Batches a killed start had sealed are
-    kept.  Collective.
+    """Write and seal ``trajectories/`` of the iteration, from what killed starts have left of it.
+    Collective.
     """
-    folder, ranks = iteration.trajectories, session.ranks
-
-    def sealed_before() -> set[str] | None:
-        """Batches of a killed start; None: all of them."""
-        if is_sealed(folder):
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        names = trajectories.sealed_shards(folder)
-        return {name for name in names if trajectories.shard_is_sealed(folder, name)}
-
-    if (sealed := decide(ranks, sealed_before)) is None:
+    folder, ranks, config = iteration.trajectories, session.ranks, session.config
+    size = config.rollout.batch_size
+    if (sealed := decide(ranks, lambda: sealed_before(iteration))) is None:
         return
+    session.update_engine(iteration)
     requests = plan_requests(session, iteration)
-    engine = session.engine  # on every rank: one without a batch helps to give the others weights
-    batch_size = session.config.rollout.batch_size
-    counts = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    for batch in plan_batches(len(requests), batch_size, ranks.world_size)[ranks.rank]:
-        name = f"batch-{batch.start // batch_size:05d}"
-        if name not in sealed:
-            answered = answer(engine, session, iteration, requests, batch)
-            trajectories.write_shard(folder, name, answered, session.run.generation)
-        done = trajectories.read_shard_metadata(folder, name)
-        num_tokens = sum(done["response_len"].to_pylist())
-        num_stopped = done["finish_reason"].to_pylist().count("stop")
-        counts += counts.new_tensor([num_tokens, len(done), num_stopped])
-    dist.all_reduce(counts)
-    tokens, samples, stopped = (int(n) for n in counts.tolist())
+    waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
+    shards = ShardWriter(folder, waiting, size, session.run.generation)
+    found = recovered(session, iteration, {request.sample_id for _, request in waiting})
+    with apart(ranks) as name, open_log(session, iteration, name, found) as log:
+        asked = [request for _, request in waiting]
+        for response in session.engine.generate(asked, log, sampling(session, iteration)):
+            log.forget(shards.add(response))
+    session.engine.release()
+    before = sum(sealed.values(), Counts()) if ranks.rank == 0 else Counts()
+    counts = before + Counts(shards.num_samples, shards.num_tokens, shards.num_stopped)
+    sums = torch.tensor(
+        [*vars(counts).values(), log.num_continued_tokens, log.num_bytes],
+        dtype=torch.float64,
+        device=ranks.device,
+    )
+    dist.all_reduce(sums)
+    samples, tokens, stopped, continued, log_bytes = (int(n) for n in sums.tolist())
+    assert samples == len(requests), f"{samples} of {len(requests)} samples are sealed"
+    line = RolloutLine(
+        tokens=tokens,
+        samples=samples,
+        stopped=stopped,
+        continued_tokens=continued,
+        log_bytes=log_bytes,
+    )
     # The line first: a kill in between writes it twice, the other order would lose it.
-    line = RolloutLine(tokens=tokens, samples=samples, stopped=stopped)
     session.metrics.write(line, iteration.number)
     if ranks.rank == 0:
         session.run.seal(folder, {"shards": trajectories.seal_hashes(folder)})
+        remove_tree(iteration.token_logs)
     dist.barrier()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What sealed shards hold."""
+
+    samples: int = 0
+    tokens: int = 0
+    stopped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            self.stopped + other.stopped,
+        )
+
+
+def sealed_before(iteration: Iteration) -> Mapping[str, Counts] | None:
+    """Shards that killed starts have sealed, by name; None: all of them."""
+    folder = iteration.trajectories
+    if is_sealed(folder):
+        remove_tree(iteration.token_logs)  # a kill came between
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    names = trajectories.sealed_shards(folder)
+    return {n: count(folder, n) for n in names if trajectories.shard_is_sealed(folder, n)}
+
+
+def count(folder: Path, name: str) -> Counts:
+    metadata = trajectories.read_shard_metadata(folder, name)
+    stopped = metadata["finish_reason"].to_pylist().count("stop")
+    return Counts(len(metadata), sum(metadata["response_len"].to_pylist()), stopped)
 
 
 def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, Request]]:
@@ -67,45 +116,63 @@ def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, 
     iteration alone.
     """
     config, sources = session.config.rollout, session.prompts.train
-    count = config.prompts_per_iteration // len(sources)
-    planned = []
+    per_source = config.prompts_per_iteration // len(sources)
+    planned: list[tuple[Prompt, Request]] = []
     for number, prompts in enumerate(sources):
         seed = session.config.seed * len(sources) + number
-        rows = select_prompts(len(prompts), count, iteration.number, seed)
+        rows = select_prompts(len(prompts), per_source, iteration.number, seed)
         for row, sample in number_samples(rows, config.samples_per_prompt):
             prompt = prompts[row]
-            planned.append((prompt, Request(prompt.prompt_id, prompt.prompt_ids, sample)))
+            request = Request(len(planned), prompt.prompt_id, prompt.prompt_ids, sample)
+            planned.append((prompt, request))
     return planned
 
 
-def answer(
-    engine: Engine,
-    session: Session,
-    iteration: Iteration,
-    requests: list[tuple[Prompt, Request]],
-    batch: range,
-) -> list[Trajectory]:
-    """Sample one batch: the unit of replay."""
-    responses = engine.generate(
-        [requests[i][1] for i in batch],
-        max_response=session.config.data.max_response,
+def sampling(session: Session, iteration: Iteration) -> Sampling:
+    """The student's own distribution, as it is."""
+    return Sampling(
+        session.config.data.max_response,
+        min_response=session.config.rollout.min_response,
         seed=session.config.seed,
         iteration=iteration.number,
     )
-    return [
-        Trajectory(
-            sample_id=i,
-            prompt_id=prompt.prompt_id,
-            route=prompt.route,
-            teacher_index=prompt.teacher_index,
-            prompt_ids=prompt.prompt_ids,
-            response_ids=response.response_ids,
-            loss_mask=(1,) * len(response.response_ids),
-            rollout_log_probs=response.log_probs,
-            student_version=iteration.number,
-            finish_reason=response.finish_reason,
+
+
+def recovered(session: Session, iteration: Iteration, unsealed: set[int]) -> Recovery:
+    """What killed starts had logged of samples that are in no sealed shard.  Collective: which rank
+    goes on with a response is open, so each reads all logs.
+    """
+    folder, run = iteration.token_logs, session.run
+    paths = see_alike(
+        session.ranks,
+        lambda: logs_before(folder, run.generation),
+        lambda paths: (
+            digest_of([(path.name, path.stat().st_size) for path in paths]),
+            f"lists {len(paths)} token logs in {folder}",
+        ),
+        waits_s=STALE_WAITS_S,
+    )
+    found = recover(paths, run=run.id, unsealed=unsealed)
+    if session.ranks.rank == 0 and (found.num_torn or found.num_dropped):
+        say(
+            f"token logs of iteration {iteration.number}: {found.num_torn} bytes at their ends and "
+            f"{found.num_dropped} tokens behind gaps were lost with a kill and are sampled again"
         )
-        for i, (prompt, _), response in zip(
-            batch, [requests[i] for i in batch], responses, strict=True
-        )
-    ]
+    return found
+
+
+def open_log(
+    session: Session, iteration: Iteration, name: str, found: Recovery
+) -> contextlib.closing[TokenLog]:
+    """This rank's token log of this start."""
+    run, version = session.run, session.engine.version
+    assert version is not None
+    log = TokenLog(
+        name,
+        log_path(iteration.token_logs, run.generation, session.ranks.rank),
+        run=run.id,
+        engine=session.engine.kind,
+        versions={iteration.number: version},
+        recovered=found.responses,
+    )
+    return contextlib.closing(log)

@@ -22,7 +22,6 @@ from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress, logs_json
 from mtopd.prompt_table import Prompts
-from mtopd.rollout.engine import Engine
 from mtopd.run_dir import RunDir
 from mtopd.teacher_offload.teacher_probes import TeacherProbes
 from mtopd.tokenizer import tokenizer_hash
@@ -36,8 +35,8 @@ from .teachers import build_teachers
 
 
 class Session:
-    """One rank from its start to its end.  ``timed``, ``resume``, ``restore``, ``save``, ``finish`` and
-    ``close`` are collective.
+    """One rank from its start to its end.  ``update_engine``, ``timed``, ``resume``, ``restore``, ``save``,
+    ``finish`` and ``close`` are collective.
     """
 
     def __init__(self, run_dir: Path, generation: int) -> None:
@@ -49,8 +48,8 @@ class Session:
         self.student = Student(self.config.student, train.optimizer, num_steps, self.config.seed)
         self.ranks = self.student.ranks
         see_start_alike(self.ranks, self.run)
-        self._engine: Engine | None = None
-        self._engine_is_current = False
+        # It takes no memory before the first phase that asks it something.
+        self.engine = ENGINES[self.config.rollout.engine](self.student, self.config.rollout)
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)
         self.probes = TeacherProbes(self.run.path, self.teachers)
@@ -71,6 +70,12 @@ class Session:
         """``first`` and all that follow."""
         for number in range(first.number, self.config.train.num_iterations):
             yield self.iteration(number)
+
+    def update_engine(self, iteration: Iteration) -> None:
+        """Give the engine the student that ``iteration`` begins with, unless it has it.  Collective."""
+        version = f"{self.run.id}/{self.run.generation}/{iteration.number}"
+        if self.engine.version != version:
+            self.engine.update_weights(self.student.weights(), version)
 
     @contextlib.contextmanager
     def timed(self, phase: str, iteration: Iteration) -> Iterator[None]:
@@ -103,25 +108,6 @@ class Session:
             f"train step {step} is left out ({self.num_bad_steps} of {allowed}): {why}"
         )
 
-    # -- the rollout engine ------------------------------------------------------------------------
-    @property
-    def engine(self) -> Engine:
-        """The rollout engine with the student's weights as they are now; built when first asked for:
-        a phase that samples nothing has none.  Collective.
-        """
-        if self._engine is None:
-            rollout = self.config.rollout
-            self._engine = ENGINES[rollout.engine](self.student, rollout.stop)
-        if not self._engine_is_current:
-            self._engine.update_weights(self.student.weights())
-            self._engine_is_current = True
-        return self._engine
-
-    def update_weights(self) -> None:
-        """The student has changed: give the engine its weights.  Collective."""
-        self._engine_is_current = False
-        _ = self.engine
-
     # -- checkpoints -------------------------------------------------------------------------------
     def resume(self) -> Iteration:
         """Restore the newest sealed checkpoint; returns the iteration to go on with."""
@@ -141,7 +127,6 @@ class Session:
         checkpoint.begin_with(self.student.trainer, folder, origin["seal"])
         self.checkpoints.save(0, self.checkpoint_state())
         self.checkpoints.wait()
-        self._engine_is_current = False
 
     def beginnings(self) -> list[int]:
         """Iterations whose student is at hand, ascending: those with a sealed checkpoint, and 0,
@@ -160,7 +145,6 @@ class Session:
         folder = self.run.checkpoint(iteration.number)
         check_accepted(self.run, folder, state["taught_by"], teacher_identities(self))
         self.num_bad_steps = int(state["bad_steps"])
-        self._engine_is_current = False
 
     def save(self, iteration: Iteration) -> None:
         """Begin a checkpoint of the state after ``iteration``, and export the student, when they are
@@ -197,6 +181,7 @@ class Session:
         peak = peak_host_bytes(self.ranks)
         self.metrics.write(MemoryLine(peak), self.config.train.num_iterations)
         self.checkpoints.close()
+        self.engine.close()
         self.teachers.close()
         self.metrics.close()
         self.progress.close()

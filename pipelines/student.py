@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from mtopd.config import OptimizerConfig, ParallelConfig, StudentConfig
+from mtopd.config import OptimizerConfig, ParallelConfig, RolloutConfig, StudentConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.convert.weight_stream import WeightStream
 from mtopd.dtypes import torch_dtype
@@ -30,6 +30,7 @@ from mtopd.megatron.trainer import Trainer, build_ddp_config
 from mtopd.planning.capacity import padded_vocab_size
 from mtopd.rollout.ending import Ending
 from mtopd.tokenizer import end_ids, load_tokenizer, vocab_size
+from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,9 +73,16 @@ class Student:
             self.trainer = Trainer(chunks, self.ranks, optimizer, num_steps, self.dtype, fields)
         self.stream = WeightStream(self.bridge, chunks, self.ranks)
 
-    def ending(self, stop: Sequence[str]) -> Ending:
-        """When a response is over."""
-        return Ending(self.tokenizer, self.end_ids, stop)
+    def ending(self, config: RolloutConfig | None) -> Ending:
+        """When a response is over.  ``config``: None for a run without rollouts."""
+        if config is None:
+            return Ending(self.tokenizer, self.end_ids)
+        if foreign := [i for i in config.stop_ids if i >= self.vocab_size]:
+            raise MtopdError(
+                f"rollout.stop_ids has {foreign[0]}, the student's tokenizer has the ids 0 to "
+                f"{self.vocab_size - 1}; take one of its tokens"
+            )
+        return Ending(self.tokenizer, [*self.end_ids, *config.stop_ids], config.stop)
 
     def weights(self) -> Iterator[Bucket]:
         """All weights as HF tensors, bucket by bucket, on every rank.  Collective."""

@@ -62,8 +62,10 @@ def main(run_dir: Path, generation: int) -> None:
         return ENGINES["embedded"](student)
 
     def evaluated() -> evaluate.Result:
-        engine().update_weights(student.weights())
-        return evaluate.measure(engine(), prompts, student, config)
+        engine().update_weights(student.weights(), f"supervised/{generation}/0")
+        found = evaluate.measure(engine(), prompts, student, config)
+        engine().release()
+        return found
 
     num_done, has_ended = _resume(student, run, config, shares)
     for step in range(num_done, 0 if has_ended else config.train.num_steps):

@@ -82,9 +82,9 @@ PROBED = replace(PASS, probe="transformers", probe_difference=1e-6, kl_noise_flo
 LINES = [
     (PhaseLine("train", 4.0), "phase/train", {"wall_s"}),
     (
-        RolloutLine(tokens=5, samples=2, stopped=1),
+        RolloutLine(tokens=5, samples=2, stopped=1, continued_tokens=3, log_bytes=99),
         "rollout",
-        {"tokens", "samples", "stopped"},
+        {"tokens", "samples", "stopped", "continued_tokens", "log_bytes"},
     ),
     (TeacherPassLine({"rot": PASS, "rev": PROBED}), "teacher_pass", {"teachers"}),
     (

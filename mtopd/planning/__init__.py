@@ -5,7 +5,7 @@ same arguments and get the same plan without talking to one another, and a resum
 it had before.  Nothing in this package sees a token, a tensor, a file or a process group, and none
 of its imports does.
 
-    prompts           which prompts an iteration rolls out, and which rank
+    prompts           which prompts an iteration rolls out
     train_steps       which rank trains on which sample, in which micro-batch, with which weight
     stages            what a model computes, and its layers over the pipeline stages
     layouts           which parallel sizes fit a model
@@ -26,7 +26,7 @@ from mtopd.planning.layouts import (
     working_sizes,
 )
 from mtopd.planning.learning_rate import learning_rate
-from mtopd.planning.prompts import number_samples, plan_batches, select_prompts
+from mtopd.planning.prompts import number_samples, select_prompts
 from mtopd.planning.shares import JOIN_ALIGNMENT, Group, Mesh, Part, Range, plan_parts
 from mtopd.planning.stages import (
     MAX_STAGE_IMBALANCE,
@@ -61,7 +61,6 @@ __all__ = [
     "in_words",
     "learning_rate",
     "number_samples",
-    "plan_batches",
     "plan_parts",
     "plan_pass",
     "plan_train_steps",

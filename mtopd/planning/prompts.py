@@ -1,4 +1,4 @@
-"""Plan a rollout: the prompts of an iteration, and the rank that answers each.
+"""Plan a rollout: the prompts of an iteration, and the numbers of their answers.
 
 Strategy:
 
@@ -8,8 +8,6 @@ Strategy:
    epoch's number alone (``select_prompts``).
 3. Number the answers to a row that comes again in the iteration on from those to its first
    (``number_samples``).
-4. Cut what was selected into batches of ``batch_size`` neighbours; the last may be shorter.
-5. Deal the batches to the ranks in turn (``plan_batches``).
 
 Promises:
 
@@ -18,8 +16,6 @@ Promises:
 - Another seed or another epoch gives an unrelated order.
 - No two requests of an iteration have one row and one number: a draw is named by these, so a row
   that comes twice is answered twice.
-- Every item is in one batch of one rank.  Batch b is the items ``[b * batch_size, (b + 1) *
-  batch_size)``, whatever the number of ranks, and belongs to rank ``b % num_ranks``.
 """
 
 from __future__ import annotations
@@ -62,19 +58,3 @@ def number_samples(rows: Sequence[int], samples_per_prompt: int) -> Iterator[tup
         for sample in range(samples_per_prompt):
             yield row, seen[row] * samples_per_prompt + sample
         seen[row] += 1
-
-
-def plan_batches(num_items: int, batch_size: int, num_ranks: int) -> list[list[range]]:
-    """``result[rank]`` lists the item ranges of that rank, ascending; the number b of a batch is
-    ``range.start // batch_size``.
-    """
-    if num_items < 0 or batch_size < 1 or num_ranks < 1:
-        raise MtopdError(
-            f"cannot deal {num_items} items in batches of {batch_size} to {num_ranks} ranks; "
-            "batch size and ranks must be at least 1"
-        )
-    batches = [
-        range(start, min(start + batch_size, num_items))
-        for start in range(0, num_items, batch_size)
-    ]
-    return [batches[rank::num_ranks] for rank in range(num_ranks)]

@@ -4,22 +4,26 @@ loop.
 What is promised: a batch is the unit of replay.  Its members, their order, padding and compaction
 follow from the requests and the sampled tokens alone; the draw of a token is a function of (seed,
 iteration, prompt, sample, position).  The same weights and the same batch give the same tokens on
-the same hardware.  Ids >= vocab_size are never sampled.  Of generation_config files only the end
-tokens are read: sampling is the student's own distribution at temperature 1, but for evaluation.
+the same hardware, on whichever rank.  A batch that a kill has cut off goes on from its log: what is
+logged is read through the model step by step as it was sampled, not drawn again and not read in one
+piece, whose last bits differ; so the rest is, to the bit, what an undisturbed batch has.  Ids >=
+vocab_size are never sampled.  Of generation_config files only the end tokens are read: sampling is
+the student's own distribution at temperature 1, but for evaluation.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mtopd.hf_checkpoint import stored_names, stored_pieces
 from mtopd.rollout.ending import Ending
-from mtopd.rollout.engine import UNFILTERED, Request, Response, Sampling
+from mtopd.rollout.engine import Request, Sampling, student_version
+from mtopd.rollout.memory_log import Held, MemoryLog, Response
 from mtopd.rollout.philox import uniform
 from mtopd.types import MtopdError
 
@@ -27,10 +31,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _COMPACT_BELOW = 0.7  # drop finished rows once fewer than this share of a batch still runs
+_WINDOW = 8  # tokens of each response between two words to the log
 
 
 class EmbeddedEngine:
-    """Holds one HF model; ``update_weights`` replaces its weights, ``generate`` answers one batch."""
+    """One HF model on each rank, which answers whole batches: whichever rank is free takes the next.
+
+    The model is built when weights first come.  ``deal(name, k)`` gives the next number that no rank
+    has had, in the k-th call for this piece of work; one beyond all batches where a rank has failed.
+    """
+
+    kind = "embedded"
 
     def __init__(
         self,
@@ -41,36 +52,40 @@ class EmbeddedEngine:
         ending: Ending,
         pad_id: int,
         device: torch.device,
+        batch_size: int,
+        deal: Callable[[str, int], int],
     ) -> None:
-        self._model = empty_model(hf_config, dtype, device)
-        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
-            if any(part in name for part in self._model._keep_in_fp32_modules_strict or ()):
-                # As from_pretrained keeps it: a rounded router bias chooses other experts.
-                tensor.data = tensor.data.float()
-        self._model.eval().requires_grad_(False)
-        tied = {"lm_head.weight"} if hf_config.tie_word_embeddings else set()
-        self._stored = {
-            name: stored_names(self._model, name, tensor)
-            for name, tensor in self._model.state_dict().items()
-            if name not in tied
-        }
+        self.version: str | None = None
+        self._hf_config = hf_config
+        self._dtype = dtype
         self._vocab_size = vocab_size
         self._ending = ending
         self._pad_id = pad_id
         self._device = device
+        self._batch_size = batch_size
+        self._deal = deal
+        self._model: Any = None  # until weights come
+        self._stored: dict[str, list[str]] = {}  # tensor of the model -> its names in a checkpoint
+        self._sizes: dict[str, int] = {}  # bytes of what was released, by tensor of the model
+        self._is_paused = False
 
-    def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    # -- weights -----------------------------------------------------------------------------------
+    def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
         """Take HF-named tensors, bucket by bucket; a tied output layer may be left out, nothing else
         may, and nothing may come twice.  Raises MtopdError after the last bucket (giving buckets is
-        collective) for weights of another model; the engine then holds a mixture.
+        collective) for weights of another model; the engine then has none.
         """
+        self.version = None
+        if self._model is None:
+            self._build()
+        self._take_memory()
         pieces = {
             stored: piece
             for name, tensor in self._model.state_dict().items()
             if name in self._stored
             for stored, piece in stored_pieces(tensor, self._stored[name]).items()
         }
-        ignored = {"lm_head.weight"} if self._model.config.tie_word_embeddings else set()
+        ignored = {"lm_head.weight"} if self._hf_config.tie_word_embeddings else set()
         taken: set[str] = set()
         wrong: dict[str, str] = {}  # the first of each kind
         for bucket in buckets:
@@ -93,30 +108,94 @@ class EmbeddedEngine:
             raise MtopdError(
                 f"the weights {'; '.join(wrong.values())}: they are not of this config.json"
             )
+        self.version = version
+
+    def _build(self) -> None:
+        model = empty_model(self._hf_config, self._dtype, self._device)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if any(part in name for part in model._keep_in_fp32_modules_strict or ()):
+                # As from_pretrained keeps it: a rounded router bias chooses other experts.
+                tensor.data = tensor.data.float()
+        model.eval().requires_grad_(False)
+        tied = {"lm_head.weight"} if self._hf_config.tie_word_embeddings else set()
+        self._stored = {
+            name: stored_names(model, name, tensor)
+            for name, tensor in model.state_dict().items()
+            if name not in tied
+        }
+        self._model = model
+
+    def release(self) -> None:
+        """Weights go, the modules stay: building them draws random weights first."""
+        self.version = None
+        if self._model is None or self._sizes:
+            return
+        for name, tensor in self._model.state_dict().items():
+            if name in self._stored:
+                self._sizes[name] = tensor.untyped_storage().nbytes()
+                tensor.untyped_storage().resize_(0)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _take_memory(self) -> None:
+        if self._sizes:
+            for name, tensor in self._model.state_dict().items():
+                if name in self._sizes:
+                    tensor.untyped_storage().resize_(self._sizes[name])
+            self._sizes = {}
+
+    def pause(self) -> None:
+        self._is_paused = True
+
+    def resume(self) -> None:
+        self._is_paused = False
+
+    def close(self) -> None:
+        self.version, self._model, self._sizes = None, None, {}
+
+    # -- answers -----------------------------------------------------------------------------------
+    def generate(
+        self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+    ) -> Iterator[Response]:
+        """Answer batches of neighbours: the argmax where the temperature is 0, else by inverse CDF."""
+        assert self.version is not None, "weights come first"
+        call, size = log.num_calls, self._batch_size
+        log.num_calls += 1
+        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+        while not self._is_paused and (number := self._deal(log.name, call)) < len(batches):
+            yield from self._answer(batches[number], log, sampling)
+
+    def _answer(
+        self, batch: Sequence[Request], log: MemoryLog, sampling: Sampling
+    ) -> Iterator[Response]:
+        """Answer one batch, from what the log holds of it."""
+        assert self.version is not None
+        held = log.begin(batch)
+        yield from log.take()
+        if all(h.finish_reason is not None for h in held):
+            return
+        rows = _Rows(batch, held, sampling, self._ending, student_version(self.version))
+        for position in self._positions(rows):
+            if (position + 1) % _WINDOW == 0 and not rows.are_over:
+                rows.tell(log)
+                yield from log.take()
+            if self._is_paused:
+                rows.tell(log)
+                return
+        rows.tell(log)
+        log.flush()  # none of this rank's responses runs
+        yield from log.take()
 
     @torch.no_grad()
-    def generate(
-        self,
-        batch: Sequence[Request],
-        *,
-        max_response: int,
-        seed: int = 0,
-        iteration: int = 0,
-        sampling: Sampling = UNFILTERED,
-    ) -> list[Response]:
-        """Answer a batch: the argmax where the temperature is 0, else by inverse CDF."""
+    def _positions(self, rows: _Rows) -> Iterator[int]:
+        """Give every row of a batch its next token, position by position."""
         from transformers import DynamicCache
 
-        ids_BS, mask_BS = self._left_pad([r.prompt_ids for r in batch])
-        prompt_B = np.array([r.prompt_number for r in batch], np.uint64)
-        sample_B = np.array([r.sample for r in batch], np.uint64)
-        tokens: list[list[int]] = [[] for _ in batch]
-        log_probs: list[list[float]] = [[] for _ in batch]
-        is_over = [False] * len(batch)
-        row_A = np.arange(len(batch))  # rows of the batch that the cache still holds
+        ids_BS, mask_BS = self._left_pad([r.prompt_ids for r in rows.batch])
+        row_A = np.arange(len(rows.batch))  # rows of the batch that the cache still holds
         cache = DynamicCache(config=self._model.config)
         position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-        for position in range(max_response):
+        for position in range(rows.sampling.max_response):
             output = self._model(
                 input_ids=ids_BS,
                 attention_mask=mask_BS,
@@ -125,31 +204,16 @@ class EmbeddedEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            log_p_AV = torch.log_softmax(output.logits[:, -1, : self._vocab_size].double(), -1)
-            if sampling.temperature == 0:
-                token_A = log_p_AV.argmax(-1)
+            if rows.are_logged(row_A, position):
+                token_A = rows.logged(row_A, position, self._pad_id)
             else:
-                u_A = uniform(seed, iteration, prompt_B[row_A], sample_B[row_A], position)
-                # On the host: of floats CUDA has no deterministic cumsum.
-                drawn_from_AV = filtered(log_p_AV.cpu(), sampling)
-                token_A = inverse_cdf(drawn_from_AV, torch.from_numpy(u_A)).to(self._device)
-            chosen_A = log_p_AV.gather(-1, token_A[:, None])[:, 0].tolist()
-            for row, log_prob in zip(row_A, chosen_A, strict=True):
-                if not math.isfinite(log_prob):
-                    raise _diverged(batch[int(row)].prompt_id, position)
-            running = np.zeros(len(row_A), bool)
-            for i, (row, token, log_prob) in enumerate(
-                zip(row_A, token_A.tolist(), chosen_A, strict=True)
-            ):
-                if is_over[row]:  # kept until compaction
-                    continue
-                tokens[row].append(token)
-                log_probs[row].append(log_prob)
-                is_over[row] = self._ending.is_over(tokens[row])
-                running[i] = not is_over[row]
+                drawn_A, log_prob_A = self._draw(output.logits[:, -1], rows, row_A, position)
+                token_A = rows.take(row_A, position, drawn_A, log_prob_A, self._pad_id)
+            running = rows.end(row_A, position)
+            yield position
             if not running.any():
-                break
-            ids_BS = token_A[:, None]
+                return
+            ids_BS = torch.from_numpy(token_A)[:, None].to(self._device)
             position_BS = position_BS[:, -1:] + 1
             mask_BS = torch.nn.functional.pad(mask_BS, (0, 1), value=1)
             # A finished row costs as much as a running one; dropping it copies the whole cache.
@@ -160,19 +224,139 @@ class EmbeddedEngine:
                 mask_BS = mask_BS[keep]
                 cache.batch_select_indices(keep)
                 row_A = row_A[running]
-        return [
-            Response(tuple(t), tuple(p), "stop" if over else "length")
-            for t, p, over in zip(tokens, log_probs, is_over, strict=True)
-        ]
 
-    def _left_pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, prompts))
-        ids_BS = torch.full((len(prompts), width), self._pad_id)
-        mask_BS = torch.zeros(len(prompts), width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids_BS[row, width - len(prompt) :] = torch.tensor(prompt)
+    def _draw(
+        self, logits_AV: torch.Tensor, rows: _Rows, row_A: npt.NDArray[np.intp], position: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """A token of each row, and its log-prob under the model's own distribution."""
+        sampling = rows.sampling
+        log_p_AV = torch.log_softmax(logits_AV[:, : self._vocab_size].double(), -1)
+        if sampling.temperature == 0:
+            token_A = log_p_AV.argmax(-1)
+        else:
+            prompt_A, sample_A = rows.prompt_B[row_A], rows.sample_B[row_A]
+            u_A = uniform(sampling.seed, sampling.iteration, prompt_A, sample_A, position)
+            # On the host: of floats CUDA has no deterministic cumsum.
+            drawn_from_AV = filtered(log_p_AV.cpu(), sampling)
+            token_A = inverse_cdf(drawn_from_AV, torch.from_numpy(u_A)).to(self._device)
+        log_prob_A = log_p_AV.gather(-1, token_A[:, None])[:, 0]
+        return token_A.cpu().numpy(), log_prob_A.cpu().numpy()
+
+    def _left_pad(self, prompts: Sequence[npt.ArrayLike]) -> tuple[torch.Tensor, torch.Tensor]:
+        arrays = [np.asarray(prompt, np.int64) for prompt in prompts]
+        width = max(map(len, arrays))
+        ids_BS = torch.full((len(arrays), width), self._pad_id)
+        mask_BS = torch.zeros(len(arrays), width, dtype=torch.long)
+        for row, prompt in enumerate(arrays):
+            ids_BS[row, width - len(prompt) :] = torch.from_numpy(prompt)
             mask_BS[row, width - len(prompt) :] = 1
         return ids_BS.to(self._device), mask_BS.to(self._device)
+
+
+class _Rows:
+    """The responses of a batch: what the log had of each, and what was drawn behind it."""
+
+    def __init__(
+        self,
+        batch: Sequence[Request],
+        held: Sequence[Held],
+        sampling: Sampling,
+        ending: Ending,
+        version: int,
+    ) -> None:
+        count = len(batch)
+        self.batch = batch
+        self.sampling = sampling
+        self.prompt_B = np.array([r.prompt_number for r in batch], np.uint64)
+        self.sample_B = np.array([r.sample for r in batch], np.uint64)
+        self._ending = ending
+        self._version = version
+        self._tokens_BS = np.zeros((count, sampling.max_response), np.int32)
+        self._log_probs_BS = np.zeros((count, sampling.max_response), np.float32)
+        self._logged_B = np.array([len(h.response_ids) for h in held])  # tokens before this start
+        self._was_over_B = np.array([h.finish_reason is not None for h in held])
+        self._length_B = np.zeros(count, np.int64)  # tokens so far, logged or drawn
+        self._told_B = self._logged_B.copy()  # tokens that the log has
+        self._is_over_B = np.zeros(count, bool)
+        self._has_stopped_B = np.zeros(count, bool)
+        self._is_told_B = self._was_over_B.copy()  # the log knows that it is over
+        for row, h in enumerate(held):
+            self._tokens_BS[row, : len(h.response_ids)] = h.response_ids
+            self._log_probs_BS[row, : len(h.response_ids)] = h.log_probs
+
+    @property
+    def are_over(self) -> bool:
+        return bool(self._is_over_B.all())
+
+    def are_logged(self, row_A: npt.NDArray[np.intp], position: int) -> bool:
+        """Whether no row needs a draw."""
+        return bool((self._is_over_B[row_A] | (position < self._logged_B[row_A])).all())
+
+    def logged(
+        self, row_A: npt.NDArray[np.intp], position: int, pad_id: int
+    ) -> npt.NDArray[np.int64]:
+        """[A] what the model reads next: the logged tokens."""
+        token_A = self._tokens_BS[row_A, position].astype(np.int64)
+        return np.where(self._is_over_B[row_A], pad_id, token_A)
+
+    def take(
+        self,
+        row_A: npt.NDArray[np.intp],
+        position: int,
+        drawn_A: npt.NDArray[np.int64],
+        log_prob_A: npt.NDArray[np.float64],
+        pad_id: int,
+    ) -> npt.NDArray[np.int64]:
+        """Keep what was drawn for rows that lack it; [A] what the model reads next: of rows that are
+        over padding, whatever was drawn.
+        """
+        is_new_A = ~self._is_over_B[row_A] & (position >= self._logged_B[row_A])
+        if not np.isfinite(log_prob_A[is_new_A]).all():
+            wrong = row_A[is_new_A][~np.isfinite(log_prob_A[is_new_A])][0]
+            raise _diverged(self.batch[int(wrong)].prompt_id, position)
+        new = row_A[is_new_A]
+        self._tokens_BS[new, position] = drawn_A[is_new_A]
+        self._log_probs_BS[new, position] = log_prob_A[is_new_A]
+        return self.logged(row_A, position, pad_id)
+
+    def end(self, row_A: npt.NDArray[np.intp], position: int) -> npt.NDArray[np.bool_]:
+        """[A] which rows go on behind the token at ``position``."""
+        active = row_A[~self._is_over_B[row_A]]
+        self._length_B[active] = position + 1
+        last_logged = position + 1 == self._logged_B[active]
+        was_over = self._was_over_B[active]
+        # A logged token has ended its response or not: that is known, but of the last one where a
+        # kill tore the word of its end.
+        stops = was_over & last_logged
+        unknown = (position >= self._logged_B[active]) | (last_logged & ~was_over)
+        if position + 1 >= self.sampling.min_response:
+            tokens_BS = self._tokens_BS[active[unknown], : position + 1]
+            stops[unknown] = self._ending.are_over(tokens_BS, self.sampling.min_response)
+        self._is_over_B[active[stops]] = True
+        self._has_stopped_B[active[stops]] = True
+        if position + 1 == self.sampling.max_response:
+            self._is_over_B[active] = True
+        return ~self._is_over_B[row_A]
+
+    def tell(self, log: MemoryLog) -> None:
+        """Give the log what it lacks.  Ends and other tokens go together: were ends told sooner,
+        short responses would outlive more kills than long ones.
+        """
+        lacking = (self._length_B > self._told_B) | (self._is_over_B & ~self._is_told_B)
+        for row in np.flatnonzero(lacking).tolist():
+            new = slice(self._told_B[row], self._length_B[row])
+            reason = None
+            if self._is_over_B[row]:
+                reason = "stop" if self._has_stopped_B[row] else "length"
+            log.append(
+                self.batch[row].sample_id,
+                self._tokens_BS[row, new],
+                self._log_probs_BS[row, new],
+                version=self._version,
+                finish_reason=reason,
+            )
+        self._told_B = np.maximum(self._told_B, self._length_B)
+        self._is_told_B |= self._is_over_B
 
 
 def empty_model(

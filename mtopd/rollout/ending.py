@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from mtopd.tokenizer import decode_response
 
 if TYPE_CHECKING:
@@ -33,18 +36,44 @@ class Ending:
         # last of them; decoding all tokens anew for each would cost the square of their number.
         self._window = max((len(text.encode()) for text in stop), default=0) + _MARGIN
 
-    def is_over(self, response_ids: Sequence[int]) -> bool:
-        """Of a response that was not over one token before.  Special tokens count as text here, so
-        that a stop string can name one.
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self._end_ids
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self._stop
+
+    def are_over(
+        self, response_ids_BS: npt.NDArray[np.int32], min_response: int = 0
+    ) -> npt.NDArray[np.bool_]:
+        """[B] which responses of one length are over, that were not one token before."""
+        ends = np.isin(response_ids_BS[:, -1], [*self._end_ids])
+        if self._stop:
+            for row in np.flatnonzero(~ends):
+                ends[row] = self._has_stop(response_ids_BS[row], min_response)
+        return ends
+
+    def is_over(self, response_ids: Sequence[int], min_response: int = 0) -> bool:
+        """``are_over`` of one response.  Special tokens count as text here, so that a stop string can
+        name one.
         """
-        if response_ids[-1] in self._end_ids:
-            return True
-        if not self._stop:
-            return False
-        text = self._tokenizer.decode(
-            list(response_ids[-self._window :]), clean_up_tokenization_spaces=False
-        )
-        return any(stop in text for stop in self._stop)
+        return bool(self.are_over(np.asarray([response_ids], np.int32), min_response)[0])
+
+    def _has_stop(self, response_ids: npt.NDArray[np.int32], min_response: int) -> bool:
+        recent = response_ids[-self._window :].tolist()
+        text = self._decode(recent)
+        found = [stop for stop in self._stop if stop in text]
+        if not found or not min_response:
+            return bool(found)
+        # One that was complete before ``min_response`` ended nothing, and stands there still.
+        before = len(self._decode(recent[:-1]).rstrip("\ufffd"))
+        return any(text.rfind(stop) + len(stop) > before for stop in found)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     def text(self, response_ids: Sequence[int]) -> str:
         """What the response says, up to the first stop string; without special and end tokens."""

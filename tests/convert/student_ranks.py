@@ -27,8 +27,9 @@ from mtopd.pipelines.student import Student
 from mtopd.planning import Layout
 from mtopd.planning.capacity import stage_params
 from mtopd.progress import quiet_libraries
-from mtopd.rollout.engine import GREEDY, Engine, Request
+from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.run_dir import RunDir
+from tests.rollout.engines import alone, answer
 from tests.small_models import whole
 
 BIAS = "e_score_correction_bias"  # chooses experts: float32 whatever the model is
@@ -39,8 +40,8 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
     config = StudentConfig(**{"model": folder, "freeze_router": True, **job["student"]})
     student = Student(config, OptimizerConfig(lr=1e-3, warmup_steps=0), 10, seed=0)
     check_counted(student)
-    engine = embedded(student, ())
-    engine.update_weights(student.weights())
+    engine = embedded(student)
+    engine.update_weights(student.weights(), "test/1/0")
     wanted, found = whole(read_weights(folder)), whole(student.weights())
     tied = {"lm_head.weight"} if student.hf_config.tie_word_embeddings else set()
     assert found.keys() - tied == wanted.keys() - tied, found.keys() ^ wanted.keys()
@@ -164,19 +165,21 @@ def check_answers(root: Path, kind: str, student: Student, engine: Engine) -> No
         student.hf_config.num_nextn_predict_layers = 1  # what the folder says
         export(student, run, run.path / f"{kind}-{mtp}")
     prompts = [tuple(range(5 + i, 12 + 2 * i)) for i in range(4)]
-    requests = [Request(f"p{i}", ids) for i, ids in enumerate(prompts)]
-    answers = [r.response_ids for r in engine.generate(requests, max_response=12, sampling=GREEDY)]
+    requests = [Request(i, f"p{i}", ids) for i, ids in enumerate(prompts)]
+    engine._deal = alone()  # every rank answers all
+    found = answer(engine, requests, Sampling(12, temperature=0))
+    answers = [response.response_ids.tolist() for response in found]
     if dist.get_rank() == 0:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
             run.path / f"{kind}-freeze", dtype=torch.float32
         ).eval()
-        for ids, answer in zip(prompts, answers, strict=True):
-            whole = torch.tensor([[*ids, *answer]])
+        for ids, given in zip(prompts, answers, strict=True):
+            whole = torch.tensor([[*ids, *given]])
             with torch.no_grad():
                 logits = model(whole[:, :-1]).logits[0, len(ids) - 1 :, : student.vocab_size]
-            assert logits.argmax(-1).tolist() == list(answer), (ids, answer)
+            assert logits.argmax(-1).tolist() == given, (ids, given)
 
 
 if __name__ == "__main__":

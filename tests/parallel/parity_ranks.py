@@ -31,12 +31,13 @@ from mtopd.pipelines.iteration import Iteration
 from mtopd.pipelines.session import Session
 from mtopd.planning import Part, row_length
 from mtopd.progress import quiet_libraries
-from mtopd.rollout.engine import GREEDY, Request
+from mtopd.rollout.engine import Request, Sampling
 from mtopd.step_sums import LocalSums, StepSums
 from mtopd.teacher_offload import head_slot, layer_stream
 from mtopd.trajectories import read_metadata
 from mtopd.types import MicroBatch, PlannedSample, SampleMetadata, TrainStepPlan
 from tests.parallel import mutants
+from tests.rollout.engines import alone, answer
 from tests.small_models import whole
 
 METRICS = (
@@ -345,12 +346,12 @@ def check_argmax(session: Session) -> str:
     trainer = session.student.trainer
     folder = session.run.path / "export" / "check"
     export(session.student, session.run, folder)
-    engine = embedded(session.student, ())
-    engine.update_weights(read_weights(folder))
+    engine = embedded(session.student)
+    engine._deal = alone()  # every rank answers all
+    engine.update_weights(read_weights(folder), "test/1/0")
     prompts = [tuple(range(3 + i % 60, 3 + i % 60 + 2 + i % 7)) for i in range(256)]
-    responses = engine.generate(
-        [Request(f"x/{i}", p) for i, p in enumerate(prompts)], max_response=12, sampling=GREEDY
-    )
+    requests = [Request(i, f"x/{i}", p) for i, p in enumerate(prompts)]
+    responses = answer(engine, requests, Sampling(12, temperature=0))
     width = max(map(len, prompts)) + 12
     disagree, clear = torch.zeros(2), 0
     for start in range(0, 256, 64):

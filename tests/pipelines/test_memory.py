@@ -99,8 +99,14 @@ def test_the_start_says_what_its_config_will_hold(
     sharded = memory.config_capacity(ConsolidateConfig.model_validate(values), facts, 1000)
     assert 2 * sharded.optimizer == capacity.optimizer
     said: list[str] = []
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    needed = 4 * (capacity.weights + capacity.gradients + capacity.optimizer + capacity.engine)
+    free = SimpleNamespace(available=needed)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     monkeypatch.setattr(memory, "_device_bytes", lambda ranks: 0)
     memory.report_memory(config, [SimpleNamespace(pass_bytes=lambda: 1000)], 4, said.append)  # type: ignore[list-item]
     assert said[0] == f"each rank will hold about {capacity}"
     assert said[1].startswith("warning: this machine has")
+    free.available -= 4
+    mib = f"{capacity.engine / (1 << 20):.2f} MiB"
+    with pytest.raises(MtopdError, match=f"embedded holds the whole student on each rank, {mib}, "):
+        memory.report_memory(config, [SimpleNamespace(pass_bytes=lambda: 1000)], 4, said.append)  # type: ignore[list-item]

@@ -43,7 +43,6 @@ assert not hasattr(samples[0], "__dict__")
 model = planning.Architecture(8, 64, 128, 64, 32, 1000)
 sys.addaudithook(refuse)
 planning.select_prompts(10, 4, 2, seed=0)
-planning.plan_batches(10, 3, 2)
 planning.propose_split(model, 2, teacher_hidden_size=64, loss_share=0.5)
 options = {"num_train_steps": 2, "teacher_weights": [0.5, 0.5], "dp_size": 2, "seed": 0}
 options |= {"normalization": "token_mean", "cost": model.sample_cost}

@@ -1,4 +1,4 @@
-"""The selection of prompts and their batches: the planner's sentences, and what it refuses."""
+"""The selection of prompts and the numbers of their answers: the planner's sentences, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,23 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtopd.planning import number_samples, plan_batches, select_prompts
+from mtopd.planning import number_samples, select_prompts
 from mtopd.types import MtopdError
-
-
-@given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
-def test_batches_belong_to_rank_b_modulo_ranks(
-    num_items: int, batch_size: int, num_ranks: int
-) -> None:
-    dealt = plan_batches(num_items, batch_size, num_ranks)
-    assert len(dealt) == num_ranks
-    assert sorted(i for rank in dealt for batch in rank for i in batch) == list(range(num_items))
-    for rank, batches in enumerate(dealt):
-        for batch in batches:
-            b = batch.start // batch_size
-            assert b % num_ranks == rank
-            assert batch == range(b * batch_size, min((b + 1) * batch_size, num_items))
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 5))
@@ -66,5 +51,3 @@ def test_no_draw_of_an_iteration_is_asked_for_twice(
 def test_impossible_selections_are_refused(arguments: tuple[int, int, int, int]) -> None:
     with pytest.raises(MtopdError, match="at least one prompt"):
         select_prompts(*arguments)
-    with pytest.raises(MtopdError, match="in batches of 0"):
-        plan_batches(4, 0, 1)

@@ -20,7 +20,7 @@ from mtopd.report import build_report, read_run, write_report
 from mtopd.run_dir import RunDir
 
 TEACHERS = ("rot", "rev", "spir")
-ROLLOUT = RolloutLine(tokens=100, samples=192, stopped=180)
+ROLLOUT = RolloutLine(tokens=100, samples=192, stopped=180, continued_tokens=0, log_bytes=2000)
 STORED = {"rot": 1000, "rev": 1100, "spir": 1200}
 BASELINES = {
     "models": {

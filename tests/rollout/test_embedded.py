@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,21 @@ import torch
 
 from mtopd.hf_weights import in_buckets
 from mtopd.rollout.embedded import EmbeddedEngine, filtered, inverse_cdf
-from mtopd.rollout.ending import Ending
-from mtopd.rollout.engine import GREEDY, UNFILTERED, Request, Sampling
+from mtopd.rollout.engine import Request, Sampling
+from mtopd.rollout.memory_log import MemoryLog
 from mtopd.rollout.philox import philox4x32, uniform
-from mtopd.tokenizer import load_tokenizer
 from mtopd.types import MtopdError
-from tests.small_models import save_model
+from tests.rollout.engines import (
+    VERSION,
+    Model,
+    alone,
+    answer,
+    bits,
+    build_embedded,
+    memory_log,
+    requests,
+    small_model,
+)
 
 
 def test_philox_gives_the_published_test_vectors() -> None:
@@ -60,81 +71,163 @@ def test_inverse_cdf_never_takes_a_token_of_probability_zero() -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedEngine:
-    # 120 rows for about 100 token ids: the rest must never be sampled, however likely the weights
-    # make them.
-    folder = tmp_path_factory.mktemp("model") / "m"
-    model = save_model(folder, seed=5, layers=2, vocab=120)
-    tokenizer = load_tokenizer(folder)
-    engine = EmbeddedEngine(
-        model.config,
-        dtype=torch.float32,
-        vocab_size=100,
-        ending=Ending(tokenizer, [1]),
-        pad_id=0,
-        device=torch.device("cpu"),
-    )
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    weights["model.embed_tokens.weight"][100:] *= 8
-    weights["model.embed_tokens.weight"][1] *= 3  # EOS is likely in about half of all states
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    engine.update_weights([weights])
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return small_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> EmbeddedEngine:
+    engine = build_embedded(model)
+    engine.update_weights(model.buckets(), VERSION)
     return engine
 
 
-def requests(count: int) -> list[Request]:
-    rng = np.random.default_rng(0)
-    return [
-        Request(f"p/{i}", tuple(rng.integers(3, 100, rng.integers(1, 9)).tolist()))
-        for i in range(count)
-    ]
+SAMPLING = Sampling(16, seed=3, iteration=7)
 
 
-def test_a_batch_is_replayed_exactly(engine: EmbeddedEngine) -> None:
-    batch = requests(24)
-    first = engine.generate(batch, max_response=16, seed=3, iteration=7)
-    assert engine.generate(batch, max_response=16, seed=3, iteration=7) == first
-    assert engine.generate(batch, max_response=16, seed=3, iteration=8) != first
-    assert {r.finish_reason for r in first} == {"stop", "length"}, (
-        "the test needs both kinds of ending"
-    )
-    for response in first:
-        assert max(response.response_ids) < 100
-        assert (response.response_ids[-1] == 1) == (response.finish_reason == "stop")
-        assert 1 not in response.response_ids[:-1]
-        assert len(response.log_probs) == len(response.response_ids) <= 16
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_a_batch_cut_off_anywhere_ends_as_it_would_have(kind: str, tmp_path: Path) -> None:
+    """To the last bit, though rows of the batch were logged to unlike lengths: what the model reads,
+    and in which batches, does not change.  Tokens of experts are multiplied together.
+    """
+    model = small_model(tmp_path / "m", kind)
+    engine = build_embedded(model)
+    engine.update_weights(model.buckets(), VERSION)
+    asked, rng = requests(24), np.random.default_rng(1)
+    whole = answer(engine, asked, SAMPLING)
+    assert {r.finish_reason for r in whole} == {"stop", "length"}
+    for _ in range(6):
+        log = memory_log()
+        log.begin(asked)
+        for request, response in zip(asked, whole, strict=True):
+            kept = int(rng.integers(0, len(response.response_ids) + 1))
+            is_over = kept == len(response.response_ids) and bool(rng.integers(2))
+            log.append(
+                request.sample_id,
+                response.response_ids[:kept],
+                response.log_probs[:kept],
+                version=7,
+                finish_reason=response.finish_reason if is_over else None,
+            )
+        over = {r.sample_id: r for r in log.take()}
+        found = {r.sample_id: r for r in engine.generate(asked, log, SAMPLING)} | over
+        assert bits([found[i] for i in range(24)]) == bits(whole)
+
+
+def test_it_draws_only_what_the_log_lacks(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, drawn, plain = requests(24), [], EmbeddedEngine._draw
+    whole = answer(engine, asked, SAMPLING)
+
+    def draw(self, logits_AV, rows, row_A, position):
+        drawn.append(position)
+        return plain(self, logits_AV, rows, row_A, position)
+
+    monkeypatch.setattr(EmbeddedEngine, "_draw", draw)
+    log = memory_log()
+    log.begin(asked)
+    for i, response in enumerate(whole):
+        ids, probs = response.response_ids[:9], response.log_probs[:9]
+        reason = response.finish_reason if len(response.response_ids) <= 9 else None
+        log.append(i, ids, probs, version=7, finish_reason=reason)
+    list(engine.generate(asked, log, SAMPLING))
+    assert drawn == list(range(9, max(len(r.response_ids) for r in whole)))
+
+
+def test_ranks_share_the_batches_and_answer_them_alike(model: Model) -> None:
+    """Two engines take turns; which one answers a batch changes no bit."""
+    asked = requests(24)
+    (one, *two) = (build_embedded(model, batch_size=5) for _ in range(3))
+    for engine in (one, *two):
+        engine.update_weights(model.buckets(), VERSION)
+    whole = answer(one, asked, SAMPLING)
+    deal = alone()
+    found: dict[int, object] = {}
+    running = []
+    for engine in two:
+        engine._deal = deal
+        running.append(engine.generate(asked, MemoryLog("shared"), SAMPLING))
+    by_rank: list[set[int]] = [set(), set()]
+    for rank in itertools.cycle((0, 0, 1)):  # one of them is faster
+        response = next(running[rank], None)
+        if response is None:
+            break
+        by_rank[rank].add(response.sample_id)
+        found[response.sample_id] = response
+    for rank, rest in enumerate(running):
+        for response in rest:
+            by_rank[rank].add(response.sample_id)
+            found[response.sample_id] = response
+    assert all(by_rank) and not by_rank[0] & by_rank[1]
+    assert bits([found[i] for i in range(24)]) == bits(whole)
+
+
+def test_no_model_before_weights_and_no_memory_after_release(model: Model) -> None:
+    engine = build_embedded(model)
+    assert engine._model is None
+    engine.update_weights(model.buckets(), VERSION)
+    tensors = [t for n, t in engine._model.state_dict().items() if n in engine._stored]
+    engine.release()
+    assert engine.version is None
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == 0
+
+
+def test_the_log_hears_of_ends_and_other_tokens_together(engine: EmbeddedEngine) -> None:
+    """Were an end told at once and other tokens later, kills would favour short responses."""
+    told: list[tuple[int, int]] = []
+
+    class Heard(MemoryLog):
+        def append(self, sample_id, response_ids, log_probs, **rest) -> None:
+            told.append((sample_id, self._open[sample_id].length + len(response_ids)))
+            super().append(sample_id, response_ids, log_probs, **rest)
+
+    whole = answer(engine, requests(24), SAMPLING, Heard("heard"))
+    assert {len(r.response_ids) % 8 for r in whole} > {0}
+    for response in whole:
+        lengths = [length for i, length in told if i == response.sample_id]
+        assert lengths == sorted(
+            {8, 16, len(response.response_ids)} - set(range(len(response.response_ids) + 1, 17))
+        )
+    # In the order they were told: an end in a window stands among the others of that window.
+    assert [i for i, length in told if length <= 8] == sorted(r.sample_id for r in whole)
 
 
 def test_a_model_that_holds_nan_answers_nothing(engine: EmbeddedEngine) -> None:
     """Its argmax would be a token like any other, and its accuracy 0."""
     broken = copy.deepcopy(engine)
+    broken._deal = alone()
     broken._model.model.norm.weight[3] = float("nan")
-    for sampling in (UNFILTERED, GREEDY):
+    for sampling in (Sampling(4), Sampling(4, temperature=0)):
         with pytest.raises(MtopdError, match="token 0 of an answer to p/0 are not finite: weights"):
-            broken.generate(requests(2), max_response=4, sampling=sampling)
+            answer(broken, requests(2), sampling)
 
 
-def test_end_tokens_and_stop_strings_end_a_response_at_once(engine: EmbeddedEngine) -> None:
+def test_end_tokens_and_stop_strings_end_a_response_at_once(
+    engine: EmbeddedEngine, model: Model
+) -> None:
     """The draws are those of the same batch without them: only where an answer ends differs."""
     batch, tokenizer = requests(24), engine._ending._tokenizer
-    whole = engine.generate(batch, max_response=16, seed=3, iteration=7)
-    texts = [tokenizer.decode(list(response.response_ids)) for response in whole]
+    whole = answer(engine, batch, SAMPLING)
+    texts = [tokenizer.decode(response.response_ids.tolist()) for response in whole]
     stop = [texts[0][1:3], texts[1][4:6], "<sep>"]  # of two characters, and a special token
-    also_end = whole[2].response_ids[3]
-    plain, engine._ending = engine._ending, Ending(tokenizer, [1, also_end], stop)
-    try:
-        found = engine.generate(batch, max_response=16, seed=3, iteration=7)
-        assert engine.generate(batch, max_response=16, seed=3, iteration=7) == found
-    finally:
-        engine._ending = plain
-    cut = [r for r, w in zip(found, whole, strict=True) if r != w and len(r.response_ids) > 1]
-    last = [response.response_ids[-1] for response in cut]
+    also_end = int(whole[2].response_ids[3])
+    stopping = build_embedded(model, stop=stop, stop_ids=[also_end])
+    stopping.update_weights(model.buckets(), VERSION)
+    found = answer(stopping, batch, SAMPLING)
+    assert bits(answer(stopping, batch, SAMPLING)) == bits(found)
+    cut = [
+        f
+        for f, w in zip(found, whole, strict=True)
+        if len(f.response_ids) < len(w.response_ids) and len(f.response_ids) > 1
+    ]
+    last = [int(response.response_ids[-1]) for response in cut]
     assert also_end in last
     assert any(token not in (1, also_end) for token in last), "the test needs both endings"
     for response, unstopped in zip(found, whole, strict=True):
-        ids = response.response_ids
-        assert ids == unstopped.response_ids[: len(ids)]
-        prefixes = [tokenizer.decode(list(ids[:k])) for k in range(1, len(ids) + 1)]
+        ids = response.response_ids.tolist()
+        assert ids == unstopped.response_ids[: len(ids)].tolist()
+        prefixes = [tokenizer.decode(ids[:k]) for k in range(1, len(ids) + 1)]
         is_over = [
             ids[k] in (1, also_end) or any(s in text for s in stop)
             for k, text in enumerate(prefixes)
@@ -142,39 +235,16 @@ def test_end_tokens_and_stop_strings_end_a_response_at_once(engine: EmbeddedEngi
         assert not any(is_over[:-1])
         assert (response.finish_reason == "stop") == is_over[-1]
         assert is_over[-1] or len(ids) == 16
-        assert len(response.log_probs) == len(ids)
 
 
-def test_padding_cache_and_compaction_do_not_change_a_response(engine: EmbeddedEngine) -> None:
-    """Each answer of a ragged, compacted batch has the log-probs of a plain forward pass over that
-    answer alone.
-    """
-    batch = requests(24)
-    for request, response in zip(
-        batch, engine.generate(batch, max_response=16, seed=3, iteration=7), strict=True
-    ):
-        ids = torch.tensor([[*request.prompt_ids, *response.response_ids]])
-        with torch.no_grad():
-            logits = engine._model(ids).logits[0, len(request.prompt_ids) - 1 : -1, :100].double()
-        wanted = torch.log_softmax(logits, -1)[
-            torch.arange(len(response.response_ids)), ids[0, len(request.prompt_ids) :]
-        ]
-        torch.testing.assert_close(
-            torch.tensor(response.log_probs, dtype=torch.float64), wanted, rtol=0, atol=2e-5
-        )
-
-
-def test_sampling_follows_the_models_distribution(engine: EmbeddedEngine) -> None:
+def test_sampling_follows_the_models_distribution(engine: EmbeddedEngine, model: Model) -> None:
     """Chi-square of 4000 first tokens against the exact distribution; df = number of pooled cells -
     1.
     """
     prompt = (5, 9, 33)
-    batch = [Request("same", prompt, sample) for sample in range(4000)]
-    drawn = np.array([r.response_ids[0] for r in engine.generate(batch, max_response=1, seed=11)])
-    with torch.no_grad():
-        p = torch.softmax(
-            engine._model(torch.tensor([prompt])).logits[0, -1, :100].double(), -1
-        ).numpy()
+    batch = [Request(sample, "same", prompt, sample) for sample in range(4000)]
+    drawn = np.array([r.response_ids[0] for r in answer(engine, batch, Sampling(1, seed=11))])
+    p = model.log_probs(prompt, [0])[0].exp().numpy()
     likely = p * 4000 >= 5
     expected = np.append(p[likely], p[~likely].sum()) * 4000
     counts = np.bincount(drawn, minlength=100)
@@ -183,13 +253,10 @@ def test_sampling_follows_the_models_distribution(engine: EmbeddedEngine) -> Non
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, (chi_square, freedom)
 
 
-def test_greedy_takes_the_argmax(engine: EmbeddedEngine) -> None:
-    (response,) = engine.generate([Request("g", (7, 8, 9))], max_response=5, sampling=GREEDY)
-    ids = [7, 8, 9]
-    for token in response.response_ids:
-        with torch.no_grad():
-            assert token == engine._model(torch.tensor([ids])).logits[0, -1, :100].argmax().item()
-        ids.append(token)
+def test_greedy_takes_the_argmax(engine: EmbeddedEngine, model: Model) -> None:
+    (response,) = answer(engine, [Request(0, "g", (7, 8, 9))], Sampling(5, temperature=0))
+    ids = response.response_ids.tolist()
+    assert model.log_probs((7, 8, 9), ids).argmax(-1).tolist() == ids
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -199,7 +266,7 @@ def test_a_nucleus_is_the_fewest_tokens_that_hold_top_p(temperature: float, top_
     logits = 3 * torch.randn(7, 50, generator=generator, dtype=torch.float64)
     logits[:, 20:30] = logits[:, :10]  # equal tokens: the lower id comes first
     log_p = torch.log_softmax(logits, -1)
-    found = filtered(log_p, Sampling(temperature, top_p))
+    found = filtered(log_p, Sampling(1, temperature=temperature, top_p=top_p))
     for row, kept in zip(torch.softmax(logits / temperature, -1), found.isfinite(), strict=True):
         by_rank = sorted(range(50), key=lambda i: (-float(row[i]), i))
         count = 1 if top_p < 1 else 50
@@ -208,29 +275,27 @@ def test_a_nucleus_is_the_fewest_tokens_that_hold_top_p(temperature: float, top_
         assert set(by_rank[:count]) == set(kept.nonzero()[:, 0].tolist())
     expected = torch.log_softmax(logits / temperature, -1)
     torch.testing.assert_close(found[found.isfinite()], expected[found.isfinite()])
-    assert filtered(log_p, UNFILTERED) is log_p, "a rollout's distribution is not touched"
+    assert filtered(log_p, Sampling(1)) is log_p, "a rollout's distribution is not touched"
 
 
 def test_an_evaluation_at_a_temperature_is_replayed_and_keeps_to_its_nucleus(
-    engine: EmbeddedEngine,
+    engine: EmbeddedEngine, model: Model
 ) -> None:
-    batch, sampling = requests(24), Sampling(temperature=0.7, top_p=0.5)
-    first = engine.generate(batch, max_response=8, sampling=sampling)
-    assert engine.generate(batch, max_response=8, sampling=sampling) == first
-    assert engine.generate(batch, max_response=8, sampling=GREEDY) != first
-    assert engine.generate(batch, max_response=8, sampling=Sampling(temperature=0.7)) != first
-    tiny = engine.generate(batch, max_response=8, sampling=Sampling(top_p=1e-9))
-    assert tiny == engine.generate(batch, max_response=8, sampling=GREEDY)
+    batch, sampling = requests(24), Sampling(8, temperature=0.7, top_p=0.5)
+    greedy = Sampling(8, temperature=0)
+    first = answer(engine, batch, sampling)
+    assert bits(answer(engine, batch, sampling)) == bits(first)
+    assert bits(answer(engine, batch, greedy)) != bits(first)
+    assert bits(answer(engine, batch, Sampling(8, temperature=0.7))) != bits(first)
+    tiny = answer(engine, batch, Sampling(8, top_p=1e-9))
+    assert bits(tiny) == bits(answer(engine, batch, greedy))
     for request, response in zip(batch, first, strict=True):
-        ids = torch.tensor([[*request.prompt_ids, *response.response_ids]])
-        with torch.no_grad():
-            logits = engine._model(ids).logits[0, len(request.prompt_ids) - 1 : -1, :100].double()
-        log_p = torch.log_softmax(logits, -1)
-        chosen = torch.tensor(response.response_ids)[:, None]
-        nucleus = Sampling(sampling.temperature, sampling.top_p + 1e-4)  # rounding of the batch
+        log_p = model.log_probs(list(request.prompt_ids), response.response_ids.tolist())
+        chosen = torch.from_numpy(response.response_ids.astype(np.int64))[:, None]
+        nucleus = Sampling(8, temperature=0.7, top_p=sampling.top_p + 1e-4)  # rounding of the batch
         assert filtered(log_p, nucleus).gather(-1, chosen).isfinite().all()
         torch.testing.assert_close(  # noted are the model's own log-probs
-            torch.tensor(response.log_probs, dtype=torch.float64)[:, None],
+            torch.from_numpy(response.log_probs.astype(np.float64))[:, None],
             log_p.gather(-1, chosen),
             rtol=0,
             atol=2e-5,
@@ -243,7 +308,7 @@ def test_weights_come_in_buckets_and_all_of_them(engine: EmbeddedEngine) -> None
     doubled = {name: tensor * 2 for name, tensor in weights.items()}
     buckets = list(in_buckets(doubled.items(), 20_000))
     assert len(buckets) > 5
-    engine.update_weights(iter(buckets))
+    engine.update_weights(iter(buckets), VERSION)
     found = engine._model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in doubled.items())
     for wrong, said in (
@@ -255,6 +320,6 @@ def test_weights_come_in_buckets_and_all_of_them(engine: EmbeddedEngine) -> None
     ):
         asked = iter(wrong)
         with pytest.raises(MtopdError, match=said):
-            engine.update_weights(asked)
+            engine.update_weights(asked, VERSION)
         assert next(asked, None) is None, "the ranks that gather would wait for this one"
-    engine.update_weights([weights])
+    engine.update_weights([weights], VERSION)

@@ -1,0 +1,197 @@
+"""What an engine writes tokens to, kept in memory: for evaluations, whose responses are scored and
+forgotten.  ``token_log.TokenLog`` is the one that lasts.
+
+A log is what joins a response's tokens, whoever sampled them and in however many pieces, and what
+hands it on.  Tokens travel as arrays: there is no Python object for one of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+LogProbs = npt.NDArray[np.float32]
+Spans = tuple[tuple[int, int], ...]  # (first token, version of the student) of each run of tokens
+FINISH_REASONS = ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Response:
+    """What was sampled, T tokens."""
+
+    sample_id: int
+    response_ids: Ids  # [T], with the end token, or the stop string's, that ended it
+    log_probs: LogProbs  # [T], of the model's own distribution, whatever the sampling
+    version_spans: Spans
+    finish_reason: str  # "stop" (an end token or a stop string) | "length"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What a log has of a response, T tokens so far."""
+
+    response_ids: Ids  # [T]
+    log_probs: LogProbs  # [T]
+    finish_reason: str | None  # None: it is not over
+
+
+class Named(Protocol):
+    """What a log needs of a request."""
+
+    @property
+    def sample_id(self) -> int: ...
+
+
+class OpenResponse:
+    """A response on its way."""
+
+    __slots__ = ("finish_reason", "ids", "length", "log_probs", "spans")
+
+    def __init__(self) -> None:
+        self.ids = bytearray()  # int32, little-endian, as in a log file
+        self.log_probs = bytearray()  # float32, likewise
+        self.length = 0  # tokens
+        self.spans: list[tuple[int, int]] = []
+        self.finish_reason: str | None = None
+
+    def extend(self, ids: bytes, log_probs: bytes, count: int, version: int) -> None:
+        if count and (not self.spans or self.spans[-1][1] != version):
+            self.spans.append((self.length, version))
+        self.ids += ids
+        self.log_probs += log_probs
+        self.length += count
+
+    def held(self) -> Held:
+        return Held(
+            np.frombuffer(bytes(self.ids), "<i4"),
+            np.frombuffer(bytes(self.log_probs), "<f4"),
+            self.finish_reason,
+        )
+
+
+class MemoryLog:
+    """The responses of one piece of work, on this rank.  ``name`` is the same on every rank, and no
+    other piece of work of this start has it: ranks deal the requests by it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.num_calls = 0  # of ``generate`` with this log
+        self.num_continued_tokens = 0  # that former starts had sampled of what this rank took over
+        self._open: dict[int, OpenResponse] = {}
+        self._over: dict[int, Held] = {}  # handed on, kept until they are forgotten
+        self._ready: deque[Response] = deque()
+        self._changed = threading.Condition()
+
+    # -- the engine's side -------------------------------------------------------------------------
+    def begin(self, requests: Iterable[Named]) -> list[Held]:
+        """What is held of each.  Those that a former start ended are handed on without another
+        word.
+        """
+        with self._changed:
+            return [self._begin(request.sample_id) for request in requests]
+
+    def _begin(self, sample_id: int) -> Held:
+        if sample_id in self._over:
+            return self._over[sample_id]
+        response = self._open.get(sample_id)
+        if response is None:
+            response = self._open[sample_id] = self._recovered(sample_id)
+            self.num_continued_tokens += response.length
+            if response.finish_reason is not None:
+                return self._hand_on(sample_id)
+        return response.held()
+
+    def append(
+        self,
+        sample_id: int,
+        response_ids: npt.ArrayLike,
+        log_probs: npt.ArrayLike,
+        *,
+        version: int,
+        finish_reason: str | None = None,
+        attempt: int = 0,
+    ) -> None:
+        """Take the next tokens of a response that was begun; with ``finish_reason`` its last ones,
+        which may be none.  ``version``: student that sampled them.
+        """
+        ids = np.asarray(response_ids, "<i4").tobytes()
+        probs = np.asarray(log_probs, "<f4").tobytes()
+        count = len(ids) // 4
+        assert len(ids) == len(probs), (len(ids), len(probs))
+        assert finish_reason is None or finish_reason in FINISH_REASONS, finish_reason
+        with self._changed:
+            response = self._open[sample_id]
+            assert response.finish_reason is None, f"sample {sample_id} is over"
+            start = response.length
+            response.extend(ids, probs, count, version)
+            response.finish_reason = finish_reason
+            self._note(sample_id, start, version, ids, probs, finish_reason, attempt)
+
+    def take(self) -> list[Response]:
+        """Responses that are over and safe, since the last call.  Never waits."""
+        with self._changed:
+            found, self._ready = self._ready, deque()
+        return list(found)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until there is something to take, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._ready), timeout_s)
+
+    def flush(self) -> None:
+        """Make safe what was appended.  Only for when none of this rank's responses runs: were it
+        done because one has ended, short responses would outlive more kills than long ones.
+        """
+
+    def forget(self, sample_ids: Iterable[int]) -> None:
+        """Drop responses that were handed on and are kept elsewhere; they are not asked for again."""
+        with self._changed:
+            for sample_id in sample_ids:
+                del self._over[sample_id]
+
+    def close(self) -> None:
+        """The end: what was appended is safe."""
+
+    # -- what a log that lasts does differently ------------------------------------------------------
+    def _recovered(self, sample_id: int) -> OpenResponse:
+        """What was sampled of a response before this log began."""
+        return OpenResponse()
+
+    def _note(
+        self,
+        sample_id: int,
+        start: int,
+        version: int,
+        ids: bytes,
+        log_probs: bytes,
+        finish_reason: str | None,
+        attempt: int,
+    ) -> None:
+        """Tokens were appended; the lock is held."""
+        if finish_reason is not None:
+            self._hand_on(sample_id)
+
+    def _hand_on(self, sample_id: int) -> Held:
+        """The response is over and safe; the lock is held."""
+        response = self._open.pop(sample_id)
+        held = self._over[sample_id] = response.held()
+        assert response.finish_reason is not None
+        self._ready.append(
+            Response(
+                sample_id,
+                held.response_ids,
+                held.log_probs,
+                tuple(response.spans),
+                response.finish_reason,
+            )
+        )
+        self._changed.notify_all()
+        return held

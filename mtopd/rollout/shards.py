@@ -1,0 +1,78 @@
+"""Responses become trajectories: each shard is sealed as soon as all of its responses are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mtopd.rollout.engine import Request
+from mtopd.rollout.memory_log import Response
+from mtopd.trajectories import write_shard
+from mtopd.types import Prompt, Trajectory
+
+
+def shard_name(sample_id: int, shard_size: int) -> str:
+    """The shard that a sample belongs to, whoever answers it."""
+    return f"batch-{sample_id // shard_size:05d}"
+
+
+class ShardWriter:
+    """Collects an iteration's responses on this rank and seals shards of ``shard_size`` samples with
+    neighbouring ids.
+
+    ``planned``: what is asked, whole shards of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        planned: Iterable[tuple[Prompt, Request]],
+        shard_size: int,
+        generation: int,
+    ) -> None:
+        self.num_tokens = self.num_samples = self.num_stopped = 0  # sealed
+        self._folder = folder
+        self._shard_size = shard_size
+        self._generation = generation
+        self._planned: dict[str, list[tuple[Prompt, Request]]] = {}
+        for prompt, request in planned:
+            name = shard_name(request.sample_id, shard_size)
+            self._planned.setdefault(name, []).append((prompt, request))
+        self._arrived: dict[str, dict[int, Response]] = {}
+
+    def add(self, response: Response) -> Sequence[int]:
+        """Take a response.  Returns the ids of samples that are sealed by it: a whole shard's, or
+        none.
+        """
+        name = shard_name(response.sample_id, self._shard_size)
+        arrived = self._arrived.setdefault(name, {})
+        assert response.sample_id not in arrived, f"sample {response.sample_id} came twice"
+        arrived[response.sample_id] = response
+        if len(arrived) < len(self._planned[name]):
+            return ()
+        planned = self._planned.pop(name)
+        samples = [trajectory(*item, arrived[item[1].sample_id]) for item in planned]
+        write_shard(self._folder, name, samples, self._generation)
+        self.num_samples += len(samples)
+        self.num_tokens += sum(len(sample.response_ids) for sample in samples)
+        self.num_stopped += sum(sample.finish_reason == "stop" for sample in samples)
+        return [*self._arrived.pop(name)]
+
+
+def trajectory(prompt: Prompt, request: Request, response: Response) -> Trajectory:
+    """The sample of a response: all that the student sampled is trained."""
+    return Trajectory(
+        sample_id=request.sample_id,
+        prompt_id=prompt.prompt_id,
+        route=prompt.route,
+        teacher_index=prompt.teacher_index,
+        prompt_ids=prompt.prompt_ids,
+        response_ids=response.response_ids,
+        loss_mask=np.ones(len(response.response_ids), np.uint8),
+        rollout_log_probs=response.log_probs,
+        student_version=response.version_spans[-1][1],
+        version_spans=response.version_spans,
+        finish_reason=response.finish_reason,
+    )

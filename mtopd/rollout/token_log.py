@@ -1,0 +1,340 @@
+"""The token log of a rollout: every sampled token is on disk within a tenth of a second, so that a
+killed rollout goes on where it was.
+
+``iterations/N/rollout/log-<start>-<rank>.bin``, one writer a file, append only:
+
+    record    length u32, crc32c u32 of the payload, payload
+    payload   sample u64, start u32, version u32, count u16, finish u8, attempt u8,
+              ids i32[count], log-probs f32[count]        (all little-endian)
+
+``start`` is the place of the first token in its response, ``version`` the iteration whose weights
+sampled the tokens, ``finish`` 0 (it goes on), 1 (stop) or 2 (length).  The first record has sample
+2^64 - 1 and JSON behind its head: format, run, engine, and ``versions``, number -> name; a later
+one of the kind adds names.
+
+Promises:
+
+- Records are committed (one write, one fdatasync) on a clock, never because a response has ended:
+  else short responses would outlive more kills than long ones.  A response is handed on after its
+  last record was committed.
+- A torn tail costs its own record and what stands behind it, nothing before it.
+- What several files hold of a token is equal, or the logs are refused: two starts drew a token
+  apart.
+- Reading takes time linear in records, and handles tokens as bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+
+from mtopd.files import explain, fsync_dir
+from mtopd.rollout.memory_log import MemoryLog, OpenResponse
+from mtopd.types import MtopdError
+
+COMMIT_EVERY_S = 0.1
+FORMAT = 1
+_FRAME = struct.Struct("<II")  # length, crc32c
+_HEAD = struct.Struct("<QIIHBB")  # sample, start, version, count, finish, attempt
+_HEADER_SAMPLE = (1 << 64) - 1
+_MAX_COUNT = (1 << 16) - 1
+_FINISH_CODES = {None: 0, "stop": 1, "length": 2}
+_FINISH_REASONS = {code: reason for reason, code in _FINISH_CODES.items()}
+
+
+class Record(NamedTuple):
+    """Tokens of one response that were sampled one behind the other."""
+
+    sample_id: int
+    start: int
+    version: int
+    ids: bytes  # int32, little-endian
+    log_probs: bytes  # float32, little-endian
+    finish_reason: str | None
+    attempt: int
+
+
+def log_path(folder: Path, generation: int, rank: int) -> Path:
+    return folder / f"log-{generation:06d}-{rank:05d}.bin"
+
+
+# -- writing -------------------------------------------------------------------------------------
+class TokenLog(MemoryLog):
+    """The log of this rank in this start.  ``recovered`` is what ``recover`` found of former starts."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        *,
+        run: str,
+        engine: str,
+        versions: dict[int, str],
+        recovered: dict[int, OpenResponse],
+    ) -> None:
+        super().__init__(name)
+        self.path = path
+        self.num_bytes = 0  # committed
+        self.num_commits = 0
+        self._recovered_responses = recovered
+        self._pending: list[Record] = []
+        self._error: MtopdError | None = None
+        self._committing = threading.Lock()  # one commit at a time, records in order
+        self._stop = threading.Event()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Exclusively: a file has one writer, ever.
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        about = {
+            "format": FORMAT,
+            "run": run,
+            "engine": engine,
+            "versions": {str(number): version for number, version in versions.items()},
+        }
+        text = json.dumps(about, sort_keys=True).encode()
+        head = _HEAD.pack(_HEADER_SAMPLE, 0, 0, 0, 0, 0)
+        self._write(_framed(head + text))
+        fsync_dir(path.parent)
+        self._clock = threading.Thread(target=self._commit_on_the_clock, daemon=True)
+        self._clock.start()
+
+    def flush(self) -> None:
+        self._commit()
+        self._raise_error()
+
+    def close(self) -> None:
+        """Commit, and end the file."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._clock.join()
+        try:
+            self.flush()
+        finally:
+            os.close(self._file)
+
+    def _recovered(self, sample_id: int) -> OpenResponse:
+        return self._recovered_responses.pop(sample_id, None) or OpenResponse()
+
+    def _note(
+        self,
+        sample_id: int,
+        start: int,
+        version: int,
+        ids: bytes,
+        log_probs: bytes,
+        finish_reason: str | None,
+        attempt: int,
+    ) -> None:
+        self._raise_error()
+        self._pending.append(
+            Record(sample_id, start, version, ids, log_probs, finish_reason, attempt)
+        )
+
+    def take(self) -> list[Any]:
+        self._raise_error()
+        return super().take()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _commit_on_the_clock(self) -> None:
+        while not self._stop.wait(COMMIT_EVERY_S):
+            self._commit()
+
+    def _commit(self) -> None:
+        """Make pending records durable, then hand on the responses that they ended."""
+        with self._committing:
+            with self._changed:
+                pending, self._pending = self._pending, []
+            if not pending or self._error is not None:
+                return
+            try:
+                self._write(b"".join(_framed(payload) for payload in _payloads(pending)))
+            except OSError as error:
+                with self._changed:
+                    self._error = MtopdError(
+                        f"the token log cannot be written: {explain(error)}.  Nothing more is "
+                        "sampled; the next start goes on with what was logged before"
+                    )
+                    self._changed.notify_all()
+                return
+            self.num_commits += 1
+            with self._changed:
+                for record in pending:
+                    if record.finish_reason is not None:
+                        self._hand_on(record.sample_id)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.num_bytes += len(data)
+
+
+def _framed(payload: bytes) -> bytes:
+    return _FRAME.pack(len(payload), google_crc32c.value(payload)) + payload
+
+
+def _payloads(records: list[Record]) -> Iterator[bytes]:
+    """Records of a response that follow one another are written as one."""
+    by_sample: dict[int, list[Record]] = {}
+    for record in records:
+        by_sample.setdefault(record.sample_id, []).append(record)
+    for of_sample in by_sample.values():
+        run: list[Record] = []
+        count = 0
+        for record in of_sample:
+            size = len(record.ids) // 4
+            assert size <= _MAX_COUNT, f"{size} tokens at once"
+            if run and (
+                count + size > _MAX_COUNT
+                or (record.version, record.attempt) != (run[0].version, run[0].attempt)
+            ):
+                yield _payload(run, count)
+                run, count = [], 0
+            run.append(record)
+            count += size
+        yield _payload(run, count)
+
+
+def _payload(run: list[Record], count: int) -> bytes:
+    first, code = run[0], _FINISH_CODES[run[-1].finish_reason]
+    head = _HEAD.pack(first.sample_id, first.start, first.version, count, code, first.attempt)
+    return b"".join([head, *(r.ids for r in run), *(r.log_probs for r in run)])
+
+
+# -- reading -------------------------------------------------------------------------------------
+@dataclass
+class LogFile:
+    """What a file holds, up to its torn tail."""
+
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)  # the first record; empty: it is torn too
+    records: list[Record] = field(default_factory=list)
+    num_bytes: int = 0  # of whole records
+    num_torn: int = 0  # bytes behind them
+
+
+def read_log(path: Path) -> LogFile:
+    """The whole records of a file.  Raises MtopdError for a log of another format."""
+    with open(path, "rb") as file:
+        data = file.read()
+        # What is gone on from must not be lost after what is logged behind it.
+        os.fsync(file.fileno())
+    log = LogFile(path)
+    at, view = 0, memoryview(data)
+    while at + _FRAME.size + _HEAD.size <= len(data):
+        length, crc = _FRAME.unpack_from(data, at)
+        payload = view[at + _FRAME.size : at + _FRAME.size + length]
+        if length < _HEAD.size or len(payload) < length:
+            break
+        if google_crc32c.value(bytes(payload)) != crc:
+            break
+        sample_id, start, version, count, finish, attempt = _HEAD.unpack_from(payload)
+        body = payload[_HEAD.size :]
+        if sample_id == _HEADER_SAMPLE:
+            _take_header(log, bytes(body))
+        else:
+            if len(body) != 8 * count or not log.about:
+                raise MtopdError(f"{path} is no token log of format {FORMAT}; remove it")
+            ids, log_probs = bytes(body[: 4 * count]), bytes(body[4 * count :])
+            reason = _FINISH_REASONS[finish]
+            log.records.append(Record(sample_id, start, version, ids, log_probs, reason, attempt))
+        at += _FRAME.size + length
+    log.num_bytes, log.num_torn = at, len(data) - at
+    return log
+
+
+def _take_header(log: LogFile, text: bytes) -> None:
+    about = json.loads(text)
+    if about.get("format") != FORMAT:
+        raise MtopdError(
+            f"{log.path} is a token log of format {about.get('format')!r}, this version of mtopd "
+            f"reads {FORMAT}: go on with the version that wrote it, or remove it: what it holds is "
+            "sampled again"
+        )
+    versions = {**log.about.get("versions", {}), **about["versions"]}
+    log.about = {**about, "versions": versions}
+
+
+@dataclass
+class Recovery:
+    """What former starts of an iteration had logged."""
+
+    responses: dict[int, OpenResponse] = field(default_factory=dict)
+    num_files: int = 0
+    num_bytes: int = 0  # of whole records
+    num_torn: int = 0  # bytes of torn tails
+    num_dropped: int = 0  # tokens behind a gap
+
+
+def logs_before(folder: Path, generation: int) -> list[Path]:
+    """Log files of starts before this one, the oldest first."""
+    return sorted(p for p in folder.glob("log-*.bin") if _generation(p) < generation)
+
+
+def _generation(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def recover(paths: list[Path], *, run: str, unsealed: Container[int]) -> Recovery:
+    """Join what the files hold of responses that are in no sealed shard.  Raises MtopdError where
+    they hold different tokens, or belong to another run.
+    """
+    found = Recovery()
+    origin: dict[int, Path] = {}  # the last file that a response was in
+    for path in paths:
+        log = read_log(path)
+        found.num_files += 1
+        found.num_bytes += log.num_bytes
+        found.num_torn += log.num_torn
+        if log.about and log.about["run"] != run:
+            raise MtopdError(
+                f"{path} belongs to another run ({log.about['run']}, this is {run}); remove it"
+            )
+        for record in log.records:
+            if record.sample_id in unsealed:
+                _join(found, record, path, origin)
+    return found
+
+
+def _join(found: Recovery, record: Record, path: Path, origin: dict[int, Path]) -> None:
+    response = found.responses.get(record.sample_id)
+    if response is None:
+        response = found.responses[record.sample_id] = OpenResponse()
+    count = len(record.ids) // 4
+    if record.start > response.length:
+        found.num_dropped += count  # what stood before it was torn; it is drawn again
+        return
+    known = response.length - record.start  # tokens that are there already
+    overlap = min(known, count)
+    before = bytes(response.ids[4 * record.start : 4 * (record.start + overlap)])
+    is_over = response.finish_reason is not None
+    ends_apart = is_over and (
+        count > known or (record.finish_reason is not None and count != known)
+    )
+    ends_early = record.finish_reason is not None and count < known
+    if before != record.ids[: 4 * overlap] or ends_apart or ends_early:
+        raise MtopdError(
+            f"{origin[record.sample_id]} and {path} hold different tokens of sample "
+            f"{record.sample_id} from token {record.start} on: two starts have sampled it apart, and "
+            "either may have been trained on; remove the logs of this iteration and its trajectories, "
+            "then start again"
+        )
+    new = slice(4 * overlap, None)
+    response.extend(record.ids[new], record.log_probs[new], count - overlap, record.version)
+    response.finish_reason = record.finish_reason or response.finish_reason
+    origin[record.sample_id] = path
