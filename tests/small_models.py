@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -105,7 +106,9 @@ def save_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model(model_type, **{**values, **MODEL_TYPES[model_type], **fields})
+    # transformers writes into the dicts that it is given, and these are shared.
+    values = copy.deepcopy({**values, **MODEL_TYPES[model_type], **fields})
+    config = AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

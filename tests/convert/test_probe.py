@@ -84,7 +84,10 @@ def test_a_scaled_and_softcapped_head(folder: Path) -> None:
             lambda w: {**w, "lm_head.weight": 0 * w["lm_head.weight"]},
             "probability 1/.*weights are empty",
         ),
-        (lambda w: {**w, "model.norm.weight": w["model.norm.weight"] * math.nan}, "not finite"),
+        (
+            lambda w: {**w, "model.norm.weight": w["model.norm.weight"] * math.nan},
+            "NaN or infinite",
+        ),
         (
             lambda w: {**w, "model.norm.weight": w["model.norm.weight"][:-1]},
             "'model.norm.weight' has shape",

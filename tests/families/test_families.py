@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,7 +91,8 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 def make_config(model_type: str, **fields: Any) -> PretrainedConfig:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    values = {**SHARED, **rope, **MODEL_TYPES[model_type], **fields}
+    # transformers writes into the dicts that it is given, and these are shared.
+    values = copy.deepcopy({**SHARED, **rope, **MODEL_TYPES[model_type], **fields})
     return AutoConfig.for_model(model_type, **values)
 
 
