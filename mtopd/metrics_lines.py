@@ -92,8 +92,8 @@ class RolloutLine(Line):
     tokens: int
     samples: int
     stopped: int  # samples that ended by themselves; the others have all the tokens they may
-    continued_tokens: int  # of tokens, sampled by starts that were killed
-    log_bytes: int  # of this start's token logs
+    continued_tokens: int = 0  # of tokens, sampled by starts that were killed
+    log_bytes: int = 0  # of this start's token logs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ def test_lines_are_read_as_they_were_written(path: Path) -> None:
     rollout = RolloutLine(tokens=5, samples=2, stopped=1, continued_tokens=0, log_bytes=0)
     append(path, (rollout, 0, None), (step_line(1.0), 0, 3))
     assert [json.loads(text) for text in path.read_text().splitlines()] == [
-        {"kind": "rollout", "iteration": 0, "tokens": 5, "samples": 2, "stopped": 1},
+        {"kind": "rollout", "iteration": 0, "tokens": 5, "samples": 2, "stopped": 1}
+        | {"continued_tokens": 0, "log_bytes": 0},
         {
             "kind": "train_step",
             "iteration": 0,
