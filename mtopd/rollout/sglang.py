@@ -1,0 +1,390 @@
+"""The rollout engine on SGLang servers: rank 0 is their client, the other ranks wait.
+
+Servers are started by others, with a folder that holds config.json alone (``sglang_serving``);
+weights come to them by broadcast from this process and are proven to have arrived before the first
+token is asked for.
+
+Missing: no config key leads here, ``mtopd.pipelines.engines.ENGINES`` does not name this engine, no
+verb writes the servers' folder, and the main loop has not run on it.  Its tests on two real servers
+on a CPU (``pytest tests/sglang``; weights from files in the trainer's place) passed on an earlier
+state of the protocol and have not run since; neither ``make test`` nor CI runs them.  The contract
+suite (``tests/rollout/test_engine_contract.py``) does not build it: log-probs of a replayed response
+are equal within 1e-5 here, not to the bit.  Servers on GPUs, mixtures of experts and several nodes
+were never tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from array import array
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from mtopd.rollout.ending import Ending
+from mtopd.rollout.engine import Request, Sampling, student_version
+from mtopd.rollout.memory_log import MemoryLog, Response
+from mtopd.rollout.sglang_dispatch import DispatchCounts, Dispatcher, Work
+from mtopd.rollout.sglang_proof import EXACT, probe_sequences
+from mtopd.rollout.sglang_servers import Server, ServerError, Servers
+from mtopd.rollout.sglang_weights import WeightUpdate
+from mtopd.rollout.sglang_wire import Asking, Chunk, check_ids
+from mtopd.types import MtopdError
+
+T = TypeVar("T")
+# Log-probs of token sequences as the trainer computes them, on rank 0; None elsewhere.  Collective.
+Score = Callable[[Sequence[Sequence[int]]], "list[np.ndarray] | None"]
+# Each rank's part of work that takes them unlike times; MtopdError of one on all.  Collective.
+Apart = Callable[[Callable[[], None]], None]
+BASELINE = "baseline/"  # versions of weights that the trainer cannot score tokens with
+
+
+@dataclass(frozen=True)
+class SGLangOptions:
+    """What a config says of servers."""
+
+    urls: Sequence[str]
+    context_length: int  # tokens of the longest sample
+    seeded: bool = True
+    interval: int = 8  # tokens of a chunk
+    most_open: int = 128  # responses at once on a server
+    silence_s: float = 60.0
+    patience_s: float = 600.0
+
+
+class SGLangEngine:
+    """The protocol of ``engine.Engine``."""
+
+    kind = "sglang"
+
+    def __init__(
+        self,
+        options: SGLangOptions,
+        *,
+        run_name: str,
+        vocab_size: int,
+        ending: Ending,
+        is_client: bool,
+        apart: Apart,
+        score: Score,
+        tolerance: float = EXACT,
+    ) -> None:
+        self.version: str | None = None
+        self._options = options
+        self._vocab_size = vocab_size
+        self._ending = ending
+        self._apart = apart
+        self._score = score
+        self._tolerance = tolerance
+        # Unique among runs and starts: a server refuses a name of a group that it has had.
+        self._name = f"{_digest(run_name)[:8]}{time.time_ns():x}"
+        self._client = _Client(options) if is_client else None
+        self.counts = DispatchCounts()
+        self.update_seconds: dict[str, float] = {}
+        self.probe_difference = 0.0
+
+    # -- weights -----------------------------------------------------------------------------------
+    def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
+        """Broadcast HF-named tensors to every server that answers, and prove it.  Collective."""
+        client = self._client
+        updates: list[WeightUpdate] = []
+        failed: MtopdError | None = None
+        self.version = None
+
+        def begin() -> None:
+            if client is not None:
+                updates.append(client.begin_update(f"mtopd-{self._name}", version))
+
+        def prove() -> None:
+            if failed is not None:
+                raise failed
+            if client is not None:
+                (update,) = updates
+                client.run(update.end())
+                self.probe_difference = client.run(
+                    update.prove(sequences, expected, self._tolerance)
+                )
+                client.finish_update(update, version)
+                self.update_seconds = update.seconds
+
+        self._apart(begin)
+        try:
+            for bucket in buckets:  # to their end, whatever happens: all ranks take part in each
+                if client is not None and failed is None:
+                    try:
+                        client.run(updates[0].send(self._trimmed(bucket)))
+                    except MtopdError as error:
+                        failed = error
+                del bucket
+            # The same at every update: what a prefix cache kept of them shows a flush left out.
+            sequences = probe_sequences(self._vocab_size, 0, self._options.context_length - 1)
+            is_student = not version.startswith(BASELINE)
+            expected = self._score(sequences) if is_student else None
+            self._apart(prove)
+        finally:
+            if client is not None:
+                client.run(updates[0].close())
+        self.version = version
+
+    def _trimmed(self, bucket: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without rows of the vocabulary that no token of the tokenizer has: they would be sampled."""
+        rows = ("embed_tokens.weight", "lm_head.weight")
+        return {
+            name: tensor[: self._vocab_size] if name.endswith(rows) else tensor
+            for name, tensor in bucket.items()
+        }
+
+    # -- responses ---------------------------------------------------------------------------------
+    def generate(
+        self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+    ) -> Iterator[Response]:
+        """All responses come out on rank 0; other ranks get none and return at once."""
+        client = self._client
+        if client is None or client.is_paused:
+            return
+        assert self.version is not None, "weights come first"
+        version = self.version
+        number = student_version(version)
+        works = self._works_of(requests, log, sampling)
+
+        def append(work: Work, chunk: Chunk) -> None:
+            log.append(
+                work.sample_id,
+                chunk.ids,
+                chunk.log_probs,
+                version=number,
+                finish_reason=chunk.finish,
+                attempt=min(work.attempts, 255),
+            )
+
+        asking = Asking(
+            vocab_size=self._vocab_size,
+            end_ids=frozenset(self._ending.end_ids),
+            version=version,
+            seeded=self._options.seeded,
+            interval=self._options.interval if self._options.seeded else 1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+        is_over = None
+        if self._ending.stop:
+            is_over = partial(self._ending.is_over, min_response=sampling.min_response)
+        running = client.start(works, asking, append, self._name, is_over)
+        try:
+            while not running.done():
+                log.wait(0.2)
+                yield from log.take()
+            running.result()
+            log.flush()
+            yield from log.take()
+        finally:
+            client.stop(running)
+            self.counts = client.counts
+
+    def _works_of(
+        self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+    ) -> list[Work]:
+        works = []
+        for request, held in zip(requests, log.begin(requests), strict=True):
+            if held.finish_reason is not None:
+                continue
+            prompt_ids = [int(token) for token in request.prompt_ids]
+            check_ids(request.prompt_id, prompt_ids, self._vocab_size)
+            longest = len(prompt_ids) + sampling.max_response
+            if longest > self._options.context_length:
+                raise MtopdError(
+                    f"prompt {request.prompt_id} has {len(prompt_ids)} tokens, with "
+                    f"{sampling.max_response} of a response more than data.context_length "
+                    f"{self._options.context_length}"
+                )
+            works.append(
+                Work(
+                    request.sample_id,
+                    request.prompt_id,
+                    prompt_ids,
+                    sampling.max_response,
+                    draw_seed(sampling, request),
+                    min_response=sampling.min_response,
+                    ids=array("i", held.response_ids.tobytes()),
+                )
+            )
+        return works
+
+    @property
+    def servers(self) -> Sequence[Server]:
+        """As the client sees them; none on other ranks."""
+        client = self._client
+        return client.servers.all if client is not None and client.servers is not None else ()
+
+    # -- all else ----------------------------------------------------------------------------------
+    def pause(self) -> None:
+        if self._client is not None:
+            self._client.pause()
+
+    def resume(self) -> None:
+        if self._client is not None:
+            self._client.resume()
+
+    def release(self) -> None:
+        """The servers may be given other weights now, a baseline's: they are asked again after the
+        next ``update_weights``.
+        """
+        self.version = None
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def draw_seed(sampling: Sampling, request: Request) -> int:
+    """63 bits: what all draws of a response follow from, with their positions."""
+    text = f"{sampling.seed}/{sampling.iteration}/{request.prompt_id}/{request.sample}"
+    return int(_digest(text)[:16], 16) >> 1
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Client:
+    """The event loop of all that goes to servers, in a thread of its own: streams are read while
+    the main thread works.
+    """
+
+    def __init__(self, options: SGLangOptions) -> None:
+        self._options = options
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
+        self._thread.start()
+        self._session: Any = None
+        self.servers: Servers | None = None  # from the first connection on
+        self._dispatcher: Dispatcher | None = None
+        self.is_paused = False
+        self.counts = DispatchCounts()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # -- weights -----------------------------------------------------------------------------------
+    def begin_update(self, prefix: str, version: str) -> WeightUpdate:
+        async def begin() -> WeightUpdate:
+            servers = await self._connected()
+            update = WeightUpdate(servers, prefix, version)
+            try:
+                await update.begin()
+            except MtopdError:
+                await update.close()
+                raise
+            return update
+
+        self.pause(servers_too=False)
+        return self.run(begin())
+
+    def finish_update(self, update: WeightUpdate, version: str) -> None:
+        async def finish() -> None:
+            servers = self.servers
+            assert servers is not None
+            servers.version = version
+            for server in update.members:
+                servers.take_back(server)
+
+        self.run(finish())
+        self.is_paused = False
+
+    async def _connected(self) -> Servers:
+        """The servers, checked at the first call."""
+        if self.servers is None:
+            import aiohttp
+
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                auto_decompress=False,
+                read_bufsize=1 << 20,
+                headers={"Content-Type": "application/json"},
+            )
+            servers = Servers(
+                self._session, self._options.urls, patience_s=self._options.patience_s
+            )
+            try:
+                await servers.connect(
+                    context_length=self._options.context_length, seeded=self._options.seeded
+                )
+            except MtopdError:
+                await self._session.close()
+                raise
+            self.servers = servers
+        return self.servers
+
+    # -- responses ---------------------------------------------------------------------------------
+    def start(
+        self,
+        works: Sequence[Work],
+        asking: Asking,
+        append: Callable[[Work, Chunk], None],
+        rid_prefix: str,
+        is_over: Callable[[Sequence[int]], bool] | None,
+    ) -> Any:
+        """Answer works in the background; the future is done when all are, or none is to be."""
+        assert self.servers is not None and not self.is_paused
+        options = self._options
+        self._dispatcher = Dispatcher(
+            self._session,
+            self.servers,
+            rid_prefix=rid_prefix,
+            most_open=options.most_open,
+            silence_s=options.silence_s,
+            append=append,
+            is_over=is_over,
+        )
+        self.counts = self._dispatcher.counts
+        return asyncio.run_coroutine_threadsafe(self._dispatcher.run(works, asking), self._loop)
+
+    def stop(self, running: Any) -> None:
+        """What still streams is dropped: the servers abort it."""
+        running.cancel()
+        self._dispatcher = None
+
+    def pause(self, *, servers_too: bool = True) -> None:
+        async def pause() -> None:
+            if self._dispatcher is not None:
+                self._dispatcher.stop()
+            if servers_too and self.servers is not None:
+                for server, answer in (
+                    await self.servers.everywhere("/pause_generation", {"mode": "abort"})
+                ).items():
+                    if isinstance(answer, ServerError):
+                        self.servers.take_out(server, str(answer))
+            if self._dispatcher is not None and servers_too:
+                await self._dispatcher.drained()
+
+        self.run(pause())
+        self.is_paused = servers_too
+
+    def resume(self) -> None:
+        async def resume() -> None:
+            if self.servers is not None:
+                for server, answer in (
+                    await self.servers.everywhere("/continue_generation")
+                ).items():
+                    if isinstance(answer, ServerError):
+                        self.servers.take_out(server, str(answer))
+
+        self.run(resume())
+        self.is_paused = False
+
+    def close(self) -> None:
+        async def close() -> None:
+            if self.servers is not None:
+                await self.servers.close()
+                await self._session.close()
+
+        self.run(close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
