@@ -132,9 +132,11 @@ def test_a_response_goes_on_from_what_the_log_holds(
     assert joined == sum(len(r.response_ids) for r in whole)
 
 
-def test_what_the_log_holds_is_never_drawn_again(build: Build, tmp_path: Path) -> None:
-    """A prefix that this model would not have drawn stays all the same: another student, or another
-    machine, has sampled it.
+def test_what_the_log_holds_is_never_drawn_again(
+    build: Build, model: Model, tmp_path: Path
+) -> None:
+    """A prefix that this model would not have drawn stays all the same, and the rest is drawn behind
+    it: another student, or another machine, has sampled it.
     """
     engine, asked = build(), requests(2)
     log = token_log(tmp_path, 1, asked, engine.kind)
@@ -148,6 +150,10 @@ def test_what_the_log_holds_is_never_drawn_again(build: Build, tmp_path: Path) -
     assert found.response_ids[:3].tolist() == foreign
     assert found.log_probs[:3].tolist() == [-1.0, -2.0, -3.0]
     assert found.version_spans == ((0, 6), (3, 7)) and len(found.response_ids) > 3
+    ids = found.response_ids.tolist()
+    wanted = model.log_probs(list(asked[0].prompt_ids), ids)[torch.arange(len(ids)), ids][3:]
+    behind = torch.from_numpy(found.log_probs[3:].astype(np.float64))
+    torch.testing.assert_close(behind, wanted, rtol=0, atol=2e-5)
 
 
 def test_a_budget_that_the_log_has_used_up_draws_nothing(build: Build, tmp_path: Path) -> None:
