@@ -182,13 +182,19 @@ def assert_level(case: Case, level: float) -> None:
 
 
 def assert_as_good_as_dense(actual: Answer, case: Case, at_most: float | None = None) -> None:
-    """No more than three times the error of plain dense float32 plus 2e-6 (2.5 times on one CPU model, below
-    twice on others), and no more than `at_most`.
+    """No more than twice the error of plain dense float32 plus 2e-6, and no more than `at_most`.
+
+    The loss is held to the rows that it sums: dense rows are off by 6e-3 where the errors of their
+    sum cancel, by chance and on some CPUs, to 2e-6.
     """
     oracle, plain = dense(case), dense(case, torch.float32)
+    rows = (case.token_weight_T.double() * actual.per_token.double()).sum()
+    assert relative_error(actual.loss, rows) <= 1e-6, (actual.loss, rows)
     for name in Answer._fields:
         error = relative_error(getattr(actual, name), getattr(oracle, name))
-        bound = 3 * relative_error(getattr(plain, name), getattr(oracle, name)) + 2e-6
+        bound = 2 * relative_error(getattr(plain, name), getattr(oracle, name)) + 2e-6
+        if name == "loss":
+            bound = max(bound, relative_error(actual.per_token, oracle.per_token) / 2)
         assert error <= (bound if at_most is None else min(bound, at_most)), (
             f"{name}: {error:.2e} > {bound:.2e}"
         )
