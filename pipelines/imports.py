@@ -225,7 +225,7 @@ def build_checks(
         open_store(teacher.store, name=teacher.name, expected=known["fingerprint"])
         for teacher, known in zip(config.teachers, manifest["teachers"], strict=True)
     ]
-    routes = [teacher.route for teacher in config.teachers]
+    routes = {teacher.name: teacher.route for teacher in config.teachers}
     ends = [*manifest["end_ids"], *config.rollout.stop_ids]
     return RowChecks(
         iteration=number,

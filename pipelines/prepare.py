@@ -88,7 +88,7 @@ def consolidate(
     report_large_tensors(config.student, say)
     report_memory(config, stores, ranks_on_node(config.student), say)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
-    routes = [t.route for t in config.teachers]
+    routes = {t.name: t.route for t in config.teachers}
     write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
 
 
@@ -144,7 +144,7 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     report_dropout(config.student, say)
     report_schedule(config.train, say)
     report_large_tensors(config.student, say)
-    write_prompt_table(run, config.data, tokenizer, [{}], supervised=True, progress=say)
+    write_prompt_table(run, config.data, tokenizer, {"": {}}, supervised=True, progress=say)
 
 
 def _start(

@@ -10,7 +10,7 @@ DOMAINS = {
     "rev": ("spell_backward", {"min_word_len": 3, "max_word_len": 5}),
     "spir": ("spiral_matrix", {"min_n": 2, "max_n": 3}),
 }
-ROUTES = [{"domain": domain} for domain in DOMAINS]
+ROUTES = {domain: {"domain": domain} for domain in DOMAINS}
 PAD, EOS, SEP = 0, 1, 2
 
 

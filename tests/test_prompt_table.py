@@ -41,7 +41,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_all_named(
 
     def write(config: DataConfig) -> None:
         write_prompt_table(
-            run, config, tokenizer, [{}], supervised=supervised, progress=said.append
+            run, config, tokenizer, {"t": {}}, supervised=supervised, progress=said.append
         )
 
     count = 4 if supervised else 6
@@ -84,12 +84,13 @@ def test_a_teacher_that_no_prompt_goes_to_is_refused(tmp_path: Path, tokenizer) 
     values = {"sources": [{"name": "a", "path": path}], "context_length": 16, "max_response": 8}
     config = DataConfig.model_validate(values)
 
-    def write(*routes: dict[str, str]) -> None:
+    def write(*keys: dict[str, str]) -> None:
+        routes = {f"t{index}": route for index, route in enumerate(keys)}
         write_prompt_table(
             RunDir(tmp_path), config, tokenizer, routes, supervised=False, progress=lambda _: None
         )
 
-    said = r"^no training prompt goes to teachers\.1: its route is .*'caf\\xe9'.*'cafe\\u0301'"
+    said = r"^no training prompt goes to teacher 't1': its route is .*'caf\\xe9'.*'cafe\\u0301'"
     with pytest.raises(MtopdError, match=said):
         write({}, {"domain": "caf\u00e9"})
     assert not RunDir(tmp_path).prompts.exists()
@@ -129,7 +130,9 @@ def test_the_table_is_written_without_holding_its_prompts(
         run = RunDir(tmp_path / str(count))
         run.path.mkdir()
         tracemalloc.start()
-        write_prompt_table(run, config, tokenizer, [{}], supervised=False, progress=lambda _: None)
+        write_prompt_table(
+            run, config, tokenizer, {"t": {}}, supervised=False, progress=lambda _: None
+        )
         _, highest = tracemalloc.get_traced_memory()
         arrow = pa.default_memory_pool().max_memory()
         tracemalloc.stop()

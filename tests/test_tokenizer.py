@@ -179,7 +179,9 @@ def foreign_tokenizer() -> PreTrainedTokenizerFast:
 def test_any_chat_tokenizer_works_the_same_way(foreign_tokenizer, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "an \u2192", "answer": "anna"})
     source = load_prompt_file("x", path)
-    (prompt,) = tokenize_prompts(source, foreign_tokenizer, [{}], context_length=32, max_response=8)
+    (prompt,) = tokenize_prompts(
+        source, foreign_tokenizer, {"t": {}}, context_length=32, max_response=8
+    )
     assert foreign_tokenizer.decode(prompt.prompt_ids) == "<|user|>an \u2192<|end|><|bot|>"
     (answer,) = tokenize_answers(source, foreign_tokenizer).values()
     assert foreign_tokenizer.convert_ids_to_tokens(list(answer)) == [
@@ -208,7 +210,7 @@ def test_messages_and_tools_reach_the_template_whole(
     offered = [{"type": "function", "function": {"name": "add"}}]
     rows = [{"prompt": chat, "tools": offered}, {"prompt": chat}]
     source = load_prompt_file("x", write_jsonl(tmp_path / "a.jsonl", *rows))
-    prompts = tokenize_prompts(source, foreign, [{}], context_length=512, max_response=8)
+    prompts = tokenize_prompts(source, foreign, {"t": {}}, context_length=512, max_response=8)
     wanted = [
         foreign.apply_chat_template(chat, tools=tools, add_generation_prompt=True)["input_ids"]
         for tools in (offered, None)

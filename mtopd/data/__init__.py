@@ -2,7 +2,7 @@
 
 from mtopd.data.prompt_file import load_prompt_file
 from mtopd.data.readers import check_file
-from mtopd.data.routes import route
+from mtopd.data.routes import Routes, route
 from mtopd.data.sources import (
     Asking,
     PromptRow,
@@ -25,6 +25,7 @@ __all__ = [
     "Overlong",
     "PromptRow",
     "PromptSource",
+    "Routes",
     "SupervisedExample",
     "check_file",
     "load_prompt_file",

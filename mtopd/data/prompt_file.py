@@ -63,7 +63,8 @@ def _row(record: Record, where: str, domain: str, unused: dict[str, None]) -> Pr
         elif not isinstance(value, float):
             unused[key] = None
     verify_with = {} if answer is None else {"verifier": "exact_match", "answer": answer}
-    return PromptRow(messages, answer, fields, verify_with, _tools(record.get("tools"), where))
+    tools = _tools(record.get("tools"), where)
+    return PromptRow(messages, answer, fields, verify_with, tools, where)
 
 
 def _check_answer(row: PromptRow, where: str, asking: Asking) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ class PromptRow:
     route: Mapping[str, str]
     verify: Mapping[str, Any]
     tools: Tools | None = None
+    where: str = field(default="", compare=False)  # file and line, where it comes from one
 
     @property
     def question(self) -> str:

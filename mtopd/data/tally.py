@@ -5,10 +5,11 @@ held-out ones are trained on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mtopd.data.routes import Routes
 from mtopd.types import MtopdError, Prompt
 
 _DIGEST = 16  # bytes
@@ -18,11 +19,11 @@ _SHOWN = 8  # values of a field that an error tells
 class PromptTally:
     """Counts prompts as they come, and keeps 16 bytes of each."""
 
-    def __init__(self, routes: Sequence[Mapping[str, str]]) -> None:
+    def __init__(self, routes: Routes) -> None:
         self._routes = routes
         self._asked: set[int] = set()  # teachers with a training prompt
         # values of the fields that routes name
-        self._found: dict[str, set[str]] = {key: set() for keys in routes for key in keys}
+        self._found: dict[str, set[str]] = {key: set() for keys in routes.values() for key in keys}
         self._train = bytearray()  # digests of prompts, one behind the other
         self._held_out: set[bytes] = set()
 
@@ -46,12 +47,12 @@ class PromptTally:
         would leave a teacher without prompts, and the one with the empty route with those of two.
         An empty route may catch nothing.
         """
-        for index, keys in enumerate(self._routes):
+        for index, (name, keys) in enumerate(self._routes.items()):
             if not keys or index in self._asked:
                 continue
             found = {key: sorted(self._found[key]) for key in keys}
             raise MtopdError(
-                f"no training prompt goes to teachers.{index}: its route is {dict(keys)!a}, "
+                f"no training prompt goes to teacher {name!a}: its route is {dict(keys)!a}, "
                 f"prompts have {found!a} there (eight values at most); correct the route or the "
                 "prompts' fields, or remove the teacher"
             )

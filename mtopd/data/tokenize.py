@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mtopd.data.routes import route
+from mtopd.data.routes import Routes, route
 from mtopd.data.sources import PromptSource
 from mtopd.tokenizer import encode_prompts, encode_response
 from mtopd.types import MtopdError, Prompt
@@ -46,7 +46,7 @@ class Overlong:
 def tokenize_prompts(
     source: PromptSource,
     tokenizer: PreTrainedTokenizerBase,
-    routes: Sequence[Mapping[str, str]],
+    routes: Routes,
     *,
     context_length: int,
     max_response: int,
@@ -67,9 +67,11 @@ def tokenize_prompts(
         if len(ids) + response_len > context_length:
             without_room.append(Overlong(prompt_id, len(ids), response_len))
             continue
-        prompts.append(
-            Prompt(prompt_id, row.route, tuple(ids), route(row.route, routes), row.verify)
-        )
+        try:
+            teacher = route(row.route, routes)
+        except MtopdError as error:
+            raise MtopdError(f"{_place(source, number)}: {error}") from None
+        prompts.append(Prompt(prompt_id, row.route, tuple(ids), teacher, row.verify))
     if overlong is None:
         refuse_overlong(without_room, context_length)
     else:
@@ -122,6 +124,11 @@ def prompt_name(source: PromptSource, number: int) -> str:
     return f"{source.name}/{number}"
 
 
+def _place(source: PromptSource, number: int) -> str:
+    where = source.rows[number].where
+    return f"prompt {prompt_name(source, number)}" + f" ({where})" * bool(where)
+
+
 def _prompt_ids(
     source: PromptSource, tokenizer: PreTrainedTokenizerBase, numbers: Sequence[int]
 ) -> list[list[int]]:
@@ -130,5 +137,5 @@ def _prompt_ids(
         tokenizer,
         [row.messages for row in rows],
         [row.tools for row in rows],
-        [f"prompt {prompt_name(source, number)}" for number in numbers],
+        [_place(source, number) for number in numbers],
     )

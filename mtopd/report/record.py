@@ -103,7 +103,8 @@ class RunRecord(Record):
         """The teacher that a prompt of this source goes to when its row adds no route fields."""
         fields = {"domain": source.name, **source.fields}
         try:
-            return self.config.teachers[route(fields, [t.route for t in self.config.teachers])].name
+            routes = {teacher.name: teacher.route for teacher in self.config.teachers}
+            return [*routes][route(fields, routes)]
         except MtopdError:
             return None
 

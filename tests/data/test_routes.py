@@ -11,12 +11,12 @@ from mtopd.types import MtopdError
 
 
 def test_route_takes_the_most_specific_match() -> None:
-    routes = [
-        {},
-        {"domain": "math"},
-        {"domain": "math", "effort": "high"},
-        {"effort": "high", "lang": "de"},
-    ]
+    routes = {
+        "rest": {},
+        "math": {"domain": "math"},
+        "hard": {"domain": "math", "effort": "high"},
+        "german": {"effort": "high", "lang": "de"},
+    }
     assert route({"domain": "code"}, routes) == 0
     assert route({"domain": "math", "effort": "low"}, routes) == 1
     assert route({"domain": "math", "effort": "high"}, routes) == 2
@@ -24,12 +24,12 @@ def test_route_takes_the_most_specific_match() -> None:
 
 
 def test_routing_errors_show_fields_and_routes() -> None:
-    routes = [{"domain": "math"}, {"effort": "high"}]
+    routes = {"math": {"domain": "math"}, "hard": {"effort": "high"}}
     with pytest.raises(
-        MtopdError, match=r"no teacher's route .*'code'.* 0: .*'math'.*; 1: .*'high'"
+        MtopdError, match=r"no teacher's route .*'code'.* math: .*'math'.*; hard: .*'high'"
     ):
         route({"domain": "code"}, routes)
     with pytest.raises(
-        MtopdError, match=r"teachers \[0, 1\] match .*'effort': 'high'.*more specific"
+        MtopdError, match=r"teachers math, hard match .*'effort': 'high'.*more specific"
     ):
         route({"domain": "math", "effort": "high"}, routes)

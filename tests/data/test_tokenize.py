@@ -30,8 +30,23 @@ def test_prompts_carry_id_route_teacher_and_verifier(tokenizer, sources) -> None
         assert prompt.prompt_ids[-1] == SEP
         assert tokenizer.decode(prompt.prompt_ids[:-1]) == row.question
         assert verify(prompt, row.answer) == 1.0
-    with pytest.raises(MtopdError, match="no teacher's route"):
-        tokenize_prompts(held_out, tokenizer, ROUTES[:1], context_length=64, max_response=20)
+
+
+def test_a_prompt_without_a_teacher_is_named_by_file_and_line(tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": "1", "domain": domain} for domain in ("a", "b")]
+    path = write_jsonl(tmp_path / "p.jsonl", *rows)
+    with pytest.raises(MtopdError) as error:
+        tokenize_prompts(
+            load_prompt_file("s", path),
+            tokenizer,
+            {"math": {"domain": "a"}},
+            context_length=64,
+            max_response=20,
+        )
+    assert str(error.value).startswith(
+        f"prompt s/1 ({path}, line 2): no teacher's route matches a prompt with {{'domain': 'b'}}; "
+        "the routes are math: {'domain': 'a'}"
+    )
 
 
 def test_answers_end_with_eos(tokenizer, sources) -> None:
@@ -54,18 +69,18 @@ def test_prompts_without_room_are_all_named_at_once(tokenizer, tmp_path: Path) -
     )
     limits = {"context_length": 16, "max_response": 11}  # 5 tokens of a prompt, <sep> with them
     with pytest.raises(MtopdError) as error:
-        tokenize_prompts(source, tokenizer, [{}], **limits)
+        tokenize_prompts(source, tokenizer, {"t": {}}, **limits)
     assert str(error.value) == (
         "3 prompts leave no room for the response: s/1, s/3, s/5; the longest, s/3, needs 21 "
         "tokens (10 and 11 of the response), data.context_length is 16: raise it, lower "
         "data.max_response, or leave such prompts out with data.overlong=drop"
     )
     overlong: list[Overlong] = []
-    prompts = tokenize_prompts(source, tokenizer, [{}], **limits, overlong=overlong)
+    prompts = tokenize_prompts(source, tokenizer, {"t": {}}, **limits, overlong=overlong)
     assert [p.prompt_id for p in prompts] == ["s/0", "s/2", "s/4"]
     assert [(o.prompt_id, o.prompt_len) for o in overlong] == [("s/1", 6), ("s/3", 10), ("s/5", 9)]
     answers = tokenize_answers(source, tokenizer)
-    prompts = tokenize_prompts(source, tokenizer, [{}], **limits, answers=answers)
+    prompts = tokenize_prompts(source, tokenizer, {"t": {}}, **limits, answers=answers)
     assert len(prompts) == 6, "of an answer to learn only its own tokens need room"
 
 

@@ -22,7 +22,7 @@ CHECKS = RowChecks(
     vocab_size=20,
     context_length=8,
     teachers=TEACHERS,
-    teacher_of=lambda fields: route(fields, [teacher.route for teacher in TEACHERS]),
+    teacher_of=lambda fields: route(fields, {teacher.name: teacher.route for teacher in TEACHERS}),
     prompt=lambda prompt_id: ASKED if prompt_id == ASKED.prompt_id else None,
     held_out=lambda prompt_id: prompt_id == "words-eval/1",
     is_over=lambda response_ids: response_ids[-1] == 1,
