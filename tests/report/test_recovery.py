@@ -57,37 +57,36 @@ def evaluate(run: RunDir, student: dict, **models: dict) -> None:
         )
 
 
-def test_a_source_has_the_teacher_that_its_prompts_go_to(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", {"arithmetic": [0, 0], "code": [1]})
+@pytest.mark.parametrize(
+    ("routed", "in_code"),
+    [
+        # a source is not called as its teacher is
+        ({"arithmetic": [0, 0], "code": [1]}, "code"),
+        # a source of several teachers has a domain for each
+        ({"mine": [0, 1, 0]}, "mine/code"),
+    ],
+)
+def test_a_domain_is_measured_by_the_teacher_that_its_prompts_go_to(
+    tmp_path: Path, routed: dict[str, list[int]], in_code: str
+) -> None:
+    run = make_run(tmp_path / "run", routed)
+    in_math = "arithmetic" if in_code == "code" else "mine/math"
     evaluate(
         run,
-        {"arithmetic": 0.5, "code": 0.8},
-        base={"arithmetic": 0.2, "code": 0.3},
-        math={"arithmetic": 0.9, "code": 0.0},
-        code={"arithmetic": 0.0, "code": 1.0},
+        {in_math: 0.5, in_code: 0.8},
+        base={in_math: 0.2, in_code: 0.3},
+        math={in_math: 0.9, in_code: 0.0},
+        code={in_math: 0.0, in_code: 1.0},
     )
-    report, lines, _ = written(run)
-    assert report["domains"]["arithmetic"]["recovery"] == pytest.approx(0.3 / 0.7)
+    report, lines, page = written(run)
+    assert {name: domain["recovery"] for name, domain in report["domains"].items()} == {
+        in_math: pytest.approx(0.3 / 0.7),
+        in_code: pytest.approx(0.5 / 0.7),
+    }
     assert report["worst_recovery"] == pytest.approx(0.3 / 0.7)
     assert report["no_recovery"] == {} and not any("none for" in line for line in lines)
+    assert in_code in page
     assert "weight average" not in [row[0] for row in result_rows(report)]
-
-
-def test_a_source_of_several_teachers_has_a_domain_for_each(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", {"mine": [0, 1, 0]})
-    evaluate(
-        run,
-        {"mine/math": 0.5, "mine/code": 0.8},
-        base={"mine/math": 0.25, "mine/code": 0.0},
-        math={"mine/math": 0.75, "mine/code": 0.0},
-        code={"mine/math": 0.0, "mine/code": 1.0},
-    )
-    report, _, page = written(run)
-    assert {n: d["recovery"] for n, d in report["domains"].items()} == {
-        "mine/math": 0.5,
-        "mine/code": 0.8,
-    }
-    assert "mine/math" in page
 
 
 def test_held_out_prompts_are_counted_by_domain() -> None:
@@ -133,6 +132,24 @@ def test_no_recovery_has_a_reason(tmp_path: Path, baselines: dict, models: dict,
     assert lines[-2].startswith("recovery of 0 of 1 domains; none for sums: ")
     assert lines[-2].endswith(said.replace("RUN", str(run.path)))
     assert "none for sums" in page and json.dumps(report)
+
+
+def test_a_student_that_was_not_evaluated_has_no_recovery(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {"sums": [0]})
+    evaluate(run, {}, base={"sums": 0.1}, math={"sums": 0.9})
+    assert written(run)[0]["no_recovery"] == {"sums": "the student was not evaluated"}
+
+
+def test_a_source_that_no_route_fits_is_named_where_no_prompt_table_is_left(
+    tmp_path: Path,
+) -> None:
+    """It was removed, or is of another version: the routes of the config have to do."""
+    run = make_run(tmp_path / "run", {"sums": [0], "math": [0]})
+    run.prompts.unlink()
+    evaluate(run, {"sums": 0.5, "math": 0.5}, base={"math": 0.0}, math={"math": 1.0})
+    report = written(run)[0]
+    assert report["no_recovery"] == {"sums": "no teacher's route fits it"}
+    assert report["domains"]["math"]["recovery"] == 0.5
 
 
 def test_a_source_without_held_out_prompts_is_named(tmp_path: Path) -> None:
