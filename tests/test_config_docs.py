@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig
+from mtopd.config import ConsolidateConfig, SpecialistConfig, validate
 from mtopd.config_docs import _tables, markdown
+from mtopd.yaml_file import parse_yaml
 from tests.conftest import REPOSITORY
+from tests.readme_commands import MAX_COMMANDS, commands
 
 
 def test_the_page_is_the_models() -> None:
     found = (REPOSITORY / "docs" / "config.md").read_text()
     assert found == markdown(), "run: python -m mtopd.config_docs > docs/config.md"
+
+
+def test_the_readmes_own_teachers_are_a_config() -> None:
+    """`make readme` runs it."""
+    found = commands((REPOSITORY / "README.md").read_text())
+    assert len(found) <= MAX_COMMANDS
+    (text,) = (command for command in found if "<<'YAML'" in command)
+    values = parse_yaml("\n".join(text.splitlines()[1:-1]), "README.md")
+    config = validate(values, ConsolidateConfig, "README.md")
+    assert config.data.sources[0].has_held_out
+    assert config.evaluation.baselines.keys() == {"base", *(t.name for t in config.teachers)}
 
 
 def test_every_key_has_a_meaning_and_a_row() -> None:
