@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mtopd.rollout.sglang_wire import ServerFacts, check_server, error_text
+from mtopd.rollout.sglang_wire import FLAGS, ServerFacts, check_server, error_text
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ class Servers:
                     if time.monotonic() > deadline:
                         raise MtopdError(
                             f"SGLang server {server.url} does not answer ({error}); waited "
-                            f"{self.patience_s:.0f} s: start it (`docs/rollout.md` has the flags), "
-                            "or take it out of rollout.servers"
+                            f"{self.patience_s:.0f} s: start it, with {' '.join(FLAGS)}, or take "
+                            "its URL out"
                         ) from None
                 await asyncio.sleep(1)
             server.facts = check_server(
@@ -243,7 +243,7 @@ class Servers:
             return
         said = "; ".join(f"{server.url}: {server.why_out}" for server in self.all)
         raise MtopdError(
-            f"all SGLang servers are out for {self.patience_s:.0f} s (rollout.patience_s): {said}; "
+            f"all SGLang servers are out for {self.patience_s:.0f} s: {said}; "
             "start them again and start the same command again: what was answered is kept"
         )
 

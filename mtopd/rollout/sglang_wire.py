@@ -26,6 +26,7 @@ _NEEDED = {  # field of /server_info -> the flag that sets it
     "incremental_streaming_output": "--incremental-streaming-output",
     "skip_tokenizer_init": "--skip-tokenizer-init",
 }
+FLAGS = tuple(_NEEDED.values())
 
 
 class AttemptFailed(Exception):

@@ -1,4 +1,8 @@
-"""The command line on real servers: rollouts, teacher pass, train steps, weights by broadcast."""
+"""The command line on real servers: rollouts, teacher pass, train steps, weights by broadcast.
+
+Never passed: tried on an earlier state of the protocol, both tests failed in the first rollout with
+``truth value of an array``; the first, tried again, did not end in 400 s.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ from tests.sglang.conftest import Place
 from tests.support.sglang_servers import RunningServer, Zygote
 
 pytestmark = pytest.mark.skipif(
-    "sglang" not in ENGINES, reason="no config leads to SGLang servers yet"
+    "sglang" not in ENGINES,
+    reason="no config leads to SGLang servers yet; tried before, both tests failed",
 )
 SMALL = (
     "rollout.prompts_per_iteration=48",
