@@ -9,7 +9,7 @@ where the way through the code depends on a file, rank 0 looks and tells the oth
 Work that takes ranks unlike times (``apart``) ends on the store: a collective would give up on the
 slowest after minutes.
 
-Every function here is collective, and what a rank raises as MtopdError or OSError while it looks is
+Every function here but ``deal`` is collective, and what a rank raises as MtopdError or OSError while it looks is
 raised on every rank, with its name.
 """
 

@@ -330,7 +330,8 @@ class _Rows:
         stops = was_over & last_logged
         unknown = (position >= self._logged_B[active]) | (last_logged & ~was_over)
         if position + 1 >= self.sampling.min_response:
-            tokens_BS = self._tokens_BS[active[unknown], : position + 1]
+            first = max(position + 1 - self._ending.window, 0)  # all would cost their square
+            tokens_BS = self._tokens_BS[active[unknown], first : position + 1]
             stops[unknown] = self._ending.are_over(tokens_BS, self.sampling.min_response)
         self._is_over_B[active[stops]] = True
         self._has_stopped_B[active[stops]] = True

@@ -41,6 +41,11 @@ class Ending:
         return self._end_ids
 
     @property
+    def window(self) -> int:
+        """How many of a response's last tokens ``are_over`` looks at."""
+        return self._window
+
+    @property
     def stop(self) -> tuple[str, ...]:
         return self._stop
 

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,18 @@ class Named(Protocol):
 
     @property
     def sample_id(self) -> int: ...
+
+
+class Record(NamedTuple):
+    """Tokens of one response that were sampled one behind the other."""
+
+    sample_id: int
+    start: int  # place of the first in its response
+    version: int
+    ids: bytes  # int32, little-endian
+    log_probs: bytes  # float32, little-endian
+    finish_reason: str | None
+    attempt: int
 
 
 class OpenResponse:
@@ -133,7 +145,7 @@ class MemoryLog:
             start = response.length
             response.extend(ids, probs, count, version)
             response.finish_reason = finish_reason
-            self._note(sample_id, start, version, ids, probs, finish_reason, attempt)
+            self._note(Record(sample_id, start, version, ids, probs, finish_reason, attempt))
 
     def take(self) -> list[Response]:
         """Responses that are over and safe, since the last call.  Never waits."""
@@ -165,19 +177,10 @@ class MemoryLog:
         """What was sampled of a response before this log began."""
         return OpenResponse()
 
-    def _note(
-        self,
-        sample_id: int,
-        start: int,
-        version: int,
-        ids: bytes,
-        log_probs: bytes,
-        finish_reason: str | None,
-        attempt: int,
-    ) -> None:
+    def _note(self, record: Record) -> None:
         """Tokens were appended; the lock is held."""
-        if finish_reason is not None:
-            self._hand_on(sample_id)
+        if record.finish_reason is not None:
+            self._hand_on(record.sample_id)
 
     def _hand_on(self, sample_id: int) -> Held:
         """The response is over and safe; the lock is held."""

@@ -32,12 +32,12 @@ import threading
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 
 from mtopd.files import explain, fsync_dir
-from mtopd.rollout.memory_log import MemoryLog, OpenResponse
+from mtopd.rollout.memory_log import MemoryLog, OpenResponse, Record
 from mtopd.types import MtopdError
 
 COMMIT_EVERY_S = 0.1
@@ -48,18 +48,6 @@ _HEADER_SAMPLE = (1 << 64) - 1
 _MAX_COUNT = (1 << 16) - 1
 _FINISH_CODES = {None: 0, "stop": 1, "length": 2}
 _FINISH_REASONS = {code: reason for reason, code in _FINISH_CODES.items()}
-
-
-class Record(NamedTuple):
-    """Tokens of one response that were sampled one behind the other."""
-
-    sample_id: int
-    start: int
-    version: int
-    ids: bytes  # int32, little-endian
-    log_probs: bytes  # float32, little-endian
-    finish_reason: str | None
-    attempt: int
 
 
 def log_path(folder: Path, generation: int, rank: int) -> Path:
@@ -123,20 +111,9 @@ class TokenLog(MemoryLog):
     def _recovered(self, sample_id: int) -> OpenResponse:
         return self._recovered_responses.pop(sample_id, None) or OpenResponse()
 
-    def _note(
-        self,
-        sample_id: int,
-        start: int,
-        version: int,
-        ids: bytes,
-        log_probs: bytes,
-        finish_reason: str | None,
-        attempt: int,
-    ) -> None:
+    def _note(self, record: Record) -> None:
         self._raise_error()
-        self._pending.append(
-            Record(sample_id, start, version, ids, log_probs, finish_reason, attempt)
-        )
+        self._pending.append(record)
 
     def take(self) -> list[Any]:
         self._raise_error()
