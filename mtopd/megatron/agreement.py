@@ -143,6 +143,7 @@ BEAT_EVERY_S = 5.0
 SILENCE_S = 300.0  # a rank that does not beat for so long is lost
 _POLL_S = 0.02, 1.0  # the first wait between two looks, and the longest
 _FAILED = 1 << 40  # beyond every number that is dealt
+_HEARTS = "apart/hearts"  # one counter a rank for all pieces: rank 0 keeps every key to the end
 _pieces = itertools.count()  # every rank begins pieces of work in one order
 
 
@@ -155,13 +156,13 @@ def apart(ranks: Ranks) -> Iterator[str]:
     MtopdError or OSError is raised on every rank.
     """
     name = f"apart/{next(_pieces)}"
-    store = _store(name)
+    store, hearts = _store(name), _store(_HEARTS)
     stop = threading.Event()
 
     def beat() -> None:
         with contextlib.suppress(RuntimeError):  # the store's process has ended: so will this one
             while True:
-                store.add(f"beat/{ranks.rank}", 1)
+                hearts.add(str(ranks.rank), 1)
                 if stop.wait(BEAT_EVERY_S):
                     return
 
@@ -176,7 +177,7 @@ def apart(ranks: Ranks) -> Iterator[str]:
             # The first that fails is told of.
             store.compare_set("error", "", f"{host}{outcome.error}")
         store.add("done", 1)
-        _wait_for_all(store, ranks)
+        _wait_for_all(store, hearts, ranks)
     finally:
         stop.set()
         heart.join()
@@ -199,14 +200,14 @@ def _store(name: str) -> dist.Store:
     return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
 
-def _wait_for_all(store: dist.Store, ranks: Ranks) -> None:
+def _wait_for_all(store: dist.Store, hearts: dist.Store, ranks: Ranks) -> None:
     """Until every rank is done.  Raises MtopdError when the next rank has fallen silent: each watches
     one other.
     """
     watched = (ranks.rank + 1) % ranks.world_size
     beats, heard, (wait, longest) = -1, time.monotonic(), _POLL_S
     while store.add("done", 0) < ranks.world_size:
-        now = store.add(f"beat/{watched}", 0)
+        now = hearts.add(str(watched), 0)
         if now != beats:
             beats, heard = now, time.monotonic()
         elif time.monotonic() - heard > SILENCE_S:
