@@ -31,7 +31,14 @@ import numpy as np
 
 from mtopd.rollout.engine import Request
 from mtopd.rollout.shards import ShardWriter
-from mtopd.rollout.token_log import TokenLog, log_path, logs_before, recover
+from mtopd.rollout.token_log import (
+    FormerLogs,
+    TokenLog,
+    log_path,
+    logs_before,
+    recover,
+    samples_in,
+)
 from mtopd.trajectories import TokenStore
 from mtopd.types import Prompt
 
@@ -70,7 +77,6 @@ def new_log(folder: Path, generation: int = 1) -> TokenLog:
         run="benchmark",
         engine="none",
         versions={0: "benchmark/1/0"},
-        recovered={},
     )
 
 
@@ -150,14 +156,14 @@ def measure_samples(folder: Path, samples: int) -> SampleCost:
 
     def go_on() -> None:
         paths = logs_before(folder, 2)
-        found = recover(paths, run="benchmark", unsealed=range(samples))
+        files = {p: samples_in(p, run="benchmark", unsealed=range(samples))[0] for p in paths}
         second = TokenLog(
             "again",
             log_path(folder, 2, 0),
             run="benchmark",
             engine="none",
             versions={},
-            recovered=found.responses,
+            former=FormerLogs(files, "benchmark"),
         )
         second.begin(request for _, request in planned)
         responses.extend(second.take())

@@ -65,7 +65,6 @@ def ours(
         run="bench",
         engine="sglang",
         versions={0: "run/1/0"},
-        recovered={},
     )
     # One more token than is kept from ending: a response is two attempts otherwise.
     sampling = Sampling(tokens, min_response=tokens + 1, seed=round_)

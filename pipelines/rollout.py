@@ -12,6 +12,7 @@ for the slowest however long it takes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,13 @@ import torch.distributed as dist
 
 from mtopd import trajectories
 from mtopd.files import remove_tree
-from mtopd.megatron.agreement import STALE_WAITS_S, apart, decide, digest_of, see_alike
+from mtopd.megatron.agreement import STALE_WAITS_S, apart, decide, digest_of, gather, see_alike
 from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import number_samples, select_prompts
 from mtopd.progress import say
 from mtopd.rollout.engine import Request, Sampling
 from mtopd.rollout.shards import ShardWriter, shard_name
-from mtopd.rollout.token_log import Recovery, TokenLog, log_path, logs_before, recover
+from mtopd.rollout.token_log import FormerLogs, TokenLog, log_path, logs_before, samples_in
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt
 
@@ -47,8 +48,8 @@ def run(session: Session, iteration: Iteration) -> None:
     requests = plan_requests(session, iteration)
     waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
     shards = ShardWriter(folder, waiting, size, session.run.generation)
-    found = recovered(session, iteration, {request.sample_id for _, request in waiting})
-    with apart(ranks) as name, open_log(session, iteration, name, found) as log:
+    former = former_logs(session, iteration, {request.sample_id for _, request in waiting})
+    with apart(ranks) as name, open_log(session, iteration, name, former) as log:
         asked = [request for _, request in waiting]
         for response in session.engine.generate(asked, log, sampling(session, iteration)):
             log.forget(shards.add(response))
@@ -56,13 +57,18 @@ def run(session: Session, iteration: Iteration) -> None:
     before = sum(sealed.values(), Counts()) if ranks.rank == 0 else Counts()
     counts = before + Counts(shards.num_samples, shards.num_tokens, shards.num_stopped)
     sums = torch.tensor(
-        [*vars(counts).values(), log.num_continued_tokens, log.num_bytes],
+        [*vars(counts).values(), log.num_continued_tokens, log.num_bytes, former.num_dropped],
         dtype=torch.float64,
         device=ranks.device,
     )
     dist.all_reduce(sums)
-    samples, tokens, stopped, continued, log_bytes = (int(n) for n in sums.tolist())
+    samples, tokens, stopped, continued, log_bytes, dropped = (int(n) for n in sums.tolist())
     assert samples == len(requests), f"{samples} of {len(requests)} samples are sealed"
+    if dropped:
+        say(
+            f"token logs of iteration {iteration.number}: {dropped} tokens behind gaps were lost with "
+            "a kill and were sampled again"
+        )
     line = RolloutLine(
         tokens=tokens,
         samples=samples,
@@ -121,8 +127,9 @@ def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, 
     for number, prompts in enumerate(sources):
         seed = session.config.seed * len(sources) + number
         rows = select_prompts(len(prompts), per_source, iteration.number, seed)
+        prompt_of = functools.cache(prompts.__getitem__)  # one object for all samples of a row
         for row, sample in number_samples(rows, config.samples_per_prompt):
-            prompt = prompts[row]
+            prompt = prompt_of(row)
             request = Request(len(planned), prompt.prompt_id, prompt.prompt_ids, sample)
             planned.append((prompt, request))
     return planned
@@ -138,13 +145,14 @@ def sampling(session: Session, iteration: Iteration) -> Sampling:
     )
 
 
-def recovered(session: Session, iteration: Iteration, unsealed: set[int]) -> Recovery:
-    """What killed starts had logged of samples that are in no sealed shard.  Collective: which rank
-    goes on with a response is open, so each reads all logs.
+def former_logs(session: Session, iteration: Iteration, unsealed: set[int]) -> FormerLogs:
+    """What killed starts had logged of samples that are in no sealed shard.  Collective: each rank
+    looks through a share of the logs, and tells which samples they hold.  Which rank goes on with a
+    response is open; that one reads it.
     """
-    folder, run = iteration.token_logs, session.run
+    folder, run, ranks = iteration.token_logs, session.run, session.ranks
     paths = see_alike(
-        session.ranks,
+        ranks,
         lambda: logs_before(folder, run.generation),
         lambda paths: (
             digest_of([(path.name, path.stat().st_size) for path in paths]),
@@ -152,17 +160,28 @@ def recovered(session: Session, iteration: Iteration, unsealed: set[int]) -> Rec
         ),
         waits_s=STALE_WAITS_S,
     )
-    found = recover(paths, run=run.id, unsealed=unsealed)
-    if session.ranks.rank == 0 and (found.num_torn or found.num_dropped):
+    if not paths:
+        return FormerLogs({}, run.id)
+    shares = [paths[rank :: ranks.world_size] for rank in range(ranks.world_size)]
+    found = gather(
+        ranks,
+        lambda: [samples_in(path, run=run.id, unsealed=unsealed) for path in shares[ranks.rank]],
+    )
+    if num_torn := sum(torn for share in found for _, torn in share):
         say(
-            f"token logs of iteration {iteration.number}: {found.num_torn} bytes at their ends and "
-            f"{found.num_dropped} tokens behind gaps were lost with a kill and are sampled again"
+            f"token logs of iteration {iteration.number}: {num_torn} bytes at their ends were lost "
+            "with a kill; what they held is sampled again"
         )
-    return found
+    files = {
+        path: sample_ids
+        for share, told in zip(shares, found, strict=True)
+        for path, (sample_ids, _) in zip(share, told, strict=True)
+    }
+    return FormerLogs(files, run.id)
 
 
 def open_log(
-    session: Session, iteration: Iteration, name: str, found: Recovery
+    session: Session, iteration: Iteration, name: str, former: FormerLogs
 ) -> contextlib.closing[TokenLog]:
     """This rank's token log of this start."""
     run, version = session.run, session.engine.version
@@ -173,6 +192,6 @@ def open_log(
         run=run.id,
         engine=session.engine.kind,
         versions={iteration.number: version},
-        recovered=found.responses,
+        former=former,
     )
     return contextlib.closing(log)

@@ -20,7 +20,8 @@ Promises:
 - A torn tail costs its own record and what stands behind it, nothing before it.
 - What several files hold of a token is equal, or the logs are refused: two starts drew a token
   apart.
-- Reading takes time linear in records, and handles tokens as bytes.
+- Reading takes time linear in records, and handles tokens as bytes.  Ranks look through the logs of
+  former starts by shares; the tokens of a response are read where it goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from typing import Any
 import google_crc32c
 
 from mtopd.files import explain, fsync_dir
-from mtopd.rollout.memory_log import MemoryLog, OpenResponse, Record
+from mtopd.rollout.memory_log import Held, MemoryLog, Named, OpenResponse, Record
 from mtopd.types import MtopdError
 
 COMMIT_EVERY_S = 0.1
@@ -56,7 +57,7 @@ def log_path(folder: Path, generation: int, rank: int) -> Path:
 
 # -- writing -------------------------------------------------------------------------------------
 class TokenLog(MemoryLog):
-    """The log of this rank in this start.  ``recovered`` is what ``recover`` found of former starts."""
+    """The log of this rank in this start; ``former``: what the starts before it have left."""
 
     def __init__(
         self,
@@ -66,13 +67,13 @@ class TokenLog(MemoryLog):
         run: str,
         engine: str,
         versions: dict[int, str],
-        recovered: dict[int, OpenResponse],
+        former: FormerLogs | None = None,
     ) -> None:
         super().__init__(name)
         self.path = path
         self.num_bytes = 0  # committed
         self.num_commits = 0
-        self._recovered_responses = recovered
+        self._former = former or FormerLogs({}, run)
         self._pending: list[Record] = []
         self._error: MtopdError | None = None
         self._committing = threading.Lock()  # one commit at a time, records in order
@@ -108,8 +109,13 @@ class TokenLog(MemoryLog):
         finally:
             os.close(self._file)
 
+    def begin(self, requests: Iterable[Named]) -> list[Held]:
+        asked = list(requests)
+        self._former.read(request.sample_id for request in asked)  # before the lock: commits go on
+        return super().begin(asked)
+
     def _recovered(self, sample_id: int) -> OpenResponse:
-        return self._recovered_responses.pop(sample_id, None) or OpenResponse()
+        return self._former.responses.pop(sample_id, None) or OpenResponse()
 
     def _note(self, record: Record) -> None:
         self._raise_error()
@@ -201,7 +207,6 @@ class LogFile:
     path: Path
     about: dict[str, Any] = field(default_factory=dict)  # the first record; empty: it is torn too
     records: list[Record] = field(default_factory=list)
-    num_bytes: int = 0  # of whole records
     num_torn: int = 0  # bytes behind them
 
 
@@ -231,7 +236,7 @@ def read_log(path: Path) -> LogFile:
             reason = _FINISH_REASONS[finish]
             log.records.append(Record(sample_id, start, version, ids, log_probs, reason, attempt))
         at += _FRAME.size + length
-    log.num_bytes, log.num_torn = at, len(data) - at
+    log.num_torn = len(data) - at
     return log
 
 
@@ -252,9 +257,6 @@ class Recovery:
     """What former starts of an iteration had logged."""
 
     responses: dict[int, OpenResponse] = field(default_factory=dict)
-    num_files: int = 0
-    num_bytes: int = 0  # of whole records
-    num_torn: int = 0  # bytes of torn tails
     num_dropped: int = 0  # tokens behind a gap
 
 
@@ -274,18 +276,56 @@ def recover(paths: list[Path], *, run: str, unsealed: Container[int]) -> Recover
     found = Recovery()
     origin: dict[int, Path] = {}  # the last file that a response was in
     for path in paths:
-        log = read_log(path)
-        found.num_files += 1
-        found.num_bytes += log.num_bytes
-        found.num_torn += log.num_torn
-        if log.about and log.about["run"] != run:
-            raise MtopdError(
-                f"{path} belongs to another run ({log.about['run']}, this is {run}); remove it"
-            )
-        for record in log.records:
+        for record in _log_of_run(path, run).records:
             if record.sample_id in unsealed:
                 _join(found, record, path, origin)
     return found
+
+
+def _log_of_run(path: Path, run: str) -> LogFile:
+    log = read_log(path)
+    if log.about and log.about["run"] != run:
+        raise MtopdError(
+            f"{path} belongs to another run ({log.about['run']}, this is {run}); remove it"
+        )
+    return log
+
+
+def samples_in(path: Path, *, run: str, unsealed: Container[int]) -> tuple[list[int], int]:
+    """Which responses that are in no sealed shard a file holds tokens of, and the bytes of its torn
+    tail.
+    """
+    log = _log_of_run(path, run)
+    held = {record.sample_id for record in log.records if record.sample_id in unsealed}
+    return sorted(held), log.num_torn
+
+
+class FormerLogs:
+    """What former starts had logged, read by the rank that goes on with it, when it does.
+
+    ``files``: the samples that each holds (``samples_in``).
+    """
+
+    def __init__(self, files: Mapping[Path, Iterable[int]], run: str) -> None:
+        self.responses: dict[int, OpenResponse] = {}  # read, and not taken over yet
+        self.num_dropped = 0  # tokens behind a gap, of those read
+        self._run = run
+        self._paths_of: dict[int, set[Path]] = {}  # of responses that were not read yet
+        for path, sample_ids in files.items():
+            for sample_id in sample_ids:
+                self._paths_of.setdefault(sample_id, set()).add(path)
+
+    def read(self, sample_ids: Iterable[int]) -> None:
+        """Have ``responses`` of these, and of others that the same files hold whole."""
+        paths: set[Path] = set().union(*(self._paths_of.get(i, ()) for i in sample_ids))
+        if not paths:
+            return
+        whole = {i for i, held_by in self._paths_of.items() if held_by <= paths}
+        found = recover(sorted(paths), run=self._run, unsealed=whole)  # the oldest first
+        self.responses |= found.responses
+        self.num_dropped += found.num_dropped
+        for sample_id in whole:
+            del self._paths_of[sample_id]
 
 
 def _join(found: Recovery, record: Record, path: Path, origin: dict[int, Path]) -> None:

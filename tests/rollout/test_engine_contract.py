@@ -11,7 +11,14 @@ import torch
 
 from mtopd.pipelines.engines import ENGINES
 from mtopd.rollout.engine import Engine, Request, Sampling, student_version
-from mtopd.rollout.token_log import TokenLog, log_path, logs_before, recover
+from mtopd.rollout.token_log import (
+    FormerLogs,
+    TokenLog,
+    log_path,
+    logs_before,
+    recover,
+    samples_in,
+)
 from mtopd.types import MtopdError
 from tests.rollout.engines import (
     BUILDERS,
@@ -58,14 +65,17 @@ def build(request: pytest.FixtureRequest, model: Model) -> Iterator[Build]:
 def token_log(folder: Path, generation: int, asked: list[Request], kind: str) -> TokenLog:
     """The log of a start, with what the starts before it have left."""
     unsealed = {request.sample_id for request in asked}
-    found = recover(logs_before(folder, generation), run="test", unsealed=unsealed)
+    files = {
+        path: samples_in(path, run="test", unsealed=unsealed)[0]
+        for path in logs_before(folder, generation)
+    }
     return TokenLog(
         f"start {generation} of {folder}",
         log_path(folder, generation, 0),
         run="test",
         engine=kind,
         versions={7: VERSION},
-        recovered=found.responses,
+        former=FormerLogs(files, "test"),
     )
 
 

@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 
 from mtopd.rollout import token_log
-from mtopd.rollout.memory_log import OpenResponse
-from mtopd.rollout.token_log import TokenLog, log_path, logs_before, read_log, recover
+from mtopd.rollout.token_log import (
+    FormerLogs,
+    LogFile,
+    TokenLog,
+    log_path,
+    logs_before,
+    read_log,
+    recover,
+    samples_in,
+)
 from mtopd.types import MtopdError
 
 
@@ -25,7 +33,7 @@ class Asked:
 def start(
     folder: Path,
     generation: int,
-    recovered: dict[int, OpenResponse] | None = None,
+    former: FormerLogs | None = None,
     rank: int = 0,
     run: str = "r",
 ) -> TokenLog:
@@ -35,7 +43,7 @@ def start(
         run=run,
         engine="embedded",
         versions={4: "r/1/4"},
-        recovered=recovered or {},
+        former=former,
     )
 
 
@@ -58,6 +66,12 @@ def unsealed(count: int = 10) -> range:
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is committed but by a flush, so that a test knows the records."""
     monkeypatch.setattr(token_log, "COMMIT_EVERY_S", 600.0)
+
+
+def former_logs(folder: Path, generation: int) -> FormerLogs:
+    """What the starts before have left, as a rank knows it."""
+    paths = logs_before(folder, generation)
+    return FormerLogs({p: samples_in(p, run="r", unsealed=unsealed())[0] for p in paths}, "r")
 
 
 def logged(folder: Path, generation: int = 99) -> dict[int, int]:
@@ -121,8 +135,7 @@ def test_a_later_start_goes_on_and_the_next_one_joins_both(tmp_path: Path) -> No
     log_tokens(first, 1, 0, 4, "stop")
     first.close()
     assert [r.sample_id for r in first.take()] == [1]
-    found = recover(logs_before(tmp_path, 2), run="r", unsealed=unsealed())
-    second = start(tmp_path, 2, found.responses)
+    second = start(tmp_path, 2, former_logs(tmp_path, 2))
     held = second.begin(map(Asked, range(3)))
     assert [len(h.response_ids) for h in held] == [5, 4, 0]
     assert [h.finish_reason for h in held] == [None, "stop", None]
@@ -143,8 +156,7 @@ def test_two_starts_at_once_may_draw_the_same(tmp_path: Path, slow_clock: None) 
     old.begin([Asked(0)])
     log_tokens(old, 0, 0, 3)
     old.flush()
-    found = recover(logs_before(tmp_path, 2), run="r", unsealed=unsealed())
-    new = start(tmp_path, 2, found.responses)
+    new = start(tmp_path, 2, former_logs(tmp_path, 2))
     new.begin([Asked(0)])
     log_tokens(new, 0, 3, 5)
     new.flush()
@@ -192,13 +204,71 @@ def test_tokens_behind_a_gap_are_left_out_and_counted(tmp_path: Path, slow_clock
     size = first.path.stat().st_size
     log_tokens(first, 0, 3, 5)
     first.close()
-    second = start(tmp_path, 2, recover(logs_before(tmp_path, 2), run="r", unsealed={0}).responses)
+    second = start(tmp_path, 2, former_logs(tmp_path, 2))
     second.begin([Asked(0)])
     log_tokens(second, 0, 5, 9)
     second.close()
     os.truncate(first.path, size)
     found = recover(logs_before(tmp_path, 3), run="r", unsealed={0})
     assert found.responses[0].length == 3 and found.num_dropped == 4
+
+
+def test_a_rank_reads_the_files_of_what_it_goes_on_with(
+    tmp_path: Path, slow_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three ranks of a first start, a batch each; the second start's rank 0 took the first batch
+    over and was killed, too; shard of samples 4 and 5 is sealed.
+    """
+    for rank in range(3):
+        log = start(tmp_path, 1, rank=rank)
+        log.begin([Asked(2 * rank), Asked(2 * rank + 1)])
+        log_tokens(log, 2 * rank, 0, 3)
+        log_tokens(log, 2 * rank + 1, 0, 4, "stop")
+        log.close()
+    second = start(tmp_path, 2, former_logs(tmp_path, 2))
+    second.begin([Asked(0), Asked(1)])
+    log_tokens(second, 0, 3, 5)
+    second.close()
+    paths = logs_before(tmp_path, 3)
+    held = [samples_in(path, run="r", unsealed=range(4))[0] for path in paths]
+    assert held == [[0, 1], [2, 3], [], [0]]
+    read: list[Path] = []
+
+    def noted(path: Path) -> LogFile:
+        read.append(path)
+        return read_log(path)
+
+    monkeypatch.setattr(token_log, "read_log", noted)
+    former = FormerLogs(dict(zip(paths, held, strict=True)), "r")
+    third = start(tmp_path, 3, former)
+    assert read == []
+    assert [len(h.response_ids) for h in third.begin([Asked(4), Asked(9)])] == [0, 0]
+    assert read == [], "of these nothing is held"
+    assert [len(h.response_ids) for h in third.begin([Asked(0), Asked(1)])] == [5, 4]
+    assert read == [paths[0], paths[3]], "each once, the oldest first"
+    assert former.responses == {}, "nothing of what other ranks go on with"
+    assert [len(h.response_ids) for h in third.begin([Asked(3)])] == [4]
+    assert [len(h.response_ids) for h in third.begin([Asked(2)])] == [3]
+    assert read == [paths[0], paths[3], paths[1]]
+    third.close()
+
+
+def test_a_response_that_is_in_more_files_is_not_taken_from_one(
+    tmp_path: Path, slow_clock: None
+) -> None:
+    """Samples 0 and 1 are in the first file, 0 goes on in the second: reading 1 leaves 0 alone."""
+    first = start(tmp_path, 1)
+    first.begin(map(Asked, range(2)))
+    log_tokens(first, 0, 0, 3)
+    log_tokens(first, 1, 0, 3)
+    first.close()
+    second = start(tmp_path, 2, former_logs(tmp_path, 2))
+    second.begin([Asked(0)])
+    log_tokens(second, 0, 3, 7)
+    second.close()
+    third = start(tmp_path, 3, former_logs(tmp_path, 3))
+    assert [len(third.begin([Asked(i)])[0].response_ids) for i in (1, 0)] == [3, 7]
+    third.close()
 
 
 def test_a_log_of_another_run_or_format_is_refused(tmp_path: Path) -> None:
