@@ -44,7 +44,6 @@ class Server:
     num_open: int = 0  # attempts that stream from it
     why_out: str | None = "not asked yet"  # None: it takes requests
     watcher: asyncio.Task[None] | None = None
-    deaths: int = 0
     waiting: list[asyncio.Future[bool]] = field(default_factory=list)  # who asks whether it died
 
     @property
@@ -193,7 +192,6 @@ class Servers:
                 server.why_out, died, is_stale = str(error), True, False
             if not known:
                 known = True
-                server.deaths += died or is_stale
                 for waiting in server.waiting:
                     if not waiting.done():
                         waiting.set_result(died or is_stale)

@@ -44,8 +44,6 @@ class WeightUpdate:
         self._sent = SentChecksums()
         self._members: list[Server] = []
         self._held: tuple[list[str], list[torch.Tensor]] | None = None
-        self.num_bytes = 0
-        self.num_buckets = 0
         self.seconds: dict[str, float] = {}
 
     @property
@@ -234,8 +232,6 @@ class WeightUpdate:
             await self._form_group()
         for name, tensor in zip(names, tensors, strict=True):
             self._sent.add(name, tensor)
-        self.num_bytes += flat.nbytes
-        self.num_buckets += 1
 
     async def _broadcast(self, flat: torch.Tensor, body: dict[str, Any]) -> bool:
         """Whether all members have the bucket; False: it has to be sent again, to those left."""
