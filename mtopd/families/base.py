@@ -205,8 +205,8 @@ def common_refusals(
     if (share := rope.get("partial_rotary_factor")) not in (None, 1):
         yield (
             f"partial_rotary_factor {share!r} of model_type {hf_config.model_type!r} is not supported: "
-            "transformers 5 ignores it there and 4 fails on it, so the file says another model than "
-            "the one that answers; leave it out where all of a head turns"
+            "transformers ignores it under the default rope and fails on it under yarn, so the file "
+            "says another model than the one that answers; leave it out where all of a head turns"
         )
     kind = rope.get("rope_type", "default")
     if kind not in rope_types:

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +88,7 @@ FACTS = {
 
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = MODEL_TYPES["deepseek_v3"]["rope_parameters"]
 
 
 def make_config(model_type: str, **fields: Any) -> PretrainedConfig:
@@ -181,17 +183,12 @@ def test_no_heavy_library_is_loaded_by_the_tables() -> None:
         ("deepseek_v3", {"n_group": 1, "topk_group": 2}, "a token has 2 of 1 groups"),
         (
             "deepseek_v3",
-            {"rope_parameters": {**MODEL_TYPES["deepseek_v3"]["rope_parameters"], "mscale": 0.0}},
+            {"rope_parameters": {**YARN, "mscale": 0.0}},
             "yarn",
         ),
         (
             "deepseek_v3",
-            {
-                "rope_parameters": {
-                    **MODEL_TYPES["deepseek_v3"]["rope_parameters"],
-                    "partial_rotary_factor": 0.5,
-                }
-            },
+            {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor 0.5 of",
         ),
         *(
@@ -242,3 +239,20 @@ def test_transformers_turns_all_of_a_head_whatever_the_factor_says(model_type: s
         with torch.no_grad():
             logits.append(model(ids).logits)
     assert torch.equal(*logits)
+
+
+def test_transformers_fails_on_a_part_of_a_head_under_yarn() -> None:
+    config = make_config("deepseek_v3", rope_parameters={**YARN, "partial_rotary_factor": 0.5})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(torch.arange(12)[None])
+
+
+@pytest.mark.parametrize("factor", [{}, {"partial_rotary_factor": 1.0}])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_no_config_is_refused_as_transformers_saves_it(
+    tmp_path: Path, model_type: str, factor: dict[str, float]
+) -> None:
+    rope = MODEL_TYPES[model_type].get("rope_parameters", PLAIN_ROPE)
+    make_config(model_type, rope_parameters={**rope, **factor}).save_pretrained(tmp_path)
+    check_variant(AutoConfig.from_pretrained(tmp_path))
