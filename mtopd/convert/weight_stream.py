@@ -8,7 +8,9 @@ up to ``_MESSAGE`` bytes; a rank that has them itself is asked for nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from mtopd.megatron.parallel import Ranks
 
 _MESSAGE = 16 << 20
 _ALIGN = 64  # bytes: any dtype's, and what a GPU copies fastest
+_LARGE = 32 << 20  # bytes that the C library's allocator takes from the system, and gives it back
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -180,7 +183,7 @@ class WeightStream:
     def _allocate(self, names: Sequence[str]) -> Bucket:
         """Empty tensors in one block: blocks of a size are what an allocator can use again."""
         tensors = [self.tensors[name] for name in names]
-        block = self._bytes(sum(_padded(tensor) for tensor in tensors))
+        block = self._block(sum(_padded(tensor) for tensor in tensors))
         bucket, start = {}, 0
         for tensor in tensors:
             place = block[start : start + tensor.nbytes]
@@ -231,6 +234,17 @@ class WeightStream:
         if is_copied and me != sender:
             for room, target in zip(packed, targets, strict=True):
                 target.copy_(room.view(target.shape))
+
+    def _block(self, size: int) -> torch.Tensor:
+        """Memory of a bucket.  The C library gives the system back what is larger than 32 MiB, so
+        that a host's bucket has new pages every time: by large ones they come in a fifth of the time.
+        """
+        if size < _LARGE or self._ranks.device.type != "cpu":
+            return self._bytes(size)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # of a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps ``memory``
 
     def _bytes(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._ranks.device)
