@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,18 @@ class _TransformerEngineNames:
     def __init__(self, model: torch.nn.Module, bridge: Bridge) -> None:
         self._model = model
         self._bridge = bridge
+        # Once: mbridge asks for all of it for every tensor that it loads.
+        self._named = {
+            self._te_name(name): tensor
+            for name, tensor in model.state_dict().items()
+            if isinstance(tensor, torch.Tensor)
+        }
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {
-            self._te_name(k): v
-            for k, v in self._model.state_dict().items()
-            if isinstance(v, torch.Tensor)
-        }
+        return self._named
 
     def _te_name(self, name: str) -> str:
         # Parameters are named by their place in the chunk; the kind of a layer is known by its
@@ -76,9 +78,6 @@ class _Reader:
 
     def __init__(self, folder: Path) -> None:
         self._tensors = HFTensors(folder)
-
-    def load_some_hf_weight(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        return {name: self._tensors[name] for name in names}
 
     def load_one_hf_weight(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -196,11 +195,11 @@ class Bridge:
         return self._bridge.config
 
     def load(self, chunks: Sequence[torch.nn.Module], folder: Path) -> None:
-        """Fill a Megatron model's chunks from an HF folder.  Collective over tp."""
+        """Fill a Megatron model's chunks from an HF folder, a tensor at a time.  Collective over tp."""
+        named = [_TransformerEngineNames(chunk, self) for chunk in chunks]
         with torch.no_grad():
-            self._bridge.load_weights(
-                [_TransformerEngineNames(chunk, self) for chunk in chunks], str(folder)
-            )
+            # Otherwise the first rank of a tp group would hold what all of them load.
+            self._bridge.load_weights(named, str(folder), memory_efficient=True)
 
     # -- names -------------------------------------------------------------------------------------
     def ties(self, layer: int | None) -> list[Tie]:
