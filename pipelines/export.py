@@ -38,8 +38,7 @@ def export(
     """
     if decide(student.ranks, partial(is_sealed, folder)):
         return
-    source = HFTensors(student.config.model)
-    further = further_heads(student, source)
+    further = decide(student.ranks, partial(further_heads, student))
 
     def begin() -> None:
         changes = dict[str, object]()
@@ -53,20 +52,21 @@ def export(
 
     decide(student.ranks, begin)
     shards = plan_shards([*student.stream.tensors.values(), *further], shard_bytes)
-    write_shards(student, unfinished(folder), shards, source)
+    write_shards(student, unfinished(folder), shards)
     seal = partial(run.seal, contents=contents)
     decide(student.ranks, lambda: finish_export(folder, shards, seal))
 
 
-def further_heads(student: Student, source: HFTensors) -> list[TensorSpec]:
+def further_heads(student: Student) -> list[TensorSpec]:
     """Heads that predict further tokens: they go from the source's files into the export's."""
     if student.config.mtp != "freeze":
         return []
+    source = HFTensors(student.config.model)
     names = [name for name in source if student.facts.is_further_head(name)]
     return [TensorSpec(name, source.shape(name), source.dtype(name)) for name in names]
 
 
-def write_shards(student: Student, folder: Path, shards: list[Shard], source: HFTensors) -> None:
+def write_shards(student: Student, folder: Path, shards: list[Shard]) -> None:
     """Every rank writes its weight files.  A rank that cannot goes on to take part in gathering: the
     others would wait for it; then all raise what it met.  Collective.
     """
@@ -90,9 +90,10 @@ def write_shards(student: Student, folder: Path, shards: list[Shard], source: HF
     def begin() -> None:
         for number, shard in mine.items():
             files[number] = ShardFile(folder / shard.name, shard.tensors)
-            for tensor in shard.tensors:
-                if tensor.name not in stream.tensors:
-                    files[number].write(tensor.name, source[tensor.name])
+            carried = [t.name for t in shard.tensors if t.name not in stream.tensors]
+            source = HFTensors(student.config.model) if carried else {}
+            for name in carried:
+                files[number].write(name, source[name])
 
     def write(number: int, bucket: Bucket) -> None:
         for name, tensor in bucket.items():
