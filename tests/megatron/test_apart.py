@@ -49,6 +49,7 @@ def on_ranks(tmp_path: Path, body: Callable[[Any], Any], awaited: int = WORLD) -
 
 def test_numbers_are_dealt_once_and_all_wait_for_the_slowest(tmp_path: Path) -> None:
     def body(ranks: Any) -> tuple[list[int], list[int], float, float]:
+        agreement.SILENCE_S = 3.0
         dealt: list[list[int]] = [[], []]
         with apart(ranks) as name:
             for call in range(2):
@@ -56,7 +57,7 @@ def test_numbers_are_dealt_once_and_all_wait_for_the_slowest(tmp_path: Path) -> 
                     dealt[call].append(number)
                     time.sleep(0.01)
             if ranks.rank == 1:
-                time.sleep(1.5)
+                time.sleep(6)  # it beats meanwhile
             through = time.monotonic()
         after = time.monotonic()
         with apart(ranks) as other:

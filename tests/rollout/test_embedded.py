@@ -209,8 +209,9 @@ def test_end_tokens_and_stop_strings_end_a_response_at_once(
     """The draws are those of the same batch without them: only where an answer ends differs."""
     batch, tokenizer = requests(24), engine._ending._tokenizer
     whole = answer(engine, batch, SAMPLING)
-    texts = [tokenizer.decode(response.response_ids.tolist()) for response in whole]
-    stop = [texts[0][1:3], texts[1][4:6], "<sep>"]  # of two characters, and a special token
+    one, two = sorted(whole, key=lambda r: len(r.response_ids))[-2:]
+    pairs = one.response_ids[1:3].tolist(), two.response_ids[4:6].tolist()
+    stop = [*map(tokenizer.decode, pairs), "<sep>"]  # of two tokens, and a special one
     also_end = int(whole[2].response_ids[3])
     stopping = build_embedded(model, stop=stop, stop_ids=[also_end])
     stopping.update_weights(model.buckets(), VERSION)
@@ -224,6 +225,8 @@ def test_end_tokens_and_stop_strings_end_a_response_at_once(
     last = [int(response.response_ids[-1]) for response in cut]
     assert also_end in last
     assert any(token not in (1, also_end) for token in last), "the test needs both endings"
+    texts = [tokenizer.decode([token]) for token in last if token not in (1, also_end)]
+    assert not all(any(s in text for s in stop) for text in texts), "nor one token's own text alone"
     for response, unstopped in zip(found, whole, strict=True):
         ids = response.response_ids.tolist()
         assert ids == unstopped.response_ids[: len(ids)].tolist()
