@@ -61,8 +61,9 @@ def make_teacher(
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
+    from mtopd.char_tokenizer import build_char_tokenizer
     from mtopd.convert.teacher import add_teacher
-    from mtopd.tokenizer import build_char_tokenizer, load_tokenizer
+    from mtopd.tokenizer import load_tokenizer
 
     source, target = folder / "hf", folder / "store"
     build_char_tokenizer({"x": ["the quick brown fox"]}, source)

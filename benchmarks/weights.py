@@ -244,7 +244,8 @@ def make_folder(folder: Path, shape: dict[str, int], layers: int, dtype: str) ->
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from mtopd.tokenizer import build_char_tokenizer, load_tokenizer
+    from mtopd.char_tokenizer import build_char_tokenizer
+    from mtopd.tokenizer import load_tokenizer
 
     build_char_tokenizer({"x": ["the quick brown fox"]}, folder)
     tokenizer = load_tokenizer(folder)

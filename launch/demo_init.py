@@ -17,10 +17,11 @@ import torch
 def main(folder: Path, config_path: Path, seed: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from mtopd.char_tokenizer import build_char_tokenizer
     from mtopd.config import SpecialistConfig, load_config
     from mtopd.progress import quiet_libraries
     from mtopd.prompt_table import load_source
-    from mtopd.tokenizer import build_char_tokenizer, vocab_size
+    from mtopd.tokenizer import vocab_size
 
     quiet_libraries()
     config = load_config(config_path, [], SpecialistConfig)

@@ -1,15 +1,8 @@
-"""The demo's tokenizer, and what every other part asks of a Hugging Face tokenizer.
+"""What every part asks of a Hugging Face tokenizer: prompts and responses as tokens and back, which
+tokens end a response, whether two tokenizers agree.
 
-``build_char_tokenizer`` makes an ordinary tokenizer folder (``AutoTokenizer.from_pretrained`` reads
-it without code of this package): three special tokens, printable ASCII and newline, and a few
-template tokens mined from the prompts, so that an instruction repeated in every prompt of a domain
-costs one token.  Prompts are encoded longest template first, the rest and every response character
-by character; decoding gives the exact text back.  A character outside the vocabulary is refused,
-never dropped.
-
-The other functions work with any tokenizer that has a chat template.  Two tokenizers agree when every
-id names the same token: equal sizes prove nothing, and which tokens end, pad or are called special
-is nothing that the loss can meet.
+It may be any that has a chat template.  Two agree when every id names the same token: equal sizes
+prove nothing, and which tokens end, pad or are called special is nothing that the loss can meet.
 """
 
 from __future__ import annotations
@@ -17,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,91 +24,14 @@ from mtopd.tokenizer_files import (
 from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 # {"role": ..., "content": ..., and whatever else the chat template reads}, as it stands in the file
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, as it stands in the file
 
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<sep>")
-CHARACTERS = (*map(chr, range(32, 127)), "\n")
 # Kept in tokenizer_config.json: responses are encoded without template tokens.
-_RESPONSES_BY_CHARACTER = "responses_by_character"
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{{ '<eos>' if message['role'] == 'assistant' else '<sep>' }}{% endfor %}"
-)
-
-_MINED_PROMPTS = 300  # of each domain
-_MIN_AFFIX_LENGTH = 4
-_MIN_WORD_SHARE = 0.2
-# with a space before it, and the punctuation and space after it
-_WORD = re.compile(r" ?[^\W\d_]{4,}\W*")
-
-
-def build_char_tokenizer(
-    prompts_by_domain: Mapping[str, Sequence[str]], folder: Path
-) -> PreTrainedTokenizerFast:
-    """Build the tokenizer, save it to ``folder`` and load it from there.  Equal prompts give equal
-    vocabularies.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    templates = mine_template_tokens(prompts_by_domain)
-    vocabulary = {
-        token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS, *templates))
-    }
-    # WordLevel without an unknown token raises on a piece it does not know; BPE would drop it
-    # silently.
-    backend = Tokenizer(models.WordLevel(vocabulary))
-    # The templates come longest first and the alternation takes the first that matches.
-    pieces = "|".join([*map(re.escape, templates), r"[\s\S]"])
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    pad, eos, sep = SPECIAL_TOKENS
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        eos_token=eos,
-        sep_token=sep,
-        clean_up_tokenization_spaces=False,
-        chat_template=_CHAT_TEMPLATE,
-        **{_RESPONSES_BY_CHARACTER: True},
-    )
-    tokenizer.save_pretrained(str(folder))
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
-
-
-def mine_template_tokens(prompts_by_domain: Mapping[str, Sequence[str]]) -> list[str]:
-    """Text that prompts of a domain share: the common prefix and suffix, and words of many prompts.
-    Longest first.
-    """
-    templates: set[str] = set()
-    for domain, prompts in prompts_by_domain.items():
-        if not prompts:
-            raise MtopdError(
-                f"domain '{domain}' has no prompts to mine template tokens from; give at least one"
-            )
-        sample = prompts[:_MINED_PROMPTS]
-        prefix = _common_prefix(sample)
-        suffix = _common_prefix([prompt[::-1] for prompt in sample])[::-1]
-        templates |= {affix for affix in (prefix, suffix) if len(affix) >= _MIN_AFFIX_LENGTH}
-        middles = [prompt[len(prefix) : len(prompt) - len(suffix)] for prompt in sample]
-        prompts_with = Counter(word for middle in middles for word in set(_WORD.findall(middle)))
-        templates |= {
-            word for word, count in prompts_with.items() if count >= _MIN_WORD_SHARE * len(sample)
-        }
-    return sorted(templates, key=lambda template: (-len(template), template))
-
-
-def _common_prefix(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)  # what these two share, all that sort between them share
-    length = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
-    return first[:length]
+RESPONSES_BY_CHARACTER = "responses_by_character"
 
 
 def encode_prompts(
@@ -367,7 +282,7 @@ def encode_response(
     tokenizer: PreTrainedTokenizerBase, text: str, where: str = "response"
 ) -> list[int]:
     """Token ids of a response's text, without EOS; ``where`` names it in errors."""
-    if not tokenizer.init_kwargs.get(_RESPONSES_BY_CHARACTER):
+    if not tokenizer.init_kwargs.get(RESPONSES_BY_CHARACTER):
         return _encode(tokenizer, [text], [where])[0]
     vocabulary = tokenizer.get_vocab()
     for character in text:
@@ -458,7 +373,7 @@ def _quoted(token: str | None) -> str:
 
 
 def _refuse_unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> None:
-    if not tokenizer.init_kwargs.get(_RESPONSES_BY_CHARACTER):
+    if not tokenizer.init_kwargs.get(RESPONSES_BY_CHARACTER):
         return
     vocabulary = tokenizer.get_vocab()
     special = "|".join(map(re.escape, tokenizer.all_special_tokens))

@@ -96,7 +96,7 @@ def sources() -> dict[str, tuple[PromptSource, PromptSource]]:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mtopd.tokenizer import build_char_tokenizer
+    from mtopd.char_tokenizer import build_char_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     build_char_tokenizer(

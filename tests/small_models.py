@@ -18,7 +18,7 @@ WORDS = ["abc", "hello", "table", "stone", "river", "cloud", "grass", "plant"]
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    from mtopd.tokenizer import build_char_tokenizer
+    from mtopd.char_tokenizer import build_char_tokenizer
 
     build_char_tokenizer({"spell": [f"Spell this word backward: {w}" for w in WORDS]}, folder)
     return folder

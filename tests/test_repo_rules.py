@@ -38,6 +38,7 @@ LOWER = {
     "user_cache",
     "tokenizer",
     "tokenizer_files",
+    "char_tokenizer",
     "safetensors_file",
     "dtypes",
     "families",

@@ -11,19 +11,17 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mtopd.char_tokenizer import CHARACTERS, build_char_tokenizer, mine_template_tokens
 from mtopd.data import (
     load_prompt_file,
     tokenize_answers,
     tokenize_prompts,
 )
 from mtopd.tokenizer import (
-    CHARACTERS,
-    build_char_tokenizer,
     encode_prompts,
     encode_response,
     first_difference,
     load_tokenizer,
-    mine_template_tokens,
     tokenizer_hash,
     vocab_size,
 )
