@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from mtopd.config import DataConfig, SourceConfig
@@ -96,18 +98,12 @@ class Prompts:
     @staticmethod
     def load(run: RunDir, config: DataConfig) -> Prompts:
         table = _map_table(run.prompts)
-        source, held_out = table["source"].to_numpy(), table["held_out"].to_numpy()
-        train = [
-            PromptTable(table.filter(pa.array((source == i) & ~held_out)))
-            for i in range(len(config.sources))
-        ]
-        tests = [
-            PromptTable(table.filter(pa.array((source == i) & held_out)))
-            for i in range(len(config.sources))
-        ]
-        return Prompts(
-            [s.name for s in config.sources], train, [[t[i] for i in range(len(t))] for t in tests]
-        )
+        part = 2 * table["source"].to_numpy() + table["held_out"].to_numpy()  # ascends
+        ends = np.searchsorted(part, np.arange(2 * len(config.sources) + 1)).tolist()
+        # Slices are views of the mapped file: a rank does not hold the prompts.
+        parts = [PromptTable(table.slice(a, b - a)) for a, b in itertools.pairwise(ends)]
+        held_out = [[table[i] for i in range(len(table))] for table in parts[1::2]]
+        return Prompts([source.name for source in config.sources], parts[::2], held_out)
 
     @property
     def num_held_out(self) -> int:

@@ -141,8 +141,10 @@ def test_the_table_is_written_without_holding_its_prompts(
     few = peak(400)
     a_prompt = (peak(4000) - few) / 3600
     assert a_prompt < 100, f"{a_prompt:.0f} bytes a prompt"
+    before = pa.total_allocated_bytes()
     table = Prompts.load(RunDir(tmp_path / "4000"), config).train[0]  # would count as the writer's
     assert len(table) == 4000
+    assert pa.total_allocated_bytes() - before < 4000 * 40, "a prompt's tokens are 844 bytes"
     assert tokenizer.decode(table[3999].prompt_ids).startswith("003999")
 
 
