@@ -314,7 +314,7 @@ def test_a_damaged_byte_is_found_and_named(
         ({"rollout_log_probs": (-1.0, 0.5, -1.0)}, "is above 0"),
         ({"prompt_ids": (5, 10_000)}, "prompt_ids holds 5 to 10000"),
         ({"teacher_prompt_ids": (-1,)}, "teacher_prompt_ids holds -1"),
-        ({"student_version": 1}, "version_spans has student 1, iteration 0 has"),
+        ({"student_version": 1}, "version_spans has students 1 to 1, iteration 0 has"),
     ],
 )
 def test_a_sample_that_breaks_the_format_is_named(
