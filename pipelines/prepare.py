@@ -60,9 +60,11 @@ def consolidate(
     *,
     accept_changed: bool = False,
     origin: str | None = None,
+    trains: bool = True,
 ) -> None:
     """Check a consolidation and write its run directory's first files.  The caller holds the lock.
 
+    ``trains``: False where the ranks only evaluate: what is said of training stays unsaid.
     ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another
     tokenizer.  ``origin``: RUN[@ITERATION], the checkpoint that a new run begins with.
     """
@@ -83,13 +85,18 @@ def consolidate(
     _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
     report_baselines(config, say)
     report_positions(config, stores, say)
-    report_dropout(config.student, say)
-    report_schedule(config.train, say)
-    report_large_tensors(config.student, say)
-    report_memory(config, stores, ranks_on_node(config.student), say)
-    report_stage_imbalance(config, max(store.hidden_size for store in stores), say)
+    of_training = say if trains else _unsaid
+    report_dropout(config.student, of_training)
+    report_schedule(config.train, of_training)
+    report_large_tensors(config.student, of_training)
+    report_memory(config, stores, ranks_on_node(config.student), of_training)
+    report_stage_imbalance(config, max(store.hidden_size for store in stores), of_training)
     routes = {t.name: t.route for t in config.teachers}
     write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
+
+
+def _unsaid(line: str) -> None:
+    """What looked for it may still refuse."""
 
 
 def token_identity(tokenizer: PreTrainedTokenizerBase, model: Path) -> dict[str, Any]:

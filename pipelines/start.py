@@ -104,7 +104,8 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
     config = config.model_copy(update={"run_dir": run_dir.absolute()})  # it may have been moved
 
     def prepared(config: ConsolidateConfig, run: RunDir, say: Callable[[str], None]) -> None:
-        if name in ("evaluate", "baselines"):
+        trains = name not in ("evaluate", "baselines")
+        if not trains:
             if not any(source.has_held_out for source in config.data.sources):
                 raise MtopdError(
                     f"{run_dir} has no held-out prompts to evaluate on; they come from eval_path "
@@ -114,7 +115,7 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
                 raise MtopdError(f"the config of {run_dir} has no evaluation.baselines")
         if iteration is not None and name != "teacher_pass":
             check_checkpoint(run, iteration)
-        prepare.consolidate(config, run, say)
+        prepare.consolidate(config, run, say, trains=trains)
 
     chosen = "newest" if iteration is None else str(iteration)
     start_ranks(run, config, prepared, "phase:main", name, chosen)

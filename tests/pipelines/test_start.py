@@ -17,6 +17,7 @@ from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import prepare, start
 from mtopd.run_dir import RunDir, is_sealed
 from tests.conftest import REPOSITORY
+from tests.prompt_examples import write_jsonl
 from tests.small_models import save_model, write_prompts
 
 pytestmark = pytest.mark.integration
@@ -30,12 +31,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     save_model(root / "t0", seed=2, layers=2)
     add_teacher("t0", root / "t0", root / "stores" / "t0", slices=1)
     write_prompts(root / "prompts.jsonl")
+    write_jsonl(root / "held_out.jsonl", {"prompt": "a", "answer": "b"})
     config = {
         "run_dir": str(root / "run"),
         "student": {"model": str(root / "student"), "parallel": {"dp": 2}},
         "teachers": [{"name": "t0", "store": str(root / "stores" / "t0"), "route": {}}],
         "data": {
-            "sources": [{"name": "words", "path": str(root / "prompts.jsonl")}],
+            "sources": [
+                {
+                    "name": "words",
+                    "path": str(root / "prompts.jsonl"),
+                    "eval_path": str(root / "held_out.jsonl"),
+                }
+            ],
             "context_length": 64,
             "max_response": 16,
         },
@@ -124,3 +132,15 @@ def test_a_rank_that_sees_other_files_ends_the_run_by_name(run: RunDir) -> None:
     assert f"rank 1 on host {host} lists 1 sealed shards" in line
     assert f"rank 0 on host {host} lists 2 sealed shards" in line and "stale" in line
     assert not is_sealed(run.hidden_cache(0)), "nothing was computed from it"
+
+
+def test_an_evaluation_says_nothing_of_training(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "launch", lambda *_: None)
+    of_training = ("(warmup_steps)", "each rank will hold")
+    for name, says_it in (("train", True), ("evaluate", False)):
+        start.phase(run.path, name, 0)
+        errors = capsys.readouterr().err
+        assert "starting 2 ranks" in errors
+        assert [text in errors for text in of_training] == [says_it] * 2, errors
