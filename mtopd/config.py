@@ -1,5 +1,5 @@
 """The YAML file of a run as pydantic models.  An unknown key is an error that names the nearest
-known one.
+known one, and whether it stands in the file or on the command line.
 
 Two roots: ``ConsolidateConfig`` (many teachers into one student) and ``SpecialistConfig``
 (supervised training of one model, which may end as a teacher store).  A path is what a shell user
@@ -15,7 +15,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +29,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 _MOST_SAMPLES = 1 << 24  # of an iteration
 _MOST_RANKS = 1 << 20
+_SHOWN_ERRORS = 20
 
 
 def _whole(value: object) -> object:
@@ -747,18 +748,34 @@ def load_config(path: Path, overrides: Sequence[str], kind: type[Root]) -> Root:
         found = "nothing" if values is None else type(values).__name__
         raise MtopdError(f"{path} must hold a table of settings, found {found}")
     _check_overrides(overrides)
-    for override in overrides:
-        _override(values, override)
-    return validate(values, kind, str(path))
+    given = {place for override in overrides for place in _override(values, override)}
+    return validate(values, kind, str(path), given)
 
 
-def validate(values: dict[str, Any], kind: type[Root], where: str) -> Root:
+def validate(
+    values: dict[str, Any], kind: type[Root], where: str, given: Collection[str] = ()
+) -> Root:
+    """The config of a file's ``values``; ``given`` names those that the command line put there.
+
+    Raises MtopdError that names every unknown key, or else the first error.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first, *more = error.errors()
-        also = f" (and {len(more)} more)" if more else ""
-        raise MtopdError(f"{where}: {_explain(first, kind)}{also}") from None
+        found = error.errors()
+    unknown = [error for error in found if error["type"] == "extra_forbidden"]
+    shown = (unknown or found)[: _SHOWN_ERRORS if unknown else 1]
+    lines: dict[str, list[str]] = {}
+    for error in shown:
+        lines.setdefault(_origin(error["loc"], where, given), []).append(_explain(error, kind))
+    also = f" (and {len(found) - len(shown)} more)" if len(found) > len(shown) else ""
+    raise MtopdError("; ".join(f"{o}: {', '.join(said)}" for o, said in lines.items()) + also)
+
+
+def _origin(loc: Sequence[int | str], where: str, given: Collection[str]) -> str:
+    """What a value at ``loc`` came from."""
+    places = (".".join(map(str, loc[:end])) for end in range(1, len(loc) + 1))
+    return "the command line" if any(place in given for place in places) else where
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -772,35 +789,46 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         given[key] = override
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str) -> list[str]:
+    """Put one value into the tables.  The places that were not there before, or hold another value
+    now.
+    """
     key, separator, text = override.partition("=")
     if not separator:
         raise MtopdError(f"override {override!r} must look like key.sub=value")
+    value = parse_yaml(text, f"override {override!r:.200}")
     *parents, leaf = key.split(".")
     table: Any = values
+    passed: list[str] = []
+    given: list[str] = []
     for part in parents:
-        if isinstance(table, dict):
-            if table.get(part) is None:
-                table[part] = {}
-            table = table[part]
-        else:
-            table = table[int(part)] if _is_place(part, table) else None
-        if not isinstance(table, dict | list):
-            raise MtopdError(f"override {override!r}: {part!r} is not a table in the config")
-    value = parse_yaml(text, f"override {override!r:.200}")
-    if isinstance(table, list):
-        if not _is_place(leaf, table):
-            raise MtopdError(
-                f"override {override!r}: the list has {len(table)} entries, {leaf!r} is none of "
-                "them"
-            )
-        table[int(leaf)] = value
-    else:
-        table[leaf] = value
+        place = _place(part, table, passed, override)
+        passed.append(str(place))
+        if isinstance(table, dict) and table.get(place) is None:
+            table[place] = {}
+            given.append(".".join(passed))
+        table = table[place]
+    place = _place(leaf, table, passed, override)
+    table[place] = value
+    return [*given, ".".join([*passed, str(place)])]
 
 
-def _is_place(text: str, table: list[Any]) -> bool:
-    return re.fullmatch(r"[0-9]{1,9}", text) is not None and int(text) < len(table)
+def _place(part: str, table: Any, passed: Sequence[str], override: str) -> int | str:
+    """Where in ``table``, which stands at ``passed``, an override goes on.  Raises MtopdError."""
+    if isinstance(table, dict):
+        return part
+    here = ".".join(passed)
+    if not isinstance(table, list):
+        raise MtopdError(f"override {override!r}: {here!r} is not a table in the config")
+    if re.fullmatch(r"[0-9]{1,9}", part) is None or int(part) >= len(table):
+        last = len(table) - 1
+        numbers = {0: ": 0", 1: ": 0 and 1"}.get(last, f": 0 to {last}" if table else "")
+        entries = "entry" if len(table) == 1 else "entries"
+        raise MtopdError(
+            f"override {override!r}: {here} has {len(table)} {entries}{numbers}; {part!r} is none "
+            "of them"
+        )
+    return int(part)
 
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
@@ -811,7 +839,7 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
         hint = (
             f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
         )
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {where!r} ({hint})"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{where} is missing"

@@ -64,9 +64,9 @@ def spoiled(path: str, value: object) -> dict[str, Any]:
         (
             "train.num_iteration",
             3,
-            "unknown key 'train.num_iteration'; did you mean 'num_iterations'",
+            "unknown key 'train.num_iteration' (did you mean 'num_iterations'?)",
         ),
-        ("teachers.1.stroe", "x", "unknown key 'teachers.1.stroe'; did you mean 'store'"),
+        ("teachers.1.stroe", "x", "unknown key 'teachers.1.stroe' (did you mean 'store'?)"),
         ("train.clip_ratio", 0.2, "unknown key 'train.clip_ratio'"),  # no policy-gradient options
         ("train.num_iterations", 0, "train.num_iterations is 0"),
         (
@@ -252,6 +252,42 @@ def test_overrides_reach_into_tables_and_lists(tmp_path: Path) -> None:
     for bad in (*bad_ones, "seed=[1", "seed={a: 1, a: 2}"):
         with pytest.raises(MtopdError, match="override"):
             load_config(path, [bad], ConsolidateConfig)
+
+
+def test_every_unknown_key_is_named_with_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    values = {**spoiled("train.num_iteration", 9), "sede": 1, "log_json": 3}
+    path.write_text(yaml.safe_dump(values))
+    overrides = ["rollout.samples=3", "evaluation.evry=2", "teachers.1={stroe: x}", "seed=1"]
+    with pytest.raises(MtopdError) as error:
+        load_config(path, overrides, ConsolidateConfig)
+    given, in_file = str(error.value).split(f"; {path}: ")
+    for key in ("teachers.1.stroe", "rollout.samples", "evaluation.evry"):
+        assert f"unknown key {key!r} (" in given
+    for key in ("train.num_iteration", "sede"):
+        assert f"unknown key {key!r} (did you mean" in in_file
+    assert given.startswith("the command line: ")
+    assert in_file.endswith(" (and 4 more)")  # log_json, and what the second teacher lacks
+
+    path.write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(MtopdError, match=r"^the command line: train\.num_iterations is 'x': "):
+        load_config(path, ["train.num_iterations=x"], ConsolidateConfig)
+    many = [f"student.parallel.k{i}=1" for i in range(1000)]
+    with pytest.raises(MtopdError) as error:
+        load_config(path, many, ConsolidateConfig)
+    assert len(str(error.value)) < 5000 and str(error.value).endswith("(and 980 more)")
+
+
+def test_an_override_of_a_list_names_its_entries(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for count, said in ((0, "0 entries;"), (1, "1 entry: 0;"), (2, "2 entries: 0 and 1;")):
+        path.write_text(yaml.safe_dump({**GOOD, "teachers": GOOD["teachers"][:count]}))
+        for key in (f"teachers.{count}.name", f"teachers.{count}"):
+            with pytest.raises(MtopdError, match=f"teachers has {said} '{count}' is none of them"):
+                load_config(path, [f"{key}=x"], ConsolidateConfig)
+    path.write_text(yaml.safe_dump({**GOOD, "teachers": GOOD["teachers"] * 2}))
+    with pytest.raises(MtopdError, match="teachers has 4 entries: 0 to 3; 'x' is none of them"):
+        load_config(path, ["teachers.x=1"], ConsolidateConfig)
 
 
 def test_an_override_undoes_no_other(tmp_path: Path) -> None:
