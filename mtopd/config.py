@@ -18,6 +18,7 @@ import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -85,6 +86,24 @@ def _store_location(value: object) -> str:
 LocalPath = Annotated[Path, BeforeValidator(local_path)]
 
 
+def _server_url(value: object) -> str:
+    # The message does not repeat the value: it may carry a password.
+    refusal = ValueError("a server's URL is http://host:port or https://host:port, and no more")
+    if not isinstance(value, str) or not value.isprintable():
+        raise refusal
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise refusal from None
+    alone = f"{parts.scheme}://{parts.netloc}"
+    if parts.scheme not in ("http", "https") or not host or not port or "@" in alone:
+        raise refusal
+    if value.rstrip("/") != alone or any(mark.isspace() for mark in alone):
+        raise refusal
+    return alone
+
+
 def _field_text(value: Any) -> Any:
     # A prompt's field from a file is text; YAML makes numbers and booleans of what looks like them.
     if isinstance(value, float) and not math.isfinite(value):
@@ -102,6 +121,7 @@ FieldText = Annotated[str, BeforeValidator(_field_text)]
 
 # a folder, or a URL: s3://bucket/teachers/code
 StoreLocation = Annotated[str, BeforeValidator(_store_location)]
+ServerUrl = Annotated[str, BeforeValidator(_server_url)]
 
 
 class Model(BaseModel):
@@ -350,9 +370,26 @@ class TeacherConfig(Model):
     """The teacher's own layout."""
 
 
+# of rollouts, that only SGLang servers know
+SERVER_KEYS = ("servers", "seeded", "open_per_server", "silence_s", "patience_s")
+
+
 class RolloutConfig(Model):
-    engine: Literal["embedded"] = "embedded"
-    """What samples responses."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """What samples responses: a transformers model on each rank, or SGLang servers."""
+    servers: list[ServerUrl] = []
+    """Addresses of the SGLang servers; docs/rollout.md says how they are started."""
+    seeded: bool = True
+    """A draw of the SGLang servers follows from seed and position, so that a response that is
+    continued is the one it would have been; false for servers without
+    --enable-deterministic-inference: then it is one of the same distribution.
+    """
+    open_per_server: Items = 128
+    """Responses that one SGLang server answers at a time."""
+    silence_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a token after which a response is asked for again, of any server."""
+    patience_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to wait for SGLang servers at a start, and while none answers."""
     prompts_per_iteration: Items
     """A multiple of the number of sources."""
     samples_per_prompt: Items = 1
@@ -371,6 +408,24 @@ class RolloutConfig(Model):
     """A response does not end before so many tokens: an end token or stop string before is a token
     like any other, no distribution is changed for it.
     """
+
+    @model_validator(mode="after")
+    def _servers_have_effect(self) -> RolloutConfig:
+        if self.engine == "sglang":
+            if not self.servers:
+                raise ValueError(
+                    "engine sglang needs servers: a list of addresses like http://host:30000"
+                )
+            if twice := {url for url in self.servers if self.servers.count(url) > 1}:
+                raise ValueError(f"servers names {min(twice)} twice; name each server once")
+            return self
+        for key in SERVER_KEYS:
+            if getattr(self, key) != RolloutConfig.model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no effect with engine {self.engine}; leave it out, or set engine "
+                    "sglang"
+                )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from mtopd.config import ConsolidateConfig, FieldText, SpecialistConfig, StoreLocation
+from mtopd.config import ConsolidateConfig, FieldText, ServerUrl, SpecialistConfig, StoreLocation
 
 _HEAD = """# Every key of a config
 
@@ -24,6 +24,7 @@ _BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at mo
 # what the validator in front of a text lets through
 _TEXTS = {
     get_args(StoreLocation)[1]: "path or URL",
+    get_args(ServerUrl)[1]: "http(s)://host:port",
     get_args(FieldText)[1]: "text, a number, true or false",
 }
 _LARGEST = 1 << 53  # a bound that says nothing to a reader

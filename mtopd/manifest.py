@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mtopd.config import SERVER_KEYS
 from mtopd.files import read_json, write_atomic, write_json
 from mtopd.run_dir import RunDir, read_seal
 from mtopd.types import MtopdError
@@ -29,6 +30,7 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "student", "bucket_bytes"),
     ("config", "teachers", "*", "parallel"),
     ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
+    *(("config", "rollout", key) for key in SERVER_KEYS),  # who answers, and for how long
     ("config", "teacher_offload"),
     ("config", "checkpoint"),
     ("config", "log_json"),

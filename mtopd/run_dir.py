@@ -78,6 +78,11 @@ class RunDir:
         return self.path / "prompts.arrow"
 
     @property
+    def serving(self) -> Path:
+        """What SGLang servers of the run start with."""
+        return self.path / "serving"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 

@@ -11,6 +11,7 @@ or another run with the same models and prompts, does not evaluate it again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from mtopd.metrics_lines import BaselineLine
 from mtopd.progress import logs_json, say
 from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.rollout.memory_log import MemoryLog
+from mtopd.rollout.sglang import BASELINE
 from mtopd.tokenizer import tokenizer_hash
 from mtopd.tokenizer_files import said
 from mtopd.types import MtopdError, Prompt
@@ -35,6 +37,7 @@ from .evaluate import Result
 from .session import Session
 
 AVERAGE = "weight average"
+_numbers = itertools.count()  # servers tell weights apart by their versions
 _KIND = "baselines"  # of entries in the folder of caches
 _VERSION = 3  # raised when the same weights and prompts may give other answers than before
 
@@ -166,11 +169,11 @@ def load(session: Session, folders: Sequence[Path]) -> Engine:
             f"{folders[0]} has {rows} rows for the {student.vocab_size} ids of the student's "
             "tokenizer; a baseline answers in the student's tokens"
         )
-    engine = ENGINES[session.config.rollout.engine](student, session.config.rollout, hf_config)
+    engine = ENGINES[session.config.rollout.engine](student, session.config, hf_config)
     try:
         engine.update_weights(
             average_weights(folders) if len(folders) > 1 else read_weights(folders[0]),
-            "baseline/0",
+            f"{BASELINE}{next(_numbers)}",
         )
     except MtopdError as error:
         raise MtopdError(f"{_named(folders)}: {error}") from None

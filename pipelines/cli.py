@@ -106,13 +106,21 @@ def consolidate(
     ] = None,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
-    from . import prepare
+    from . import prepare, serving
 
     loaded = load_config(config, overrides or [], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed, origin=origin)
     run = RunDir(loaded.run_dir)
     final = run.export(loaded.train.num_iterations)
-    start.start_ranks(run, loaded, prepared, "consolidate:main", final=final, check=check)
+    start.start_ranks(
+        run,
+        loaded,
+        prepared,
+        "consolidate:main",
+        final=final,
+        check=check,
+        before_ranks=functools.partial(serving.await_servers, loaded),
+    )
     if is_first() and not check:
         from mtopd.report import write_report  # plots, which no rank needs
 

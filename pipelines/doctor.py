@@ -38,9 +38,9 @@ def _software() -> Iterator[Row]:
     yield "mbridge", _version("mbridge"), "weights between HF and Megatron"
     yield "transformers", _version("transformers"), "tokenizers, the embedded rollout engine"
     yield (
-        "sglang",
-        _version("sglang"),
-        _with_extra("sglang", "sglang", "not used yet: rollout.engine is embedded"),
+        "aiohttp",
+        _version("aiohttp"),
+        _with_extra("aiohttp", "sglang", "the client of SGLang servers, rollout.engine sglang"),
     )
     yield (
         "triton",

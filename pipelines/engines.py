@@ -1,16 +1,26 @@
-"""The rollout engines that a config can name.  An engine is called on every rank."""
+"""The rollout engines that a config can name.  An engine is called on every rank.
+
+Each is built for the student, or for a baseline of another architecture (``hf_config``), and needs
+``update_weights`` before it answers.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mtopd.config import RolloutConfig
-from mtopd.megatron.agreement import deal
+import torch
+
+from mtopd.config import ConsolidateConfig
+from mtopd.megatron.agreement import apart, deal
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.rollout.engine import Engine
+from mtopd.rollout.sglang import SGLangEngine, SGLangOptions
+from mtopd.rollout.sglang_proof import EXACT, ROUNDED
 from mtopd.tokenizer import pad_id
 
+from .scores import score
 from .student import Student
 
 if TYPE_CHECKING:
@@ -21,22 +31,49 @@ _BATCH = 64  # where there are no rollouts, only evaluations
 
 def embedded(
     student: Student,
-    config: RolloutConfig | None = None,
+    config: ConsolidateConfig | None = None,
     hf_config: PretrainedConfig | None = None,
 ) -> Engine:
-    """A transformers model on each rank, of ``hf_config`` (default: the student's); it needs
-    ``update_weights`` before it answers.  ``config``: None for a run without rollouts.
-    """
+    """A transformers model on each rank.  ``config``: None for a run without rollouts."""
+    rollout = config.rollout if config else None
     return EmbeddedEngine(
         hf_config or student.hf_config,
         dtype=student.dtype,
         vocab_size=student.vocab_size,
-        ending=student.ending(config),
+        ending=student.ending(rollout),
         pad_id=pad_id(student.tokenizer, student.end_ids),
         device=student.ranks.device,
-        batch_size=config.batch_size if config else _BATCH,
+        batch_size=rollout.batch_size if rollout else _BATCH,
         deal=deal,
     )
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"embedded": embedded}
+def sglang(
+    student: Student, config: ConsolidateConfig, hf_config: PretrainedConfig | None = None
+) -> Engine:
+    """SGLang servers, which compute the student's architecture whoever's weights they are given: a
+    start refuses baselines of another (``checks.check_baselines``).
+    """
+    rollout, ranks = config.rollout, student.ranks
+    options = SGLangOptions(
+        rollout.servers,
+        context_length=config.data.context_length,
+        seeded=rollout.seeded,
+        most_open=rollout.open_per_server,
+        silence_s=rollout.silence_s,
+        patience_s=rollout.patience_s,
+    )
+    return SGLangEngine(
+        options,
+        run_name=str(config.run_dir),
+        vocab_size=student.vocab_size,
+        dtype=student.dtype,
+        ending=student.ending(rollout),
+        is_client=ranks.rank == 0,
+        apart=functools.partial(apart, ranks),
+        score=functools.partial(score, student),
+        tolerance=EXACT if student.dtype == torch.float32 else ROUNDED,
+    )
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"embedded": embedded, "sglang": sglang}

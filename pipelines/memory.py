@@ -53,7 +53,8 @@ def report_memory(
     facts = model_facts(load_hf_config(config.student.model))
     capacity = config_capacity(config, facts, sum(store.pass_bytes() for store in stores))
     say(f"each rank will hold about {capacity}")
-    refuse_engine(capacity, ranks_on_node)
+    if config.rollout.engine == "embedded":
+        refuse_engine(capacity, ranks_on_node)
     if lacking := too_little(capacity, ranks_on_node):
         say(f"warning: {lacking}")
 
@@ -71,6 +72,7 @@ def config_capacity(config: ConsolidateConfig, facts: ModelFacts, teacher_bytes:
         distributed_optimizer=has_distributed_optimizer(fields.optimizer),
         recomputes=recomputes_layers(fields.transformer),
         kept_teachers=min(config.teacher_offload.host_budget, teacher_bytes // parallel.world_size),
+        embedded_engine=config.rollout.engine == "embedded",
     )
 
 
@@ -113,7 +115,8 @@ def refuse_engine(capacity: Capacity, ranks_on_node: int) -> None:
         raise MtopdError(
             f"rollout.engine embedded holds the whole student on each rank, {engine} {unit}, beside "
             f"{beside} {unit} of weights, gradients and optimizer; a rank's {where} is {there} {unit}: "
-            "take a machine with more memory, more ranks for the trainer's part, or a smaller student"
+            "take a machine with more memory, more ranks for the trainer's part, a smaller student, or "
+            "SGLang servers (rollout.engine sglang)"
         )
 
 

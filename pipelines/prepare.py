@@ -15,7 +15,7 @@ from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
 from mtopd.prompt_table import write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed, numbered
-from mtopd.tokenizer import end_ids, tokenizer_hash
+from mtopd.tokenizer import end_ids, tokenizer_hash, vocab_size
 
 from .checks import (
     check_baselines,
@@ -45,6 +45,7 @@ from .notices import (
     report_positions,
     report_schedule,
 )
+from .serving import check_engine, write_folder
 from .stores import check_place
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def consolidate(
     stores = check_teachers(config, tokenizer, say)
     check_baselines(config, tokenizer, say)
     check_weight_average(config)
+    check_engine(config)
     if config.evaluation.baselines and not any(s.has_held_out for s in config.data.sources):
         say("no source has held-out prompts (eval_path): baselines are not evaluated")
     table = [
@@ -83,6 +85,7 @@ def consolidate(
     ]
     manifest = {**token_identity(tokenizer, config.student.model), "teachers": table}
     _start(run, config, manifest, say, accept_changed=accept_changed, given_origin=origin)
+    write_folder(config, run, vocab_size(tokenizer), say)
     report_baselines(config, say)
     report_positions(config, stores, say)
     of_training = say if trains else _unsaid

@@ -49,7 +49,7 @@ class Session:
         self.ranks = self.student.ranks
         see_start_alike(self.ranks, self.run)
         # It takes no memory before the first phase that asks it something.
-        self.engine = ENGINES[self.config.rollout.engine](self.student, self.config.rollout)
+        self.engine = ENGINES[self.config.rollout.engine](self.student, self.config)
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)
         self.probes = TeacherProbes(self.run.path, self.teachers)

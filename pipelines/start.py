@@ -39,12 +39,14 @@ def start_ranks(
     *arguments: str,
     final: Path | None = None,
     check: bool = False,
+    before_ranks: Callable[[], None] = lambda: None,
 ) -> None:
     """Call ``target`` ("module:function" of pipelines) on every rank, with the run directory, the
     number of this start and ``arguments``.
 
-    ``prepare`` is called before, once, under the lock.  Where ``final`` is sealed the run was
-    finished before, and nothing is started; nor with ``check``, which only says what would be.
+    ``prepare`` is called before, once, under the lock; ``before_ranks`` once all else is well.  Where
+    ``final`` is sealed the run was finished before, and nothing is started; nor with ``check``, which
+    only says what would be.
     """
 
     def is_ready() -> bool:
@@ -65,6 +67,7 @@ def start_ranks(
                 "start will use, or write anew for other settings"
             )
         else:
+            before_ranks()
             failures.forget(run.path)
             run.note_ranks()
         return not check
@@ -92,7 +95,7 @@ def _ranks(parallel: ParallelConfig) -> str:
 
 def phase(run_dir: Path, name: str, iteration: int | None) -> None:
     """Run one phase alone, with the settings that the run directory keeps."""
-    from . import prepare
+    from . import prepare, serving
 
     run = RunDir(run_dir)
     if not run.config.is_file():
@@ -117,8 +120,12 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
             check_checkpoint(run, iteration)
         prepare.consolidate(config, run, say, trains=trains)
 
+    def before_ranks() -> None:
+        if name not in ("teacher_pass", "train"):
+            serving.await_servers(config)
+
     chosen = "newest" if iteration is None else str(iteration)
-    start_ranks(run, config, prepared, "phase:main", name, chosen)
+    start_ranks(run, config, prepared, "phase:main", name, chosen, before_ranks=before_ranks)
 
 
 def check_checkpoint(run: RunDir, iteration: int) -> None:

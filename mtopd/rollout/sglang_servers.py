@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mtopd.progress import say
 from mtopd.rollout.sglang_wire import FLAGS, ServerFacts, check_server, error_text
 from mtopd.types import MtopdError
 
@@ -50,6 +51,33 @@ class Server:
     def tp_size(self) -> int:
         assert self.facts is not None, "not connected"
         return self.facts.tp_size
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Connections to servers.  The caller closes it, in the same event loop."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        auto_decompress=False,
+        read_bufsize=1 << 20,
+        headers={"Content-Type": "application/json"},
+    )
+
+
+def wait_for_servers(
+    urls: Sequence[str], *, context_length: int, seeded: bool, patience_s: float
+) -> None:
+    """Return once all servers answer, and as this client reads.  Raises MtopdError, with the flag
+    to change, or the one that has not answered within ``patience_s``.
+    """
+
+    async def ask() -> None:
+        async with open_session() as session:
+            servers = Servers(session, urls, patience_s=patience_s)
+            await servers.connect(context_length=context_length, seeded=seeded)
+
+    asyncio.run(ask())
 
 
 class Servers:
@@ -127,7 +155,7 @@ class Servers:
         """Check every server; all must answer, within the patience.  Raises MtopdError."""
 
         async def one(server: Server) -> None:
-            deadline = time.monotonic() + self.patience_s
+            deadline, is_told = time.monotonic() + self.patience_s, False
             while True:
                 try:
                     info = await self.get(server, "/server_info")
@@ -137,9 +165,15 @@ class Servers:
                     if time.monotonic() > deadline:
                         raise MtopdError(
                             f"SGLang server {server.url} does not answer ({error}); waited "
-                            f"{self.patience_s:.0f} s: start it, with {' '.join(FLAGS)}, or take "
-                            "its URL out"
+                            f"{self.patience_s:.0f} s (rollout.patience_s): start it, with "
+                            f"{' '.join(FLAGS)}, or take its URL out of rollout.servers"
                         ) from None
+                    if not is_told:
+                        is_told = True
+                        say(
+                            f"waiting for SGLang server {server.url}, up to {self.patience_s:.0f} s: "
+                            f"{error}"
+                        )
                 await asyncio.sleep(1)
             server.facts = check_server(
                 server.url, info, model, context_length=context_length, seeded=seeded

@@ -21,8 +21,9 @@ from mtopd.types import MtopdError
 VERSION = "0.5.23"  # its wire format and its flags are what this client was tested with
 _LONGEST_EVENT = 64 << 20  # bytes: a server that streams cumulatively would grow without end
 _EVENT = b"data:"
+DETERMINISTIC = "--enable-deterministic-inference"
 _NEEDED = {  # field of /server_info -> the flag that sets it
-    "enable_deterministic_inference": "--enable-deterministic-inference",
+    "enable_deterministic_inference": DETERMINISTIC,
     "incremental_streaming_output": "--incremental-streaming-output",
     "skip_tokenizer_init": "--skip-tokenizer-init",
 }
@@ -74,10 +75,11 @@ def check_server(
             f"install sglang=={VERSION} there",
         )
     for field, flag in _NEEDED.items():
-        if field == "enable_deterministic_inference" and not seeded:
+        if flag == DETERMINISTIC and not seeded:
             continue
         if server_info.get(field) is not True:
-            raise refuse(f"{field} is off", "it must be on", f"start it with {flag}")
+            more = ", or set rollout.seeded=false" * (flag == DETERMINISTIC)
+            raise refuse(f"{field} is off", "it must be on", f"start it with {flag}{more}")
     if model_info.get("preferred_sampling_params"):
         raise refuse(
             f"preferred_sampling_params are {model_info['preferred_sampling_params']}",

@@ -89,7 +89,8 @@ def build_embedded(
     )
 
 
-# Every engine that ``mtopd.pipelines.engines.ENGINES`` names has its place here.
+# Every engine that ``mtopd.pipelines.engines.ENGINES`` names has its place here; that of servers in
+# tests/sglang, where there are some.
 BUILDERS: dict[str, Callable[..., Engine]] = {"embedded": build_embedded}
 
 

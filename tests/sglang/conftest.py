@@ -6,6 +6,7 @@ twenty.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,10 @@ class EngineUnderTest(SGLangEngine):
             SGLangOptions(urls, **{**options, **changes}),
             run_name=str(place.root),
             vocab_size=place.vocab_size,
+            dtype=torch.float32,
             ending=self.ending,
             is_client=True,
-            apart=lambda work: work(),
+            apart=contextlib.nullcontext,
             score=lambda sequences: place.log_probs(self.scores_of, sequences),
         )
 
