@@ -816,8 +816,8 @@ def validate(
     """
     try:
         return kind.model_validate(values)
-    except ValidationError as error:
-        found = error.errors()
+    except ValidationError as refusal:
+        found = refusal.errors()
     unknown = [error for error in found if error["type"] == "extra_forbidden"]
     shown = (unknown or found)[: _SHOWN_ERRORS if unknown else 1]
     lines: dict[str, list[str]] = {}

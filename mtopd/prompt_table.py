@@ -27,8 +27,10 @@ from mtopd.data import (
     Routes,
     SupervisedExample,
     check_file,
+    format_of,
     load_prompt_file,
     load_reasoning_gym,
+    open_dataset,
     refuse_overlong,
     tokenize_answers,
     tokenize_prompts,
@@ -265,6 +267,37 @@ def _say_dropped(source: PromptSource, num_dropped: int, progress: Callable[[str
         )
 
 
+def check_sources(config: DataConfig) -> None:
+    """What takes no time to see: a file that is not there or of no format that is read, an unknown
+    dataset or option of reasoning-gym, an expression that is none.  Raises MtopdError.
+    """
+    for source in config.sources:
+        try:
+            _asking(source)
+            for path in filter(None, (source.path, source.eval_path)):
+                format_of(path)
+            if source.reasoning_gym is not None:
+                open_dataset(
+                    {
+                        "dataset": source.reasoning_gym,
+                        "options": source.config,
+                        "size": source.draw("train_size"),
+                        "seed": source.draw("seed"),
+                    }
+                )
+        except MtopdError as error:
+            raise MtopdError(f"source '{source.name}': {error}") from None
+
+
+def _asking(source: SourceConfig) -> Asking:
+    return Asking(
+        source.system,
+        tuple((example.question, example.answer) for example in source.examples),
+        source.answer_from,
+        tuple(source.normalize),
+    )
+
+
 def load_source(
     source: SourceConfig, say: Callable[[str], None] = lambda text: None
 ) -> tuple[PromptSource, PromptSource | None]:
@@ -272,12 +305,7 @@ def load_source(
     routing.
     """
     domain = source.fields.get("domain", source.name)
-    asking = Asking(
-        source.system,
-        tuple((example.question, example.answer) for example in source.examples),
-        source.answer_from,
-        tuple(source.normalize),
-    )
+    asking = _asking(source)
     held_out: PromptSource | None = None
     if source.reasoning_gym is not None:
         train, held_out = load_reasoning_gym(

@@ -13,7 +13,7 @@ from mtopd.hf_checkpoint import load_hf_config
 from mtopd.manifest import check_schema, has_origin, start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
-from mtopd.prompt_table import write_prompt_table
+from mtopd.prompt_table import check_sources, write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed, numbered
 from mtopd.tokenizer import end_ids, tokenizer_hash, vocab_size
 
@@ -69,6 +69,7 @@ def consolidate(
     ``accept_changed``: go on from the newest checkpoint with other teachers, routes or another
     tokenizer.  ``origin``: RUN[@ITERATION], the checkpoint that a new run begins with.
     """
+    check_sources(config.data)  # first: it takes no time
     tokenizer = check_student(config.student, deterministic=config.deterministic, say=say)
     check_world(config.student)
     stores = check_teachers(config, tokenizer, say)
@@ -138,6 +139,7 @@ def report_stage_imbalance(config: ConsolidateConfig, teacher_hidden_size: int, 
 
 def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     """Check a supervised run and write its run directory's first files.  The caller holds the lock."""
+    check_sources(config.data)  # first: it takes no time
     # A specialist may use a load-balancing loss: it need not give the same numbers on another
     # layout.
     tokenizer = check_student(config.student, deterministic=False, say=say)

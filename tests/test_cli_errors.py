@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,20 @@ from mtopd.hidden_cache import HiddenCacheWriter, sample_key
 from mtopd.manifest import start_run
 from mtopd.pipelines import cli, start
 from mtopd.run_dir import RunDir
+from mtopd.teacher_offload.store import open_store
 from mtopd.trajectories import token_hash, write_shard
 from mtopd.types import Trajectory
 from tests.conftest import REPOSITORY
 from tests.small_models import save_model, write_prompts
 
 FINGERPRINTS = {"math": "a1" * 32, "code": "b2" * 32}
+
+SPECIALIST_TRAIN = {
+    "num_steps": 1,
+    "global_batch_size": 4,
+    "micro_batch_size": 4,
+    "optimizer": {"lr": 1e-3},
+}
 
 Edit = Callable[[dict, Path], None]
 
@@ -185,6 +194,54 @@ def test_bad_input_is_one_line_and_leaves_nothing_to_trust(
         assert word in line, line
     run = workplace / "run"
     assert not (run / "prompts.arrow").exists() and not list(run.rglob("SEALED"))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": "no.jsonl"}, "no.jsonl does not exist"),
+        ({"path": "config.yaml"}, "config.yaml is none of .jsonl"),
+        ({"path": "prompts.jsonl", "eval_path": "no.json"}, "no.json does not exist"),
+        ({"reasoning_gym": "chain_sun"}, "no dataset 'chain_sun'"),
+        ({"reasoning_gym": "chain_sum", "config": {"terms": 1}}, "refuses the options"),
+        ({"reasoning_gym": "chain_sum", "answer_from": {"regex": "(?=x)"}}, "answer_from.regex"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["consolidate", "specialist"])
+def test_what_is_wrong_with_a_source_at_a_glance_is_found_before_a_model_is_read(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: dict[str, object],
+    said: str,
+    verb: str,
+) -> None:
+    def change(config: dict) -> None:
+        config["data"]["sources"][0] = {"name": "words", **source}
+        if verb == "specialist":
+            del config["teachers"], config["rollout"]
+            config["train"] = SPECIALIST_TRAIN
+
+    edit_config(workplace, change)
+    (workplace / "student" / "config.json").unlink()
+    missing_teacher(workplace)
+    monkeypatch.chdir(workplace)
+    line = refused(workplace, capsys, monkeypatch, verb, "config.yaml")
+    assert "source 'words': " in line and said in line
+
+
+def test_a_model_folder_given_as_store_is_answered_with_the_line_that_makes_it_one(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = (workplace / "t0").rename(workplace / "hf model")
+    edit_config(workplace, lambda c: c["teachers"][0].update(store=str(folder)))
+    line = refused(workplace, capsys, monkeypatch)
+    _, command, rest = line.split("`")
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    cli.main()
+    assert rest.startswith(" makes the store teachers/t0")
+    assert open_store("teachers/t0").name == "t0"
 
 
 def in_shards(folder: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Prompts and supervised examples: where they come from, who teaches them, how answers are scored."""
 
 from mtopd.data.prompt_file import load_prompt_file
-from mtopd.data.readers import check_file
+from mtopd.data.readers import check_file, format_of
 from mtopd.data.routes import Routes, route
 from mtopd.data.sources import (
     Asking,
@@ -17,7 +17,7 @@ from mtopd.data.tokenize import (
     tokenize_answers,
     tokenize_prompts,
 )
-from mtopd.data.verifiers import CORRECT_SCORE, verify
+from mtopd.data.verifiers import CORRECT_SCORE, open_dataset, verify
 
 __all__ = [
     "CORRECT_SCORE",
@@ -28,8 +28,10 @@ __all__ = [
     "Routes",
     "SupervisedExample",
     "check_file",
+    "format_of",
     "load_prompt_file",
     "load_reasoning_gym",
+    "open_dataset",
     "refuse_overlong",
     "route",
     "tokenize_answers",

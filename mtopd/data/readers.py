@@ -36,15 +36,23 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
 
     Raises MtopdError for a file of another format, or one that is damaged.
     """
+    ending = format_of(path)
+    if ending == ".parquet":
+        return _read_parquet(path)
+    return _read_json(path) if ending == ".json" else _read_lines(path, Path(ending).suffix)
+
+
+def format_of(path: Path) -> str:
+    """The one of FORMATS that a file has by its name.  Raises MtopdError for another, and for what
+    ``check_file`` refuses.
+    """
     ending = next((e for e in FORMATS if path.name.lower().endswith(e)), None)
     if ending is None:
         raise MtopdError(
             f"{path} is none of {', '.join(FORMATS)}; convert it to one of them, or name it so"
         )
     check_file(path)
-    if ending == ".parquet":
-        return _read_parquet(path)
-    return _read_json(path) if ending == ".json" else _read_lines(path, Path(ending).suffix)
+    return ending
 
 
 def check_file(path: Path) -> None:

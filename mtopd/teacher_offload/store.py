@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -279,8 +280,8 @@ def open_store(
     text = storage.read(names.MANIFEST, _MANIFEST_LIMIT)
     if text is None:
         raise MtopdError(
-            f"there is no teacher store at {storage.location} (no teacher.json); write one with "
-            "`mtopd teachers add`"
+            f"there is no teacher store at {storage.location} (no teacher.json); "
+            + _how_to_write(location, name)
         )
     try:
         manifest = json.loads(text)
@@ -334,6 +335,17 @@ def open_store(
             f"{expected[:16]}: the store was replaced; start the same command again"
         )
     return store
+
+
+def _how_to_write(location: str | Path, name: str | None) -> str:
+    folder = Path(location)
+    if not (folder / "config.json").is_file():
+        return "write one with `mtopd teachers add`"
+    name = shlex.quote(name or folder.name)
+    return (
+        f"it is a Hugging Face folder: `mtopd teachers add {name} --from {shlex.quote(str(folder))} "
+        f"--slices auto` makes the store teachers/{name} of it"
+    )
 
 
 def file_in_manifest(storage: Storage, path: str, entry: Mapping[str, Any]) -> StoreFile:
