@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from mtopd.families import model_facts
 from mtopd.files import read_json, write_atomic
-from mtopd.hf_checkpoint import load_hf_config
+from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
 from mtopd.hf_export import config_values
 from mtopd.rollout.sglang_wire import DETERMINISTIC, FLAGS
 
@@ -53,8 +54,8 @@ def start_command(folder: Path, *, context_length: int, seeded: bool) -> str:
     """
     flags = ["--load-format", "dummy", *(f for f in FLAGS if seeded or f != DETERMINISTIC)]
     command = ["python", "-m", "sglang.launch_server", "--model-path", str(folder), *flags]
-    longest = load_hf_config(folder).max_position_embeddings
-    if longest < context_length + _RESERVED:
+    described = hf_config_from_dict(read_json(folder / "config.json"))
+    if model_facts(described).max_positions < context_length + _RESERVED:
         command += ["--context-length", str(context_length + _RESERVED)]
         return f"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 {shlex.join(command)}"
     return shlex.join(command)
