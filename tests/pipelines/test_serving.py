@@ -106,5 +106,5 @@ def test_servers_must_answer_as_their_client_reads(
             await server.die()
 
     asyncio.run(ask(FakeServer()))
-    with pytest.raises(MtopdError, match="its longest input is 2041 tokens; data.context_length"):
+    with pytest.raises(MtopdError, match=r"its longest input is 2041 tokens; data\.context_length"):
         asyncio.run(ask(FakeServer(), context_length=2042))
