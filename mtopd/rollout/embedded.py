@@ -22,7 +22,7 @@ import torch
 
 from mtopd.hf_checkpoint import stored_names, stored_pieces
 from mtopd.rollout.ending import Ending
-from mtopd.rollout.engine import Request, Sampling, student_version
+from mtopd.rollout.engine import Follow, Request, Sampling, student_version
 from mtopd.rollout.memory_log import Held, MemoryLog, Response
 from mtopd.rollout.philox import uniform
 from mtopd.types import MtopdError
@@ -155,15 +155,24 @@ class EmbeddedEngine:
 
     # -- answers -----------------------------------------------------------------------------------
     def generate(
-        self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        log: MemoryLog,
+        sampling: Sampling,
+        follow: Follow | None = None,
     ) -> Iterator[Response]:
-        """Answer batches of neighbours: the argmax where the temperature is 0, else by inverse CDF."""
+        """Answer batches of neighbours: the argmax where the temperature is 0, else by inverse CDF.
+        What follows from a batch is a batch, so that its members, too, are the same after a kill.
+        """
         assert self.version is not None, "weights come first"
         call, size = log.num_calls, self._batch_size
         log.num_calls += 1
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         while not self._is_paused and (number := self._deal(log.name, call)) < len(batches):
-            yield from self._answer(batches[number], log, sampling)
+            batch = batches[number]
+            while batch:
+                yield from self._answer(batch, log, sampling)
+                batch = follow(batch) if follow is not None and not self._is_paused else ()
 
     def _answer(
         self, batch: Sequence[Request], log: MemoryLog, sampling: Sampling
@@ -195,7 +204,7 @@ class EmbeddedEngine:
         row_A = np.arange(len(rows.batch))  # rows of the batch that the cache still holds
         cache = DynamicCache(config=self._model.config)
         position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
-        for position in range(rows.sampling.max_response):
+        for position in range(rows.width):
             output = self._model(
                 input_ids=ids_BS,
                 attention_mask=mask_BS,
@@ -235,7 +244,8 @@ class EmbeddedEngine:
             token_A = log_p_AV.argmax(-1)
         else:
             prompt_A, sample_A = rows.prompt_B[row_A], rows.sample_B[row_A]
-            u_A = uniform(sampling.seed, sampling.iteration, prompt_A, sample_A, position)
+            place_A = rows.first_B[row_A] + position
+            u_A = uniform(sampling.seed, sampling.iteration, prompt_A, sample_A, place_A)
             # On the host: of floats CUDA has no deterministic cumsum.
             drawn_from_AV = filtered(log_p_AV.cpu(), sampling)
             token_A = inverse_cdf(drawn_from_AV, torch.from_numpy(u_A)).to(self._device)
@@ -254,7 +264,9 @@ class EmbeddedEngine:
 
 
 class _Rows:
-    """The responses of a batch: what the log had of each, and what was drawn behind it."""
+    """The responses of a batch: what the log had of each, and what was drawn behind it.  A position
+    counts from where the request's ids end.
+    """
 
     def __init__(
         self,
@@ -269,10 +281,13 @@ class _Rows:
         self.sampling = sampling
         self.prompt_B = np.array([r.prompt_number for r in batch], np.uint64)
         self.sample_B = np.array([r.sample for r in batch], np.uint64)
+        self.first_B = np.array([r.position for r in batch])  # of position 0 in the whole response
+        self._budget_B = np.array([sampling.budget(r) for r in batch])
+        self.width = int(self._budget_B.max())
         self._ending = ending
         self._version = version
-        self._tokens_BS = np.zeros((count, sampling.max_response), np.int32)
-        self._log_probs_BS = np.zeros((count, sampling.max_response), np.float32)
+        self._tokens_BS = np.zeros((count, self.width), np.int32)
+        self._log_probs_BS = np.zeros((count, self.width), np.float32)
         self._logged_B = np.array([len(h.response_ids) for h in held])  # tokens before this start
         self._was_over_B = np.array([h.finish_reason is not None for h in held])
         self._length_B = np.zeros(count, np.int64)  # tokens so far, logged or drawn
@@ -329,14 +344,14 @@ class _Rows:
         # kill tore the word of its end.
         stops = was_over & last_logged
         unknown = (position >= self._logged_B[active]) | (last_logged & ~was_over)
-        if position + 1 >= self.sampling.min_response:
+        unknown &= self.first_B[active] + position + 1 >= self.sampling.min_response
+        if unknown.any():
             first = max(position + 1 - self._ending.window, 0)  # all would cost their square
             tokens_BS = self._tokens_BS[active[unknown], first : position + 1]
             stops[unknown] = self._ending.are_over(tokens_BS, self.sampling.min_response)
         self._is_over_B[active[stops]] = True
         self._has_stopped_B[active[stops]] = True
-        if position + 1 == self.sampling.max_response:
-            self._is_over_B[active] = True
+        self._is_over_B[active[position + 1 == self._budget_B[active]]] = True
         return ~self._is_over_B[row_A]
 
     def tell(self, log: MemoryLog) -> None:

@@ -9,12 +9,14 @@ Promises of every engine (``tests/rollout/test_engine_contract.py``):
 - The draw of a token follows from (seed, iteration, prompt, sample, position) alone, so it does not
   matter who draws it, when, or after how many deaths.
 - A response is handed on only after the log has it for good; each on one rank, once.
+- A response of several turns is several requests, each behind all that was said before: an engine
+  continues ids within a budget and knows of no conversation.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,12 +29,15 @@ from mtopd.rollout.memory_log import MemoryLog, Response
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to a prompt."""
+    """One response to a prompt, or a later turn of it."""
 
     sample_id: int  # unique in a log, which knows the response by it
     prompt_id: str
-    prompt_ids: Sequence[int] | npt.NDArray[np.int32]
+    prompt_ids: Sequence[int] | npt.NDArray[np.int32]  # all that stands before what is drawn
     sample: int = 0  # which of this prompt's responses
+    # Tokens of the whole response that ``prompt_ids`` ends with: the next draw is that of this
+    # position, and the budget is what they leave of ``max_response``.
+    position: int = 0
 
     @property
     def prompt_number(self) -> int:
@@ -59,6 +64,14 @@ class Sampling:
         """Tokens are drawn from the model's own distribution."""
         return self.temperature == 1 and self.top_p == 1
 
+    def budget(self, request: Request) -> int:
+        """Tokens that may be drawn for it."""
+        return self.max_response - request.position
+
+
+# Of requests that are answered, on the rank that handed the answers on: those that go on from them.
+Follow = Callable[[Sequence[Request]], Sequence[Request]]
+
 
 def student_version(version: str) -> int:
     """The iteration whose weights ``version``, "<run>/<start>/<iteration>", names: what the spans
@@ -79,10 +92,17 @@ class Engine(Protocol):
         """
 
     def generate(
-        self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        log: MemoryLog,
+        sampling: Sampling,
+        follow: Follow | None = None,
     ) -> Iterator[Response]:
         """Answer the requests, the same on every rank; each response comes out on one rank, as it
         ends.  Ranks do not wait for one another.
+
+        ``follow`` is asked whenever all responses to some requests are out, those that it named
+        included; what it names is answered on this rank too.
         """
 
     def pause(self) -> None:

@@ -34,11 +34,16 @@ def philox4x32(counter_4N: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def uniform(
-    seed: int, iteration: int, prompt_N: np.ndarray, sample_N: np.ndarray, position: int
+    seed: int,
+    iteration: int,
+    prompt_N: np.ndarray,
+    sample_N: np.ndarray,
+    position: int | np.ndarray,
 ) -> np.ndarray:
     """[N] float64 in [0, 1): the number that draws the token at ``position`` of each response.
 
-    ``prompt_N``: 64-bit prompt numbers; ``sample_N``: which of a prompt's responses.
+    ``prompt_N``: 64-bit prompt numbers; ``sample_N``: which of a prompt's responses; ``position``:
+    one for all, or [N].
     """
     prompt_N = prompt_N.astype(np.uint64)
     counter_4N = np.stack(
@@ -46,7 +51,7 @@ def uniform(
             prompt_N & _LOW,
             prompt_N >> _SHIFT,
             sample_N.astype(np.uint64),
-            np.full(len(prompt_N), position, np.uint64),
+            np.broadcast_to(np.asarray(position, np.uint64), prompt_N.shape),
         ]
     )
     words = philox4x32(counter_4N, (seed, iteration))

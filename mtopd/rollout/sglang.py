@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mtopd.rollout.ending import Ending
-from mtopd.rollout.engine import Request, Sampling, student_version
+from mtopd.rollout.engine import Follow, Request, Sampling, student_version
 from mtopd.rollout.memory_log import MemoryLog, Response
 from mtopd.rollout.sglang_dispatch import DispatchCounts, Dispatcher, Work
 from mtopd.rollout.sglang_proof import EXACT, probe_sequences
@@ -142,12 +142,23 @@ class SGLangEngine:
 
     # -- responses ---------------------------------------------------------------------------------
     def generate(
-        self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+        self,
+        requests: Sequence[Request],
+        log: MemoryLog,
+        sampling: Sampling,
+        follow: Follow | None = None,
     ) -> Iterator[Response]:
-        """All responses come out on rank 0; other ranks get none and return at once."""
+        """All responses come out on rank 0; other ranks get none and return at once.  What follows is
+        asked when all before it are answered.
+        """
         client = self._client
-        if client is None or client.is_paused:
-            return
+        while requests and client is not None and not client.is_paused:
+            yield from self._answer(client, requests, log, sampling)
+            requests = follow(requests) if follow is not None and not client.is_paused else ()
+
+    def _answer(
+        self, client: _Client, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
+    ) -> Iterator[Response]:
         assert self.version is not None, "weights come first"
         version = self.version
         number = student_version(version)
@@ -196,11 +207,12 @@ class SGLangEngine:
                 continue
             prompt_ids = [int(token) for token in request.prompt_ids]
             check_ids(request.prompt_id, prompt_ids, self._vocab_size)
-            longest = len(prompt_ids) + sampling.max_response
+            budget = sampling.budget(request)
+            longest = len(prompt_ids) + budget
             if longest > self._options.context_length:
                 raise MtopdError(
                     f"prompt {request.prompt_id} has {len(prompt_ids)} tokens, with "
-                    f"{sampling.max_response} of a response more than data.context_length "
+                    f"{budget} of a response more than data.context_length "
                     f"{self._options.context_length}"
                 )
             works.append(
@@ -208,9 +220,9 @@ class SGLangEngine:
                     request.sample_id,
                     request.prompt_id,
                     prompt_ids,
-                    sampling.max_response,
+                    budget,
                     draw_seed(sampling, request),
-                    min_response=sampling.min_response,
+                    min_response=max(sampling.min_response - request.position, 0),
                     ids=array("i", held.response_ids.tobytes()),
                 )
             )

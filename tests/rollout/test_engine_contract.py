@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +235,70 @@ def test_before_min_response_nothing_ends(build: Build) -> None:
         assert 1 not in response.response_ids[5:-1]
         early += length < 6
     assert early, "the test needs answers that end early"
+
+
+def test_a_request_behind_tokens_of_its_response_is_answered_as_that_response_goes_on(
+    build: Build,
+) -> None:
+    """The draws are those of the positions in the whole response, the budget is the rest of it, whatever
+    stands beside it in a batch.
+    """
+    engine, asked = build(), requests(24)
+    whole = answer(engine, asked, SAMPLING)
+    cuts = [i % 5 for i in range(24)]
+    behind = [
+        Request(
+            request.sample_id,
+            request.prompt_id,
+            np.concatenate([request.prompt_ids, response.response_ids[:cut]]).astype(np.int32),
+            position=cut,
+        )
+        for request, response, cut in zip(asked, whole, cuts, strict=True)
+        if len(response.response_ids) > cut
+    ]
+    assert len({request.position for request in behind}) == 5
+    for request, found in zip(behind, answer(engine, behind, SAMPLING), strict=True):
+        rest = whole[request.sample_id]
+        np.testing.assert_array_equal(found.response_ids, rest.response_ids[request.position :])
+        assert found.finish_reason == rest.finish_reason
+    late = Sampling(16, min_response=12, seed=3, iteration=7)
+    for request, found in zip(behind, answer(engine, behind, late), strict=True):
+        assert request.position + len(found.response_ids) >= 12, "of the whole response"
+
+
+def test_what_follows_is_answered_on_this_rank_once_all_before_it_is_out(build: Build) -> None:
+    engine, asked = build(batch_size=8), requests(24)
+    out: dict[int, int] = {}  # tokens of each response that is out
+    calls: list[list[int]] = []
+
+    def follow(answered: Sequence[Request]) -> Sequence[Request]:
+        ids = [request.sample_id for request in answered]
+        calls.append(ids)
+        assert {*ids} <= out.keys(), "all that it is asked about is out"
+        return [
+            Request(
+                3000 + r.sample_id,
+                r.prompt_id,
+                [*r.prompt_ids, 5, 6],
+                position=out[r.sample_id] + 2,
+            )
+            for r in answered
+            if r.sample_id % 3 == 0 and r.sample_id < 6000 and out[r.sample_id] < 12
+        ]
+
+    found = []
+    for response in engine.generate(asked, memory_log(), SAMPLING, follow):
+        out[response.sample_id] = (
+            out.get(response.sample_id - 3000, -2) + 2 + len(response.response_ids)
+        )
+        found.append(response)
+    assert sorted({r.sample_id for r in found if r.sample_id < 3000}) == list(range(24))
+    asked_about = sorted(i for call in calls for i in call)
+    assert asked_about == sorted(r.sample_id for r in found), "asked about every response once"
+    later = [r for r in found if r.sample_id >= 3000]
+    assert len(later) > 3 and len({r.sample_id for r in found}) == len(found)
+    assert all(out[r.sample_id] <= 16 for r in later)
+    assert all(out[r.sample_id] == 16 for r in later if r.finish_reason == "length")
 
 
 def test_weights_that_are_not_whole_are_refused(build: Build, model: Model) -> None:
