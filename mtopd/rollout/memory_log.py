@@ -2,7 +2,9 @@
 forgotten.  ``token_log.TokenLog`` is the one that lasts.
 
 A log is what joins a response's tokens, whoever sampled them and in however many pieces, and what
-hands it on.  Tokens travel as arrays: there is no Python object for one of them.
+hands it on.  Tokens travel as arrays: there is no Python object for one of them.  In a response of
+several turns each turn is a response to the log (``turn_id``), and what an environment replied to
+it is kept under the same id.
 """
 
 from __future__ import annotations
@@ -20,6 +22,22 @@ Ids = npt.NDArray[np.int32]
 LogProbs = npt.NDArray[np.float32]
 Spans = tuple[tuple[int, int], ...]  # (first token, version of the student) of each run of tokens
 FINISH_REASONS = ("stop", "length")
+_TURN_SHIFT = 32
+
+
+def turn_id(sample_id: int, turn: int) -> int:
+    """What names a turn of a response in a log; the first has the response's own id."""
+    return turn << _TURN_SHIFT | sample_id
+
+
+def sample_of(turn_id: int) -> int:
+    """The response that a turn belongs to."""
+    return turn_id & ((1 << _TURN_SHIFT) - 1)
+
+
+def turn_of(turn_id: int) -> int:
+    """The turn's place in its response, from 0."""
+    return turn_id >> _TURN_SHIFT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +48,17 @@ class Response:
     response_ids: Ids  # [T], with the end token, or the stop string's, that ended it
     log_probs: LogProbs  # [T], of the model's own distribution, whatever the sampling
     version_spans: Spans
-    finish_reason: str  # "stop" (an end token or a stop string) | "length"
+    # "stop" (an end token or a stop string) | "length"; of a conversation also "environment_error"
+    finish_reason: str
+    # [T] 0: not the student's, and its log-prob is 0; None: the student sampled all of them
+    loss_mask: npt.NDArray[np.uint8] | None = None
+
+    @property
+    def last_turn(self) -> Ids:
+        """What the student said last; of one turn all of it."""
+        if self.loss_mask is None or self.loss_mask.all():
+            return self.response_ids
+        return self.response_ids[np.flatnonzero(self.loss_mask == 0)[-1] + 1 :]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +87,7 @@ class Record(NamedTuple):
     log_probs: bytes  # float32, little-endian
     finish_reason: str | None
     attempt: int
+    reply: bytes = b""  # or: what an environment replied, and no token
 
 
 class OpenResponse:
@@ -99,6 +128,7 @@ class MemoryLog:
         self.num_continued_tokens = 0  # that former starts had sampled of what this rank took over
         self._open: dict[int, OpenResponse] = {}
         self._over: dict[int, Held] = {}  # handed on, kept until they are forgotten
+        self._replies: dict[int, bytes] = {}  # likewise
         self._ready: deque[Response] = deque()
         self._changed = threading.Condition()
 
@@ -147,6 +177,25 @@ class MemoryLog:
             response.finish_reason = finish_reason
             self._note(Record(sample_id, start, version, ids, probs, finish_reason, attempt))
 
+    def append_reply(self, sample_id: int, reply: bytes) -> None:
+        """Take what an environment replied to a response that is over.  Any thread may call it."""
+        with self._changed:
+            assert sample_id not in self._replies, f"two replies to {sample_id}"
+            self._replies[sample_id] = reply
+            self._note(Record(sample_id, 0, 0, b"", b"", None, 0, reply))
+
+    def reply(self, sample_id: int) -> bytes | None:
+        """What an environment replied, in this start or a former one; None: it was not asked, or
+        what it said was lost.
+        """
+        with self._changed:
+            if sample_id not in self._replies:
+                reply = self._recovered_reply(sample_id)
+                if reply is None:
+                    return None
+                self._replies[sample_id] = reply
+            return self._replies[sample_id]
+
     def take(self) -> list[Response]:
         """Responses that are over and safe, since the last call.  Never waits."""
         with self._changed:
@@ -168,6 +217,7 @@ class MemoryLog:
         with self._changed:
             for sample_id in sample_ids:
                 del self._over[sample_id]
+                self._replies.pop(sample_id, None)
 
     def close(self) -> None:
         """The end: what was appended is safe."""
@@ -177,8 +227,12 @@ class MemoryLog:
         """What was sampled of a response before this log began."""
         return OpenResponse()
 
+    def _recovered_reply(self, sample_id: int) -> bytes | None:
+        """What was replied to a response before this log began."""
+        return None
+
     def _note(self, record: Record) -> None:
-        """Tokens were appended; the lock is held."""
+        """Tokens or a reply were appended; the lock is held."""
         if record.finish_reason is not None:
             self._hand_on(record.sample_id)
 

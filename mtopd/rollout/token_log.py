@@ -7,10 +7,12 @@ killed rollout goes on where it was.
     payload   sample u64, start u32, version u32, count u16, finish u8, attempt u8,
               ids i32[count], log-probs f32[count]        (all little-endian)
 
-``start`` is the place of the first token in its response, ``version`` the iteration whose weights
-sampled the tokens, ``finish`` 0 (it goes on), 1 (stop) or 2 (length).  The first record has sample
-2^64 - 1 and JSON behind its head: format, run, engine, and ``versions``, number -> name; a later
-one of the kind adds names.
+``sample`` is a sample's id and, in the upper 32 bits, which turn of its response (from 0).  ``start``
+is the place of the first token in its turn, ``version`` the iteration whose weights sampled the
+tokens, ``finish`` 0 (it goes on), 1 (stop) or 2 (length).  A record with ``finish`` 3 holds no token,
+but JSON behind its head: what an environment replied to that turn (``turns.Reply``).  The first record
+has sample 2^64 - 1 and JSON behind its head: format, run, engine, and ``versions``, number -> name; a
+later one of the kind adds names.
 
 Promises:
 
@@ -18,8 +20,8 @@ Promises:
   else short responses would outlive more kills than long ones.  A response is handed on after its
   last record was committed.
 - A torn tail costs its own record and what stands behind it, nothing before it.
-- What several files hold of a token is equal, or the logs are refused: two starts drew a token
-  apart.
+- What several files hold of a token, or a reply, is equal, or the logs are refused: two starts drew a
+  token apart.
 - Reading takes time linear in records, and handles tokens as bytes.  Ranks look through the logs of
   former starts by shares; the tokens of a response are read where it goes on.
 """
@@ -38,17 +40,19 @@ from typing import Any
 import google_crc32c
 
 from mtopd.files import explain, fsync_dir
-from mtopd.rollout.memory_log import Held, MemoryLog, Named, OpenResponse, Record
+from mtopd.rollout.memory_log import Held, MemoryLog, Named, OpenResponse, Record, sample_of
 from mtopd.types import MtopdError
 
 COMMIT_EVERY_S = 0.1
-FORMAT = 1
+FORMAT = 2  # 2: turns and replies
+_READ = (1, FORMAT)
 _FRAME = struct.Struct("<II")  # length, crc32c
 _HEAD = struct.Struct("<QIIHBB")  # sample, start, version, count, finish, attempt
 _HEADER_SAMPLE = (1 << 64) - 1
 _MAX_COUNT = (1 << 16) - 1
 _FINISH_CODES = {None: 0, "stop": 1, "length": 2}
 _FINISH_REASONS = {code: reason for reason, code in _FINISH_CODES.items()}
+_REPLY = 3
 
 
 def log_path(folder: Path, generation: int, rank: int) -> Path:
@@ -117,6 +121,9 @@ class TokenLog(MemoryLog):
     def _recovered(self, sample_id: int) -> OpenResponse:
         return self._former.responses.pop(sample_id, None) or OpenResponse()
 
+    def _recovered_reply(self, sample_id: int) -> bytes | None:
+        return self._former.replies.pop(sample_id, None)
+
     def _note(self, record: Record) -> None:
         self._raise_error()
         self._pending.append(record)
@@ -184,6 +191,7 @@ def _payloads(records: list[Record]) -> Iterator[bytes]:
             assert size <= _MAX_COUNT, f"{size} tokens at once"
             if run and (
                 count + size > _MAX_COUNT
+                or record.reply
                 or (record.version, record.attempt) != (run[0].version, run[0].attempt)
             ):
                 yield _payload(run, count)
@@ -194,9 +202,10 @@ def _payloads(records: list[Record]) -> Iterator[bytes]:
 
 
 def _payload(run: list[Record], count: int) -> bytes:
-    first, code = run[0], _FINISH_CODES[run[-1].finish_reason]
+    first = run[0]
+    code = _REPLY if first.reply else _FINISH_CODES[run[-1].finish_reason]
     head = _HEAD.pack(first.sample_id, first.start, first.version, count, code, first.attempt)
-    return b"".join([head, *(r.ids for r in run), *(r.log_probs for r in run)])
+    return b"".join([head, *(r.ids for r in run), *(r.log_probs for r in run), first.reply])
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -229,6 +238,8 @@ def read_log(path: Path) -> LogFile:
         body = payload[_HEAD.size :]
         if sample_id == _HEADER_SAMPLE:
             _take_header(log, bytes(body))
+        elif finish == _REPLY:
+            log.records.append(Record(sample_id, 0, 0, b"", b"", None, attempt, bytes(body)))
         else:
             if len(body) != 8 * count or not log.about:
                 raise MtopdError(f"{path} is no token log of format {FORMAT}; remove it")
@@ -242,11 +253,11 @@ def read_log(path: Path) -> LogFile:
 
 def _take_header(log: LogFile, text: bytes) -> None:
     about = json.loads(text)
-    if about.get("format") != FORMAT:
+    if about.get("format") not in _READ:
         raise MtopdError(
             f"{log.path} is a token log of format {about.get('format')!r}, this version of mtopd "
-            f"reads {FORMAT}: go on with the version that wrote it, or remove it: what it holds is "
-            "sampled again"
+            f"reads {' and '.join(map(str, _READ))}: go on with the version that wrote it, or remove "
+            "it: what it holds is sampled again"
         )
     versions = {**log.about.get("versions", {}), **about["versions"]}
     log.about = {**about, "versions": versions}
@@ -257,6 +268,7 @@ class Recovery:
     """What former starts of an iteration had logged."""
 
     responses: dict[int, OpenResponse] = field(default_factory=dict)
+    replies: dict[int, bytes] = field(default_factory=dict)
     num_dropped: int = 0  # tokens behind a gap
 
 
@@ -292,11 +304,11 @@ def _log_of_run(path: Path, run: str) -> LogFile:
 
 
 def samples_in(path: Path, *, run: str, unsealed: Container[int]) -> tuple[list[int], int]:
-    """Which responses that are in no sealed shard a file holds tokens of, and the bytes of its torn
-    tail.
+    """Which turns of samples that are in no sealed shard a file holds something of, and the bytes of
+    its torn tail.
     """
     log = _log_of_run(path, run)
-    held = {record.sample_id for record in log.records if record.sample_id in unsealed}
+    held = {record.sample_id for record in log.records if sample_of(record.sample_id) in unsealed}
     return sorted(held), log.num_torn
 
 
@@ -308,6 +320,7 @@ class FormerLogs:
 
     def __init__(self, files: Mapping[Path, Iterable[int]], run: str) -> None:
         self.responses: dict[int, OpenResponse] = {}  # read, and not taken over yet
+        self.replies: dict[int, bytes] = {}  # likewise
         self.num_dropped = 0  # tokens behind a gap, of those read
         self._run = run
         self._paths_of: dict[int, set[Path]] = {}  # of responses that were not read yet
@@ -323,12 +336,17 @@ class FormerLogs:
         whole = {i for i, held_by in self._paths_of.items() if held_by <= paths}
         found = recover(sorted(paths), run=self._run, unsealed=whole)  # the oldest first
         self.responses |= found.responses
+        self.replies |= found.replies
         self.num_dropped += found.num_dropped
         for sample_id in whole:
             del self._paths_of[sample_id]
 
 
 def _join(found: Recovery, record: Record, path: Path, origin: dict[int, Path]) -> None:
+    if record.reply:
+        if found.replies.setdefault(record.sample_id, record.reply) != record.reply:
+            raise _apart(record, origin.get(record.sample_id, path), path)
+        return
     response = found.responses.get(record.sample_id)
     if response is None:
         response = found.responses[record.sample_id] = OpenResponse()
@@ -345,13 +363,18 @@ def _join(found: Recovery, record: Record, path: Path, origin: dict[int, Path]) 
     )
     ends_early = record.finish_reason is not None and count < known
     if before != record.ids[: 4 * overlap] or ends_apart or ends_early:
-        raise MtopdError(
-            f"{origin[record.sample_id]} and {path} hold different tokens of sample "
-            f"{record.sample_id} from token {record.start} on: two starts have sampled it apart, and "
-            "either may have been trained on; remove the logs of this iteration and its trajectories, "
-            "then start again"
-        )
+        raise _apart(record, origin[record.sample_id], path)
     new = slice(4 * overlap, None)
     response.extend(record.ids[new], record.log_probs[new], count - overlap, record.version)
     response.finish_reason = record.finish_reason or response.finish_reason
     origin[record.sample_id] = path
+
+
+def _apart(record: Record, first: Path, second: Path) -> MtopdError:
+    what = f"different tokens of sample {sample_of(record.sample_id)} from token {record.start} on"
+    if record.reply:
+        what = f"two replies to sample {sample_of(record.sample_id)}"
+    return MtopdError(
+        f"{first} and {second} hold {what}: two starts have sampled it apart, and either may have been "
+        "trained on; remove the logs of this iteration and its trajectories, then start again"
+    )

@@ -276,9 +276,11 @@ def test_a_log_of_another_run_or_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MtopdError, match="belongs to another run"):
         logged(tmp_path)
     path = log_path(tmp_path, 1, 0)
-    text = path.read_bytes()[28:].replace(b'"format": 1', b'"format": 2')
+    text = path.read_bytes()[28:].replace(b'"format": 2', b'"format": 3')
     path.write_bytes(token_log._framed(b"\xff" * 8 + bytes(12) + text))
-    with pytest.raises(MtopdError, match="token log of format 2, this version of mtopd reads 1"):
+    with pytest.raises(
+        MtopdError, match="token log of format 3, this version of mtopd reads 1 and 2"
+    ):
         logged(tmp_path)
 
 
