@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,40 @@ def encode_prompts(
                 "needs at least one before it"
             )
     return ids
+
+
+_SAID = f"turn {uuid.uuid4().hex}"  # in place of one whose tokens are known; nobody else says it
+
+
+def encode_reply(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Sequence[Message],
+    reply: Sequence[Message],
+    tools: Tools | None = None,
+    *,
+    last_id: int | None,
+    where: str = "reply",
+) -> list[int]:
+    """Token ids of ``reply`` behind an assistant's turn of sampled tokens, up to where the next turn
+    begins: what the chat template writes behind that turn.  Nothing that was sampled is encoded again.
+
+    ``conversation``: all messages before that turn.  ``last_id``: the turn's last token; an end token
+    that the template writes there, too, is left out.  Raises MtopdError for what the template or the
+    tokenizer does not take.
+    """
+    said = {"role": "assistant", "content": _SAID}
+    text = _render(tokenizer, [*conversation, said, *reply], tools, where)
+    _, _, tail = text.partition(_SAID)
+    if text.count(_SAID) != 1:
+        raise MtopdError(
+            f"{where}: {_template_file(tokenizer)} does not write an assistant's turn as it stands; "
+            "what follows it cannot be told: use a template that does"
+        )
+    if last_id is not None:
+        end = tokenizer.decode([last_id], clean_up_tokenization_spaces=False)
+        between, found, rest = tail.partition(str(end))
+        tail = rest if found and not between.strip() else tail
+    return _encode(tokenizer, [tail], [where])[0] if tail else []
 
 
 def _render(

@@ -19,6 +19,7 @@ from mtopd.data import (
 )
 from mtopd.tokenizer import (
     encode_prompts,
+    encode_reply,
     encode_response,
     first_difference,
     load_tokenizer,
@@ -215,6 +216,71 @@ def test_messages_and_tools_reach_the_template_whole(
     ]
     assert [list(prompt.prompt_ids) for prompt in prompts] == wanted
     assert wanted[0] != wanted[1]
+
+
+REASONING = (  # writes the last answer whole, leaves the reasoning of earlier ones out
+    "{% if tools %}{{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% else %}"
+    "{{ m['content'].split('</think>')[-1] }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+
+
+def test_a_reply_is_what_the_template_writes_behind_the_turn(
+    foreign_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Also where the template would not write the turn as it was sampled."""
+    foreign = copy.deepcopy(foreign_tokenizer)
+    foreign.chat_template = REASONING
+    end, user = foreign.convert_tokens_to_ids(["<|end|>", "<|user|>"])
+    chat = [{"role": "user", "content": "an"}]
+    reply = [{"role": "tool", "content": "na"}, {"role": "user", "content": "and?"}]
+    offered = [{"type": "function", "function": {"name": "add"}}]
+    behind_end = "\n<|tool|>\nna<|end|>\n<|user|>\nand?<|end|>\n<|bot|>"
+    ids = encode_reply(foreign, chat, reply, offered, last_id=end)
+    assert foreign.decode(ids) == behind_end
+    # What the template writes with a turn that it leaves as it is, and not a token of it.
+    said = {"role": "assistant", "content": "anna"}
+    (prompt,) = encode_prompts(foreign, [chat])
+    (whole,) = encode_prompts(foreign, [[*chat, said, *reply]])
+    sampled = encode_response(foreign, "anna")
+    head = [foreign.convert_tokens_to_ids("<|bot|>")]
+    assert prompt[-1:] == head
+    assert whole[-len(ids) :] == encode_reply(foreign, chat, reply, last_id=end) == ids
+    assert whole[-len(ids) - 1 - len(sampled) : -len(ids)] == [*sampled, end]
+    # A turn that ended otherwise: the template's own end stands behind it.
+    for last_id in (user, sampled[-1], None):
+        other = encode_reply(foreign, chat, reply, last_id=last_id)
+        assert foreign.decode(other) == "<|end|>" + behind_end
+    # What the student said before does not matter: it stands as it was sampled.
+    thought = {"role": "assistant", "content": "<think>na</think>an"}
+    later = encode_reply(foreign, [*chat, thought, *reply], reply, last_id=end)
+    assert later == ids
+
+
+def test_a_reply_that_the_template_does_not_take_is_refused(
+    foreign_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    chat, reply = [{"role": "user", "content": "an"}], [{"role": "tool", "content": "na"}]
+    for template, said in [
+        (
+            "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+            "nothing of its tool",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+            "an assistant's turn as it st",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            "an assistant's turn as",
+        ),
+        ("{% for m in messages %}{{ raise_exception('no ' + m.role) }}{% endfor %}", "no user"),
+    ]:
+        foreign = copy.deepcopy(foreign_tokenizer)
+        foreign.chat_template = template
+        with pytest.raises(MtopdError, match=f"^its messages: .*{said}"):
+            encode_reply(foreign, chat, reply, last_id=None, where="its messages")
 
 
 def test_what_a_template_raises_is_one_line_that_names_row_and_file(
