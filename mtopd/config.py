@@ -220,6 +220,20 @@ def _answer_from(value: Any) -> Any:
 
 AnswerFrom = Annotated[str | dict[str, str], BeforeValidator(_answer_from)]
 
+
+class EnvironmentConfig(Model):
+    """What replies to the student between its turns; docs/data.md has the callable's contract."""
+
+    python: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+    """An installed Python callable, module:function, called with each turn that the student ends."""
+    max_turns: Annotated[Whole, Field(ge=2, le=1 << 16)] = 8
+    """Turns of the student in a response; nobody replies to the last."""
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
+    """Seconds of one call; one that takes longer ends the response, as an exception does."""
+    threads: Annotated[Whole, Field(ge=1, le=1024)] = 16
+    """Calls at once, on each rank."""
+
+
 _DRAWS = {"train_size": 20_000, "eval_size": 256, "seed": 1, "eval_seed": 10_000_019}
 _LEAVE = "leave it out"
 _INSTEAD = {
@@ -266,6 +280,8 @@ class SourceConfig(Model):
     """
     normalize: list[Literal["latex", "punctuation", "space", "case", "number"]] = []
     """What the comparison with a file's answers overlooks."""
+    environment: EnvironmentConfig | None = None
+    """Replies to the student between its turns; without it a response is one turn."""
 
     @model_validator(mode="before")
     @classmethod
@@ -759,6 +775,16 @@ class SpecialistConfig(Model):
     """Checkpoints."""
     store: TeacherStoreConfig | None = None
     """Write the result as a teacher, too."""
+
+    @model_validator(mode="after")
+    def _answers_are_one_turn(self) -> SpecialistConfig:
+        for i, source in enumerate(self.data.sources):
+            if source.environment is not None:
+                raise ValueError(
+                    f"data.sources.{i}.environment has no effect here: a specialist learns the answers "
+                    f"in its rows; {_LEAVE}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _store_stands_beside(self) -> SpecialistConfig:

@@ -25,6 +25,8 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "student", "model"),
     ("config", "data", "sources", "*", "path"),
     ("config", "data", "sources", "*", "eval_path"),
+    ("config", "data", "sources", "*", "environment", "timeout_s"),
+    ("config", "data", "sources", "*", "environment", "threads"),
     ("inputs",),
     ("config", "student", "parallel"),
     ("config", "student", "bucket_bytes"),

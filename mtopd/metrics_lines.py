@@ -89,11 +89,18 @@ class RolloutLine(Line):
     """What the student answered in an iteration."""
 
     KIND = "rollout"
-    tokens: int
+    tokens: int  # that the student sampled
     samples: int
     stopped: int  # samples that ended by themselves; the others have all the tokens they may
     continued_tokens: int = 0  # of tokens, sampled by starts that were killed
     log_bytes: int = 0  # of this start's token logs
+    # Of sources with an environment, where there are any
+    environment_tokens: int | None = None  # replies between the student's turns, beside tokens
+    environment_errors: int | None = None  # samples that ended because it failed
+    environment_calls: int | None = (
+        None  # in this start: turns of the student that it was asked about
+    )
+    environment_s: float | None = None  # of those calls together, they run side by side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from mtopd.data import (
     SupervisedExample,
     check_file,
     format_of,
+    load_environment,
     load_prompt_file,
     load_reasoning_gym,
     open_dataset,
@@ -55,6 +56,7 @@ _SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("answer_ids", pa.list_(pa.int32())),  # supervised training only: ends with EOS
         ("verify", pa.string()),  # held-out rows only
+        ("conversation", pa.string()),  # of sources with an environment
     ]
 )
 _ROWS_AT_ONCE = 4096  # prompts that are held as Python objects while the table is written
@@ -74,7 +76,8 @@ class PromptTable:
             raise IndexError(index)
         row = {
             name: self.rows[name][index].as_py()
-            for name in ("prompt_id", "route", "teacher_index", "prompt_ids", "verify")
+            for name in _SCHEMA.names[2:]
+            if name != "answer_ids"
         }
         return Prompt(
             row["prompt_id"],
@@ -82,6 +85,7 @@ class PromptTable:
             tuple(row["prompt_ids"]),
             row["teacher_index"],
             json.loads(row["verify"]),
+            json.loads(row["conversation"]),
         )
 
     def example(self, index: int) -> SupervisedExample:
@@ -222,6 +226,7 @@ def write_prompt_table(
                         answers=answers,
                         overlong=overlong,
                         rows=chosen,
+                        environment=None if source.environment is None else source.name,
                     )
                     tally.add(prompts, is_held_out)
                     writer.write_batch(_batch(number, prompts, answers, is_held_out))
@@ -250,6 +255,7 @@ def _batch(
         "verify": [
             json.dumps(dict(p.verify), sort_keys=True) if is_held_out else "{}" for p in prompts
         ],
+        "conversation": [json.dumps(dict(p.conversation), default=str) for p in prompts],
     }
     return pa.record_batch(columns, schema=_SCHEMA)
 
@@ -269,13 +275,16 @@ def _say_dropped(source: PromptSource, num_dropped: int, progress: Callable[[str
 
 def check_sources(config: DataConfig) -> None:
     """What takes no time to see: a file that is not there or of no format that is read, an unknown
-    dataset or option of reasoning-gym, an expression that is none.  Raises MtopdError.
+    dataset or option of reasoning-gym, an expression that is none, an environment that is not
+    installed.  Raises MtopdError.
     """
     for source in config.sources:
         try:
             _asking(source)
             for path in filter(None, (source.path, source.eval_path)):
                 format_of(path)
+            if source.environment is not None:
+                load_environment(source.environment.python)
             if source.reasoning_gym is not None:
                 open_dataset(
                     {

@@ -68,6 +68,9 @@ class Prompt:
     teacher_index: int
     # What the source's verifier needs besides the response text
     verify: Mapping[str, Any] = field(default_factory=dict)
+    # Where an environment replies to the response: "environment" (the source's name), "messages",
+    # "tools" and "answer" as the file has them
+    conversation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,12 @@ class Trajectory:
     teacher_index: int
     prompt_ids: tuple[int, ...]
     response_ids: Numbers
-    loss_mask: Numbers  # one 0/1 for each response token
-    # Log-prob of each response token under the sampling student
+    loss_mask: Numbers  # one 0/1 for each response token; 0: somebody else said it
+    # Log-prob of each response token under the sampling student; of what it did not sample 0
     rollout_log_probs: Numbers
     student_version: int  # the iteration whose weights sampled its last token
-    finish_reason: str  # "stop" (an end token or a stop string) | "length"
+    # "stop" (an end token or a stop string) | "length" | "environment_error"
+    finish_reason: str
     reward: float | None = None  # the verifier's score where the prompt has a verifier
     # What the teacher reads before the response; None: the student's own prompt
     teacher_prompt_ids: tuple[int, ...] | None = None

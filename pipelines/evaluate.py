@@ -4,11 +4,13 @@ iterations, of baselines once.
     mtopd evaluate RUN_DIR --iteration N
 
 Runs inside ``mtopd consolidate`` and ``mtopd specialist``, too.  Differs from the textbook in: a response
-that does not end by itself is wrong, whatever it says.
+that does not end by itself is wrong, whatever it says.  Of a response in several turns the last is
+scored.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from mtopd.progress import say
 from mtopd.prompt_table import Prompts
 from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.rollout.memory_log import MemoryLog
+from mtopd.rollout.turns import Turns, environments
 from mtopd.run_dir import RunDir
 
 from .iteration import Iteration
@@ -78,15 +81,24 @@ def measure(
     ranks, ending = student.ranks, student.ending(rollout_of(config))
     by_domain = prompts.held_out_by_domain(teachers_of(config))
     items = [(d, p) for d, asked in enumerate(by_domain.values()) for p in asked]
-    requests = [Request(i, p.prompt_id, p.prompt_ids) for i, (_, p) in enumerate(items)]
+    asked = [(p, Request(i, p.prompt_id, p.prompt_ids)) for i, (_, p) in enumerate(items)]
     sums = torch.zeros(3, len(by_domain), dtype=torch.float64, device=ranks.device)
     answered, correct, stopped = sums
     with apart(ranks) as name:
-        for response in engine.generate(requests, MemoryLog(name), sampling_of(config)):
+        turns = Turns(
+            asked,
+            environments(config.data.sources),
+            MemoryLog(name),
+            sampling_of(config),
+            tokenizer=student.tokenizer,
+            ending=ending,
+            name=f"evaluation {uuid.uuid4().hex}",
+        )
+        for response in turns.answers(engine):
             domain, prompt = items[response.sample_id]
             answered[domain] += 1
             if response.finish_reason == "stop":
-                text = ending.text(response.response_ids.tolist())
+                text = ending.text(response.last_turn.tolist())
                 correct[domain] += prompts.score(prompt, text) >= CORRECT_SCORE
                 stopped[domain] += 1
     dist.all_reduce(sums)

@@ -6,15 +6,16 @@ answered.
 Every token is in a log within a tenth of a second (``mtopd.rollout.token_log``): a killed start is
 gone on with where it was, finished responses are not sampled again.  Differs from the textbook in:
 sampling is the student's own distribution at temperature 1, unfiltered; ranks that are through wait
-for the slowest however long it takes.
+for the slowest however long it takes.  Where a source has an environment, a response is several
+turns (``mtopd.rollout.turns``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,8 +28,9 @@ from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import number_samples, select_prompts
 from mtopd.progress import say
 from mtopd.rollout.engine import Request, Sampling
-from mtopd.rollout.shards import ShardWriter, shard_name
+from mtopd.rollout.shards import Counts, ShardWriter, shard_name
 from mtopd.rollout.token_log import FormerLogs, TokenLog, log_path, logs_before, samples_in
+from mtopd.rollout.turns import Turns, environments
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt
 
@@ -45,25 +47,39 @@ def run(session: Session, iteration: Iteration) -> None:
     if (sealed := decide(ranks, lambda: sealed_before(iteration))) is None:
         return
     session.update_engine(iteration)
+    replying = environments(config.data.sources)
     requests = plan_requests(session, iteration)
     waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
     shards = ShardWriter(folder, waiting, size, session.run.generation)
     former = former_logs(session, iteration, {request.sample_id for _, request in waiting})
     with apart(ranks) as name, open_log(session, iteration, name, former) as log:
-        asked = [request for _, request in waiting]
-        for response in session.engine.generate(asked, log, sampling(session, iteration)):
-            log.forget(shards.add(response))
+        turns = Turns(
+            waiting,
+            replying,
+            log,
+            sampling(session, iteration),
+            tokenizer=session.student.tokenizer,
+            ending=session.student.ending(config.rollout),
+            name=f"{session.run.id}/{iteration.number}",
+        )
+        for response in turns.answers(session.engine):
+            turns.forget(shards.add(response))
     session.engine.release()
     before = sum(sealed.values(), Counts()) if ranks.rank == 0 else Counts()
-    counts = before + Counts(shards.num_samples, shards.num_tokens, shards.num_stopped)
+    of_start = [log.num_continued_tokens, log.num_bytes, former.num_dropped, turns.num_calls]
     sums = torch.tensor(
-        [*vars(counts).values(), log.num_continued_tokens, log.num_bytes, former.num_dropped],
+        [*vars(before + shards.sealed).values(), *of_start, turns.call_s],
         dtype=torch.float64,
         device=ranks.device,
     )
     dist.all_reduce(sums)
-    samples, tokens, stopped, continued, log_bytes, dropped = (int(n) for n in sums.tolist())
+    *whole, call_s = sums.tolist()
+    samples, tokens, stopped, replied, errors, continued, log_bytes, dropped, calls = map(
+        int, whole
+    )
     assert samples == len(requests), f"{samples} of {len(requests)} samples are sealed"
+    if errors:
+        tell_errors(session, iteration, errors, turns.first_error)
     if dropped:
         say(
             f"token logs of iteration {iteration.number}: {dropped} tokens behind gaps were lost with "
@@ -76,6 +92,14 @@ def run(session: Session, iteration: Iteration) -> None:
         continued_tokens=continued,
         log_bytes=log_bytes,
     )
+    if replying:
+        line = dataclasses.replace(
+            line,
+            environment_tokens=replied,
+            environment_errors=errors,
+            environment_calls=calls,
+            environment_s=call_s,
+        )
     # The line first: a kill in between writes it twice, the other order would lose it.
     session.metrics.write(line, iteration.number)
     if ranks.rank == 0:
@@ -84,20 +108,14 @@ def run(session: Session, iteration: Iteration) -> None:
     dist.barrier()
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What sealed shards hold."""
-
-    samples: int = 0
-    tokens: int = 0
-    stopped: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.samples + other.samples,
-            self.tokens + other.tokens,
-            self.stopped + other.stopped,
-        )
+def tell_errors(session: Session, iteration: Iteration, errors: int, first: str | None) -> None:
+    """Say how many responses an environment has failed, and how it did first.  Collective."""
+    said = [error for error in gather(session.ranks, lambda: first) if error is not None]
+    how = said[0] if said else "in a former start"
+    say(
+        f"iteration {iteration.number}: {errors} responses ended because an environment failed; they "
+        f"are trained up to there ({how})"
+    )
 
 
 def sealed_before(iteration: Iteration) -> Mapping[str, Counts] | None:
@@ -113,8 +131,8 @@ def sealed_before(iteration: Iteration) -> Mapping[str, Counts] | None:
 
 def count(folder: Path, name: str) -> Counts:
     metadata = trajectories.read_shard_metadata(folder, name)
-    stopped = metadata["finish_reason"].to_pylist().count("stop")
-    return Counts(len(metadata), sum(metadata["response_len"].to_pylist()), stopped)
+    columns = ("response_len", "num_loss_tokens", "finish_reason")
+    return Counts.of(*(metadata[column].to_pylist() for column in columns))
 
 
 def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, Request]]:

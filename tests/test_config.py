@@ -415,6 +415,8 @@ def test_an_absurd_count_is_refused_when_the_config_is_read(root: str, path: str
     is_specialist = root == "specialist"
     values = copy.deepcopy(SPECIALIST if is_specialist else GOOD)
     values["data"]["sources"] = [dict(DRAWN)]
+    if ".environment." in path:
+        values["data"]["sources"][0]["environment"] = {"python": "module:function"}
     kind: Any = SpecialistConfig if is_specialist else ConsolidateConfig
     *parents, leaf = path.split(".")
     for absurd in (10**12, 10**15):

@@ -86,6 +86,22 @@ LINES = [
         "rollout",
         {"tokens", "samples", "stopped", "continued_tokens", "log_bytes"},
     ),
+    (
+        RolloutLine(
+            tokens=5,
+            samples=2,
+            stopped=1,
+            environment_tokens=7,
+            environment_errors=0,
+            environment_calls=3,
+            environment_s=0.5,
+        ),
+        "rollout",
+        {
+            *("tokens", "samples", "stopped", "continued_tokens", "log_bytes"),
+            *("environment_tokens", "environment_errors", "environment_calls", "environment_s"),
+        },
+    ),
     (TeacherPassLine({"rot": PASS, "rev": PROBED}), "teacher_pass", {"teachers"}),
     (
         TRAIN_STEP,

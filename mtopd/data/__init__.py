@@ -1,5 +1,6 @@
 """Prompts and supervised examples: where they come from, who teaches them, how answers are scored."""
 
+from mtopd.data.environments import Turn, load_environment
 from mtopd.data.prompt_file import load_prompt_file
 from mtopd.data.readers import check_file, format_of
 from mtopd.data.routes import Routes, route
@@ -27,8 +28,10 @@ __all__ = [
     "PromptSource",
     "Routes",
     "SupervisedExample",
+    "Turn",
     "check_file",
     "format_of",
+    "load_environment",
     "load_prompt_file",
     "load_reasoning_gym",
     "open_dataset",

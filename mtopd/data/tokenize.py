@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtopd.data.routes import Routes, route
-from mtopd.data.sources import PromptSource
+from mtopd.data.sources import PromptRow, PromptSource
 from mtopd.tokenizer import encode_prompts, encode_response
 from mtopd.types import MtopdError, Prompt
 
@@ -53,11 +53,13 @@ def tokenize_prompts(
     answers: Mapping[str, Sequence[int]] | None = None,
     overlong: list[Overlong] | None = None,
     rows: Sequence[int] | None = None,
+    environment: str | None = None,
 ) -> list[Prompt]:
     """Prompts of the given rows (default: all), routed and tokenized, with room for
     ``max_response`` tokens each, or for their answers in ``answers`` (by prompt id).
 
     Those without room are left out and added to ``overlong``; without a list they are refused.
+    ``environment``: the name of the source whose environment replies to the responses.
     """
     numbers = range(len(source.rows)) if rows is None else rows
     prompts, without_room = [], []
@@ -71,7 +73,8 @@ def tokenize_prompts(
             teacher = route(row.route, routes)
         except MtopdError as error:
             raise MtopdError(f"{_place(source, number)}: {error}") from None
-        prompts.append(Prompt(prompt_id, row.route, tuple(ids), teacher, row.verify))
+        conversation = {} if environment is None else _conversation(row, environment)
+        prompts.append(Prompt(prompt_id, row.route, tuple(ids), teacher, row.verify, conversation))
     if overlong is None:
         refuse_overlong(without_room, context_length)
     else:
@@ -118,6 +121,16 @@ def tokenize_answers(
             )
         answers[prompt_id] = (*encode_response(tokenizer, answer, f"answer of {prompt_id}"), eos)
     return answers
+
+
+def _conversation(row: PromptRow, environment: str) -> dict[str, object]:
+    """What an environment is told of the prompt, as plain data."""
+    return {
+        "environment": environment,
+        "messages": list(row.messages),
+        "tools": row.tools,
+        "answer": row.answer,
+    }
 
 
 def prompt_name(source: PromptSource, number: int) -> str:

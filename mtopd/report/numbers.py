@@ -56,6 +56,7 @@ def build_report(record: RunRecord) -> Report:
         "train_steps": len(steps),
         **_work(steps),
         "rollout_tokens": _total(line.tokens for line in record.lines(RolloutLine)),
+        "environment": _environment(record.lines(RolloutLine)),
         "waves": _peak(p.waves for p in passes),
         "teachers": [_teacher(record, steps, teacher) for teacher in record.teachers],
         "peak_resident_heads": resident,
@@ -86,6 +87,19 @@ def build_report(record: RunRecord) -> Report:
         },
     }  # fmt: skip
     return _finite(report)
+
+
+def _environment(lines: Sequence[RolloutLine]) -> dict[str, float] | None:
+    """Sums over a run's rollouts; None where no source has an environment."""
+    told = [line for line in lines if line.environment_calls is not None]
+    if not told:
+        return None
+    return {
+        "tokens": _total(line.environment_tokens for line in told),
+        "calls": _total(line.environment_calls for line in told),
+        "calls_s": _total(line.environment_s for line in told),
+        "failed_samples": _total(line.environment_errors for line in told),
+    }
 
 
 def _teacher(

@@ -4,6 +4,7 @@ loaded and no script can run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -106,8 +107,15 @@ def _rates(report: Report) -> list[tuple[str, str]]:
     return [("answer tokens, positions a second of train steps", " / ".join(rates))]
 
 
+def _replies(found: Mapping[str, float]) -> tuple[str, str]:
+    """What environments were asked between the student's turns."""
+    counts = f"{found['calls']:,.0f} / {found['failed_samples']:,.0f}"
+    return ("environment calls / responses that they failed", counts)
+
+
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: label, value."""
+    replied = report["environment"]
     return [
         ("worst recovery", number(report["worst_recovery"])),
         ("mean recovery", number(report["mean_recovery"])),
@@ -115,5 +123,6 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         ("train steps", f"{report['train_steps']:,}"),
         *_rates(report),
         ("rollout tokens", f"{report['rollout_tokens']:,}"),
+        *([_replies(replied)] if replied else []),
         ("wall time of all phases", f"{sum(report['wall_s'].values()):,.0f} s"),
     ]

@@ -80,6 +80,14 @@ class Ending:
         assert isinstance(text, str)
         return text
 
+    def turn_text(self, response_ids: Sequence[int]) -> str:
+        """All that a turn says, for who replies to it: special tokens and a stop string stand in it,
+        the end token does not.
+        """
+        if response_ids and response_ids[-1] in self._end_ids:
+            response_ids = response_ids[:-1]
+        return self._decode(response_ids)
+
     def text(self, response_ids: Sequence[int]) -> str:
         """What the response says, up to the first stop string; without special and end tokens."""
         if response_ids and response_ids[-1] in self._end_ids:

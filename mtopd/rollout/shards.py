@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,27 @@ from mtopd.types import Prompt, Trajectory
 def shard_name(sample_id: int, shard_size: int) -> str:
     """The shard that a sample belongs to, whoever answers it."""
     return f"batch-{sample_id // shard_size:05d}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What sealed shards hold."""
+
+    samples: int = 0
+    tokens: int = 0  # that the student sampled
+    stopped: int = 0  # samples that ended by themselves
+    replied_tokens: int = 0  # of an environment
+    errors: int = 0  # samples that ended because it failed
+
+    @staticmethod
+    def of(lengths: Sequence[int], loss_tokens: Sequence[int], reasons: Sequence[str]) -> Counts:
+        tokens = sum(loss_tokens)
+        errors = reasons.count("environment_error")
+        return Counts(len(lengths), tokens, reasons.count("stop"), sum(lengths) - tokens, errors)
+
+    def __add__(self, other: Counts) -> Counts:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Counts(*(a + b for a, b in pairs))
 
 
 class ShardWriter:
@@ -32,7 +54,7 @@ class ShardWriter:
         shard_size: int,
         generation: int,
     ) -> None:
-        self.num_tokens = self.num_samples = self.num_stopped = 0  # sealed
+        self.sealed = Counts()
         self._folder = folder
         self._shard_size = shard_size
         self._generation = generation
@@ -55,14 +77,17 @@ class ShardWriter:
         planned = self._planned.pop(name)
         samples = [trajectory(*item, arrived[item[1].sample_id]) for item in planned]
         write_shard(self._folder, name, samples, self._generation)
-        self.num_samples += len(samples)
-        self.num_tokens += sum(len(sample.response_ids) for sample in samples)
-        self.num_stopped += sum(sample.finish_reason == "stop" for sample in samples)
+        self.sealed += Counts.of(
+            [len(sample.response_ids) for sample in samples],
+            [int(np.count_nonzero(np.asarray(sample.loss_mask))) for sample in samples],
+            [sample.finish_reason for sample in samples],
+        )
         return [*self._arrived.pop(name)]
 
 
 def trajectory(prompt: Prompt, request: Request, response: Response) -> Trajectory:
-    """The sample of a response: all that the student sampled is trained."""
+    """The sample of a response: all that the student sampled is trained, nothing else."""
+    mask = response.loss_mask
     return Trajectory(
         sample_id=request.sample_id,
         prompt_id=prompt.prompt_id,
@@ -70,7 +95,7 @@ def trajectory(prompt: Prompt, request: Request, response: Response) -> Trajecto
         teacher_index=prompt.teacher_index,
         prompt_ids=prompt.prompt_ids,
         response_ids=response.response_ids,
-        loss_mask=np.ones(len(response.response_ids), np.uint8),
+        loss_mask=np.ones(len(response.response_ids), np.uint8) if mask is None else mask,
         rollout_log_probs=response.log_probs,
         student_version=response.version_spans[-1][1],
         version_spans=response.version_spans,

@@ -16,7 +16,8 @@ and ``sha256``.
     num_loss_tokens  int32                ones in loss_mask
     student_version  int32                the iteration whose weights sampled the response's last token
     oldest_version   int32                the smallest version of ``version_spans``
-    finish_reason    string               "stop" (at an end token or a stop string) or "length"
+    finish_reason    string               "stop" (at an end token or a stop string), "length", or
+                                          "environment_error" (what replied between turns failed)
     reward           double, nullable     the verifier's score
     token_hash       string               ``token_hash`` of the sample's tokens, hex
     teacher_prompt_len   int32            number of teacher_prompt_ids; 0 where there are none
@@ -28,8 +29,10 @@ memory-mapped:
     sample_id            int64
     prompt_ids           list<int32>
     response_ids         list<int32>
-    loss_mask            list<uint8>       0 or 1 for each response token
-    rollout_log_probs    list<float>       of each response token, under the student that sampled it
+    loss_mask            list<uint8>       0 or 1 for each response token; 0: not the student's, as what
+                                           an environment replied between its turns
+    rollout_log_probs    list<float>       of each response token, under the student that sampled it; 0
+                                           where nobody sampled it
     version_spans        list<struct<start: int32, version: int32>>  ``version`` sampled from token ``start`` on;
                                            the first start is 0, they ascend, the last version is student_version
     teacher_prompt_ids   list<int32>, nullable  what the teacher reads in place of prompt_ids, before the same
@@ -59,7 +62,7 @@ SCHEMA_VERSION = 2  # 2: oldest_version, length and hash of the teacher's own pr
 # Of version 1 every token has student_version, and the teacher reads the student's own prompt.
 _READ = (1, SCHEMA_VERSION)
 SEAL_SUFFIX = ".sealed.json"
-FINISH_REASONS = ("stop", "length")
+FINISH_REASONS = ("stop", "length", "environment_error")
 
 _METADATA_TYPES = {
     "sample_id": pa.int64(),

@@ -1,16 +1,25 @@
 """The report's numbers follow from the run directory."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import BadStepLine, EvaluationLine, TeacherPassLine, from_values
-from mtopd.report import build_report, read_run
+from mtopd.report import build_report, page, read_run
 from mtopd.report.numbers import first_and_last, recovery
 from mtopd.report.tables import check_rows, result_rows
 from mtopd.run_dir import RunDir
-from tests.report.runs import BASELINES, TEACHERS, config_of, pass_metrics, report_of, step_line
+from tests.report.runs import (
+    BASELINES,
+    ROLLOUT,
+    TEACHERS,
+    config_of,
+    pass_metrics,
+    report_of,
+    step_line,
+)
 
 
 def test_totals(run: RunDir) -> None:
@@ -86,6 +95,25 @@ def test_a_run_of_before_positions_were_counted_has_none(run: RunDir) -> None:
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = report_of(run)
     assert report["positions_per_s"] is None and report["tokens_per_s"] == pytest.approx(465 / 60)
+
+
+def test_what_environments_did_is_summed_where_there_are_any(run: RunDir) -> None:
+    assert report_of(run)["environment"] is None
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for number, calls in enumerate((3, 4)):
+        line = replace(
+            ROLLOUT,
+            environment_tokens=50,
+            environment_errors=number,
+            environment_calls=calls,
+            environment_s=0.5,
+        )
+        metrics.write(line, number)
+    metrics.close()
+    wanted = {"tokens": 100, "calls": 7, "calls_s": 1.0, "failed_samples": 1}
+    assert report_of(run)["environment"] == wanted
+    tiles = dict(page._tiles(report_of(run)))
+    assert tiles["environment calls / responses that they failed"] == "7 / 1"
 
 
 def test_recovery(run: RunDir) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mtopd.rollout.engine import Request
 from mtopd.rollout.memory_log import Response
-from mtopd.rollout.shards import ShardWriter
+from mtopd.rollout.shards import Counts, ShardWriter
 from mtopd.trajectories import TokenStore, sealed_shards
 from mtopd.types import Prompt
 from tests.rollout.test_token_log import count_calls
@@ -35,7 +35,7 @@ def test_a_shard_is_sealed_by_its_last_response(tmp_path: Path) -> None:
     assert [ids for ids in sealed if ids] == [[0, 1, 2, 3], [8, 9], [4, 5, 6, 7]]
     assert sealed[order.index(2)] == [0, 1, 2, 3], "not before"
     assert sealed_shards(tmp_path) == ["batch-00000", "batch-00001", "batch-00002"]
-    assert (shards.num_samples, shards.num_tokens, shards.num_stopped) == (10, 40, 5)
+    assert shards.sealed == Counts(samples=10, tokens=40, stopped=5)
     found = TokenStore(tmp_path).get(7)
     assert found.prompt_ids == (5, 6, 7) and found.response_ids == (7, 8, 9, 10)
     assert found.loss_mask == (1,) * 4 and found.version_spans == ((0, 3), (2, 4))
