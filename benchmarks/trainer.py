@@ -128,7 +128,7 @@ def wrap_parts(clock: Clock) -> None:
     from mtopd.hidden_cache import CachedStates
     from mtopd.megatron.trainer import Trainer
     from mtopd.metrics import MetricsWriter
-    from mtopd.objectives import statistics, teacher_kl
+    from mtopd.objectives import mismatch, statistics, teacher_kl
     from mtopd.pipelines import train
     from mtopd.teacher_offload.head_slot import HeadSlot
 
@@ -145,6 +145,7 @@ def wrap_parts(clock: Clock) -> None:
     clock.wrap(teacher_kl, "fused_linear_divergence", "divergence")
     clock.wrap(teacher_kl, "output_logits", "metrics")
     clock.wrap(statistics.TokenStatistics, "keep", "metrics")
+    clock.wrap(mismatch.Mismatch, "add", "metrics")
     clock.wrap(Trainer, "reduce", "metrics", before=wait)
     for method in ("metrics", "head_metrics"):
         clock.wrap(teacher_kl.TeacherKL, method, "metrics")
@@ -187,7 +188,7 @@ class BareSteps:
     def bare(self) -> Callable[[], None]:
         """With the same objective, everything at hand and nothing measured."""
         from mtopd.objectives import TeacherFacts, TeacherKL
-        from mtopd.pipelines import train
+        from mtopd.pipelines import micro_batches, train
         from mtopd.step_sums import StepSums
 
         session, weights, steps = self.session, {}, []
@@ -201,8 +202,8 @@ class BareSteps:
             heads.take_counters()
         with train.open_hidden_states(session, self.iteration) as states:
             for plan in self.plans:
-                runs = train.teacher_runs(session, self.iteration, plan)
-                packed = train.pack(session, self.iteration, plan, runs)
+                runs = micro_batches.teacher_runs(session, self.iteration, plan)
+                packed = micro_batches.pack(session, self.iteration, plan, runs)
                 hidden = {run: states(run).clone() for batch in runs for run in batch}
                 steps.append((packed, hidden))
 

@@ -187,6 +187,17 @@ class TeacherStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MismatchMetrics:
+    """Log-probs of the sampled tokens: the trainer's, before the step's update, minus the
+    rollout's, in nats.  None in a step that trains no token.
+    """
+
+    log_prob_difference: float | None = None  # mean
+    log_prob_difference_p99: float | None = None  # of its absolute value
+    token_mult_prob_error: float | None = None  # exp(mean absolute value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DivergenceMetrics:
     """What the objective measured in a train step, in nats a token where nothing else is said."""
 
@@ -198,6 +209,7 @@ class DivergenceMetrics:
     below_10x_noise_floor: list[str]
     entropy: float
     statistics: Mapping[str, TeacherStatistics] = _table(TeacherStatistics)
+    mismatch: MismatchMetrics = field(metadata={_GROUP: MismatchMetrics})
 
 
 @dataclass(frozen=True, kw_only=True)

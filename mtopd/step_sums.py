@@ -22,11 +22,12 @@ class LocalSums:
     """This rank's part, under the same names on every rank.
 
     ``loss_rows``: scalar tensors summed over the loss rows of last-stage ranks, alike on all tp
-    ranks; the values of other ranks are not looked at.  ``added``: summed over all ranks.
-    ``largest``: the largest value of any rank is taken.
+    ranks; the values of other ranks are not looked at.  ``vectors``: likewise, [n] of each name.
+    ``added``: summed over all ranks.  ``largest``: the largest value of any rank is taken.
     """
 
     loss_rows: Mapping[str, torch.Tensor]
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     added: Mapping[str, float] = field(default_factory=dict)
     largest: Mapping[str, float] = field(default_factory=dict)
 
@@ -38,3 +39,4 @@ class StepSums:
     values: Mapping[str, float]
     num_bad_ranks: int  # ranks that hold a gradient which is NaN or inf
     backward: int  # number of the backward pass, so that the sums of another step are not taken
+    vectors: Mapping[str, list[float]] = field(default_factory=dict)

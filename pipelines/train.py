@@ -12,31 +12,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from mtopd.dtypes import torch_dtype
 from mtopd.hidden_cache import CachedStates, HiddenCacheReader, StateFormat, committed
 from mtopd.megatron.agreement import STALE_WAITS_S, decide, digest_of, see_alike
-from mtopd.megatron.micro_batch import PackedMicroBatch
-from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.metrics_lines import BadStepLine, TrainStepLine
 from mtopd.objectives import OBJECTIVES, Objective, TeacherFacts
 from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.step_sums import NonFiniteGradients
-from mtopd.types import (
-    MicroBatch,
-    MtopdError,
-    SampleRows,
-    TeacherRun,
-    TrainStepPlan,
-    num_input_tokens,
-)
+from mtopd.types import MtopdError, TeacherRun, TrainStepPlan
 
 from .iteration import Iteration
+from .micro_batches import Runs, num_positions, pack, teacher_runs
 from .session import Session
-
-Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
 
 
 def run(session: Session, iteration: Iteration) -> None:
@@ -140,13 +130,6 @@ def plan(session: Session, iteration: Iteration) -> list[TrainStepPlan]:
     )
 
 
-def num_positions(iteration: Iteration, step_plan: TrainStepPlan) -> int:
-    """Tokens of the whole mini-batch that the model reads; padding does not count."""
-    planned = (s for part in step_plan.micro_batches for batch in part for s in batch.samples)
-    samples = (iteration.tokens.samples[s.sample_id] for s in planned)
-    return sum(num_input_tokens(s.prompt_len, s.response_len) for s in samples)
-
-
 def build_objective(
     session: Session,
     iteration: Iteration,
@@ -185,53 +168,6 @@ def open_hidden_states(session: Session, iteration: Iteration) -> Iterator[Cache
         CachedStates(reader, formats, session.ranks, iteration.number) as states,
     ):
         yield states
-
-
-def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPlan) -> Runs:
-    """Contiguous runs of one teacher among the loss rows of this rank's micro-batches; none off the
-    last stage.
-    """
-
-    def runs_of(micro_batch: MicroBatch) -> list[TeacherRun]:
-        samples = [iteration.tokens.samples[planned.sample_id] for planned in micro_batch.samples]
-        rows = [
-            SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), part.start, part.stop)
-            for s in samples
-            for part in loss_rows_of_rank(
-                iteration.tokens.tokens(s.sample_id), step_plan.seq_length, session.ranks
-            )
-        ]
-        runs: list[TeacherRun] = []
-        for teacher_index, group in itertools.groupby(rows, key=lambda r: r.teacher_index):
-            entries = list(group)
-            start = runs[-1].stop if runs else 0
-            stop = start + sum(r.stop - r.first for r in entries)
-            runs.append(TeacherRun(teacher_index, start, stop, entries))
-        return runs
-
-    micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
-    if not session.ranks.is_last_stage:
-        return [[] for _ in micro_batches]
-    return [runs_of(micro_batch) for micro_batch in micro_batches]
-
-
-def pack(
-    session: Session, iteration: Iteration, step_plan: TrainStepPlan, runs: Runs
-) -> list[PackedMicroBatch]:
-    """The tensors of this rank's micro-batches, each with its runs."""
-    num_rows = 1 if step_plan.packed else session.config.train.micro_batch_size or 1
-    micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
-    return [
-        pack_rows(
-            [iteration.tokens.tokens(s.sample_id) for s in micro_batch.samples],
-            [s.token_weight for s in micro_batch.samples],
-            shape=(num_rows, step_plan.seq_length),
-            packed=step_plan.packed,
-            ranks=session.ranks,
-            payload=payload,
-        )
-        for micro_batch, payload in zip(micro_batches, runs, strict=True)
-    ]
 
 
 def _flat(runs: Runs) -> list[TeacherRun]:

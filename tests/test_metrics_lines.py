@@ -11,6 +11,7 @@ from mtopd.metrics_lines import (
     HeadMetrics,
     Line,
     MemoryLine,
+    MismatchMetrics,
     PassMetrics,
     PhaseLine,
     RolloutLine,
@@ -49,6 +50,9 @@ STATISTICS = TeacherStatistics(
     teacher_overlap_mass=0.25,
     entropy_gap=1.0,
 )
+MISMATCH = MismatchMetrics(
+    log_prob_difference=-1e-7, log_prob_difference_p99=1e-6, token_mult_prob_error=1.0
+)
 TRAIN_STEP = TrainStepLine(
     **SUPERVISED,
     reverse_kl=0.1,
@@ -60,6 +64,7 @@ TRAIN_STEP = TrainStepLine(
     micro_batches=2,
     waste=0.25,
     statistics={"rot": STATISTICS},
+    mismatch=MISMATCH,
     heads=HEADS,
 )
 PASS = PassMetrics(
@@ -110,6 +115,7 @@ LINES = [
             *SUPERVISED,
             *("reverse_kl", "reverse_kl_by_teacher", "share_by_teacher", "kl_noise_floor"),
             *("below_10x_noise_floor", "entropy", "micro_batches", "waste"),
+            *("log_prob_difference", "log_prob_difference_p99", "token_mult_prob_error"),
             *("statistics", *HEAD_KEYS),
         },
     ),

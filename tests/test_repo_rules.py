@@ -82,6 +82,7 @@ PIPELINES = (
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
+    ("micro_batches",),
     ("session",),
     ("iteration", "engines", "export", "teachers"),
     ("scores",),

@@ -136,6 +136,22 @@ def check_tensors(
         )
 
 
+def check_labels(label_T: Tensor, hidden_TX: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless there is a token of the vocabulary for each hidden state."""
+    if label_T.dtype != torch.int64 or label_T.shape != hidden_TX.shape[:1]:
+        raise ValueError(
+            f"labels are {label_T.dtype} {list(label_T.shape)}; int64 [{len(hidden_TX)}] is needed"
+        )
+    if label_T.device != hidden_TX.device:
+        raise ValueError(f"labels are on {label_T.device}, hidden states on {hidden_TX.device}")
+    if len(label_T) > 0:
+        smallest, largest = (int(end) for end in label_T.aminmax())
+        if smallest < 0 or largest >= vocab_size:
+            raise ValueError(
+                f"labels are {smallest} to {largest}; 0 to {vocab_size - 1} is the vocabulary"
+            )
+
+
 def check_matmul_precision(*operands: Tensor) -> None:
     """Raise ValueError where torch would round float32 operands of products to TF32 or bfloat16."""
     precision = torch.get_float32_matmul_precision()

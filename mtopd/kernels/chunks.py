@@ -22,7 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtopd.kernels.checks import check_matmul_precision, check_numbers, check_tensors
+from mtopd.kernels.checks import (
+    check_labels,
+    check_matmul_precision,
+    check_numbers,
+    check_tensors,
+)
 from mtopd.kernels.products import has_wide_product, hidden_times_weight_
 from mtopd.kernels.rows import (
     Kind,
@@ -38,7 +43,7 @@ from mtopd.kernels.rows import (
 _WORKSPACE_BYTES = {"cpu": 192 << 20, "cuda": 1792 << 20}
 # Rows of a logit chunk, if the workspace holds them: enough for the products to run at full speed,
 # more where there are so few columns that a chunk would not be worth its overhead.
-_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
+CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 _SMALL_CHUNK_ELEMENTS, _SMALL_CHUNK_ROWS = 1 << 17, 1024
 # Logit chunks of a gradient chunk, where derivatives are kept apart from logits.
 _GRADIENT_CHUNKS = 8
@@ -102,6 +107,7 @@ class Call:
     problem: RowProblem
     kernels: RowKernels
     token_weight_T: Tensor
+    label_T: Tensor | None
     tp: TensorParallel
     dtype: torch.dtype
     shard_rows: int  # v with padding
@@ -116,6 +122,7 @@ class Call:
         teacher_weight_vE: Tensor,
         *,
         token_weight: Tensor,
+        labels: Tensor | None,
         temperature: float,
         vocab_size: int | None,
         tp_group: dist.ProcessGroup | None,
@@ -149,6 +156,8 @@ class Call:
             num_columns=tp.size * shard_rows,
             workspace_bytes=workspace_bytes,
         )
+        if labels is not None:
+            check_labels(labels, student_hidden_TD, vocab_size or tp.size * shard_rows)
         device = student_hidden_TD.device
         if workspace_bytes is None:
             workspace_bytes = _WORKSPACE_BYTES.get(device.type, _WORKSPACE_BYTES["cuda"])
@@ -181,6 +190,7 @@ class Call:
             ),
             kernels=kernels,
             token_weight_T=token_weight.detach(),
+            label_T=labels,
             tp=tp,
             dtype=dtype,
             shard_rows=shard_rows,
@@ -229,7 +239,7 @@ class Call:
         reserved = self.upcast_bytes + self.problem.scratch_bytes
         affordable = max(1, (self.workspace_bytes - reserved) // row_bytes)
         full_speed_rows = max(
-            _CHUNK_ROWS.get(device, 128),
+            CHUNK_ROWS.get(device, 128),
             min(_SMALL_CHUNK_ELEMENTS // self.shard_rows, _SMALL_CHUNK_ROWS),
         )
         rows = min(affordable, full_speed_rows)

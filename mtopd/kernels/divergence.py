@@ -42,6 +42,7 @@ from torch.autograd.function import once_differentiable
 
 from mtopd.kernels.checks import check_accumulator, check_choices
 from mtopd.kernels.chunks import Call, Chunk, has_neginf
+from mtopd.kernels.labels import Labels
 from mtopd.kernels.products import add_gradient_times_hidden_, gradient_times_weight
 from mtopd.kernels.rows import NO_BETA, REVERSE_KL_AS_MIXTURE, Kind, Row, mixture_of
 
@@ -53,6 +54,8 @@ class Divergence(NamedTuple):
     loss: Tensor
     per_token: Tensor  # [T] divergence in nats, detached, 0 where masked
     entropy: Tensor  # [T] student entropy in nats at the same temperature, detached, 0 where masked
+    # [T] student log-prob of `labels` in nats, likewise; None without labels
+    label_log_prob: Tensor | None = None
 
 
 def fused_linear_divergence(
@@ -62,6 +65,7 @@ def fused_linear_divergence(
     teacher_weight: Tensor,
     *,
     token_weight: Tensor,
+    labels: Tensor | None = None,
     divergence: str = "reverse_kl",
     beta: float | None = None,
     temperature: float = 1.0,
@@ -86,6 +90,8 @@ def fused_linear_divergence(
 
     token_weight [T]: 0 = masked; holds 1/N and the teacher's weight.  The same on every tp rank, as
         are hidden states.
+    labels [T] in int64: tokens whose log-probs are wanted, below vocab_size, the same on every tp
+        rank.  They are read off the logits that are there: no product and no collective more.
     divergence, beta: the definitions and their sources are in `mtopd.kernels.rows`.  jsd,
         skewed_reverse_kl and skewed_forward_kl need a beta in (0, 1).
     vocab_size: columns >= it take no part; tp rank r holds columns r * v to (r + 1) * v.  None: all
@@ -114,6 +120,7 @@ def fused_linear_divergence(
         teacher_hidden,
         teacher_weight,
         token_weight=token_weight,
+        labels=labels,
         temperature=temperature,
         vocab_size=vocab_size,
         tp_group=tp_group,
@@ -135,12 +142,12 @@ def fused_linear_divergence(
     # A bias is looked at before anything is accumulated.
     if refuses and has_neginf(call.problem.teacher.bias_v, call.tp):
         _refuse_excluded_tokens(_evaluate(call, None).excluded_A, call.rows_A)
-    loss, per_token_T, entropy_T, excluded_A = _GradientInForward.apply(
+    loss, per_token_T, entropy_T, label_log_prob_T, excluded_A = _GradientInForward.apply(
         student_hidden, student_weight, call, accumulator_vD, is_grad_enabled
     )
     if refuses:
         _refuse_excluded_tokens(excluded_A, call.rows_A)
-    return Divergence(loss, per_token_T, entropy_T)
+    return Divergence(loss, per_token_T, entropy_T, None if labels is None else label_log_prob_T)
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -174,14 +181,17 @@ class _GradientInForward(torch.autograd.Function):
         zeros_T = call.token_weight_T.new_zeros(call.token_weight_T.shape, dtype=call.dtype)
         per_token_T = zeros_T.index_copy(0, call.rows_A, tokens.value_A.to(call.dtype))
         entropy_T = zeros_T.index_copy(0, call.rows_A, tokens.entropy_A)
+        label_log_prob_T = zeros_T
+        if call.label_T is not None:
+            label_log_prob_T = zeros_T.index_copy(0, call.rows_A, tokens.label_log_prob_A)
         if gradients is not None:
             ctx.hidden_grad_TD = gradients.hidden_TD
             ctx.weight_grad_vD = None if accumulator_vD is not None else gradients.weight_vD
             ctx.accumulated_weight = student_weight_vD if accumulator_vD is not None else None
             ctx.input_dtypes = (student_hidden_TD.dtype, student_weight_vD.dtype)
             ctx.is_spent = False
-        ctx.mark_non_differentiable(per_token_T, entropy_T, tokens.excluded_A)
-        return loss, per_token_T, entropy_T, tokens.excluded_A
+        ctx.mark_non_differentiable(per_token_T, entropy_T, label_log_prob_T, tokens.excluded_A)
+        return loss, per_token_T, entropy_T, label_log_prob_T, tokens.excluded_A
 
     @staticmethod
     @once_differentiable
@@ -244,6 +254,7 @@ class _Tokens(NamedTuple):
     value_A: Tensor  # float64
     entropy_A: Tensor
     excluded_A: Tensor  # the student's mass on tokens that the teacher excludes
+    label_log_prob_A: Tensor  # [0] without labels
 
 
 def _evaluate(call: Call, gradients: _StudentGradients | None) -> _Tokens:
@@ -254,8 +265,11 @@ def _evaluate(call: Call, gradients: _StudentGradients | None) -> _Tokens:
     shard_value_A, entropy_A, excluded_A = call.token_weight_T.new_zeros(
         3, num_tokens, dtype=call.dtype
     )
+    labels = None if call.label_T is None else Labels(call, call.label_T)
 
     def finish(chunk: Chunk) -> None:
+        if labels is not None:  # before the logits become derivatives
+            labels.take(chunk)
         out_Cv = None if gradients is None else gradients.destination(chunk)
         shard_value_A[chunk.tokens] = chunk.gradient(out_Cv)
         entropy_A[chunk.tokens] = chunk.rows_9C[Row.ENTROPY]
@@ -284,8 +298,12 @@ def _evaluate(call: Call, gradients: _StudentGradients | None) -> _Tokens:
             finish(previous)
     if gradients is not None:
         gradients.finish()
-    value_A = call.tp.all_gather(shard_value_A).wait().double().sum(0)
-    return _Tokens(value_A, entropy_A, excluded_A)
+    if labels is None:
+        value_A = call.tp.all_gather(shard_value_A).wait().double().sum(0)
+        return _Tokens(value_A, entropy_A, excluded_A, excluded_A[:0])
+    shards_2A = torch.stack([shard_value_A, labels.shard_log_probs()])
+    value_2A = call.tp.all_gather(shards_2A).wait().double().sum(0)
+    return _Tokens(value_2A[0], entropy_A, excluded_A, value_2A[1].to(call.dtype))
 
 
 class _StudentGradients:

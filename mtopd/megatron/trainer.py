@@ -169,9 +169,10 @@ class Trainer:
         local = finish()
         ranks = self.ranks
         options: dict[str, Any] = {"dtype": torch.float64, "device": ranks.device}
-        loss_rows = torch.zeros(len(local.loss_rows), **options)
-        if local.loss_rows and ranks.is_last_stage and ranks.tp_rank == 0:  # alike on all tp ranks
-            loss_rows = torch.stack([value.to(**options) for value in local.loss_rows.values()])
+        of_rows = [*local.loss_rows.values(), *local.vectors.values()]
+        loss_rows = torch.zeros(sum(value.numel() for value in of_rows), **options)
+        if of_rows and ranks.is_last_stage and ranks.tp_rank == 0:  # alike on all tp ranks
+            loss_rows = torch.cat([value.to(**options).reshape(-1) for value in of_rows])
         buffers = [
             b.grad_data
             for module in self.ddp
@@ -186,11 +187,14 @@ class Trainer:
         dist.all_reduce(sums)
         values = iter(sums.tolist())
         reduced = {name: next(values) for name in local.loss_rows}
+        vectors = {
+            name: [*itertools.islice(values, len(vector))] for name, vector in local.vectors.items()
+        }
         num_bad_ranks = int(next(values))
         reduced |= {name: next(values) for name in local.added}
         for name in local.largest:
             reduced[name] = max(itertools.islice(values, ranks.world_size))
-        return StepSums(reduced, num_bad_ranks, self.num_backwards)
+        return StepSums(reduced, num_bad_ranks, self.num_backwards, vectors)
 
     def optimizer_step(self, sums: StepSums) -> tuple[float, float]:
         """Clip, update, advance the schedule.  Returns (gradient norm, learning rate used).

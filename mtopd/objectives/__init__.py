@@ -13,7 +13,8 @@ import torch
 
 from mtopd.metrics_lines import DivergenceMetrics, HeadMetrics
 from mtopd.objectives.cross_entropy import CrossEntropy
-from mtopd.objectives.teacher_kl import TeacherFacts, TeacherKL
+from mtopd.objectives.inputs import SampledTokens, TeacherFacts, TeacherRows
+from mtopd.objectives.teacher_kl import TeacherKL
 from mtopd.step_sums import LocalSums, StepSums
 from mtopd.types import TrainStepPlan
 
@@ -44,4 +45,12 @@ class Objective(Protocol):
 
 OBJECTIVES: dict[str, type[TeacherKL]] = {"reverse_kl": TeacherKL}
 
-__all__ = ["OBJECTIVES", "CrossEntropy", "Objective", "TeacherFacts", "TeacherKL"]
+__all__ = [
+    "OBJECTIVES",
+    "CrossEntropy",
+    "Objective",
+    "SampledTokens",
+    "TeacherFacts",
+    "TeacherKL",
+    "TeacherRows",
+]

@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,60 +20,23 @@ import torch.distributed as dist
 
 from mtopd.kernels import fused_linear_divergence, output_logits
 from mtopd.metrics_lines import DivergenceMetrics, HeadMetrics, TeacherShare, TeacherStatistics
+from mtopd.objectives.inputs import Heads, HiddenStates, TeacherFacts, TeacherRows
+from mtopd.objectives.mismatch import Mismatch
 from mtopd.objectives.statistics import STATISTICS, TokenStatistics
 from mtopd.step_sums import LocalSums, NonFiniteGradients, StepSums
-from mtopd.types import HeadTransform, TeacherRun, TrainStepPlan
+from mtopd.types import TeacherRun, TrainStepPlan
 
 _LOSS_ROWS = ("loss", "kl_sum", "tokens", "non_finite", "measured", *STATISTICS)  # of a teacher
 _HEADS = ("head_loads", "head_bytes", "needed")  # of a teacher
-
-
-class Head(Protocol):
-    """A teacher's output layer on this rank: the same vocabulary rows as the student's shard."""
-
-    @property
-    def weight_vE(self) -> torch.Tensor: ...
-    @property
-    def transform(self) -> HeadTransform: ...
-
-
-class HeadCounters(Protocol):
-    """What the head slot did in a train step; peaks are of its whole life."""
-
-    @property
-    def loads(self) -> Mapping[int, int]: ...
-    @property
-    def bytes_read(self) -> Mapping[int, int]: ...
-    @property
-    def stall_s(self) -> float: ...
-    @property
-    def peak_resident(self) -> int: ...
-    @property
-    def peak_device_bytes(self) -> int: ...
-
-
-class Heads(Protocol):
-    """The slot that holds one head at a time (`teacher_offload.head_slot`)."""
-
-    def lease(self, teacher_index: int) -> AbstractContextManager[Head]: ...
-    def drop(self) -> None: ...
-    def take_counters(self) -> HeadCounters: ...
-
-
-class TeacherFacts(NamedTuple):
-    """What a metrics line says of a teacher."""
-
-    name: str
-    noise_floor: float | None  # nats, from rounding its cached states; None: not measured yet
 
 
 class TeacherKL:
     """The objective sum over rows of token_weight x KL(student || teacher).
 
     One object for one train step.  ``runs``: those of this rank's micro-batches, in order, none off
-    the last stage; a micro-batch's ``payload`` holds its own.  ``hidden_states(run)`` fetches
-    [T, E]; its ``stall_s`` counts the seconds that this waited.  ``heads`` is None off the last
-    stage.
+    the last stage; a micro-batch's ``payload`` is its `TeacherRows`.  ``hidden_states(run)``
+    fetches [T, E]; its ``stall_s`` counts the seconds that this waited.  ``heads`` is None off the
+    last stage.
     """
 
     def __init__(
@@ -99,6 +61,7 @@ class TeacherKL:
         self._statistics = TokenStatistics(
             runs, seed=seed, vocab_size=vocab_size, tp_group=tp_group
         )
+        self._mismatch = Mismatch(device)
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums = dict.fromkeys([*self._names(_LOSS_ROWS), "entropy"], zero)
         self._per_token: list[tuple[TeacherRun, torch.Tensor]] = []
@@ -113,7 +76,8 @@ class TeacherKL:
         assert self._heads is not None and self._hidden_states is not None, "off the last stage"
         # A micro-batch without rows must still reach backward on every stage.
         loss = student_hidden_TD[:0].sum().float()
-        for run in micro_batch.payload:
+        teacher_rows: TeacherRows = micro_batch.payload
+        for run in teacher_rows.runs:
             with self._heads.lease(run.teacher_index) as head:
                 rows = slice(run.start, run.stop)
                 student_hidden_RD = student_hidden_TD[rows]
@@ -125,6 +89,7 @@ class TeacherKL:
                     teacher_hidden_RE,
                     head.weight_vE,
                     token_weight=token_weight_R,
+                    labels=teacher_rows.sampled.id_T[rows],
                     vocab_size=self._vocab_size,
                     tp_group=self._tp_group,
                     teacher_logit_scale=head.transform.scale,
@@ -133,6 +98,12 @@ class TeacherKL:
                 )
                 loss = loss + out.loss
                 self._add(run, out.per_token, out.entropy, token_weight_R)
+                assert out.label_log_prob is not None
+                self._mismatch.add(
+                    out.label_log_prob,
+                    teacher_rows.sampled.rollout_log_prob_T[rows],
+                    token_weight_R != 0,
+                )
                 if measured := self._statistics.rows(run):
                     rows_N = torch.tensor(measured, device=teacher_hidden_RE.device)
                     with torch.no_grad():
@@ -193,7 +164,8 @@ class TeacherKL:
             "stall_s": stall_s,
             "statistics_s": self._statistics.seconds,
         }
-        return LocalSums(self._sums, added, largest)
+        vectors = {"abs_difference": self._mismatch.histogram()}
+        return LocalSums(self._sums | self._mismatch.sums(), vectors, added, largest)
 
     def refuse_non_finite(self, sums: StepSums) -> None:
         loss = self._total(sums, "loss")
@@ -264,6 +236,7 @@ class TeacherKL:
             ],
             entropy=sums.values["entropy"] / num_tokens,
             statistics=statistics,
+            mismatch=self._mismatch.metrics(sums),
         )
 
     def head_metrics(self, sums: StepSums) -> HeadMetrics:
@@ -282,14 +255,6 @@ class TeacherKL:
 
     def _total(self, sums: StepSums, name: str) -> float:
         return sum(sums.values[f"{name}/{i}"] for i in range(len(self._teachers)))
-
-
-class HiddenStates(Protocol):
-    """Fetches a run's [T, E] cached states; ``stall_s`` are the seconds that callers waited."""
-
-    stall_s: float
-
-    def __call__(self, run: TeacherRun) -> torch.Tensor: ...
 
 
 def _statistics(found: Mapping[str, float]) -> TeacherStatistics:

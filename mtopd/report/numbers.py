@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mtopd.metrics import Entry
 from mtopd.metrics_lines import (
     BadStepLine,
     EvaluationLine,
@@ -64,6 +65,7 @@ def build_report(record: RunRecord) -> Report:
         "peak_device_bytes": max(heads, _peak(p.peak_device_bytes for p in passes)),
         "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
         "reverse_kl": first_and_last(steps, lambda s: s.reverse_kl),
+        "log_prob_mismatch": _mismatch(record),
         "domains": domains,
         "no_recovery": {d.name: _why_not(record, d, domains[d.name]) for d in found
                         if domains[d.name]["recovery"] is None},
@@ -99,6 +101,27 @@ def _environment(lines: Sequence[RolloutLine]) -> dict[str, float] | None:
         "calls": _total(line.environment_calls for line in told),
         "calls_s": _total(line.environment_s for line in told),
         "failed_samples": _total(line.environment_errors for line in told),
+    }
+
+
+def first_steps(record: Record) -> list[Entry[TrainStepLine]]:
+    """The first train step of each iteration: it trains on what its own weights sampled."""
+    firsts: dict[int, Entry[TrainStepLine]] = {}
+    for entry in record.entries(TrainStepLine):
+        firsts.setdefault(entry.iteration, entry)
+    return [*firsts.values()]
+
+
+def _mismatch(record: RunRecord) -> dict[str, float | None]:
+    """The largest differences between trainer and rollout in a train step: of the iterations' first
+    steps, then of all.
+    """
+    firsts = [entry.line.mismatch for entry in first_steps(record)]
+    found = [line.mismatch for line in record.lines(TrainStepLine)]
+    return {
+        "first_steps_p99": _largest(m.log_prob_difference_p99 for m in firsts),
+        "p99": _largest(m.log_prob_difference_p99 for m in found),
+        "token_mult_prob_error": _largest(m.token_mult_prob_error for m in found),
     }
 
 
@@ -257,6 +280,10 @@ def _rate(counts: Iterable[tuple[float | None, float | None]]) -> float | None:
 
 def _peak(values: Iterable[object]) -> float:
     return max(_numbers(values), default=0)
+
+
+def _largest(values: Iterable[object]) -> float | None:
+    return max(_numbers(values), default=None)
 
 
 def _number(value: object) -> float | None:

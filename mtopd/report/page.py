@@ -56,6 +56,11 @@ def render_page(record: RunRecord, report: Report, title: str) -> str:
         accuracy_plots=plots.accuracy_plots(record, report, colours),
         teacher_legend=[(name, colour, "solid") for name, colour in colours.items()],
         kl_plot=plots.kl_plot(record, colours),
+        mismatch_legend=[
+            ("99th percentile", plots.COLOURS[0], "solid"),
+            ("mean", plots.COLOURS[1], "solid"),
+        ],
+        mismatch_plot=plots.mismatch_plot(record),
         time_legend=[
             ("wall", plots.COLOURS[0], "solid"),
             ("of it stalled on transfers", plots.COLOURS[1], "solid"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mtopd.metrics_lines import EvaluationLine, TrainStepLine
-from mtopd.report.numbers import Report
+from mtopd.report.numbers import Report, first_steps
 from mtopd.report.record import RunRecord, SpecialistRecord
 from mtopd.report.tables import in_bytes
 
@@ -114,6 +115,31 @@ def kl_plot(record: RunRecord, colours: Mapping[str, str]) -> Plot:
         axes.yaxis.set_major_formatter("{x:g}")
 
     return _plot("reverse KL by teacher over train steps", 5.4, 3.6, draw)
+
+
+def mismatch_plot(record: RunRecord) -> Plot | None:
+    """None where nothing was measured, as by an older version."""
+    entries = record.entries(TrainStepLine)
+    known = [e for e in entries if e.line.mismatch.log_prob_difference_p99 is not None]
+    if not known:
+        return None
+    width = -(-len(known) // _MAX_POINTS)
+    means = [(e.step or 0, math.log(e.line.mismatch.token_mult_prob_error or 1)) for e in known]
+    p99, firsts = (
+        [(e.step or 0, e.line.mismatch.log_prob_difference_p99 or 0) for e in shown]
+        for shown in (known, first_steps(record))
+    )
+
+    def draw(axes: Axes) -> None:
+        for points, colour in ((p99, COLOURS[0]), (means, COLOURS[1])):
+            mark = "o" if len(points) == 1 else None
+            axes.plot(*_means(points, width), color=colour, linewidth=1.3, marker=mark)
+        firsts_width = -(-len(firsts) // _MAX_POINTS)
+        axes.plot(*_means(firsts, firsts_width), "o", color=COLOURS[0], markersize=4)
+        label = "train step" if width <= 1 else f"train step (means of {width} steps)"
+        axes.set(xlabel=label, ylabel="|difference|, nats", yscale="log")
+
+    return _plot("log-probs of trainer and rollout over train steps", 5.4, 3.6, draw)
 
 
 def loss_plot(record: SpecialistRecord) -> Plot:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mtopd.pipelines import teacher_pass, train
+from mtopd.pipelines import micro_batches, teacher_pass, train
 from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
 from mtopd.step_sums import StepSums
@@ -30,7 +30,7 @@ def main(run_dir: Path) -> None:
 
     trainer.optimizer_step = keep_gradients
     with train.open_hidden_states(session, iteration) as states:
-        runs = train.teacher_runs(session, iteration, plan)
+        runs = micro_batches.teacher_runs(session, iteration, plan)
         line = train.train_step(session, iteration, plan, runs, states, 0)
     if session.ranks.rank == 0:
         found["loss"] = torch.tensor(line.loss, dtype=torch.float64)

@@ -100,6 +100,17 @@ def imported(
     return run, mtopd("train", str(run.path), "--iteration", "0", "--log-json")
 
 
+def check_mismatch(lines: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """The embedded engine sampled with the first step's weights; the second step's are others."""
+    at_rollout, later = lines
+    assert at_rollout["log_prob_difference_p99"] < 1e-5 < later["log_prob_difference_p99"] / 10
+    assert abs(at_rollout["log_prob_difference"]) < 1e-5
+    assert 1 <= at_rollout["token_mult_prob_error"] < 1 + 1e-5
+    # A neighbour's log-prob would have been seen.
+    shifts = np.concatenate([np.diff(row["rollout_log_probs"]) for row in rows])
+    assert np.median(abs(shifts)) > 1e-2
+
+
 def test_imported_samples_train_as_the_rollout_that_made_them(root: Path) -> None:
     first = RunDir(root / "rolled_out")
     rows = rows_of(first.trajectories(0))
@@ -112,6 +123,7 @@ def test_imported_samples_train_as_the_rollout_that_made_them(root: Path) -> Non
         for name in SECONDS:
             del line[name]
     assert found == expected and len(found) == 2, "loss and gradient norm of both steps"
+    check_mismatch(found, rows)
     before, after = checkpoint_tensors(first, 1), checkpoint_tensors(run, 1)
     assert before.keys() == after.keys()
     moments = [name for name in before if "exp_avg" in name]

@@ -27,6 +27,7 @@ class Answer(NamedTuple):
     loss: Tensor
     per_token: Tensor
     entropy: Tensor
+    label_log_prob: Tensor
     hidden_grad: Tensor
     weight_grad: Tensor
 
@@ -40,6 +41,7 @@ class Case:
     teacher_hidden_TE: Tensor
     teacher_weight_VE: Tensor
     token_weight_T: Tensor
+    label_T: Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -50,7 +52,10 @@ class Case:
             self.teacher_weight_VE,
         )
         return Case(
-            *(tensor.to(dtype) for tensor in tensors), self.token_weight_T, dict(self.options)
+            *(tensor.to(dtype) for tensor in tensors),
+            self.token_weight_T,
+            self.label_T,
+            dict(self.options),
         )
 
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +67,8 @@ class Case:
         self, student_hidden_TD: Tensor, student_weight_VD: Tensor, **options: Any
     ) -> Divergence:
         teacher = (self.teacher_hidden_TE, self.teacher_weight_VE)
-        options = {"token_weight": self.token_weight_T} | self.options | options
+        given = {"token_weight": self.token_weight_T, "labels": self.label_T}
+        options = given | self.options | options
         return fused_linear_divergence(student_hidden_TD, student_weight_VD, *teacher, **options)
 
 
@@ -96,12 +102,15 @@ def make_case(
     token_weight_T = torch.rand(num_tokens, generator=generator) + 0.1
     token_weight_T[:masked] = 0
     token_weight_T = token_weight_T[torch.randperm(num_tokens, generator=generator)]
+    vocab_size = options.get("vocab_size") or vocab_rows
+    label_T = torch.randint(vocab_size, (num_tokens,), generator=generator)
     return Case(
         student_hidden_TD,
         student_weight_VD,
         teacher_hidden_TE,
         teacher_weight_VE,
         token_weight_T,
+        label_T,
         dict(options),
     )
 
@@ -112,7 +121,8 @@ def fused(case: Case, **options: Any) -> Answer:
     out = case.call(hidden, weight, **options)
     out.loss.backward()
     assert hidden.grad is not None and weight.grad is not None
-    return Answer(out.loss.detach(), out.per_token, out.entropy, hidden.grad, weight.grad)
+    values = (out.loss.detach(), out.per_token, out.entropy, out.label_log_prob)
+    return Answer(*values, hidden.grad, weight.grad)
 
 
 def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
@@ -134,7 +144,9 @@ def dense(case: Case, dtype: torch.dtype = torch.float64) -> Answer:
     assert hidden.grad is not None and weight.grad is not None
     log_probs = (student.detach() / temperature).log_softmax(-1)
     entropy = torch.where(is_live, -(log_probs.exp() * log_probs).sum(-1), 0)
-    return Answer(loss.detach(), per_token.detach(), entropy, hidden.grad, weight.grad)
+    label_log_prob = log_probs.gather(1, case.label_T[:, None])[:, 0].where(is_live, 0)
+    values = (loss.detach(), per_token.detach(), entropy, label_log_prob)
+    return Answer(*values, hidden.grad, weight.grad)
 
 
 def dense_logits(case: Case) -> tuple[Tensor, Tensor]:

@@ -128,8 +128,8 @@ def check_nothing_to_do(group: dist.ProcessGroup) -> None:
 
 
 def check_number_of_collectives(group: dist.ProcessGroup) -> None:
-    """One all-gather for each chunk, two where a centre is needed, and one for each call; no bytes
-    per vocabulary.
+    """One all-gather for each chunk, two where a centre is needed, and one for each call, which
+    takes the log-probs of labels along; no bytes per vocabulary.
     """
     case = make_case(19, vocab_rows=ROWS * group.size(), masked=0)
     for name, beta in SIX:
@@ -138,7 +138,7 @@ def check_number_of_collectives(group: dist.ProcessGroup) -> None:
             with counted_all_gathers() as calls:
                 sharded(case, group, workspace_bytes=workspace_bytes, divergence=name, beta=beta)
             assert len(calls) == per_chunk * num_chunks + 1
-            assert sum(calls) == 4 * (9 + (per_chunk - 1) + 1) * 19
+            assert sum(calls) == 4 * (9 + (per_chunk - 1) + 2) * 19
 
 
 def check_collectives_travel_behind_products(group: dist.ProcessGroup) -> None:
@@ -207,6 +207,7 @@ def check_refusal_is_collective(group: dist.ProcessGroup) -> None:
     dist.all_gather_object(messages, message, group=group)
     assert len(set(messages)) == 1
     case.options["vocab_size"] = rows - 1
+    case.label_T.clamp_(max=rows - 2)
     assert sharded(case, group).loss.isfinite()
 
 
@@ -244,22 +245,22 @@ def sharded(case: Case, group: dist.ProcessGroup, **options: Any) -> Answer:
     num_rows = len(case.student_weight_VD) // group.size()
     rows = slice(group.rank() * num_rows, (group.rank() + 1) * num_rows)
     weights = (case.student_weight_VD[rows], case.teacher_weight_VE[rows])
-    shard = Case(
-        case.student_hidden_TD, weights[0], case.teacher_hidden_TE, weights[1], case.token_weight_T
-    )
-    shard.options = dict(case.options)
+    hidden = (case.student_hidden_TD, case.teacher_hidden_TE)
+    per_token = (case.token_weight_T, case.label_T)
+    shard = Case(hidden[0], weights[0], hidden[1], weights[1], *per_token, dict(case.options))
     if "teacher_bias" in shard.options:
         shard.options["teacher_bias"] = shard.options["teacher_bias"][rows]
     hidden, weight = shard.leaves()
     out = shard.call(hidden, weight, tp_group=group, **options)
     out.loss.backward()
     assert hidden.grad is not None and weight.grad is not None
-    for tensor in (out.loss.detach().reshape(1), out.per_token, out.entropy):
+    for tensor in (out.loss.detach().reshape(1), out.per_token, out.entropy, out.label_log_prob):
         copies = list(gather(tensor, group))
         assert all(torch.equal(copy, copies[0]) for copy in copies)
     dist.all_reduce(hidden.grad, group=group)  # the caller's mapping, not the function's business
     weight_grad_VD = torch.cat(gather(weight.grad, group))
-    return Answer(out.loss.detach(), out.per_token, out.entropy, hidden.grad, weight_grad_VD)
+    values = (out.loss.detach(), out.per_token, out.entropy, out.label_log_prob)
+    return Answer(*values, hidden.grad, weight_grad_VD)
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

@@ -68,6 +68,14 @@ INF = math.inf
             "token_weight is on meta, but student_hidden is on cpu",
         ),
         ({"teacher_bias": torch.zeros(1000)}, "teacher_weight has 1003, teacher_bias has 1000"),
+        ({"labels": torch.ones(37)}, r"labels are torch.float32 \[37\]; int64 \[37\] is needed"),
+        ({"labels": torch.ones(36).long()}, r"labels are torch.int64 \[36\]"),
+        ({"labels": torch.ones(37, device="meta").long()}, "labels are on meta"),
+        ({"labels": torch.arange(-1, 36)}, "labels are -1 to 35; 0 to 1002 is the vocabulary"),
+        (
+            {"labels": torch.arange(1000, 1037), "vocab_size": 1000},
+            "labels are 1000 to 1036; 0 to 999 is the vocabulary",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -59,10 +59,12 @@ def test_a_token_does_not_depend_on_the_others() -> None:
             case.teacher_hidden_TE[rows],
             case.teacher_weight_VE,
             case.token_weight_T[rows],
+            case.label_T[rows],
         )
         actual = fused(part, workspace_bytes=4_000_000)
         assert torch.equal(actual.per_token, whole.per_token[rows])
         assert torch.equal(actual.entropy, whole.entropy[rows])
+        assert torch.equal(actual.label_log_prob, whole.label_log_prob[rows])
 
 
 class StorageMeter(TorchDispatchMode):

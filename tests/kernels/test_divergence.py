@@ -154,6 +154,15 @@ def test_masked_rows_cannot_leak() -> None:
         assert bool((tensor[masked] == 0).all())
 
 
+def test_labels_change_nothing_else() -> None:
+    case = make_case()
+    with_labels, without = case.call(*case.leaves()), case.call(*case.leaves(), labels=None)
+    assert without.label_log_prob is None and with_labels.label_log_prob is not None
+    assert not with_labels.label_log_prob.requires_grad
+    for name in ("loss", "per_token", "entropy"):
+        assert torch.equal(getattr(with_labels, name), getattr(without, name))
+
+
 def test_backward_again_with_another_upstream_scalar() -> None:
     case = make_case()
     expected = fused(case)
@@ -265,7 +274,8 @@ def from_logits(student: list[float], teacher: list[float], **options: Any) -> C
     student_weight_V1, teacher_weight_V1 = (
         torch.tensor(z, dtype=torch.float32)[:, None] for z in (student, teacher)
     )
-    return Case(one, student_weight_V1, one, teacher_weight_V1, torch.ones(1), options)
+    label = torch.zeros(1, dtype=torch.long)
+    return Case(one, student_weight_V1, one, teacher_weight_V1, torch.ones(1), label, options)
 
 
 GRAD = [-0.029946, -0.081402, 0.111348]
@@ -365,6 +375,7 @@ def test_teacher_that_excludes_a_sampled_token_is_refused() -> None:
         if name != "reverse_kl":
             assert fused(case, divergence=name, beta=beta).loss.isfinite()
     case.options["vocab_size"] = 17  # as padding the column is nobody's business
+    case.label_T.clamp_(max=16)
     assert fused(case).loss.isfinite()
 
 

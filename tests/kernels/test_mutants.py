@@ -68,6 +68,11 @@ def last_chunk_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def labels_one_row_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = divergence.Labels
+    monkeypatch.setattr(divergence, "Labels", lambda call, label_T: original(call, label_T.roll(1)))
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -77,6 +82,7 @@ def last_chunk_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         transposed_head,
         one_row_off,
         last_chunk_forgotten,
+        labels_one_row_off,
     ],
     ids=lambda mutant: mutant.__name__,
 )

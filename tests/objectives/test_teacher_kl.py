@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtopd.objectives import TeacherFacts, TeacherKL, statistics
+from mtopd.objectives import SampledTokens, TeacherFacts, TeacherKL, TeacherRows, statistics
+from mtopd.objectives.mismatch import Mismatch
 from mtopd.objectives.statistics import STATISTICS, STATISTICS_TOKENS, draw
-from mtopd.step_sums import LocalSums
+from mtopd.step_sums import LocalSums, StepSums
 from mtopd.teacher_offload.head_slot import HeadCounters
 from mtopd.types import HeadTransform, TeacherRun
 
@@ -81,6 +82,16 @@ class Step:
             [TeacherRun(0, 0, rows, []), TeacherRun(2, rows, 2 * rows, [])] for _ in range(2)
         ]
         self.student_TD = [randn(2 * rows, 8) for _ in range(2)]
+        # The last row of a micro-batch has no weight.
+        self.weight_T = torch.ones(2 * rows)
+        self.weight_T[-1] = 0
+        self.sampled = [
+            SampledTokens(
+                torch.randint(37, (2 * rows,), generator=generator),
+                -5 * torch.rand(2 * rows, generator=generator),
+            )
+            for _ in range(2)
+        ]
         self.teacher_TE = {
             run: randn(rows, 8 if run.teacher_index == 0 else 6) for of in self.runs for run in of
         }
@@ -99,7 +110,7 @@ class Step:
     def take_counters(self) -> HeadCounters:
         return HeadCounters(loads={0: 1, 2: 1}, bytes_read={0: 5}, stall_s=0.5, peak_resident=1)
 
-    def statistics(self, seed: int = 0) -> dict[str, float]:
+    def finish(self, seed: int = 0) -> LocalSums:
         runs = [run for of_batch in self.runs for run in of_batch]
         objective = TeacherKL(
             teachers=[TeacherFacts(f"t{index}", None) for index in range(3)],
@@ -111,16 +122,35 @@ class Step:
             runs=runs,
             seed=seed,
         )
-        for student_TD, runs in zip(self.student_TD, self.runs, strict=True):
-            batch = SimpleNamespace(payload=runs, token_weight_T=torch.ones(len(student_TD)))
+        for student_TD, runs, sampled in zip(self.student_TD, self.runs, self.sampled, strict=True):
+            batch = SimpleNamespace(
+                payload=TeacherRows(runs, sampled), token_weight_T=self.weight_T
+            )
             objective(student_TD.requires_grad_(), self.weight_VD, batch)
         found = objective.finish()
         assert self.dropped and found.largest["stall_s"] == 0.5
         assert found.added["head_loads/2"] == found.added["needed/0"] == 1
         assert found.added["head_bytes/0"] == 5 and not found.added["head_loads/1"]
         assert found.largest["statistics_s"] > 0
-        assert off_stage(3).loss_rows.keys() == found.loss_rows.keys(), "alike on every rank"
-        return {name: float(value) for name, value in found.loss_rows.items()}
+        off = off_stage(3)
+        assert off.loss_rows.keys() == found.loss_rows.keys(), "alike on every rank"
+        assert [*map(len, off.vectors.values())] == [*map(len, found.vectors.values())]
+        return found
+
+    def statistics(self, seed: int = 0) -> dict[str, float]:
+        return {name: float(value) for name, value in self.finish(seed).loss_rows.items()}
+
+    def differences(self) -> torch.Tensor:
+        """Log-probs of the sampled tokens that have a weight, from dense logits, minus the
+        rollout's.
+        """
+        differences = []
+        for student_TD, sampled in zip(self.student_TD, self.sampled, strict=True):
+            logits_TV = student_TD.double() @ self.weight_VD.double().T
+            log_p_TV = logits_TV[:, :37].log_softmax(1)
+            log_p_T = log_p_TV.gather(1, sampled.id_T[:, None])[:, 0].detach()
+            differences.append((log_p_T - sampled.rollout_log_prob_T)[self.weight_T != 0])
+        return torch.cat(differences)
 
     def means(self, batch: int, index: int) -> list[torch.Tensor]:
         """Entropies and forward KL of all tokens of a run, from dense logits."""
@@ -161,3 +191,18 @@ def test_at_most_the_tokens_allowed_are_measured() -> None:
         0,
         STATISTICS_TOKENS,
     ]
+
+
+def test_log_probs_of_the_sampled_tokens_are_compared_with_the_rollouts() -> None:
+    step = Step(rows=30)
+    found = step.finish()
+    values = {name: float(value) for name, value in found.loss_rows.items()}
+    vectors = {name: counts.tolist() for name, counts in found.vectors.items()}
+    metrics = Mismatch.metrics(StepSums(values, 0, 0, vectors))
+    differences = step.differences()
+    assert metrics.log_prob_difference == pytest.approx(float(differences.mean()), rel=1e-5)
+    assert metrics.token_mult_prob_error == pytest.approx(
+        float(differences.abs().mean().exp()), rel=1e-5
+    )
+    wanted = float(differences.abs().quantile(0.99, interpolation="higher"))
+    assert metrics.log_prob_difference_p99 == pytest.approx(wanted, rel=0.046)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mtopd.hidden_cache import HiddenCacheWriter
 from mtopd.metrics_lines import to_values
-from mtopd.pipelines import teacher_pass, train
+from mtopd.pipelines import micro_batches, teacher_pass, train
 from mtopd.pipelines.iteration import Iteration
 from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
@@ -54,7 +54,7 @@ def main() -> None:
 
     def step(number: int) -> dict:
         with train.open_hidden_states(session, iteration) as states:
-            runs = train.teacher_runs(session, iteration, plan)
+            runs = micro_batches.teacher_runs(session, iteration, plan)
             return to_values(train.train_step(session, iteration, plan, runs, states, number))
 
     def refusal(number: int) -> str:

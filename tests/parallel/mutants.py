@@ -5,6 +5,7 @@ red.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ MUTANTS = {
     "weights of other samples": "one micro-batch",
     "cp ranges not zigzag": "cp2",
     "cp keys not gathered": "tp2cp2 +sp",
+    "sampled tokens of another cp rank": "cp2",
     "packed samples see one another": "packed",
     "packed cuts off by one": "packed, tp2 +sp",
     "tied gradients not summed over pp": "tied pp2",
@@ -60,12 +62,28 @@ def _sp_gather() -> None:
 
 
 def _pack_rows(change: Callable[[list[float]], list[float]]) -> None:
-    from mtopd.pipelines import train
+    from mtopd.pipelines import micro_batches
 
-    original = train.pack_rows
-    train.pack_rows = lambda samples, weights, **rest: original(
+    original = micro_batches.pack_rows
+    micro_batches.pack_rows = lambda samples, weights, **rest: original(
         samples, change(list(weights)), **rest
     )
+
+
+def _first_tokens() -> None:
+    """Every rank reads as many tokens as it has rows, from a sample's first on."""
+    from mtopd.pipelines import micro_batches
+
+    original = micro_batches.sampled_tokens
+
+    def from_first(session: Any, iteration: Any, runs: Any) -> Any:
+        moved = [
+            replace(run, samples=[replace(s, first=0, stop=s.stop - s.first) for s in run.samples])
+            for run in runs
+        ]
+        return original(session, iteration, moved)
+
+    micro_batches.sampled_tokens = from_first
 
 
 def _exchanged(weights: list[float]) -> list[float]:
@@ -266,6 +284,7 @@ _INSTALL: dict[str, Callable[[], None]] = {
     "weights of other samples": lambda: _pack_rows(_exchanged),
     "cp ranges not zigzag": _contiguous,
     "cp keys not gathered": _cp_keys,
+    "sampled tokens of another cp rank": _first_tokens,
     "packed samples see one another": lambda: _cuts(lambda cuts: [cuts[0], cuts[-1]]),
     "packed cuts off by one": lambda: _cuts(
         lambda cuts: [cuts[0], *(c + 1 for c in cuts[1:-1]), cuts[-1]]

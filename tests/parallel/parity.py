@@ -228,7 +228,9 @@ def trajectories(vocab: int, *, reordered: bool) -> list[Trajectory]:
             rng.integers(3, vocab, rng.integers(1, 12)),
         )
         mask = (rng.random(len(response)) < 0.8).astype(int) if i else np.zeros(len(response), int)
-        samples.append((i % 3, prompt, response, mask))
+        # Far below the student's: the mean difference is positive.
+        log_probs = tuple((-9 - rng.random(len(response))).tolist())
+        samples.append((i % 3, prompt, response, mask, log_probs))
     order = list(range(NUM_SAMPLES))[::-1] if reordered else range(NUM_SAMPLES)
     return [
         Trajectory(
@@ -239,7 +241,7 @@ def trajectories(vocab: int, *, reordered: bool) -> list[Trajectory]:
             prompt_ids=tuple(samples[old][1].tolist()),
             response_ids=tuple(samples[old][2].tolist()),
             loss_mask=tuple(samples[old][3].tolist()),
-            rollout_log_probs=(0.0,) * len(samples[old][2]),
+            rollout_log_probs=samples[old][4],
             student_version=0,
             finish_reason="length",
         )
@@ -259,6 +261,7 @@ def reference(
         sum(sum(s.loss_mask) for s in samples if s.teacher_index == i) for i in range(len(teachers))
     ]
     loss, entropy = torch.zeros((), dtype=torch.float64), 0.0
+    differences: list[torch.Tensor] = []
     kl_sums, losses = [0.0] * len(teachers), [0.0] * len(teachers)
     for s in samples:
         ids = torch.tensor([[*s.prompt_ids, *s.response_ids[:-1]]])
@@ -267,6 +270,10 @@ def reference(
         with torch.no_grad():
             log_q = torch.log_softmax(doubles[s.teacher_index](ids).logits[0, places, :vocab], -1)
         kl = (log_p.exp() * (log_p - log_q)).sum()
+        trained = np.flatnonzero(s.loss_mask)
+        labels = torch.tensor(s.response_ids)[trained]
+        sampled = log_p.detach()[range(len(labels)), labels]
+        differences.append(sampled - torch.tensor(s.rollout_log_probs)[trained])
         part = WEIGHTS[s.teacher_index] / tokens[s.teacher_index] * kl
         loss, entropy = loss + part, entropy - (log_p.exp() * log_p).sum().item()
         kl_sums[s.teacher_index] += kl.item()
@@ -277,6 +284,8 @@ def reference(
         "reverse_kl": sum(kl_sums) / sum(tokens),
         "reverse_kl_by_teacher": {name: kl_sums[i] / tokens[i] for i, name in enumerate(FAR)},
         "entropy": entropy / sum(tokens),
+        "log_prob_difference": float(torch.cat(differences).mean()),
+        "token_mult_prob_error": float(torch.cat(differences).abs().mean().exp()),
         "share_by_teacher": {
             name: {
                 "tokens": tokens[i] / sum(tokens),
@@ -596,7 +605,8 @@ def table(verdicts: list[Verdict]) -> str:
     failed = sum(bool(v.failed) for v in verdicts)
     lines.append("weights: after three optimizer steps")
     lines.append(
-        "metrics: gradient norm, reverse KL, entropy, tokens, shares, by teacher; limits 1e-05, "
+        "metrics: gradient norm, reverse KL, entropy, log-probs of the sampled tokens, tokens, "
+        "shares, by teacher; limits 1e-05, "
         "bfloat16 2e-02 "
         "(float64 5e-02), near 1e-02"
     )

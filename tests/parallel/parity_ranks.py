@@ -24,7 +24,7 @@ from mtopd.megatron import packing
 from mtopd.megatron.layers import TeacherLayers
 from mtopd.megatron.optimizer import torch_optimizers
 from mtopd.metrics_lines import to_values
-from mtopd.pipelines import teacher_pass, train
+from mtopd.pipelines import micro_batches, teacher_pass, train
 from mtopd.pipelines.engines import embedded
 from mtopd.pipelines.export import export
 from mtopd.pipelines.iteration import Iteration
@@ -45,6 +45,8 @@ METRICS = (
     "reverse_kl",
     "reverse_kl_by_teacher",
     "entropy",
+    "log_prob_difference",
+    "token_mult_prob_error",
     "share_by_teacher",
     "tokens",
 )
@@ -246,7 +248,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
             assert (states is not None) == session.ranks.is_last_stage, (
                 "other stages never open the cache"
             )
-            runs = train.teacher_runs(session, iteration, plan)
+            runs = micro_batches.teacher_runs(session, iteration, plan)
             line = train.train_step(session, iteration, plan, runs, states, step)
             results.append(to_values(line))
         in_order = [run.teacher_index for of_batch in runs for run in of_batch]

@@ -63,6 +63,10 @@ def step_line(step: int, names: tuple[str, ...] = TEACHERS, **changes) -> TrainS
         "loss": 1.0,
         "reverse_kl": 1 / (step + 1),
         "reverse_kl_by_teacher": {name: (i + 1) / (step + 1) for i, name in enumerate(names)},
+        # Twice as far in an iteration's second step.
+        "log_prob_difference": -1e-7,
+        "log_prob_difference_p99": 1e-6 * (step // 2 + 1) * (1 + step % 2),
+        "token_mult_prob_error": 1 + 1e-3 * (step + 1),
         "tokens": step + 1,
         "teachers_in_step": len(names),
         "head_loads": dict.fromkeys(names, 1),

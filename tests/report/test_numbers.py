@@ -116,6 +116,11 @@ def test_what_environments_did_is_summed_where_there_are_any(run: RunDir) -> Non
     assert tiles["environment calls / responses that they failed"] == "7 / 1"
 
 
+def test_mismatch_of_the_first_steps_stands_beside_that_of_all(run: RunDir) -> None:
+    wanted = {"first_steps_p99": 15e-6, "p99": 30e-6, "token_mult_prob_error": 1.03}
+    assert report_of(run)["log_prob_mismatch"] == pytest.approx(wanted)
+
+
 def test_recovery(run: RunDir) -> None:
     report = report_of(run)
     assert report["domains"]["rev"] == pytest.approx(

@@ -75,7 +75,7 @@ def test_hostile_strings_are_text_and_the_page_loads_nothing(tmp_path: Path) -> 
         for name, value in page.attributes
         if name in ("src", "href", "srcset", "action", "data")
     ]
-    assert len(sources) == 6 and all(
+    assert len(sources) == 7 and all(
         value.startswith("data:image/svg+xml;base64,") for value in sources
     )
     assert not re.search(r"https?:|url\(|@import", re.sub(r"base64,[^\"]*", "", source))

@@ -52,16 +52,21 @@ def test_half_a_last_line_is_left_out(run: RunDir) -> None:
     assert report_of(run) == before
 
 
+MISMATCH = ("log_prob_difference", "log_prob_difference_p99", "token_mult_prob_error")
+
+
 def test_what_an_older_run_did_not_measure_counts_as_nothing(run: RunDir) -> None:
     lines = [json.loads(text) for text in run.metrics.read_text().splitlines()]
     for line in lines:
-        for key in ("head_bytes_read", "peak_head_bytes", "stall_s"):
+        for key in ("head_bytes_read", "peak_head_bytes", "stall_s", *MISMATCH):
             line.pop(key, None)
         for values in line.get("teachers", {}).values():
             for key in ("bytes_kept", "probe", "peak_host_bytes"):
                 values.pop(key)
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = report_of(run)
+    report, _, page = written(run)
+    assert set(report["log_prob_mismatch"].values()) == {None}
+    assert "Log-probs of trainer and rollout" not in page
     assert (report["peak_head_bytes"], report["stall_s"]["train"]) == (0, 0)
     teacher = report["teachers"][0]
     assert (teacher["bytes_kept"], teacher["probe"], teacher["head_bytes_read"]) == (0, None, 0)

@@ -1,0 +1,92 @@
+"""The micro-batches of a train step on this rank: which teacher scores which of its loss rows, and
+their tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mtopd.megatron.micro_batch import PackedMicroBatch
+from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
+from mtopd.objectives import SampledTokens, TeacherRows
+from mtopd.types import MicroBatch, SampleRows, TeacherRun, TrainStepPlan, num_input_tokens
+
+from .iteration import Iteration
+from .session import Session
+
+Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
+
+
+def num_positions(iteration: Iteration, step_plan: TrainStepPlan) -> int:
+    """Tokens of the whole mini-batch that the model reads; padding does not count."""
+    planned = (s for part in step_plan.micro_batches for batch in part for s in batch.samples)
+    samples = (iteration.tokens.samples[s.sample_id] for s in planned)
+    return sum(num_input_tokens(s.prompt_len, s.response_len) for s in samples)
+
+
+def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPlan) -> Runs:
+    """Contiguous runs of one teacher among the loss rows of this rank's micro-batches; none off the
+    last stage.
+    """
+
+    def runs_of(micro_batch: MicroBatch) -> list[TeacherRun]:
+        samples = [iteration.tokens.samples[planned.sample_id] for planned in micro_batch.samples]
+        rows = [
+            SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), part.start, part.stop)
+            for s in samples
+            for part in loss_rows_of_rank(
+                iteration.tokens.tokens(s.sample_id), step_plan.seq_length, session.ranks
+            )
+        ]
+        runs: list[TeacherRun] = []
+        for teacher_index, group in itertools.groupby(rows, key=lambda r: r.teacher_index):
+            entries = list(group)
+            start = runs[-1].stop if runs else 0
+            stop = start + sum(r.stop - r.first for r in entries)
+            runs.append(TeacherRun(teacher_index, start, stop, entries))
+        return runs
+
+    micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
+    if not session.ranks.is_last_stage:
+        return [[] for _ in micro_batches]
+    return [runs_of(micro_batch) for micro_batch in micro_batches]
+
+
+def pack(
+    session: Session, iteration: Iteration, step_plan: TrainStepPlan, runs: Runs
+) -> list[PackedMicroBatch]:
+    """The tensors of this rank's micro-batches, each with its runs and the tokens they predict."""
+    num_rows = 1 if step_plan.packed else session.config.train.micro_batch_size or 1
+    micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
+    return [
+        pack_rows(
+            [iteration.tokens.tokens(s.sample_id) for s in micro_batch.samples],
+            [s.token_weight for s in micro_batch.samples],
+            shape=(num_rows, step_plan.seq_length),
+            packed=step_plan.packed,
+            ranks=session.ranks,
+            payload=TeacherRows(own, sampled_tokens(session, iteration, own)),
+        )
+        for micro_batch, own in zip(micro_batches, runs, strict=True)
+    ]
+
+
+def sampled_tokens(
+    session: Session, iteration: Iteration, runs: Sequence[TeacherRun]
+) -> SampledTokens:
+    """The tokens that the rows of a micro-batch predict; none off the last stage."""
+    ids, log_probs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for rows in (rows for run in runs for rows in run.samples):
+        fields = iteration.tokens.tokens(rows.sample_id)
+        trained = fields.loss_mask.nonzero()[0][rows.first : rows.stop]
+        ids.append(fields.response_ids[trained])
+        log_probs.append(fields.rollout_log_probs[trained])
+    device = session.ranks.device
+    return SampledTokens(
+        torch.from_numpy(np.concatenate(ids)).to(device, torch.long),
+        torch.from_numpy(np.concatenate(log_probs)).to(device),
+    )
