@@ -30,7 +30,8 @@ def table(run_dir: Path) -> Group:
     iterations whose weights sampled its tokens.
     """
     columns = [Column("iteration"), Column("shard", no_wrap=True)]
-    numbers = ("samples", "tokens", "students", *trajectories.FINISH_REASONS, "bytes")
+    reasons = [reason.removeprefix("environment_") for reason in trajectories.FINISH_REASONS]
+    numbers = ("samples", "tokens", "students", *reasons, "bytes")
     columns += [Column(name, justify="right") for name in numbers]
     rows, notes = Table(*columns, box=None, pad_edge=False), []
     for iteration, folder in _folders(run_dir):

@@ -44,7 +44,7 @@ def student(tmp_path: Path) -> Iterator[Any]:
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     ending = SimpleNamespace(text=lambda ids: " ".join(map(str, ids)))
     ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
-    yield SimpleNamespace(ranks=ranks, ending=lambda rollout: ending)
+    yield SimpleNamespace(ranks=ranks, tokenizer=None, ending=lambda rollout: ending)
     dist.destroy_process_group()
 
 

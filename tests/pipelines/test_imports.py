@@ -146,7 +146,7 @@ def test_rows_become_sealed_trajectories(
     words = listed.splitlines()[1].split()
     tokens = sum(len(values["response_ids"]) for values in rows)
     assert code == 0
-    assert words[:7] == ["0", "import-00000", "20", str(tokens), "0", "20", "0"]
+    assert words[:8] == ["0", "import-00000", "20", str(tokens), "0", "20", "0", "0"]
     assert "not sealed" not in listed and max(map(len, listed.splitlines())) <= 80
     code, said, _ = mtopd("trajectories", "verify", run.path)
     assert code == 0 and said.startswith("20 samples are sound")
