@@ -243,7 +243,8 @@ def test_what_an_environment_gets_is_its_own_and_all_of_the_conversation(
     def step(turn: Turn) -> Any:
         seen[turn.conversation, turn.turn] = turn
         reply = count_letters(turn)
-        turn.messages.clear()  # what it does to its copy does nothing
+        for message in turn.messages:  # what it does to its copy does nothing
+            message.clear()
         return reply
 
     told: dict[tuple[str, int], list[dict[str, Any]]] = {}
