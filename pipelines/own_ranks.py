@@ -8,7 +8,6 @@ store and gloo are bound to loopback: nobody has to prove who he is to either.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -19,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtopd.child_process import die_with_parent
 from mtopd.files import one_line_errors
 from mtopd.progress import is_first, quiet_libraries
 from mtopd.types import MtopdError
@@ -28,8 +28,6 @@ from . import failures
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-_PR_SET_PDEATHSIG = 1
 
 
 def own_rank() -> int:
@@ -118,17 +116,9 @@ def _why(error: ChildFailedError, error_path: Path) -> str:
     return f"rank {rank} {how}; what was sealed is kept: start the same command again to go on"
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux)."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request was made
-        os._exit(1)
-
-
 def main(arguments: list[str]) -> int:
     """One rank that `launch` started."""
-    die_with_parent()
+    die_with_parent(os.getppid())
     target, run_dir, generation, error_path, *rest = arguments
     try:
         call(target, Path(run_dir), int(generation), *rest)

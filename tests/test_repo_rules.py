@@ -21,6 +21,7 @@ PARTS = {
     "convert",
 }
 LOWER = {
+    "child_process",
     "step_sums",
     "planning",
     "data",
@@ -65,14 +66,15 @@ ONE_PLACE = {  # library -> where it may be imported
     "jinja2": r"mtopd/report/page\.py",
     "matplotlib": r"mtopd/report/plots\.py",
     "obstore": r"mtopd/teacher_offload/storage\.py",
-    "typer": r"pipelines/cli(_stores)?\.py",
+    "typer": r"pipelines/cli(_stores|_host)?\.py",
 }
 # pipelines/, from the top: a file imports only files of the rows below its own.
 PIPELINES = (
     ("cli",),
-    ("cli_stores",),
+    ("cli_stores", "cli_host"),
     ("start",),
     ("own_ranks",),
+    ("serve",),  # servers that ranks sample with, while these run
     ("prepare",),  # what a verb checks and writes before its ranks start
     ("serving",),
     ("failures", "continuation", "inputs"),  # why a rank ended; what a start goes on from
@@ -288,6 +290,7 @@ def test_environment_is_not_configuration() -> None:
         "mtopd/user_cache.py",
         "mtopd/megatron/cpu.py",
         "mtopd/kernels/rows_cpu.py",
+        "mtopd/rollout/sglang_command.py",
     } | {f"pipelines/{n}.py" for n in ("start", "own_ranks", "cli", "checks", "doctor")}
     users = {str(p.relative_to(REPOSITORY)) for p in sources() if "os.environ" in p.read_text()}
     assert users <= allowed, users - allowed

@@ -21,9 +21,7 @@ from mtopd.families import model_facts
 from mtopd.files import read_json, write_atomic
 from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
 from mtopd.hf_export import config_values
-from mtopd.rollout.sglang_wire import DETERMINISTIC, FLAGS
-
-_RESERVED = 8  # tokens of a server's context that it takes no request for
+from mtopd.rollout.sglang_wire import ALLOW_LONGER, RESERVED, server_flags
 
 
 def write_serving_folder(folder: Path, source: Path, vocab_size: int, dtype: torch.dtype) -> bool:
@@ -52,10 +50,9 @@ def start_command(folder: Path, *, context_length: int, seeded: bool) -> str:
 
     ``context_length``: tokens of the longest sample.  ``seeded``: draws follow from seed and position.
     """
-    flags = ["--load-format", "dummy", *(f for f in FLAGS if seeded or f != DETERMINISTIC)]
-    command = ["python", "-m", "sglang.launch_server", "--model-path", str(folder), *flags]
+    command = ["python", "-m", "sglang.launch_server", *server_flags(folder, seeded=seeded)]
     described = hf_config_from_dict(read_json(folder / "config.json"))
-    if model_facts(described).max_positions < context_length + _RESERVED:
-        command += ["--context-length", str(context_length + _RESERVED)]
-        return f"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1 {shlex.join(command)}"
+    if model_facts(described).max_positions < context_length + RESERVED:
+        command += ["--context-length", str(context_length + RESERVED)]
+        return f"{ALLOW_LONGER}=1 {shlex.join(command)}"
     return shlex.join(command)

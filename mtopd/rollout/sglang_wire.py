@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ _NEEDED = {  # field of /server_info -> the flag that sets it
     "skip_tokenizer_init": "--skip-tokenizer-init",
 }
 FLAGS = tuple(_NEEDED.values())
+RESERVED = 8  # tokens of a server's context that it takes no request for
+# In a server's environment: so many tokens, although the model's config names fewer.
+ALLOW_LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 
 
 class AttemptFailed(Exception):
@@ -45,6 +49,15 @@ class RequestRefused(Exception):
 
 
 # -- a server --------------------------------------------------------------------------------------
+def server_flags(folder: Path, *, seeded: bool) -> list[str]:
+    """What every server of a run is started with.
+
+    ``folder`` holds config.json.  ``seeded``: draws follow from seed and position.
+    """
+    needed = (flag for flag in FLAGS if seeded or flag != DETERMINISTIC)
+    return ["--model-path", str(folder), "--load-format", "dummy", *needed]
+
+
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
     """What a server says of itself."""
