@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from mtopd.types import MtopdError, plain_text
 from mtopd.yaml_file import dump_yaml, parse_yaml, read_yaml
@@ -122,6 +131,11 @@ FieldText = Annotated[str, BeforeValidator(_field_text)]
 # a folder, or a URL: s3://bucket/teachers/code
 StoreLocation = Annotated[str, BeforeValidator(_store_location)]
 ServerUrl = Annotated[str, BeforeValidator(_server_url)]
+_SERVERS = "addresses", "word"  # how pydantic tells the two forms apart
+Servers = Annotated[
+    Annotated[list[ServerUrl], Tag(_SERVERS[0])] | Annotated[Literal["auto"], Tag(_SERVERS[1])],
+    Discriminator(lambda value: _SERVERS[not isinstance(value, list)]),
+]
 
 
 class Model(BaseModel):
@@ -386,15 +400,28 @@ class TeacherConfig(Model):
     """The teacher's own layout."""
 
 
-# of rollouts, that only SGLang servers know
-SERVER_KEYS = ("servers", "seeded", "open_per_server", "silence_s", "patience_s")
+# of rollouts: for servers that a run starts; all that only SGLang servers know
+STARTED_KEYS = ("python", "num_servers", "server_tp", "server_args")
+SERVER_KEYS = ("servers", "seeded", "open_per_server", "silence_s", "patience_s", *STARTED_KEYS)
 
 
 class RolloutConfig(Model):
     engine: Literal["embedded", "sglang"] = "embedded"
     """What samples responses: a transformers model on each rank, or SGLang servers."""
-    servers: list[ServerUrl] = []
-    """Addresses of the SGLang servers; docs/rollout.md says how they are started."""
+    servers: Servers = []
+    """Addresses of the SGLang servers; auto: those that `mtopd serve` keeps up for this run directory
+    or, where it does not, servers that the run starts on its first host and ends with itself.
+    """
+    python: LocalPath | None = None
+    """For servers auto: the Python of the environment that has SGLang."""
+    num_servers: Ranks = 1
+    """For servers auto: how many are started."""
+    server_tp: Ranks = 1
+    """For servers auto: GPUs that share a server's model (tensor parallelism)."""
+    server_args: dict[str, Any] = {}
+    """For servers auto: further flags of SGLang's launch_server, without the dashes in front; true for
+    a flag without a value.
+    """
     seeded: bool = True
     """A draw of the SGLang servers follows from seed and position, so that a response that is
     continued is the one it would have been; false for servers without
@@ -430,8 +457,22 @@ class RolloutConfig(Model):
         if self.engine == "sglang":
             if not self.servers:
                 raise ValueError(
-                    "engine sglang needs servers: a list of addresses like http://host:30000"
+                    "engine sglang needs servers: auto, or a list of addresses like "
+                    "http://host:30000"
                 )
+            if self.servers == "auto":
+                if self.python is None:
+                    raise ValueError(
+                        "servers: auto needs python: the Python of the environment that has SGLang, "
+                        "e.g. /opt/sglang/bin/python"
+                    )
+                return self
+            for key in STARTED_KEYS:
+                if getattr(self, key) != RolloutConfig.model_fields[key].default:
+                    raise ValueError(
+                        f"{key} has no effect on servers that are there already; leave it out, or "
+                        "set servers: auto"
+                    )
             if twice := {url for url in self.servers if self.servers.count(url) > 1}:
                 raise ValueError(f"servers names {min(twice)} twice; name each server once")
             return self
@@ -843,7 +884,10 @@ def validate(
     try:
         return kind.model_validate(values)
     except ValidationError as refusal:
-        found = refusal.errors()
+        found = [
+            {**one, "loc": tuple(part for part in one["loc"] if part not in _SERVERS)}
+            for one in refusal.errors()
+        ]
     unknown = [error for error in found if error["type"] == "extra_forbidden"]
     shown = (unknown or found)[: _SHOWN_ERRORS if unknown else 1]
     lines: dict[str, list[str]] = {}

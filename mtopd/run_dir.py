@@ -26,6 +26,8 @@ from mtopd.types import MtopdError
 
 SCHEMA = 1
 SEAL = "SEALED"
+SERVERS_LOCK = "servers/lock"  # of whoever keeps servers up for the run
+_TAKEN = {SERVERS_LOCK: "served"}
 _FOLDERS = ("iterations", "checkpoints", "evaluations", "export", "noise_floors", "probes")
 
 
@@ -78,6 +80,11 @@ class RunDir:
         return self.path / "prompts.arrow"
 
     @property
+    def servers(self) -> Path:
+        """Where the servers that are started for the run are known: addresses, logs."""
+        return self.path / "servers"
+
+    @property
     def serving(self) -> Path:
         """What SGLang servers of the run start with."""
         return self.path / "serving"
@@ -97,16 +104,16 @@ class RunDir:
 
     # -- start -------------------------------------------------------------------------------------
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold ``run/lock`` while the block runs.  Raises MtopdError when another launcher holds
-        it.
+    def lock(self, name: str = "lock") -> Iterator[None]:
+        """Hold ``run/lock``, or another of the run's locks, while the block runs.  Raises MtopdError
+        when another process holds it.
         """
-        path = self.path / "lock"
+        path = self.path / name
         # Without the fallback: a marker file would stay when the launcher is killed.
         lock = FileLock(path, timeout=0, fallback_to_soft=False)
         try:
             self._refuse_foreign()
-            self.path.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         except OSError as error:
             raise MtopdError(
@@ -119,8 +126,8 @@ class RunDir:
         except Timeout:
             holder = path.read_text(errors="replace").strip() or "another process"
             raise MtopdError(
-                f"run directory {self.path} is in use by {holder}; wait for it to end, or "
-                "choose another run_dir"
+                f"run directory {self.path} is {_TAKEN.get(name, 'in use')} by {holder}; wait for it "
+                "to end, or choose another run_dir"
             ) from None
         except OSError as error:
             lock.release()
@@ -135,6 +142,17 @@ class RunDir:
         finally:
             lock.release()
 
+    def holder(self, name: str) -> str | None:
+        """Who holds one of the run's locks: host and pid.  None: nobody."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            with FileLock(path, timeout=0, fallback_to_soft=False):
+                return None
+        except Timeout:
+            return path.read_text(errors="replace").strip() or "another process"
+
     def is_ours(self) -> bool:
         """A start of ours has marked this folder: what lies in it is a run's."""
         try:
@@ -147,7 +165,8 @@ class RunDir:
         """Raise MtopdError for a folder of somebody else: a run writes, sweeps and removes files."""
         if not self.path.is_dir() or self.is_ours():
             return
-        before = {"lock", "failure.txt", "lost+found"}  # of a start that was refused; of a new disk
+        # Of a start that was refused, of a new disk, of servers that were started first.
+        before = {"lock", "failure.txt", "lost+found", self.servers.name, self.serving.name}
         foreign = sorted(
             path.name
             for path in self.path.iterdir()

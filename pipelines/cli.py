@@ -22,7 +22,8 @@ from mtopd.progress import console, is_first, log_as_json, logs_json
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
 
-from . import cli_stores, failures, own_ranks, start
+from . import cli_host, cli_stores, failures, own_ranks, start
+from .cli_host import ConfigFile, Overrides
 
 app = typer.Typer(
     name="mtopd",
@@ -34,11 +35,8 @@ app = typer.Typer(
 app.add_typer(cli_stores.teachers_app, name="teachers")
 app.add_typer(cli_stores.trajectories_app, name="trajectories")
 app.add_typer(cli_stores.cache_app, name="cache")
-ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override settings of the file."),
-]
+app.command()(cli_host.serve)
+app.command()(cli_host.doctor)
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory of a consolidation.")]
 
 
@@ -84,7 +82,14 @@ def options(
 ) -> None:
     # models and tokenizers come from folders, never from a hub
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    if context.invoked_subcommand in ("teachers", "trajectories", "cache", "report", "doctor"):
+    if context.invoked_subcommand in (
+        "teachers",
+        "trajectories",
+        "cache",
+        "report",
+        "doctor",
+        "serve",
+    ):
         # They take no part in a torchrun: in a shell that inherited its variables, they speak.
         os.environ.pop("TORCHELASTIC_RUN_ID", None)
 
@@ -106,7 +111,7 @@ def consolidate(
     ] = None,
 ) -> None:
     """Distil all teachers into one student; start again to resume, at another layout too."""
-    from . import prepare, serving
+    from . import prepare, serve
 
     loaded = load_config(config, overrides or [], ConsolidateConfig)
     prepared = functools.partial(prepare.consolidate, accept_changed=accept_changed, origin=origin)
@@ -119,7 +124,7 @@ def consolidate(
         "consolidate:main",
         final=final,
         check=check,
-        before_ranks=functools.partial(serving.await_servers, loaded),
+        around_ranks=functools.partial(serve.servers_of, loaded, run),
     )
     if is_first() and not check:
         from mtopd.report import write_report  # plots, which no rank needs
@@ -196,24 +201,6 @@ def report(run_dir: RunDirectory) -> None:
     from mtopd.report import write_report
 
     write_report(run_dir, Console())
-
-
-@app.command()
-def doctor(
-    model: Annotated[
-        Path | None, typer.Argument(help="HF folder of a student; default: the machine alone.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="student.dtype: float32 or bfloat16.")] = "float32",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a micro-batch on one rank.")] = 4096,
-) -> None:
-    """Say what this machine has and which path each part takes; of MODEL, which layouts fit it."""
-    from . import doctor as doctor_pipeline
-    from .memory import print_layouts
-
-    if model is None:
-        doctor_pipeline.print_report(Console())
-    else:
-        print_layouts(model, Console(soft_wrap=True, highlight=False), dtype=dtype, tokens=tokens)
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ from mtopd.megatron.agreement import apart, deal
 from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.rollout.engine import Engine
 from mtopd.rollout.sglang import SGLangEngine, SGLangOptions
+from mtopd.rollout.sglang_launch import read_urls
 from mtopd.rollout.sglang_proof import EXACT, ROUNDED
+from mtopd.run_dir import RunDir
 from mtopd.tokenizer import pad_id
 
 from .scores import score
@@ -55,8 +57,11 @@ def sglang(
     start refuses baselines of another (``checks.check_baselines``).
     """
     rollout, ranks = config.rollout, student.ranks
+    urls = rollout.servers
+    if urls == "auto":  # read by their client alone; known since before ranks started
+        urls = (read_urls(RunDir(config.run_dir).servers) or []) if ranks.rank == 0 else []
     options = SGLangOptions(
-        rollout.servers,
+        urls,
         context_length=config.data.context_length,
         seeded=rollout.seeded,
         most_open=rollout.open_per_server,

@@ -41,7 +41,8 @@ class Session:
 
     def __init__(self, run_dir: Path, generation: int) -> None:
         self.run = RunDir(run_dir, generation)
-        self.config: ConsolidateConfig = load_config(self.run.config, [], ConsolidateConfig)
+        config = load_config(self.run.config, [], ConsolidateConfig)
+        self.config = config.model_copy(update={"run_dir": run_dir})  # it may have been moved
         torch.use_deterministic_algorithms(self.config.deterministic)
         train = self.config.train
         num_steps = train.num_iterations * train.train_steps_per_iteration

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,17 +41,17 @@ def start_ranks(
     *arguments: str,
     final: Path | None = None,
     check: bool = False,
-    before_ranks: Callable[[], None] = lambda: None,
+    around_ranks: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
     """Call ``target`` ("module:function" of pipelines) on every rank, with the run directory, the
     number of this start and ``arguments``.
 
-    ``prepare`` is called before, once, under the lock; ``before_ranks`` once all else is well.  Where
-    ``final`` is sealed the run was finished before, and nothing is started; nor with ``check``, which
-    only says what would be.
+    ``prepare`` is called before, once, under the lock; once all is well, ranks run inside
+    ``around_ranks``.  Where ``final`` is sealed the run was finished before, and nothing is started;
+    nor with ``check``, which only says what would be.
     """
 
-    def is_ready() -> bool:
+    def is_ready(held: contextlib.ExitStack) -> bool:
         with one_line_errors():
             prepare(config, run, say)
         if final is not None and is_sealed(final):
@@ -67,7 +69,7 @@ def start_ranks(
                 "start will use, or write anew for other settings"
             )
         else:
-            before_ranks()
+            held.enter_context(around_ranks())
             failures.forget(run.path)
             run.note_ranks()
         return not check
@@ -75,8 +77,8 @@ def start_ranks(
     if under_torchrun():
         _join_outer_torchrun(run, is_ready, target, *arguments)
         return
-    with run.lock():
-        if is_ready():
+    with run.lock(), contextlib.ExitStack() as held:
+        if is_ready(held):
             say(f"starting {_ranks(config.student.parallel)}")
             launch(config.student.parallel.world_size, target, run.path, run.generation, *arguments)
 
@@ -95,7 +97,7 @@ def _ranks(parallel: ParallelConfig) -> str:
 
 def phase(run_dir: Path, name: str, iteration: int | None) -> None:
     """Run one phase alone, with the settings that the run directory keeps."""
-    from . import prepare, serving
+    from . import prepare, serve
 
     run = RunDir(run_dir)
     if not run.config.is_file():
@@ -120,12 +122,10 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
             check_checkpoint(run, iteration)
         prepare.consolidate(config, run, say, trains=trains)
 
-    def before_ranks() -> None:
-        if name not in ("teacher_pass", "train"):
-            serving.await_servers(config)
-
     chosen = "newest" if iteration is None else str(iteration)
-    start_ranks(run, config, prepared, "phase:main", name, chosen, before_ranks=before_ranks)
+    samples = name not in ("teacher_pass", "train")
+    around = functools.partial(serve.servers_of, config, run) if samples else contextlib.nullcontext
+    start_ranks(run, config, prepared, "phase:main", name, chosen, around_ranks=around)
 
 
 def check_checkpoint(run: RunDir, iteration: int) -> None:
@@ -140,7 +140,7 @@ def check_checkpoint(run: RunDir, iteration: int) -> None:
 
 
 def _join_outer_torchrun(
-    run: RunDir, is_ready: Callable[[], bool], target: str, *arguments: str
+    run: RunDir, is_ready: Callable[[contextlib.ExitStack], bool], target: str, *arguments: str
 ) -> None:
     """One rank of an outer torchrun.  Rank 0 locks and prepares; the others wait for its word."""
     import torch.distributed as dist
@@ -167,7 +167,7 @@ def _join_outer_torchrun(
         if is_first():
             try:
                 held.enter_context(run.lock())
-                word = f"generation {run.generation}" if is_ready() else "finished"
+                word = f"generation {run.generation}" if is_ready(held) else "finished"
             except Exception as error:  # the others would wait for a word in vain
                 store.set("start", f"error {error}")
                 raise

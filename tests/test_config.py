@@ -20,6 +20,7 @@ from mtopd.config import (
     SpecialistConfig,
     _models_in,
     load_config,
+    resolved,
     to_yaml,
     validate,
 )
@@ -459,12 +460,40 @@ def test_servers_are_named_as_they_are_reached() -> None:
         ("open_per_server", 4),
         ("silence_s", 5),
         ("patience_s", 9),
+        ("python", "/opt/sglang/bin/python"),
+        ("num_servers", 2),
+        ("server_tp", 2),
+        ("server_args", {"mem-fraction-static": 0.8}),
     ],
 )
 def test_what_only_servers_know_is_refused_without_them(key: str, value: object) -> None:
     rollout = {**GOOD["rollout"], key: value}
     with pytest.raises(MtopdError, match=f"rollout: {key} has no effect with engine embedded"):
         validate(spoiled("rollout", rollout), ConsolidateConfig, "file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"servers": "auto"}, r"servers: auto needs python: "),
+        ({"servers": "atuo"}, r"rollout\.servers is 'atuo': .*'auto'"),
+        ({"servers": 3}, r"rollout\.servers is 3: .*'auto'"),
+        ({"servers": ["auto"]}, r"rollout\.servers\.0: a server's URL is"),
+        (
+            {"servers": ["http://h:1"], "num_servers": 2},
+            r"num_servers has no effect on servers that",
+        ),
+        ({"servers": ["http://h:1"], "python": "/p"}, r"python has no effect on servers that"),
+    ],
+)
+def test_servers_that_a_run_starts(changes: dict[str, object], said: str) -> None:
+    rollout = {**GOOD["rollout"], "engine": "sglang"}
+    auto = {"servers": "auto", "python": "/venv/bin/python", "num_servers": 2}
+    config = validate(spoiled("rollout", {**rollout, **auto}), ConsolidateConfig, "file")
+    assert config.rollout.servers == "auto" and config.rollout.num_servers == 2
+    assert validate(resolved(config), ConsolidateConfig, "file") == config
+    with pytest.raises(MtopdError, match=said):
+        validate(spoiled("rollout", {**rollout, **changes}), ConsolidateConfig, "file")
 
 
 def test_counts_that_are_absurd_together_are_refused() -> None:
