@@ -180,10 +180,10 @@ class BareSteps:
     """The train steps of the rolled-out iteration, to be taken again in a barer form."""
 
     def __init__(self, session: Any, iteration: Any) -> None:
-        from mtopd.pipelines import train
+        from mtopd.pipelines import micro_batches
 
         self.session, self.iteration = session, iteration
-        self.plans = train.plan(session, iteration)
+        self.plans = micro_batches.plan(session, iteration, iteration.samples)
 
     def bare(self) -> Callable[[], None]:
         """With the same objective, everything at hand and nothing measured."""

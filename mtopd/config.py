@@ -561,6 +561,10 @@ class TrainConfig(Model):
     """What a token's loss is divided by: tokens of its teacher, of all, or of its sample."""
     optimizer: OptimizerConfig
     """AdamW and its schedule."""
+    sequence_filter: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Samples for which exp(mean |log-prob of trainer minus that of rollout|) is above this are not
+    trained, 2 for example; costs a forward pass an iteration.  Default: all are trained.
+    """
     max_bad_steps: Annotated[Whole, Field(ge=0)] = 0
     """Train steps with NaN or inf that are left out before the run stops."""
 

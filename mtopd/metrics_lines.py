@@ -104,6 +104,17 @@ class RolloutLine(Line):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SequenceFilterLine(Line):
+    """What train.sequence_filter left out of an iteration."""
+
+    KIND = "sequence_filter"
+    samples: int  # of the iteration
+    samples_filtered: int
+    tokens_filtered: int  # trained ones, of those samples
+    wall_s: float  # of the forward pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class PassMetrics:
     """One teacher in one iteration: sums over ranks; seconds and peaks of the slowest or largest
     rank.
@@ -265,6 +276,7 @@ _LINES: Mapping[str, type[Line]] = {
     line.KIND: line
     for line in (
         RolloutLine,
+        SequenceFilterLine,
         TeacherPassLine,
         TrainStepLine,
         BadStepLine,

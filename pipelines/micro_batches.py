@@ -1,11 +1,12 @@
-"""The micro-batches of a train step on this rank: which teacher scores which of its loss rows, and
-their tensors.
+"""The plan of an iteration's train steps; of a train step's micro-batches on this rank, which teacher
+scores which loss rows, and their tensors.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,12 +14,44 @@ import torch
 from mtopd.megatron.micro_batch import PackedMicroBatch
 from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
 from mtopd.objectives import SampledTokens, TeacherRows
-from mtopd.types import MicroBatch, SampleRows, TeacherRun, TrainStepPlan, num_input_tokens
+from mtopd.planning import plan_train_steps
+from mtopd.trajectories import TokenFields
+from mtopd.types import (
+    MicroBatch,
+    PlannedSample,
+    SampleMetadata,
+    SampleRows,
+    TeacherRun,
+    TrainStepPlan,
+    num_input_tokens,
+)
 
 from .iteration import Iteration
 from .session import Session
 
 Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
+
+
+def plan(
+    session: Session, iteration: Iteration, samples: Sequence[SampleMetadata]
+) -> list[TrainStepPlan]:
+    """The iteration's train steps, for this layout: a function of metadata alone, the same on every
+    rank.
+    """
+    config, student = session.config, session.student
+    return plan_train_steps(
+        samples,
+        num_train_steps=config.train.train_steps_per_iteration,
+        teacher_weights=config.teacher_weights,
+        dp_size=session.ranks.dp_size,
+        micro_batch_size=config.train.micro_batch_size,
+        token_budget=config.train.token_budget,
+        seq_length_multiple=student.trainer.seq_length_multiple,
+        micro_batch_multiple=student.trainer.micro_batch_multiple,
+        cost=student.facts.architecture.sample_cost,
+        normalization=config.train.normalization,
+        seed=iteration.seed,
+    )
 
 
 def num_positions(iteration: Iteration, step_plan: TrainStepPlan) -> int:
@@ -34,14 +67,14 @@ def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPla
     """
 
     def runs_of(micro_batch: MicroBatch) -> list[TeacherRun]:
-        samples = [iteration.tokens.samples[planned.sample_id] for planned in micro_batch.samples]
-        rows = [
-            SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), part.start, part.stop)
-            for s in samples
-            for part in loss_rows_of_rank(
-                iteration.tokens.tokens(s.sample_id), step_plan.seq_length, session.ranks
-            )
-        ]
+        rows = []
+        for planned in micro_batch.samples:
+            s = iteration.tokens.samples[planned.sample_id]
+            tokens = trained_tokens(iteration, planned)
+            rows += [
+                SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), r.start, r.stop)
+                for r in loss_rows_of_rank(tokens, step_plan.seq_length, session.ranks)
+            ]
         runs: list[TeacherRun] = []
         for teacher_index, group in itertools.groupby(rows, key=lambda r: r.teacher_index):
             entries = list(group)
@@ -56,6 +89,14 @@ def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPla
     return [runs_of(micro_batch) for micro_batch in micro_batches]
 
 
+def trained_tokens(iteration: Iteration, planned: PlannedSample) -> TokenFields:
+    """The sample's tokens; with loss mask 0 where it has no weight in its train step."""
+    fields = iteration.tokens.tokens(planned.sample_id)
+    if planned.token_weight:
+        return fields
+    return replace(fields, loss_mask=np.zeros_like(fields.loss_mask))
+
+
 def pack(
     session: Session, iteration: Iteration, step_plan: TrainStepPlan, runs: Runs
 ) -> list[PackedMicroBatch]:
@@ -64,7 +105,7 @@ def pack(
     micro_batches = step_plan.micro_batches[session.ranks.dp_rank]
     return [
         pack_rows(
-            [iteration.tokens.tokens(s.sample_id) for s in micro_batch.samples],
+            [trained_tokens(iteration, planned) for planned in micro_batch.samples],
             [s.token_weight for s in micro_batch.samples],
             shape=(num_rows, step_plan.seq_length),
             packed=step_plan.packed,

@@ -19,13 +19,13 @@ from mtopd.hidden_cache import CachedStates, HiddenCacheReader, StateFormat, com
 from mtopd.megatron.agreement import STALE_WAITS_S, decide, digest_of, see_alike
 from mtopd.metrics_lines import BadStepLine, TrainStepLine
 from mtopd.objectives import OBJECTIVES, Objective, TeacherFacts
-from mtopd.planning import plan_train_steps
 from mtopd.run_dir import is_sealed
 from mtopd.step_sums import NonFiniteGradients
 from mtopd.types import MtopdError, TeacherRun, TrainStepPlan
 
 from .iteration import Iteration
-from .micro_batches import Runs, num_positions, pack, teacher_runs
+from .micro_batches import Runs, num_positions, pack, plan, teacher_runs
+from .sequence_filter import trained_samples
 from .session import Session
 
 
@@ -38,9 +38,10 @@ def run(session: Session, iteration: Iteration) -> None:
         lambda names: (digest_of(names), f"lists {len(names)} indexes of {iteration.hidden_cache}"),
         waits_s=STALE_WAITS_S,
     )
+    samples = trained_samples(session, iteration)
     plans = see_alike(
         session.ranks,
-        lambda: plan(session, iteration),
+        lambda: plan(session, iteration, samples),
         lambda plans: (digest_of(plans), f"plans {len(plans)} train steps"),
     )
     runs = [teacher_runs(session, iteration, step_plan) for step_plan in plans]
@@ -107,26 +108,6 @@ def train_step(
         micro_batches=len(micro_batches),
         waste=step_plan.waste,
         wall_s=wall_s,
-    )
-
-
-def plan(session: Session, iteration: Iteration) -> list[TrainStepPlan]:
-    """The iteration's train steps, for this layout: a function of metadata alone, the same on every
-    rank.
-    """
-    config, student = session.config, session.student
-    return plan_train_steps(
-        iteration.samples,
-        num_train_steps=config.train.train_steps_per_iteration,
-        teacher_weights=config.teacher_weights,
-        dp_size=session.ranks.dp_size,
-        micro_batch_size=config.train.micro_batch_size,
-        token_budget=config.train.token_budget,
-        seq_length_multiple=student.trainer.seq_length_multiple,
-        micro_batch_multiple=student.trainer.micro_batch_multiple,
-        cost=student.facts.architecture.sample_cost,
-        normalization=config.train.normalization,
-        seed=iteration.seed,
     )
 
 

@@ -15,6 +15,7 @@ from mtopd.metrics_lines import (
     PassMetrics,
     PhaseLine,
     RolloutLine,
+    SequenceFilterLine,
     SupervisedStepLine,
     TeacherPassLine,
     TeacherShare,
@@ -106,6 +107,11 @@ LINES = [
             *("tokens", "samples", "stopped", "continued_tokens", "log_bytes"),
             *("environment_tokens", "environment_errors", "environment_calls", "environment_s"),
         },
+    ),
+    (
+        SequenceFilterLine(samples=9, samples_filtered=2, tokens_filtered=7, wall_s=0.5),
+        "sequence_filter",
+        {"samples", "samples_filtered", "tokens_filtered", "wall_s"},
     ),
     (TeacherPassLine({"rot": PASS, "rev": PROBED}), "teacher_pass", {"teachers"}),
     (

@@ -84,6 +84,7 @@ PIPELINES = (
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
+    ("sequence_filter",),
     ("micro_batches",),
     ("session",),
     ("iteration", "engines", "export", "teachers"),

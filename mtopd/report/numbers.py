@@ -14,6 +14,7 @@ from mtopd.metrics_lines import (
     MemoryLine,
     PhaseLine,
     RolloutLine,
+    SequenceFilterLine,
     TrainStepLine,
 )
 from mtopd.report.record import Accuracy, Domain, Record, RunRecord, SpecialistRecord
@@ -29,7 +30,7 @@ _LAST_PHASE = "update_weights"  # ends an iteration
 def build_report(record: RunRecord) -> Report:
     """report.json, schema 1."""
     steps, passes = record.lines(TrainStepLine), [metrics for _, metrics in record.passes]
-    memory = record.lines(MemoryLine)
+    rollouts, memory = record.lines(RolloutLine), record.lines(MemoryLine)
     wall_s: dict[str, list[float]] = defaultdict(list)
     for phase in record.lines(PhaseLine):
         wall_s[phase.name].append(phase.wall_s)
@@ -56,8 +57,10 @@ def build_report(record: RunRecord) -> Report:
                     "train": _total(s.heads.stall_s for s in steps)},
         "train_steps": len(steps),
         **_work(steps),
-        "rollout_tokens": _total(line.tokens for line in record.lines(RolloutLine)),
-        "environment": _environment(record.lines(RolloutLine)),
+        "rollout_tokens": _total(line.tokens for line in rollouts),
+        "continued_tokens": _total(line.continued_tokens for line in rollouts),
+        "token_log_bytes": _total(line.log_bytes for line in rollouts),
+        "environment": _environment(rollouts),
         "waves": _peak(p.waves for p in passes),
         "teachers": [_teacher(record, steps, teacher) for teacher in record.teachers],
         "peak_resident_heads": resident,
@@ -66,6 +69,7 @@ def build_report(record: RunRecord) -> Report:
         "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
         "reverse_kl": first_and_last(steps, lambda s: s.reverse_kl),
         "log_prob_mismatch": _mismatch(record),
+        "samples_filtered": _filtered(record),
         "domains": domains,
         "no_recovery": {d.name: _why_not(record, d, domains[d.name]) for d in found
                         if domains[d.name]["recovery"] is None},
@@ -123,6 +127,12 @@ def _mismatch(record: RunRecord) -> dict[str, float | None]:
         "p99": _largest(m.log_prob_difference_p99 for m in found),
         "token_mult_prob_error": _largest(m.token_mult_prob_error for m in found),
     }
+
+
+def _filtered(record: RunRecord) -> int | None:
+    """Samples that train.sequence_filter left out; None where it is off."""
+    lines = record.lines(SequenceFilterLine)
+    return sum(line.samples_filtered for line in lines) if lines else None
 
 
 def _teacher(

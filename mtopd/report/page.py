@@ -120,14 +120,21 @@ def _replies(found: Mapping[str, float]) -> tuple[str, str]:
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: label, value."""
-    replied = report["environment"]
+    tokens, continued = report["rollout_tokens"], report["continued_tokens"]
+    replied, filtered = report["environment"], report["samples_filtered"]
     return [
         ("worst recovery", number(report["worst_recovery"])),
         ("mean recovery", number(report["mean_recovery"])),
         ("reverse KL, nats per token", reverse_kl(report, _ARROW)),
         ("train steps", f"{report['train_steps']:,}"),
         *_rates(report),
-        ("rollout tokens", f"{report['rollout_tokens']:,}"),
+        ("rollout tokens, of them continued after a kill", f"{tokens:,} / {continued:,}"),
+        ("token logs of rollouts", in_bytes(report["token_log_bytes"])),
         *([_replies(replied)] if replied else []),
+        *([_left_out(filtered)] if filtered is not None else []),
         ("wall time of all phases", f"{sum(report['wall_s'].values()):,.0f} s"),
     ]
+
+
+def _left_out(num_samples: int) -> tuple[str, str]:
+    return ("samples left out by train.sequence_filter", f"{num_samples:,}")

@@ -20,7 +20,7 @@ def main(run_dir: Path) -> None:
     session = Session(run_dir, 1)
     iteration, trainer = session.iteration(0), session.student.trainer
     teacher_pass.run(session, iteration)
-    (plan,) = train.plan(session, iteration)
+    (plan,) = micro_batches.plan(session, iteration, iteration.samples)
     found: dict[str, torch.Tensor] = {}
     optimizer_step = trainer.optimizer_step
 

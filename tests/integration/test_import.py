@@ -132,6 +132,26 @@ def test_imported_samples_train_as_the_rollout_that_made_them(root: Path) -> Non
         assert torch.equal(after[name], tensor), name
 
 
+def test_a_sample_that_the_engine_told_otherwise_is_left_out(root: Path) -> None:
+    """By the trainer at tp 1, pp 2; the rollout's log-probs are those of tp 2's weights."""
+    rows = rows_of(RunDir(root / "rolled_out").trajectories(0))
+    wrong = rows[5]
+    wrong["rollout_log_probs"] = [value - 1 for value in wrong["rollout_log_probs"]]
+    layout = ("student.parallel.tp=1", "student.parallel.pp=2")
+    settings = ("train.sequence_filter=2", "train.train_steps_per_iteration=1")
+    run, output = imported(root, "filtered", rows, *layout, *settings)
+    (line,) = train_steps(output)
+    lines = [json.loads(text) for text in run.metrics.read_text().splitlines()]
+    (found,) = [values for values in lines if values["kind"] == "sequence_filter"]
+    num_tokens = [sum(row["loss_mask"]) for row in rows]
+    assert (found["samples"], found["samples_filtered"]) == (24, 1)
+    assert found["tokens_filtered"] == num_tokens[5]
+    assert line["log_prob_difference_p99"] < 1e-5, "of what is trained"
+    assert line["tokens"] == sum(num_tokens) - num_tokens[5]
+    kls = line["reverse_kl_by_teacher"].values()
+    assert line["loss"] == pytest.approx(0.5 * sum(kls), rel=1e-6), "N counts what is trained"
+
+
 def test_a_teacher_reads_its_own_prompt(root: Path) -> None:
     """States and divergence against transformers in float64, on teacher_prompt_ids and the response."""
     rows = rows_of(RunDir(root / "rolled_out").trajectories(0))

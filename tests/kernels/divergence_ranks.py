@@ -23,7 +23,7 @@ from divergence_cases import Answer, Case, assert_as_good_as_dense, dense, make_
 from row_cases import SIX
 from torch import Tensor
 
-from mtopd.kernels import chunks, distribution_statistics, output_logits
+from mtopd.kernels import chunks, distribution_statistics, label_log_probs, output_logits
 
 ROWS = 13  # of the vocabulary on each rank
 CHUNKED = 8_000  # workspace_bytes that makes several chunks of every case here
@@ -57,6 +57,7 @@ def run_checks(rank: int, group: dist.ProcessGroup) -> None:
     check_collectives_travel_behind_products(group)
     check_accumulator(group)
     check_statistics(group)
+    check_labels_alone(group)
     check_refusal_is_collective(group)
     if group.size() == 4:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -238,6 +239,20 @@ def check_statistics(group: dist.ProcessGroup) -> None:
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
             copies = gather(value, group)
             assert all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+def check_labels_alone(group: dist.ProcessGroup) -> None:
+    """Over ranks as on one; also where the last rank has padding alone."""
+    for vocab_size in (None, ROWS * group.size() - ROWS - 3):
+        case = make_case(19, vocab_rows=ROWS * group.size(), vocab_size=vocab_size)
+        weight_VD, hidden_TD = case.student_weight_VD, case.student_hidden_TD
+        whole = label_log_probs(hidden_TD, weight_VD, case.label_T, vocab_size=vocab_size)
+        weight_vD = weight_VD[group.rank() * ROWS : (group.rank() + 1) * ROWS]
+        found = label_log_probs(
+            hidden_TD, weight_vD, case.label_T, vocab_size=vocab_size, tp_group=group
+        )
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(copy, found) for copy in gather(found, group))
 
 
 def sharded(case: Case, group: dist.ProcessGroup, **options: Any) -> Answer:

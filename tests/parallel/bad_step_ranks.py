@@ -46,7 +46,7 @@ def main() -> None:
     victim = next(s for s in samples if s.num_loss_tokens > 3 and s.teacher_index == 1)
     poison_cache(session, iteration, victim.sample_id)
     teacher_pass.run(session, iteration)
-    (plan,) = train.plan(session, iteration)
+    (plan,) = micro_batches.plan(session, iteration, iteration.samples)
 
     def say(text: str) -> None:
         if session.ranks.rank == 0:

@@ -227,7 +227,7 @@ def run_row(row: dict[str, Any], heads: LiveHeads, layers: LiveLayers) -> None:
             )
             assert values["relayouts"] == (0 if mesh.tp_size == 2 else store.num_layers), values
     assert iteration.seed == 0
-    (plan,) = train.plan(session, iteration)
+    (plan,) = micro_batches.plan(session, iteration, iteration.samples)
     if row["unsorted"]:
         plan = unsorted(plan, iteration.samples, session.config.train.micro_batch_size)
         allow_swaps(teachers.heads)

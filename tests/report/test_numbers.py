@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 
 from mtopd.metrics import MetricsWriter
-from mtopd.metrics_lines import BadStepLine, EvaluationLine, TeacherPassLine, from_values
+from mtopd.metrics_lines import (
+    BadStepLine,
+    EvaluationLine,
+    SequenceFilterLine,
+    TeacherPassLine,
+    from_values,
+)
 from mtopd.report import build_report, page, read_run
 from mtopd.report.numbers import first_and_last, recovery
 from mtopd.report.tables import check_rows, result_rows
@@ -19,6 +25,7 @@ from tests.report.runs import (
     pass_metrics,
     report_of,
     step_line,
+    written,
 )
 
 
@@ -34,6 +41,10 @@ def test_totals(run: RunDir) -> None:
     }
     assert report["stall_s"] == {"teacher_pass": 15 * 3 * 0.5, "train": 30 * 0.25}
     assert (report["train_steps"], report["rollout_tokens"], report["waves"]) == (30, 1500, 1)
+    assert (report["continued_tokens"], report["token_log_bytes"]) == (0, 15 * 2000)
+    tiles = dict(page._tiles({**report, "continued_tokens": 7}))
+    assert tiles["rollout tokens, of them continued after a kill"] == "1,500 / 7"
+    assert tiles["token logs of rollouts"] == "29.3 KiB"
     assert (report["finished"], report["iterations"]) == (True, {"done": 15, "planned": 15})
     assert (
         report["peak_resident_heads"],
@@ -119,6 +130,21 @@ def test_what_environments_did_is_summed_where_there_are_any(run: RunDir) -> Non
 def test_mismatch_of_the_first_steps_stands_beside_that_of_all(run: RunDir) -> None:
     wanted = {"first_steps_p99": 15e-6, "p99": 30e-6, "token_mult_prob_error": 1.03}
     assert report_of(run)["log_prob_mismatch"] == pytest.approx(wanted)
+
+
+def test_filtered_samples_are_added_up(run: RunDir) -> None:
+    report, _, html = written(run)
+    assert report["samples_filtered"] is None and "left out by train.sequence_filter" not in html
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for iteration, count in enumerate((3, 0, 4)):
+        line = SequenceFilterLine(
+            samples=9, samples_filtered=count, tokens_filtered=count, wall_s=0.5
+        )
+        metrics.write(line, iteration)
+    metrics.close()
+    report, _, html = written(run)
+    assert report["samples_filtered"] == 7
+    assert "<b>7</b><span>samples left out by train.sequence_filter" in html
 
 
 def test_recovery(run: RunDir) -> None:
