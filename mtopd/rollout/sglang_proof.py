@@ -60,11 +60,12 @@ class SentChecksums:
             self._found[fused] = digest.hexdigest()[:_DIGITS]
 
     def differences(self, server: Mapping[str, str]) -> list[str]:
-        """Names of tensors that the server has with other bytes, or was never sent.
+        """Names of tensors that the server has with other bytes, was never sent, or does not have.
 
         Tensors under names that are not known here (experts of a layer in one) are the probe's.
         """
         wrong = [name for name, found in server.items() if self._found.get(name, found) != found]
+        wrong += [name for name in self._found if name not in server and "experts" not in name]
         sent_to = {name.rpartition(".")[0] for name in self._found}
         return sorted(
             wrong

@@ -128,3 +128,18 @@ def bits(responses: Sequence[Response]) -> list[tuple[object, ...]]:
         (r.sample_id, r.response_ids.tobytes(), r.log_probs.tobytes(), r.finish_reason)
         for r in responses
     ]
+
+
+def tokens(responses: Sequence[Response]) -> list[tuple[object, ...]]:
+    """What was drawn, to compare."""
+    return [(r.sample_id, r.response_ids.tolist(), r.finish_reason) for r in responses]
+
+
+def check_same(engine: Engine, found: Sequence[Response], expected: Sequence[Response]) -> None:
+    """What must not change: tokens, and log-probs to the bit; those of servers as their batches, which
+    nobody repeats, let them be.
+    """
+    assert tokens(found) == tokens(expected)
+    allowed = {"embedded": 0.0, "sglang": 1e-5}[engine.kind]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=allowed)

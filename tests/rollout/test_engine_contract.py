@@ -26,10 +26,11 @@ from tests.rollout.engines import (
     VOCAB,
     Model,
     answer,
-    bits,
+    check_same,
     memory_log,
     requests,
     small_model,
+    tokens,
 )
 
 SAMPLING = Sampling(16, seed=3, iteration=7)
@@ -102,11 +103,11 @@ def test_responses_are_whole_and_of_the_models_own_distribution(build: Build, mo
 def test_the_same_requests_are_answered_to_the_same_tokens(build: Build) -> None:
     engine, asked = build(), requests(24)
     first = answer(engine, asked, SAMPLING)
-    assert bits(answer(engine, asked, SAMPLING)) == bits(first)
+    check_same(engine, answer(engine, asked, SAMPLING), first)
     other = answer(engine, asked, Sampling(16, seed=3, iteration=8))
-    assert bits(other) != bits(first)
+    assert tokens(other) != tokens(first)
     again = Request(0, "p/0", asked[0].prompt_ids, sample=1)
-    assert bits(answer(engine, [again], SAMPLING)) != bits(first[:1]), (
+    assert tokens(answer(engine, [again], SAMPLING)) != tokens(first[:1]), (
         "another sample of the prompt"
     )
 
@@ -131,7 +132,7 @@ def test_a_response_goes_on_from_what_the_log_holds(
     second = token_log(tmp_path, 2, asked, engine.kind)
     found = answer(engine, asked, sampling, second)
     second.close()
-    assert bits(found) == bits(whole)
+    check_same(engine, found, whole)
     # Nothing that was logged is sampled, or logged, again.
     assert second.num_continued_tokens == sum(
         min([0, cut, 99][i % 3], len(r.response_ids)) for i, r in enumerate(whole)
@@ -203,7 +204,7 @@ def test_a_pause_keeps_open_responses_for_later(build: Build) -> None:
     for response in engine.generate(asked, log, SAMPLING):
         assert response.sample_id not in found, "handed on once"
         found[response.sample_id] = response
-    assert bits([found[i] for i in range(24)]) == bits(whole)
+    check_same(engine, [found[i] for i in range(24)], whole)
 
 
 def test_stop_strings_and_stop_ids_end_a_response_at_once(build: Build) -> None:
@@ -214,7 +215,7 @@ def test_stop_strings_and_stop_ids_end_a_response_at_once(build: Build) -> None:
     longest = max(whole, key=lambda r: len(r.response_ids))
     also_end = int(longest.response_ids[3])
     found = answer(build(stop_ids=[also_end]), asked, SAMPLING)
-    assert bits(found) != bits(whole)
+    assert tokens(found) != tokens(whole)
     for response, unstopped in zip(found, whole, strict=True):
         ends = np.isin(unstopped.response_ids, [1, also_end])
         length = int(ends.argmax()) + 1 if ends.any() else 16
@@ -319,4 +320,4 @@ def test_what_was_released_comes_back_with_weights(build: Build, model: Model) -
     engine.release()
     if engine.version is None:
         engine.update_weights(model.buckets(), VERSION)
-    assert bits(answer(engine, asked, SAMPLING)) == bits(whole)
+    check_same(engine, answer(engine, asked, SAMPLING), whole)
