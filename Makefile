@@ -7,7 +7,7 @@ SGLANG := .venv-sglang
 SUPPORT := tests/support/sglang_cpu
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo smoke real readme test parity integration sglang lint fuzz soak benchmark benchmark-quick clean-demo clean-smoke help
+.PHONY: demo smoke real readme test parity integration sglang sglang-test lint fuzz soak benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line (kills, resume, the smoke demo) and long matrices"
 	@echo "make sglang       the environment of real SGLang servers on a CPU (about 5 minutes, 3 GB)"
+	@echo "make sglang-test  rollouts on real SGLang servers on a CPU: updates, kills, faults, the main loop (about 5 minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
@@ -60,6 +61,9 @@ $(SGLANG)/ready: $(SUPPORT)/requirements.txt $(SUPPORT)/constraints.txt
 	@touch $@
 
 sglang: $(SGLANG)/ready
+
+sglang-test: $(READY) $(SGLANG)/ready
+	$(BIN)/python -m pytest tests/sglang
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.run
