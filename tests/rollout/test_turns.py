@@ -334,6 +334,23 @@ def test_max_turns_ends_a_conversation_without_another_call(model: Model, asked:
     assert {len(parts(r)) for r in several} == {3} and "stop" in {r.finish_reason for r in several}
 
 
+def test_a_reply_without_room_for_a_turn_behind_it_is_left_out(model: Model, asked: Asked) -> None:
+    """37 tokens with the <sep>: of 72 one fits behind a turn, a second does not."""
+    long = [{"role": "user", "content": "x" * 36}]
+    found = answer(model, turns_of(model, asked, memory_log(), lambda turn: long))
+    reasons: Counter[str] = Counter()
+    for response in found:
+        if response.loss_mask is None:
+            continue
+        assert len(response.response_ids) <= SAMPLING.max_response and response.loss_mask[-1] == 1
+        assert len(parts(response)) <= 3
+        has_ended = response.response_ids[-1] == 1
+        reasons[f"{response.finish_reason} {'ended' if has_ended else 'cut'}"] += 1
+        if response.finish_reason == "length" and has_ended:
+            assert len(response.response_ids) + 37 >= SAMPLING.max_response
+    assert reasons["length ended"] > 3, reasons
+
+
 def test_two_replies_to_a_turn_are_refused(tmp_path: Path) -> None:
     for generation, text in ((1, b"{}"), (2, b"[]")):
         log = TokenLog("w", log_path(tmp_path, generation, 0), run="r", engine="e", versions={})
