@@ -197,9 +197,12 @@ def write_prompt_table(
     *,
     supervised: bool,
     progress: Callable[[str], None],
+    per_iteration: int = 0,
 ) -> None:
     """Draw, route and tokenize every prompt, and write the run's table.  Raises MtopdError for what
     cannot be used.
+
+    ``per_iteration``: prompts that an iteration takes of each source; said where it has fewer.
     """
     if run.prompts.exists():
         return
@@ -209,6 +212,7 @@ def write_prompt_table(
         for number, source in enumerate(config.sources):
             progress(f"preparing prompts of {source.name}")
             train, held_out = load_source(source, progress)
+            num_train = 0
             for rows, is_held_out in ((train, False), (held_out, True)):
                 if rows is None:
                     continue
@@ -229,9 +233,16 @@ def write_prompt_table(
                         environment=None if source.environment is None else source.name,
                     )
                     tally.add(prompts, is_held_out)
+                    num_train += 0 if is_held_out else len(prompts)
                     writer.write_batch(_batch(number, prompts, answers, is_held_out))
                 if config.overlong == "drop":
                     _say_dropped(rows, len(overlong) - num_overlong, progress)
+            if 0 < num_train < per_iteration:
+                progress(
+                    f"{source.name}: an iteration takes {per_iteration} prompts of it "
+                    f"(rollout.prompts_per_iteration), it has {num_train}: each comes "
+                    f"{per_iteration / num_train:.3g} times on average, answered anew each time"
+                )
         if config.overlong == "error":
             refuse_overlong(overlong, config.context_length)
         tally.check_every_teacher_is_asked()

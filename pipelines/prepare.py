@@ -96,7 +96,15 @@ def consolidate(
     report_memory(config, stores, ranks_on_node(config.student), of_training)
     report_stage_imbalance(config, max(store.hidden_size for store in stores), of_training)
     routes = {t.name: t.route for t in config.teachers}
-    write_prompt_table(run, config.data, tokenizer, routes, supervised=False, progress=say)
+    write_prompt_table(
+        run,
+        config.data,
+        tokenizer,
+        routes,
+        supervised=False,
+        progress=say,
+        per_iteration=config.rollout.prompts_per_iteration // len(config.data.sources),
+    )
 
 
 def _unsaid(line: str) -> None:

@@ -46,7 +46,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_all_named(
 
     count = 4 if supervised else 6
     with pytest.raises(
-        MtopdError, match=rf"^{count} prompts leave no room .*: a/\d, a.*longest, a"
+        MtopdError, match=rf"^{count} prompts leave no room .*: a/\d, a.*longest, prompt a"
     ):
         write(data_config(tmp_path, "error", *lengths))
     assert not run.prompts.exists()
@@ -76,6 +76,27 @@ def test_overlong_prompts_are_dropped_and_counted_or_all_named(
     with pytest.raises(MtopdError, match="all 2 prompts of a leave no room"):
         write(data_config(tmp_path, "drop", 20, 30))
     assert json.loads(config.model_dump_json())["overlong"] == "drop"
+
+
+def test_a_source_with_fewer_prompts_than_an_iteration_takes_is_named(
+    tmp_path: Path, tokenizer
+) -> None:
+    """a and b have 4 prompts, of which the 30 is dropped."""
+    for per_iteration, repeats in ((3, False), (4, True)):
+        run, said = RunDir(tmp_path / str(per_iteration)), list[str]()
+        run.path.mkdir()
+        write_prompt_table(
+            run,
+            data_config(tmp_path, "drop", 3, 5, 4, 30),
+            tokenizer,
+            {"t": {}},
+            supervised=False,
+            progress=said.append,
+            per_iteration=per_iteration,
+        )
+        found = [line for line in said if "each comes 1.33 times on average" in line]
+        assert len(found) == (2 if repeats else 0)
+        assert all("takes 4 prompts of it" in line and "it has 3" in line for line in found)
 
 
 def test_a_teacher_that_no_prompt_goes_to_is_refused(tmp_path: Path, tokenizer) -> None:

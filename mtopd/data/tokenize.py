@@ -35,6 +35,7 @@ class Overlong:
     """A prompt without room for its response."""
 
     prompt_id: str
+    place: str  # the prompt's name, with file and line where it comes from one
     prompt_len: int
     response_len: int
 
@@ -67,7 +68,8 @@ def tokenize_prompts(
         row, prompt_id = source.rows[number], prompt_name(source, number)
         response_len = max_response if answers is None else len(answers[prompt_id])
         if len(ids) + response_len > context_length:
-            without_room.append(Overlong(prompt_id, len(ids), response_len))
+            place = _place(source, number)
+            without_room.append(Overlong(prompt_id, place, len(ids), response_len))
             continue
         try:
             teacher = route(row.route, routes)
@@ -90,7 +92,7 @@ def refuse_overlong(overlong: Sequence[Overlong], context_length: int) -> None:
     count, shown = len(overlong), ", ".join(prompt.prompt_id for prompt in overlong[:3])
     raise MtopdError(
         f"{count} {'prompt leaves' if count == 1 else 'prompts leave'} no room for the response: "
-        f"{shown}{', ...' if count > 3 else ''}; the longest, {longest.prompt_id}, needs "
+        f"{shown}{', ...' if count > 3 else ''}; the longest, {longest.place}, needs "
         f"{longest.num_tokens} tokens ({longest.prompt_len} and {longest.response_len} of the "
         f"response), data.context_length is {context_length}: raise it, lower data.max_response, "
         "or leave such prompts out with data.overlong=drop"
@@ -114,12 +116,11 @@ def tokenize_answers(
         )
     answers = {}
     for number in range(len(source.rows)) if rows is None else rows:
-        answer, prompt_id = source.rows[number].answer, prompt_name(source, number)
+        answer, place = source.rows[number].answer, _place(source, number)
         if answer is None:
-            raise MtopdError(
-                f"prompt {prompt_id} has no answer; supervised training needs one for each row"
-            )
-        answers[prompt_id] = (*encode_response(tokenizer, answer, f"answer of {prompt_id}"), eos)
+            raise MtopdError(f"{place} has no answer; supervised training needs one for each row")
+        ids = encode_response(tokenizer, answer, f"answer of {place}")
+        answers[prompt_name(source, number)] = (*ids, eos)
     return answers
 
 

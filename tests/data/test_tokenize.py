@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mtopd.data import (
     Overlong,
+    PromptSource,
     load_prompt_file,
     tokenize_answers,
     tokenize_prompts,
@@ -71,9 +77,10 @@ def test_prompts_without_room_are_all_named_at_once(tokenizer, tmp_path: Path) -
     with pytest.raises(MtopdError) as error:
         tokenize_prompts(source, tokenizer, {"t": {}}, **limits)
     assert str(error.value) == (
-        "3 prompts leave no room for the response: s/1, s/3, s/5; the longest, s/3, needs 21 "
-        "tokens (10 and 11 of the response), data.context_length is 16: raise it, lower "
-        "data.max_response, or leave such prompts out with data.overlong=drop"
+        "3 prompts leave no room for the response: s/1, s/3, s/5; the longest, prompt s/3 "
+        f"({tmp_path}/a.jsonl, line 4), needs 21 tokens (10 and 11 of the response), "
+        "data.context_length is 16: raise it, lower data.max_response, or leave such prompts out "
+        "with data.overlong=drop"
     )
     overlong: list[Overlong] = []
     prompts = tokenize_prompts(source, tokenizer, {"t": {}}, **limits, overlong=overlong)
@@ -91,6 +98,44 @@ def test_supervised_training_needs_answers(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(MtopdError, match="x/1 has no answer"):
         tokenize_answers(source, tokenizer)
     assert len(tokenize_answers(source, tokenizer, rows=[0])) == 1
+
+
+PLACES = {"jsonl": "line 3", "json": "item 1", "parquet": "row 1"}
+
+
+@pytest.mark.parametrize("form", PLACES)
+def test_what_is_wrong_with_a_prompt_names_where_it_stands(
+    tokenizer, tmp_path: Path, form: str
+) -> None:
+    path = tmp_path / f"a.{form}"
+    place = f"x/1 ({path}, {PLACES[form]})"
+
+    def load(**second: object) -> PromptSource:
+        first = {**dict.fromkeys(second), "prompt": "a", "answer": "b"}
+        rows = [first, {"prompt": "c", "answer": "d", **second}]
+        if form == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif form == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            write_jsonl(path, first, "", rows[1])  # a blank line counts as line, not as row
+        return load_prompt_file("x", path)
+
+    def prompts(source: PromptSource, *, template: str | None = None, **routes: object) -> None:
+        asked = copy.deepcopy(tokenizer)
+        asked.chat_template = template or asked.chat_template
+        tokenize_prompts(source, asked, routes or {"t": {}}, context_length=30, max_response=8)
+
+    refusing = "{% if messages[0]['content'] == 'c' %}{{ raise_exception('no') }}{% endif %}a"
+    for attempt, start in (
+        (lambda: prompts(load(), template=refusing), "prompt "),
+        (lambda: prompts(load(level="2"), t={"domain": "x"}, u={"level": "2"}), "prompt "),
+        (lambda: prompts(load(prompt="c" * 40)), "1 prompt leaves no room .* the longest, prompt "),
+        (lambda: tokenize_answers(load(answer=None), tokenizer), "prompt "),
+        (lambda: tokenize_answers(load(answer="\u2603"), tokenizer), "answer of prompt "),
+    ):
+        with pytest.raises(MtopdError, match=f"^{start}{re.escape(place)}"):
+            attempt()
 
 
 def test_importing_data_imports_neither_torch_nor_reasoning_gym() -> None:
