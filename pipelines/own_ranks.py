@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from mtopd.child_process import die_with_parent
 from mtopd.files import one_line_errors
-from mtopd.progress import is_first, quiet_libraries
+from mtopd.progress import quiet_libraries
 from mtopd.types import MtopdError
 
 from . import failures
@@ -134,9 +134,6 @@ def main(arguments: list[str]) -> int:
 def call(target: str, run_dir: Path, generation: int, *arguments: str) -> None:
     """The body of a rank, however it was started."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if is_first():
-        # which row kernels were chosen, and why
-        logging.getLogger("mtopd.kernels").setLevel(logging.INFO)
     quiet_libraries()
     module, _, function = target.partition(":")
     body = getattr(importlib.import_module(f"mtopd.pipelines.{module}"), function)
