@@ -30,14 +30,15 @@ from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
 
 _WORLD_SIZES = (1, 2, 4, 8)
-# heads of a table that fits into 80 columns
-_SHORT = {
+# heads of a table that fits into 80 columns; libraries are the same on every layout
+_HEADS = {
+    "weights": "weights",
     "gradients": "grads",
     "optimizer": "optim.",
+    "engine": "engine",
     "activations": "activ.",
-    "kept teachers": "kept",
+    "kept teachers": "teacher",
     "checkpoint copy": "copy",
-    "libraries": "libs",
 }
 
 
@@ -179,19 +180,23 @@ def print_layouts(model: Path, console: Console, *, dtype: str, tokens: int) -> 
         )
     ]
     largest = max(capacity.total for _, capacity in rows)
-    _, unit = in_binary_units([largest])
-    heads = [_SHORT.get(part, part) for part in rows[0][1].parts]
-    table = Table("ranks", "layout", *heads, unit, "here", box=None, padding=(0, 1, 0, 0))
+    libraries, unit = in_binary_units([rows[0][1].libraries], of=largest)
+    table = Table("ranks", "layout", box=None, padding=(0, 1, 0, 0))
+    for head in (*_HEADS.values(), "total", "fits"):
+        table.add_column(head, justify="right")
     for layout, capacity in rows:
-        values = [capacity.total, *capacity.parts.values()]
-        (total, *parts), _ = in_binary_units([*values, largest])
-        here = "no" if too_little(capacity, layout.world_size) else "fits"
-        table.add_row(str(layout.world_size), str(layout), *parts[:-1], total, here)
+        parts = [capacity.parts[part] for part in _HEADS]
+        numbers, _ = in_binary_units([*parts, capacity.total], of=largest)
+        fits = "no" if too_little(capacity, layout.world_size) else "yes"
+        table.add_row(str(layout.world_size), str(layout), *numbers, fits)
+    console.print(f"{unit} that one rank will hold ({dtype}, {tokens:,} tokens of a micro-batch):")
     console.print(table)
     console.print(
-        f"{unit} of a rank in {dtype}, {tokens:,} tokens of a micro-batch on it; activations and copy, "
-        "the checkpoint's, are estimates; kept: one teacher of this size, up to "
-        "teacher_offload.host_budget; here: whether this machine has the memory free now"
+        "grads, optim.: gradients, state of the optimizer; engine: the student once more, which the "
+        "embedded rollout engine holds; activ.: activations, an estimate; teacher: the rank's share of "
+        "one teacher of this size, up to teacher_offload.host_budget; copy: of a checkpoint while it is "
+        f"written, an estimate; total: with {libraries[0]} {unit} of libraries; fits: into the memory "
+        "that this machine has free now"
         + (
             "; tp beyond 1 needs student.megatron.sequence_parallel=true"
             if experts or facts.is_latent_attention

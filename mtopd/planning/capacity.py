@@ -76,11 +76,13 @@ class ModelSizes:
         return ends + sum(self.layer_params(i, Layout()) for i in range(self.num_layers))
 
 
-def in_binary_units(sizes: Iterable[int]) -> tuple[list[str], str]:
-    """Numbers of one unit, MiB or GiB by the largest, and the unit."""
+def in_binary_units(sizes: Iterable[int], *, of: int = 0) -> tuple[list[str], str]:
+    """Numbers of one unit, MiB or GiB by the largest (or ``of`` a larger one, whose table they
+    stand in: then all with one decimal), and the unit.
+    """
     sizes = list(sizes)
-    unit, name = (1 << 30, "GiB") if max(sizes) >= 1 << 30 else (1 << 20, "MiB")
-    return [f"{size / unit:.{2 if unit > size else 1}f}" for size in sizes], name
+    unit, name = (1 << 30, "GiB") if max([of, *sizes]) >= 1 << 30 else (1 << 20, "MiB")
+    return [f"{size / unit:.{2 if unit > size and not of else 1}f}" for size in sizes], name
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,11 +39,35 @@ def test_every_layout_that_works_is_listed_with_what_a_rank_holds(tmp_path: Path
     rows = {tuple(line.split()[1:4]) for line in said.splitlines() if line[:1].isdigit()}
     assert any("tp2" in row and "pp2" in row for row in rows) and "pp8" not in said
     assert "needs student.megatron.sequence_parallel=true" in said
-    head = next(line for line in said.splitlines() if line.startswith("ranks"))
-    assert head.split() == [
-        *("ranks", "layout", "weights", "grads", "optim.", "engine", "activ.", "kept", "copy"),
-        *("libs", "MiB", "here"),
+
+
+@pytest.mark.parametrize("narrowest", [{}, {"vocab_size": 16 << 20}])  # MiB, GiB
+def test_the_table_of_layouts_is_plain_numbers_below_their_names(
+    tmp_path: Path, narrowest: dict[str, int]
+) -> None:
+    save_model(tmp_path, seed=0, model_type="qwen3_moe")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | narrowest))
+    said = printed(tmp_path)
+    unit = "GiB" if narrowest else "MiB"
+    assert f"{unit} that one rank will hold (float32, 64 tokens of a micro-batch):\n" in said
+    lines = said.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("ranks"))
+    heads = lines[first].split()
+    assert heads == [
+        *("ranks", "layout", "weights", "grads", "optim.", "engine", "activ.", "teacher", "copy"),
+        *("total", "fits"),
     ]
+    ends = [lines[first].index(f" {head} ") + 1 + len(head) for head in heads[2:]]
+    libraries = 600 / (1024 if narrowest else 1)
+    rows = [line for line in lines[first:] if line[:1].isdigit()]
+    assert rows and max(map(len, rows)) <= 80
+    for row in rows:
+        assert all(row[end - 1] != " " and row[end] == " " for end in ends), row
+        *parts, total, fits = row.split()[-len(ends) :]
+        assert all(re.fullmatch(r"\d+\.\d", number) for number in (*parts, total))
+        assert sum(map(float, parts)) + libraries == pytest.approx(float(total), abs=0.5)
+        assert fits in ("yes", "no")
 
 
 def test_a_folder_that_cannot_be_a_student_is_one_line(tmp_path: Path) -> None:
