@@ -181,7 +181,7 @@ def print_layouts(model: Path, console: Console, *, dtype: str, tokens: int) -> 
     ]
     largest = max(capacity.total for _, capacity in rows)
     libraries, unit = in_binary_units([rows[0][1].libraries], of=largest)
-    table = Table("ranks", "layout", box=None, padding=(0, 1, 0, 0))
+    table = Table("ranks", "layout", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for head in (*_HEADS.values(), "total", "fits"):
         table.add_column(head, justify="right")
     for layout, capacity in rows:
