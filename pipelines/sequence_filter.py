@@ -43,8 +43,9 @@ def trained_samples(session: Session, iteration: Iteration) -> list[SampleMetada
         sample if keep else replace(sample, num_loss_tokens=0)
         for sample, keep in zip(samples, is_kept, strict=True)
     ]
-    if not any(sample.num_loss_tokens for sample in kept):
-        lowest = min(mean for sample, mean in zip(samples, means, strict=True))
+    with_loss = [m for sample, m in zip(samples, means, strict=True) if sample.num_loss_tokens]
+    if with_loss and not any(sample.num_loss_tokens for sample in kept):
+        lowest = min((m for m in with_loss if not math.isnan(m)), default=math.nan)
         raise MtopdError(
             f"train.sequence_filter {limit:g} leaves none of {len(samples)} samples: the smallest "
             f"mean difference of log-probs between trainer and rollout is {lowest:.3g} nats, "

@@ -51,4 +51,4 @@ def test_without_a_limit_nothing_is_left_out_or_measured(monkeypatch: pytest.Mon
 
 def test_a_filter_that_leaves_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MtopdError, match=r"leaves none of 5 samples: .* is 0\.8 nats, 0\.693 are"):
-        filtered(monkeypatch, 2.0, [0.0, 0.8, 3.0, 4.0, 5.0])
+        filtered(monkeypatch, 2.0, [0.0, math.nan, 3.0, 0.8, 5.0])
