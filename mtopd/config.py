@@ -888,7 +888,7 @@ def validate(
     try:
         return kind.model_validate(values)
     except ValidationError as refusal:
-        found = [
+        found: list[dict[str, Any]] = [
             {**one, "loc": tuple(part for part in one["loc"] if part not in _SERVERS)}
             for one in refusal.errors()
         ]
