@@ -56,6 +56,10 @@ class RunDir:
     def evaluation(self, iteration: int) -> Path:
         return self.path / "evaluations" / f"{iteration:06d}.json"
 
+    def answers(self, rank: int) -> Path:
+        """What a rank saw answered in the newest evaluation of the student."""
+        return self.path / "evaluations" / "answers" / f"{rank:06d}.jsonl"
+
     def checkpoint(self, iteration: int) -> Path:
         return self.path / "checkpoints" / f"{iteration:06d}"
 

@@ -10,25 +10,27 @@ scored.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mtopd.config import ConsolidateConfig, RolloutConfig, SpecialistConfig
-from mtopd.data import CORRECT_SCORE
-from mtopd.files import write_json
+from mtopd.data import CORRECT_SCORE, compared
+from mtopd.files import write_atomic, write_json
 from mtopd.megatron.agreement import apart, decide
+from mtopd.megatron.parallel import Ranks
 from mtopd.metrics_lines import EvaluationLine
 from mtopd.progress import say
 from mtopd.prompt_table import Prompts
 from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.rollout.memory_log import MemoryLog
 from mtopd.rollout.turns import Turns, environments
-from mtopd.run_dir import RunDir
+from mtopd.run_dir import RunDir, numbered
 
 from .iteration import Iteration
 from .session import Session
@@ -51,7 +53,11 @@ def evaluate_student(session: Session, iteration: Iteration) -> None:
     """Evaluate the student that ``iteration`` begins with, whether it is due or not.  Collective."""
     with session.timed("evaluation", iteration):
         session.update_engine(iteration)
-        found = measure(session.engine, session.prompts, session.student, session.config)
+        answers: list[Answer] = []
+        found = measure(
+            session.engine, session.prompts, session.student, session.config, answers=answers
+        )
+        write_answers(session.run, session.ranks, iteration.number, answers)
         if session.ranks.rank == 0:
             write(session.run, iteration.evaluation.stem, found.accuracy)
     session.metrics.write(EvaluationLine(found.accuracy, stopped=found.stopped), iteration.number)
@@ -70,16 +76,37 @@ class Result:
     counts: Mapping[str, int]  # of held-out prompts
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a held-out prompt, as it was scored."""
+
+    prompt_id: str
+    domain: str
+    prompt: str  # as the model read it, special tokens included
+    response: str  # of its last turn
+    finish_reason: str  # one that does not end by itself scores 0
+    found: str  # the part of the response that counts
+    expected: str | None
+    score: float
+
+
 def measure(
-    engine: Engine, prompts: Prompts, student: Student, config: ConsolidateConfig | SpecialistConfig
+    engine: Engine,
+    prompts: Prompts,
+    student: Student,
+    config: ConsolidateConfig | SpecialistConfig,
+    *,
+    answers: list[Answer] | None = None,
 ) -> Result:
-    """Answer every held-out prompt with ``engine`` and score it; the same on every rank.
+    """Answer every held-out prompt with ``engine`` and score it; the same on every rank, but for
+    ``answers``, to which each adds those that it saw.
 
     The draws are the same for every model and iteration, so that two models differ by their weights
     alone.  Collective.
     """
     ranks, ending = student.ranks, student.ending(rollout_of(config))
     by_domain = prompts.held_out_by_domain(teachers_of(config))
+    domains = [*by_domain]
     items = [(d, p) for d, asked in enumerate(by_domain.values()) for p in asked]
     asked = [(p, Request(i, p.prompt_id, p.prompt_ids)) for i, (_, p) in enumerate(items)]
     sums = torch.zeros(3, len(by_domain), dtype=torch.float64, device=ranks.device)
@@ -96,11 +123,26 @@ def measure(
         )
         for response in turns.answers(engine):
             domain, prompt = items[response.sample_id]
+            ended = response.finish_reason == "stop"
+            text = ending.text(response.last_turn.tolist())
+            score = prompts.score(prompt, text) if ended else 0.0
             answered[domain] += 1
-            if response.finish_reason == "stop":
-                text = ending.text(response.last_turn.tolist())
-                correct[domain] += prompts.score(prompt, text) >= CORRECT_SCORE
-                stopped[domain] += 1
+            correct[domain] += score >= CORRECT_SCORE
+            stopped[domain] += ended
+            if answers is not None:
+                counted, expected = compared(prompt, text)
+                answers.append(
+                    Answer(
+                        prompt_id=prompt.prompt_id,
+                        domain=domains[domain],
+                        prompt=str(student.tokenizer.decode(list(prompt.prompt_ids))),
+                        response=text,
+                        finish_reason=response.finish_reason,
+                        found=counted,
+                        expected=expected,
+                        score=score,
+                    )
+                )
     dist.all_reduce(sums)
     assert answered.sum() == len(items), f"{answered.tolist()} of {len(items)} answered"
     counts = {name: len(asked) for name, asked in by_domain.items()}
@@ -142,6 +184,23 @@ def explain_zeros(found: Result) -> list[str]:
 
 def format_accuracy(found: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+
+
+def write_answers(run: RunDir, ranks: Ranks, number: int, answers: Sequence[Answer]) -> None:
+    """Keep this rank's answers of the evaluation after ``number`` iterations (of a specialist, train
+    steps) in place of those of the one before.
+    """
+    path = run.answers(ranks.rank)
+    if answers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"after": number, **asdict(answer)}) for answer in answers]
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    else:
+        path.unlink(missing_ok=True)
+    if ranks.rank == 0:  # of a start with more ranks
+        for rank, former in numbered(path.parent, ".jsonl").items():
+            if rank >= ranks.world_size:
+                former.unlink()
 
 
 def write(run: RunDir, name: str, found: Mapping[str, Any]) -> None:

@@ -63,7 +63,9 @@ def main(run_dir: Path, generation: int) -> None:
 
     def evaluated() -> evaluate.Result:
         engine().update_weights(student.weights(), f"supervised/{generation}/0")
-        found = evaluate.measure(engine(), prompts, student, config)
+        answers: list[evaluate.Answer] = []
+        found = evaluate.measure(engine(), prompts, student, config, answers=answers)
+        evaluate.write_answers(run, student.ranks, num_done, answers)
         engine().release()
         return found
 

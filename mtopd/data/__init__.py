@@ -18,7 +18,7 @@ from mtopd.data.tokenize import (
     tokenize_answers,
     tokenize_prompts,
 )
-from mtopd.data.verifiers import CORRECT_SCORE, open_dataset, verify
+from mtopd.data.verifiers import CORRECT_SCORE, compared, open_dataset, verify
 
 __all__ = [
     "CORRECT_SCORE",
@@ -30,6 +30,7 @@ __all__ = [
     "SupervisedExample",
     "Turn",
     "check_file",
+    "compared",
     "format_of",
     "load_environment",
     "load_prompt_file",

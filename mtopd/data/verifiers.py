@@ -62,6 +62,18 @@ def score(recipe: Mapping[str, Any], response_text: str) -> float:
             return 0.0
 
 
+def compared(prompt: Prompt, response_text: str) -> tuple[str, str | None]:
+    """The part of a response that counts, and the answer it is compared with; None where a dataset
+    names none.
+    """
+    recipe = prompt.verify
+    found = find_answer(response_text, recipe.get("answer_from"))
+    if recipe["verifier"] == "exact_match":
+        return found, str(recipe["answer"])
+    answer = entry_of(open_dataset(recipe), recipe["index"], recipe["dataset"])["answer"]
+    return found, None if answer is None else str(answer)
+
+
 def entry_of(dataset: Any, index: int, name: str) -> Mapping[str, Any]:
     """One entry; a dataset whose options leave it nothing to draw raises what it likes."""
     try:
