@@ -18,7 +18,7 @@ help:
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line (kills, resume, the smoke demo) and long matrices"
 	@echo "make sglang       the environment of real SGLang servers on a CPU (about 5 minutes, 3 GB)"
-	@echo "make sglang-test  rollouts on real SGLang servers on a CPU: updates, kills, faults, the main loop (about 5 minutes)"
+	@echo "make sglang-test  rollouts on real SGLang servers on a CPU: updates, kills, faults, the main loop (20 minutes where two cores are busy)"
 	@echo "make lint         ruff and mypy"
 	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"

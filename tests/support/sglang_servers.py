@@ -29,7 +29,8 @@ _FLAGS = {
     "--host": "127.0.0.1",
     "--cuda-graph-backend-decode": "disabled",
     "--cuda-graph-backend-prefill": "disabled",
-    "--mem-fraction-static": "0.2",
+    # Of the memory that is free, and other processes take some while a server starts.
+    "--mem-fraction-static": "0.9",
     "--max-total-tokens": "8192",
     "--max-running-requests": "64",
     "--load-format": "dummy",  # config.json alone: weights come from the trainer
