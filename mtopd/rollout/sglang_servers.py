@@ -216,7 +216,7 @@ class Servers:
 
     async def _watch(self, server: Server) -> None:
         """Look at a server until it is well, or has other weights."""
-        looks, known = 0, False
+        looks = 0
         while True:
             try:
                 model = await self.get(server, "/model_info", 10)
@@ -224,12 +224,7 @@ class Servers:
                 is_stale = found != self.version
             except ServerError as error:
                 server.why_out, died, is_stale = str(error), True, False
-            if not known:
-                known = True
-                for waiting in server.waiting:
-                    if not waiting.done():
-                        waiting.set_result(died or is_stale)
-                server.waiting.clear()
+            _tell(server, died or is_stale)  # also who came behind the first look
             if is_stale:
                 self.take_out(server, f"was restarted: it has the weights {found!r}")
                 return
@@ -241,10 +236,7 @@ class Servers:
                     server.why_out = str(error)
             await asyncio.sleep(_LOOK_AGAIN_S[min(looks, len(_LOOK_AGAIN_S) - 1)])
             looks += 1
-        for waiting in server.waiting:
-            if not waiting.done():
-                waiting.set_result(False)
-        server.waiting.clear()
+        _tell(server, False)
         self.take_back(server)
 
     async def choose(
@@ -283,3 +275,10 @@ class Servers:
         for server in self.all:
             if server.watcher is not None:
                 server.watcher.cancel()
+
+
+def _tell(server: Server, died: bool) -> None:
+    for waiting in server.waiting:
+        if not waiting.done():
+            waiting.set_result(died)
+    server.waiting.clear()

@@ -261,6 +261,21 @@ def test_a_server_dies_in_the_middle() -> None:
     assert sum(len(b["input_ids"]) for b in continued) == counts.refilled_tokens
 
 
+def test_who_learns_late_that_a_server_died_does_not_wait_for_its_return() -> None:
+    """A busy client sees a stream break when the server was looked at long ago."""
+    fakes = [FakeServer(), FakeServer()]
+    died: list[bool] = []
+
+    async def kill(run: Run) -> None:
+        await fakes[1].die()
+        for _ in range(2):
+            failed = run.servers.failed(run.servers.all[1], "a stream broke")
+            died.append(await asyncio.wait_for(failed, 20))
+
+    asyncio.run(Run(fakes)(works(1), kill))
+    assert died == [True, True]
+
+
 def test_a_restarted_server_gets_no_request_before_weights() -> None:
     """It answers with the version that its start gave it."""
     fakes = [FakeServer(), FakeServer()]
