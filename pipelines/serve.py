@@ -110,11 +110,13 @@ def _check_gpus(config: ConsolidateConfig, first: int) -> int | None:
     """The first server's first GPU; None where there is none.  Raises MtopdError where they are too
     few for the servers, behind ``first`` that ranks have.
     """
+    rollout = config.rollout
+    if rollout.server_args.get("device") == "cpu":
+        return None
     import torch
 
-    rollout = config.rollout
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not found or rollout.server_args.get("device") == "cpu":
+    if not found:
         return None
     wanted = rollout.num_servers * rollout.server_tp
     if first + wanted > found:

@@ -54,6 +54,7 @@ def values(student: Path, tmp_path: Path) -> dict[str, Any]:
             "servers": "auto",
             "python": str(write(tmp_path / "python")),
             "num_servers": 2,
+            "server_args": {"device": "cpu"},  # nothing that imports torch
             "patience_s": 100,
         },
         "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
@@ -121,13 +122,17 @@ def test_the_verb_keeps_servers_up_until_sigterm(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"servers": ["http://h:1"], "python": None, "num_servers": 1}, "has addresses of servers"),
+        (
+            {"servers": ["http://h:1"], "python": None, "num_servers": 1, "server_args": {}},
+            "has addresses of servers",
+        ),
         (
             {
                 "engine": "embedded",
                 "servers": [],
                 "python": None,
                 "num_servers": 1,
+                "server_args": {},
                 "patience_s": 600,
             },
             "has engine embedded",
@@ -154,6 +159,21 @@ def test_a_folder_of_somebody_else_and_every_address_are_refused(values: dict[st
     assert [path.name for path in config.run_dir.iterdir()] == ["thesis.tex"]
 
 
+def test_servers_get_the_gpus_behind_those_of_the_ranks(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    values["rollout"] |= {"server_tp": 2}
+    assert serve._check_gpus(validate(values, ConsolidateConfig, "file"), 4) is None, "on CPU"
+    values["rollout"]["server_args"] = {}
+    assert serve._check_gpus(validate(values, ConsolidateConfig, "file"), 4) == 4
+    with pytest.raises(
+        MtopdError, match=r"has 8 GPUs; .* need 4 beside the 5 of the ranks: lower one"
+    ):
+        serve._check_gpus(validate(values, ConsolidateConfig, "file"), 5)
+
+
 # -- a run -----------------------------------------------------------------------------------------
 def test_a_run_has_servers_while_it_lasts(values: dict[str, Any]) -> None:
     config, run = started(values)
@@ -165,7 +185,7 @@ def test_a_run_has_servers_while_it_lasts(values: dict[str, Any]) -> None:
 
 
 def test_what_servers_die_of_ends_the_start(values: dict[str, Any]) -> None:
-    values["rollout"]["server_args"] = {"behave": "fails"}
+    values["rollout"]["server_args"] |= {"behave": "fails"}
     config, run = started(values)
     with (
         pytest.raises(MtopdError, match=r"before it was ready: .*No module named 'sglang'"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from mtopd.config import ConsolidateConfig, to_yaml, validate
@@ -27,6 +28,7 @@ from tests.sglang.conftest import CONTEXT, EngineUnderTest, Place
 from tests.sglang.test_main_loop import SMALL, check_learns
 from tests.support.sglang_servers import PYTHON
 
+pytestmark = pytest.mark.timeout(1800)  # a server alone imports for half a minute, or longer
 _SCRIPT = """#!/bin/sh
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 exec {python} -u {launch} "$@"
