@@ -62,13 +62,15 @@ $(SGLANG)/ready: $(SUPPORT)/requirements.txt $(SUPPORT)/constraints.txt
 
 sglang: $(SGLANG)/ready
 
+# Servers that `mtopd serve` starts import everything anew, a minute or more each: their tests are part of make soak.
 sglang-test: $(READY) $(SGLANG)/ready
-	$(BIN)/python -m pytest tests/sglang
+	$(BIN)/python -m pytest tests/sglang --ignore=tests/sglang/test_serve.py
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz.run
 
-soak: $(READY)
+soak: $(READY) $(SGLANG)/ready
+	$(BIN)/python -m pytest tests/sglang/test_serve.py
 	$(BIN)/python -m tests.fuzz.run --count 2000 --whole 200 --seed $$(date +%s)
 	$(BIN)/python -m tests.convert.read_back
 	$(BIN)/python -m tests.hidden_cache.kill_writers --kills 60
