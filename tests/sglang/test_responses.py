@@ -5,6 +5,7 @@ it would have been.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -80,14 +81,24 @@ def test_samples_seeds_and_iterations_draw_apart(engine: EngineUnderTest, place:
         assert not any(one.tolist() == two.tolist() for one, two in pairs)
 
 
+@pytest.fixture
+def narrow(place: Place, servers: list[RunningServer]) -> Iterator[EngineUnderTest]:
+    """Most requests wait while some are answered: a busy client may find those whole in its sockets,
+    and the dead server is asked for others.
+    """
+    engine = EngineUnderTest(place, [server.url for server in servers], most_open=4)
+    yield engine
+    engine.close()
+
+
 def test_a_server_is_killed_in_the_middle_and_comes_back(
-    engine: EngineUnderTest, place: Place, servers: list[RunningServer], zygote: Zygote
+    narrow: EngineUnderTest, place: Place, servers: list[RunningServer], zygote: Zygote
 ) -> None:
     """SIGKILL while responses stream: they go on elsewhere, token for token.  Started again it gets
     no request before weights.
     """
+    engine = narrow
     engine.give(place.student, "run/1/0")
-    # Long ones, and an early kill: a busy client finds whole short ones in its sockets.
     long = Sampling(80, min_response=80, seed=5)
     asked = [Request(r.sample_id, r.prompt_id, r.prompt_ids[:15]) for r in requests(place, 24)]
     whole = answer(engine, asked, long)
