@@ -1,9 +1,10 @@
 """The real model from end to end: ``make real``, about 45 minutes on two cores.
 
 SmolLM2-135M becomes two specialists on reasoning-gym datasets, which are consolidated at tensor
-parallel 3.  One process and a pipeline of two do the steps of one iteration and must give the
-losses of tensor parallel 3; one step's gradients are held against transformers in float64.  Ends with a table of what
-was found and what was asked, and exit code 1 where something falls short.
+parallel 3 into a student that begins with a few supervised steps on both.  One process and a pipeline
+of two do the steps of one iteration and must give the losses of tensor parallel 3; one step's
+gradients are held against transformers in float64.  Ends with a table of what was found and what was
+asked, and exit code 1 where something falls short.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> int:
             f"skipped: {smollm2.PACKAGE} is not in the cache folder, and no package index answers"
         )
         return 0
-    for name in DOMAINS:
+    for name in ("start", *DOMAINS):
         mtopd("specialist", str(CONFIGS / f"real_{name}.yaml"))
     mtopd("consolidate", str(CONFIGS / "real.yaml"))
     for layout, parallel in LAYOUTS.items():
