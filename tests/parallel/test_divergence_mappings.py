@@ -68,9 +68,8 @@ def check(case: Case, rank: int, world_size: int, is_sequence_parallel: bool) ->
         )
     else:
         mapped = copy_to_tensor_model_parallel_region(hidden, group=group)
-    shard = Case(
-        mapped, weight, case.teacher_hidden_TE, case.teacher_weight_VE[rows], case.token_weight_T
-    )
+    per_token = (case.token_weight_T, case.label_T)
+    shard = Case(mapped, weight, case.teacher_hidden_TE, case.teacher_weight_VE[rows], *per_token)
     out = shard.call(mapped, weight, tp_group=group, workspace_bytes=20_000, **case.options)
     out.loss.backward()
     oracle, plain = dense(case), dense(case, torch.float32)
