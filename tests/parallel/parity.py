@@ -221,6 +221,7 @@ def trajectories(vocab: int, *, reordered: bool) -> list[Trajectory]:
     the same.
     """
     rng = np.random.default_rng(7)
+    told = np.random.default_rng(1)
     samples = []
     for i in range(NUM_SAMPLES):
         prompt, response = (
@@ -229,7 +230,7 @@ def trajectories(vocab: int, *, reordered: bool) -> list[Trajectory]:
         )
         mask = (rng.random(len(response)) < 0.8).astype(int) if i else np.zeros(len(response), int)
         # Far below the student's: the mean difference is positive.
-        log_probs = tuple((-9 - rng.random(len(response))).tolist())
+        log_probs = tuple((-9 - told.random(len(response))).tolist())
         samples.append((i % 3, prompt, response, mask, log_probs))
     order = list(range(NUM_SAMPLES))[::-1] if reordered else range(NUM_SAMPLES)
     return [
