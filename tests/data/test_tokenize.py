@@ -95,7 +95,7 @@ def test_supervised_training_needs_answers(tokenizer, tmp_path: Path) -> None:
     source = load_prompt_file(
         "x", write_jsonl(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "c"})
     )
-    with pytest.raises(MtopdError, match="x/1 has no answer"):
+    with pytest.raises(MtopdError, match=r"x/1 .*line 2\) has no answer"):
         tokenize_answers(source, tokenizer)
     assert len(tokenize_answers(source, tokenizer, rows=[0])) == 1
 
