@@ -173,7 +173,7 @@ def measure_samples(folder: Path, samples: int) -> SampleCost:
         shards = ShardWriter(folder / "trajectories", planned, SHARD, generation=2)
         for response in responses:
             shards.add(response)
-        assert shards.num_samples == samples
+        assert shards.sealed.samples == samples
 
     def read() -> None:
         store = TokenStore(folder / "trajectories")
