@@ -452,6 +452,12 @@ class RolloutConfig(Model):
     like any other, no distribution is changed for it.
     """
 
+    def _refuse(self, keys: Sequence[str], why: str) -> None:
+        """Raise ValueError for one of ``keys`` that has been set: it would do nothing."""
+        for key in keys:
+            if getattr(self, key) != RolloutConfig.model_fields[key].default:
+                raise ValueError(f"{key} has no effect {why}")
+
     @model_validator(mode="after")
     def _servers_have_effect(self) -> RolloutConfig:
         if self.engine == "sglang":
@@ -467,21 +473,14 @@ class RolloutConfig(Model):
                         "e.g. /opt/sglang/bin/python"
                     )
                 return self
-            for key in STARTED_KEYS:
-                if getattr(self, key) != RolloutConfig.model_fields[key].default:
-                    raise ValueError(
-                        f"{key} has no effect on servers that are there already; leave it out, or "
-                        "set servers: auto"
-                    )
+            self._refuse(
+                STARTED_KEYS,
+                "on servers that are there already; leave it out, or set servers: auto",
+            )
             if twice := {url for url in self.servers if self.servers.count(url) > 1}:
                 raise ValueError(f"servers names {min(twice)} twice; name each server once")
             return self
-        for key in SERVER_KEYS:
-            if getattr(self, key) != RolloutConfig.model_fields[key].default:
-                raise ValueError(
-                    f"{key} has no effect with engine {self.engine}; leave it out, or set engine "
-                    "sglang"
-                )
+        self._refuse(SERVER_KEYS, f"with engine {self.engine}; leave it out, or set engine sglang")
         return self
 
     @model_validator(mode="before")

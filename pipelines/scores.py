@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mtopd.kernels import label_log_probs
 from mtopd.megatron.agreement import gather
-from mtopd.megatron.micro_batch import vocab_parallel_cross_entropy
 from mtopd.megatron.packing import loss_rows_of_rank, pack_rows
-from mtopd.objectives import CrossEntropy
 
 from .student import Student
 
@@ -64,22 +63,19 @@ def score(student: Student, sequences: Sequence[Sequence[int]]) -> list[np.ndarr
                 payload=(rows, torch.tensor(labels, dtype=torch.long, device=ranks.device)),
             )
         )
-    entropy = CrossEntropy(
-        vocab_size=student.vocab_size,
-        tp_rank=ranks.tp_rank,
-        cross_entropy=vocab_parallel_cross_entropy,
-    )
     found: _Rows = []
 
     def keep(hidden_TD: torch.Tensor, weight_vD: torch.Tensor, micro_batch: Any) -> torch.Tensor:
         rows, labels_T = micro_batch.payload
-        nll_T = entropy.negative_log_likelihoods(hidden_TD, weight_vD, labels_T)
-        values = (-nll_T).double().cpu().numpy()
+        log_prob_T = label_log_probs(
+            hidden_TD, weight_vD, labels_T, vocab_size=student.vocab_size, tp_group=ranks.tp_group
+        )
+        values = log_prob_T.double().cpu().numpy()
         done = 0
         for number, row in rows:
             found.append((number, row.start, values[done : done + len(row)]))
             done += len(row)
-        return nll_T.sum()
+        return log_prob_T.sum()
 
     trainer.forward(micro_batches, keep)
     holds = ranks.is_last_stage and ranks.tp_rank == 0 and ranks.dp_rank == 0

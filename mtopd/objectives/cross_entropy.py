@@ -31,21 +31,6 @@ class CrossEntropy:
     def __call__(
         self, student_hidden_TD: torch.Tensor, output_weight_vD: torch.Tensor, micro_batch: Any
     ) -> torch.Tensor:
-        nll_T = self.negative_log_likelihoods(
-            student_hidden_TD, output_weight_vD, micro_batch.payload
-        )
-        loss = (nll_T * micro_batch.token_weight_T).sum()
-        self._loss = self._loss + loss.detach().double()
-        self._num_tokens = self._num_tokens + len(nll_T)
-        return loss
-
-    def negative_log_likelihoods(
-        self,
-        student_hidden_TD: torch.Tensor,
-        output_weight_vD: torch.Tensor,
-        labels_T: torch.Tensor,
-    ) -> torch.Tensor:
-        """[T] in nats, float32, the same on all tp ranks."""
         num_rows = output_weight_vD.shape[0]
         num_valid = min(max(self._vocab_size - self._tp_rank * num_rows, 0), num_rows)
         logits_Tv = torch.nn.functional.linear(student_hidden_TD, output_weight_vD).float()
@@ -56,7 +41,11 @@ class CrossEntropy:
             is_padding_v[num_valid:] = True
             logits_Tv = logits_Tv.masked_fill(is_padding_v, torch.finfo(torch.float32).min)
         # A leading axis: Megatron's function takes [S, B, v].
-        return self._cross_entropy(logits_Tv[:, None].clone(), labels_T[:, None])[:, 0]
+        nll_T = self._cross_entropy(logits_Tv[:, None].clone(), micro_batch.payload[:, None])[:, 0]
+        loss = (nll_T * micro_batch.token_weight_T).sum()
+        self._loss = self._loss + loss.detach().double()
+        self._num_tokens = self._num_tokens + len(nll_T)
+        return loss
 
     def finish(self) -> LocalSums:
         return LocalSums({"loss": self._loss, "tokens": self._num_tokens})
