@@ -20,6 +20,7 @@ from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import Engine, Request, Sampling
 from mtopd.rollout.memory_log import MemoryLog, Response
+from mtopd.rollout.token_log import FormerLogs, TokenLog, log_path, logs_before, samples_in
 from mtopd.tokenizer import load_tokenizer
 from tests.small_models import save_model
 
@@ -143,3 +144,21 @@ def check_same(engine: Engine, found: Sequence[Response], expected: Sequence[Res
     allowed = {"embedded": 0.0, "sglang": 1e-5}[engine.kind]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=allowed)
+
+
+def token_log(
+    folder: Path, generation: int, count: int, kind: str, versions: dict[int, str]
+) -> TokenLog:
+    """The log of a start that goes on with the first ``count`` samples of those before."""
+    files = {
+        path: samples_in(path, run="test", unsealed=range(count))[0]
+        for path in logs_before(folder, generation)
+    }
+    return TokenLog(
+        f"start {generation} of {folder}",
+        log_path(folder, generation, 0),
+        run="test",
+        engine=kind,
+        versions=versions,
+        former=FormerLogs(files, "test"),
+    )

@@ -25,14 +25,13 @@ from mtopd.rollout.token_log import (
     log_path,
     logs_before,
     read_log,
-    samples_in,
 )
 from mtopd.rollout.turns import Environment, Turns
 from mtopd.tokenizer import encode_prompts, load_tokenizer
 from mtopd.trajectories import TokenStore, write_shard
 from mtopd.types import MtopdError, Prompt
 from tests.environments import count_letters
-from tests.rollout.engines import VERSION, Model, build_embedded, memory_log, small_model
+from tests.rollout.engines import VERSION, Model, build_embedded, memory_log, small_model, token_log
 
 SAMPLING = Sampling(72, seed=3, iteration=7)
 COUNT = 20
@@ -156,26 +155,11 @@ def test_a_response_is_the_students_turns_and_the_replies_between_them(
         np.testing.assert_array_equal(mask, np.asarray(sample.loss_mask))
 
 
-def token_log(folder: Path, generation: int) -> TokenLog:
-    files = {
-        path: samples_in(path, run="test", unsealed=range(COUNT))[0]
-        for path in logs_before(folder, generation)
-    }
-    return TokenLog(
-        f"start {generation} of {folder}",
-        log_path(folder, generation, 0),
-        run="test",
-        engine="embedded",
-        versions={7: VERSION},
-        former=FormerLogs(files, "test"),
-    )
-
-
 def test_wherever_a_start_is_killed_the_next_one_ends_alike_and_asks_for_what_is_missing(
     model: Model, asked: Asked, tmp_path: Path
 ) -> None:
     """The log of a whole start is cut at any byte, twice over: the second start is cut, too."""
-    first = token_log(tmp_path / "whole", 1)
+    first = token_log(tmp_path / "whole", 1, COUNT, "embedded", {7: VERSION})
     whole = answer(model, turns_of(model, asked, first))
     first.close()
     data = first.path.read_bytes()
@@ -201,7 +185,7 @@ def test_wherever_a_start_is_killed_the_next_one_ends_alike_and_asks_for_what_is
                 again.append(turn_id(int(turn.conversation.removeprefix("test/")), turn.turn))
                 return count_letters(turn)
 
-            log = token_log(folder, generation)
+            log = token_log(folder, generation, COUNT, "embedded", {7: VERSION})
             found = answer(model, turns_of(model, asked, log, step))
             log.close()
             assert bits(found) == bits(whole), f"cut at {size} of {len(data)}"
@@ -217,7 +201,7 @@ def test_a_reply_is_logged_as_soon_as_it_is_there(
     model: Model, asked: Asked, tmp_path: Path
 ) -> None:
     """Not when its batch goes on: that may be an hour later."""
-    log = token_log(tmp_path, 1)
+    log = token_log(tmp_path, 1, COUNT, "embedded", {7: VERSION})
     engine = build_embedded(model, batch_size=COUNT)
     engine.update_weights(model.buckets(), VERSION)
     turns = turns_of(model, asked, log)

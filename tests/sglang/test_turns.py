@@ -11,17 +11,14 @@ from mtopd.data import Turn
 from mtopd.rollout.engine import Request, Sampling
 from mtopd.rollout.memory_log import MemoryLog, Response
 from mtopd.rollout.token_log import (
-    FormerLogs,
-    TokenLog,
     log_path,
-    logs_before,
     read_log,
-    samples_in,
 )
 from mtopd.rollout.turns import Environment, Turns
 from mtopd.tokenizer import encode_prompts
 from mtopd.types import Prompt
 from tests.environments import count_letters
+from tests.rollout.engines import token_log
 from tests.sglang.conftest import EngineUnderTest, Place
 
 COUNT = 24
@@ -57,26 +54,14 @@ def answer(
     return found
 
 
-def token_log(folder: Path, generation: int) -> TokenLog:
-    files = {
-        path: samples_in(path, run="test", unsealed=range(COUNT))[0]
-        for path in logs_before(folder, generation)
-    }
-    return TokenLog(
-        f"start {generation}",
-        log_path(folder, generation, 0),
-        run="test",
-        engine="sglang",
-        versions={0: "run/1/0"},
-        former=FormerLogs(files, "test"),
-    )
-
-
 def test_turns_stand_behind_one_another_and_go_on_from_a_torn_log(
     engine: EngineUnderTest, place: Place, tmp_path: Path
 ) -> None:
     engine.give(place.student, "run/1/0")
-    first, calls = token_log(tmp_path / "whole", 1), list[tuple[str, int]]()
+    first, calls = (
+        token_log(tmp_path / "whole", 1, COUNT, "sglang", {0: "run/1/0"}),
+        list[tuple[str, int]](),
+    )
     whole = answer(engine, place, first, calls)
     first.close()
     assert len({*calls}) == len(calls), "asked once a turn"
@@ -99,7 +84,7 @@ def test_turns_stand_behind_one_another_and_go_on_from_a_torn_log(
         log_path(folder, 1, 0).write_bytes(data[: int(share * len(data))])
         num_known = sum(bool(r.reply) for r in read_log(log_path(folder, 1, 0)).records)
         again: list[tuple[str, int]] = []
-        log = token_log(folder, 2)
+        log = token_log(folder, 2, COUNT, "sglang", {0: "run/1/0"})
         found = answer(engine, place, log, again)
         log.close()
         assert len(again) == len(calls) - num_known and num_known
