@@ -18,6 +18,7 @@ from mtopd.rollout.memory_log import sample_of, turn_of
 from mtopd.rollout.token_log import read_log
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.trajectories import TokenStore
+from tests.conftest import REPOSITORY
 from tests.environments import calls_in
 from tests.integration.test_kill_and_resume import (
     assert_nothing_left,
@@ -62,6 +63,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    # An environment is an installed one: ranks do not look into the folder they start in.
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     return tmp_path
 
 
