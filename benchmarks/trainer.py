@@ -348,7 +348,8 @@ def make_models(folder: Path) -> None:
 
 def run_section(name: str, layout: dict[str, int], folder: Path, *, quick: bool) -> dict[str, Any]:
     """A layout in ranks of its own."""
-    from mtopd.config import ConsolidateConfig, load_config
+    from mtopd.config import ConsolidateConfig
+    from mtopd.config_file import load_config
     from mtopd.pipelines import prepare
     from mtopd.run_dir import RunDir
 

@@ -18,7 +18,8 @@ def main(folder: Path, config_path: Path, seed: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mtopd.char_tokenizer import build_char_tokenizer
-    from mtopd.config import SpecialistConfig, load_config
+    from mtopd.config_file import load_config
+    from mtopd.config_specialist import SpecialistConfig
     from mtopd.progress import quiet_libraries
     from mtopd.prompt_table import load_source
     from mtopd.tokenizer import vocab_size

@@ -10,7 +10,9 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from mtopd.config import ConsolidateConfig, FieldText, ServerUrl, SpecialistConfig, StoreLocation
+from mtopd.config import ConsolidateConfig
+from mtopd.config_specialist import SpecialistConfig
+from mtopd.config_values import FieldText, ServerUrl, StoreLocation
 
 _HEAD = """# Every key of a config
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mtopd.config import SERVER_KEYS
+from mtopd.config_rollout import SERVER_KEYS
 from mtopd.files import read_json, write_atomic, write_json
 from mtopd.run_dir import RunDir, read_seal
 from mtopd.types import MtopdError

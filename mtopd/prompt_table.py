@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from mtopd.config import DataConfig, SourceConfig
+from mtopd.config_data import DataConfig, SourceConfig
 from mtopd.data import (
     Asking,
     Overlong,

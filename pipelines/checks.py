@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, StudentConfig
+from mtopd.config import ConsolidateConfig, StudentConfig
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.families import check_variant, model_facts
 from mtopd.hf_checkpoint import check_checkpoint, load_hf_config
 from mtopd.hf_weights import check_average

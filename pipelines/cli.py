@@ -16,7 +16,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.files import one_line_errors
 from mtopd.progress import console, is_first, log_as_json, logs_json
 from mtopd.run_dir import RunDir

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML config of the run.")]
 Overrides = Annotated[

@@ -10,13 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtopd.config import (
-    SpecialistConfig,
-    StudentConfig,
-    SupervisedConfig,
-    TrainConfig,
-    local_path,
-)
+from mtopd.config import StudentConfig, TrainConfig
+from mtopd.config_specialist import SpecialistConfig, SupervisedConfig
+from mtopd.config_values import local_path
 from mtopd.files import read_json, remove_tree
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.manifest import MANIFEST_SCHEMA, differences

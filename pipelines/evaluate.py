@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtopd.config import ConsolidateConfig, RolloutConfig, SpecialistConfig
+from mtopd.config import ConsolidateConfig
+from mtopd.config_rollout import RolloutConfig
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.data import CORRECT_SCORE, compared
 from mtopd.files import write_atomic, write_json
 from mtopd.megatron.agreement import apart, decide

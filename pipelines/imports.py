@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mtopd import trajectories
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.content import ContentNotes, FileContent
 from mtopd.data import route
 from mtopd.files import publish_tree, read_json, remove_tree, sweep, write_json
@@ -62,9 +63,7 @@ def import_rows(
     if len({path.resolve() for path in files}) < len(files):
         raise MtopdError("one file is given twice: its samples would be trained on twice")
     with run.lock():
-        contents = [
-            content for path in files for content in ContentNotes().content_of(path).values()
-        ]
+        contents = [c for path in files for c in ContentNotes().content_of(path).values()]
         sources = [{"size": c.size, "sha256": c.sha256} for c in contents]
         if _is_imported(run.trajectories(number), sources):
             say(f"iteration {number} holds the samples of these files already")

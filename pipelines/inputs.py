@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mtopd.config import SourceConfig, StudentConfig
+from mtopd.config import StudentConfig
+from mtopd.config_data import SourceConfig
 from mtopd.content import ContentNotes
 from mtopd.hf_checkpoint import HFTensors
 from mtopd.manifest import TOKENIZER, Inputs

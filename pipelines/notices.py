@@ -6,13 +6,8 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 
-from mtopd.config import (
-    ConsolidateConfig,
-    SpecialistConfig,
-    StudentConfig,
-    SupervisedConfig,
-    TrainConfig,
-)
+from mtopd.config import ConsolidateConfig, StudentConfig, TrainConfig
+from mtopd.config_specialist import SpecialistConfig, SupervisedConfig
 from mtopd.dtypes import torch_dtype
 from mtopd.families import dropouts, model_facts
 from mtopd.hf_checkpoint import HFTensors, hf_config_from_dict, load_hf_config

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, resolved, to_yaml
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import resolved, to_yaml
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.families import model_facts
 from mtopd.files import remove_tree
 from mtopd.hf_checkpoint import load_hf_config

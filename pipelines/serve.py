@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mtopd.child_process import with_parent
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.files import one_line_errors
 from mtopd.progress import print_error, say
 from mtopd.rollout.sglang_command import LOOPBACK, Launch

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.files import read_json, remove_tree
 from mtopd.manifest import check_accepted
 from mtopd.megatron import checkpoint

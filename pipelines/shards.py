@@ -11,7 +11,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mtopd import trajectories
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.files import read_json
 from mtopd.progress import say
 from mtopd.run_dir import RunDir, is_sealed, numbered, read_seal

@@ -16,7 +16,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
-from mtopd.config import ConsolidateConfig, ParallelConfig, SpecialistConfig, load_config
+from mtopd.config import ConsolidateConfig, ParallelConfig
+from mtopd.config_file import load_config
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.files import one_line_errors
 from mtopd.manifest import has_origin
 from mtopd.planning import in_words

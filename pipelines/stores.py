@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
-from mtopd.config import NAME_PATTERN
+from mtopd.config_values import NAME_PATTERN
 from mtopd.dtypes import safetensors_name
 from mtopd.progress import say
 from mtopd.teacher_offload.names import MANIFEST

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from mtopd.config import OptimizerConfig, ParallelConfig, RolloutConfig, StudentConfig
+from mtopd.config import OptimizerConfig, ParallelConfig, StudentConfig
+from mtopd.config_rollout import RolloutConfig
 from mtopd.convert.bridge import Bridge
 from mtopd.convert.weight_stream import WeightStream
 from mtopd.dtypes import torch_dtype

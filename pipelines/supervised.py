@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mtopd.config import SpecialistConfig, StopConfig, load_config
+from mtopd.config_file import load_config
+from mtopd.config_specialist import SpecialistConfig, StopConfig
 from mtopd.data import SupervisedExample
 from mtopd.megatron import checkpoint
 from mtopd.megatron.agreement import decide, see_start_alike

@@ -9,21 +9,15 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from mtopd.config import (
-    ConsolidateConfig,
-    SpecialistConfig,
-    _models_in,
-    load_config,
-    resolved,
-    to_yaml,
-    validate,
-)
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import _models_in, load_config, resolved, to_yaml, validate
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.types import MtopdError
 from tests.conftest import REPOSITORY
 
@@ -366,7 +360,7 @@ def counts_of(kind: type[BaseModel], path: str = "") -> Iterator[str]:
     for name, field in kind.model_fields.items():
         where = f"{path}{name}"
         for inner in _models_in(field.annotation):
-            place = f"{where}.0." if "list" in str(field.annotation) else f"{where}."
+            place = f"{where}.0." if get_origin(field.annotation) is list else f"{where}."
             yield from counts_of(inner, place)
         if int in (field.annotation, *get_args(field.annotation)):
             yield where

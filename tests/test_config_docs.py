@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, validate
+from mtopd.config import ConsolidateConfig
 from mtopd.config_docs import _tables, markdown
+from mtopd.config_file import validate
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.yaml_file import parse_yaml
 from tests.conftest import REPOSITORY
 from tests.readme_commands import MAX_COMMANDS, commands

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from mtopd import prompt_table
-from mtopd.config import DataConfig, SourceConfig
+from mtopd.config_data import DataConfig, SourceConfig
 from mtopd.data.sources import PromptRow, PromptSource
 from mtopd.prompt_table import Prompts, load_source, source_identity, write_prompt_table
 from mtopd.run_dir import RunDir

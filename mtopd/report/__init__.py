@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtopd.config import SpecialistConfig
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.files import write_atomic, write_json
 from mtopd.report.numbers import Report, build_report, build_specialist_report
 from mtopd.report.page import render_page, render_specialist_page

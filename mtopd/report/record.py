@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtopd.config import ConsolidateConfig, SourceConfig, SpecialistConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_data import SourceConfig
+from mtopd.config_file import load_config
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.data import route
 from mtopd.files import read_json
 from mtopd.metrics import Entry, L, read_metrics

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtopd.config import SourceConfig
+from mtopd.config_data import SourceConfig
 from mtopd.data.environments import Step, Turn, check_reply, load_environment
 from mtopd.rollout.calls import Call, Calls
 from mtopd.rollout.ending import Ending

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mtopd.config import DataConfig, ExampleConfig, SourceConfig, TeacherConfig
+from mtopd.config import TeacherConfig
+from mtopd.config_data import DataConfig, ExampleConfig, SourceConfig
 from mtopd.data.answers import NORMALIZATIONS
 from mtopd.data.prompt_file import COLUMNS
 from mtopd.data.readers import FORMATS

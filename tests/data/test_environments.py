@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtopd.config import ConsolidateConfig, SpecialistConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.data.environments import load_environment
 from mtopd.prompt_table import check_sources
 from mtopd.types import MtopdError

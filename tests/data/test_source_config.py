@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mtopd.config import SpecialistConfig, TeacherConfig, load_config, resolved, to_yaml, validate
+from mtopd.config import TeacherConfig
+from mtopd.config_file import load_config, resolved, to_yaml, validate
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.types import MtopdError
 
 VALUES = {

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from mtopd.config import ConsolidateConfig, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import validate
 from mtopd.convert.teacher import add_teacher
 from mtopd.hidden_cache import HiddenCacheReader
 from mtopd.pipelines import prepare

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtopd.config import ConsolidateConfig, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import validate
 from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import prepare
 from mtopd.run_dir import RunDir

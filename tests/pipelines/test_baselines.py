@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from mtopd import user_cache
-from mtopd.config import ConsolidateConfig, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import validate
 from mtopd.metrics import MetricsWriter, read_metrics
 from mtopd.metrics_lines import BaselineLine
 from mtopd.pipelines import baselines

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mtopd.config import SpecialistConfig, StudentConfig
+from mtopd.config import StudentConfig
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.pipelines.checks import (

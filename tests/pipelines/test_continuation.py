@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mtopd.config import SpecialistConfig, StudentConfig, SupervisedConfig, TrainConfig
+from mtopd.config import StudentConfig, TrainConfig
+from mtopd.config_specialist import SpecialistConfig, SupervisedConfig
 from mtopd.files import read_json, write_json
 from mtopd.manifest import MANIFEST_SCHEMA
 from mtopd.pipelines.continuation import (

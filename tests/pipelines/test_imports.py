@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import cli, imports, prepare
 from mtopd.prompt_table import PromptIndex

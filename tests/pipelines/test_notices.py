@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtopd.config import SpecialistConfig, StudentConfig, SupervisedConfig
+from mtopd.config import StudentConfig
+from mtopd.config_specialist import SpecialistConfig, SupervisedConfig
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.pipelines.notices import (

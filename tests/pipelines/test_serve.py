@@ -19,7 +19,8 @@ import psutil
 import pytest
 import yaml
 
-from mtopd.config import ConsolidateConfig, to_yaml, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import to_yaml, validate
 from mtopd.pipelines import serve
 from mtopd.rollout.sglang_launch import read_urls, write_urls
 from mtopd.run_dir import SERVERS_LOCK, RunDir
@@ -198,7 +199,8 @@ def test_what_servers_die_of_ends_the_start(values: dict[str, Any]) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.pipelines.serve import servers_of
 from mtopd.run_dir import RunDir
 run = RunDir(Path(sys.argv[1]))

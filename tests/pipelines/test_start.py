@@ -12,7 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import prepare, start
 from mtopd.run_dir import RunDir, is_sealed

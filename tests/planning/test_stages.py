@@ -93,7 +93,8 @@ def test_no_split_that_megatron_can_be_told_is_better(
 
 
 def test_the_start_proposes_an_uneven_split_where_it_helps(tmp_path: Path) -> None:
-    from mtopd.config import ConsolidateConfig, validate
+    from mtopd.config import ConsolidateConfig
+    from mtopd.config_file import validate
     from mtopd.pipelines.prepare import report_stage_imbalance
     from tests.small_models import save_model
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mtopd import manifest
-from mtopd.config import ConsolidateConfig, resolved, to_yaml, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import resolved, to_yaml, validate
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import (
     PassMetrics,

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from mtopd import manifest
-from mtopd.config import SpecialistConfig, resolved, to_yaml, validate
+from mtopd.config_file import resolved, to_yaml, validate
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.files import write_json
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import EvaluationLine, MemoryLine, SupervisedStepLine

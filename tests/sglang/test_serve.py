@@ -17,7 +17,8 @@ import psutil
 import pytest
 import yaml
 
-from mtopd.config import ConsolidateConfig, to_yaml, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import to_yaml, validate
 from mtopd.pipelines.serve import servers_of
 from mtopd.rollout.sglang_launch import read_urls
 from mtopd.run_dir import RunDir

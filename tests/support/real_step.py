@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mtopd.config import ConsolidateConfig, load_config
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import load_config
 from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import prepare
 from mtopd.run_dir import RunDir

@@ -11,7 +11,8 @@ import json
 import random
 from pathlib import Path
 
-from mtopd.config import ConsolidateConfig, validate
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import validate
 from mtopd.convert.teacher import add_teacher
 from mtopd.pipelines import prepare
 from mtopd.run_dir import RunDir

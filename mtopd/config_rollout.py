@@ -1,0 +1,141 @@
+"""Answers in a config: what samples the student's responses, and how held-out prompts are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mtopd.config_values import Items, LocalPath, Model, Ranks, Servers, Whole
+
+# of rollouts: for servers that a run starts; all that only SGLang servers know
+STARTED_KEYS = ("python", "num_servers", "server_tp", "server_args")
+SERVER_KEYS = ("servers", "seeded", "open_per_server", "silence_s", "patience_s", *STARTED_KEYS)
+
+
+class RolloutConfig(Model):
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """What samples responses: a transformers model on each rank, or SGLang servers."""
+    servers: Servers = []
+    """Addresses of the SGLang servers; auto: those that `mtopd serve` keeps up for this run directory
+    or, where it does not, servers that the run starts on its first host and ends with itself.
+    """
+    python: LocalPath | None = None
+    """For servers auto: the Python of the environment that has SGLang."""
+    num_servers: Ranks = 1
+    """For servers auto: how many are started."""
+    server_tp: Ranks = 1
+    """For servers auto: GPUs that share a server's model (tensor parallelism)."""
+    server_args: dict[str, Any] = {}
+    """For servers auto: further flags of SGLang's launch_server, without the dashes in front; true for
+    a flag without a value.
+    """
+    seeded: bool = True
+    """A draw of the SGLang servers follows from seed and position, so that a response that is
+    continued is the one it would have been; false for servers without
+    --enable-deterministic-inference: then it is one of the same distribution.
+    """
+    open_per_server: Items = 128
+    """Responses that one SGLang server answers at a time."""
+    silence_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a token after which a response is asked for again, of any server."""
+    patience_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to wait for SGLang servers at a start, and while none answers."""
+    prompts_per_iteration: Items
+    """A multiple of the number of sources."""
+    samples_per_prompt: Items = 1
+    """Responses to each prompt."""
+    batch_size: Items = 96
+    """Samples that are sealed together, and that the embedded engine answers together: its unit of
+    replay.
+    """
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """A response also ends once its text holds one of these (evaluation cuts it before).  Its
+    tokens are what the student sampled: they stay in the response and are trained, no EOS is added.
+    """
+    stop_ids: list[Annotated[Whole, Field(ge=0, lt=1 << 31)]] = []
+    """Further tokens that end a response, beside those that the student's folder names."""
+    min_response: Annotated[Whole, Field(ge=0, le=1 << 31)] = 0
+    """A response does not end before so many tokens: an end token or stop string before is a token
+    like any other, no distribution is changed for it.
+    """
+
+    def _refuse(self, keys: Sequence[str], why: str) -> None:
+        """Raise ValueError for one of ``keys`` that has been set: it would do nothing."""
+        for key in keys:
+            if getattr(self, key) != RolloutConfig.model_fields[key].default:
+                raise ValueError(f"{key} has no effect {why}")
+
+    @model_validator(mode="after")
+    def _servers_have_effect(self) -> RolloutConfig:
+        if self.engine == "sglang":
+            if not self.servers:
+                raise ValueError(
+                    "engine sglang needs servers: auto, or a list of addresses like "
+                    "http://host:30000"
+                )
+            if self.servers == "auto":
+                if self.python is None:
+                    raise ValueError(
+                        "servers: auto needs python: the Python of the environment that has SGLang, "
+                        "e.g. /opt/sglang/bin/python"
+                    )
+                return self
+            self._refuse(
+                STARTED_KEYS,
+                "on servers that are there already; leave it out, or set servers: auto",
+            )
+            if twice := {url for url in self.servers if self.servers.count(url) > 1}:
+                raise ValueError(f"servers names {min(twice)} twice; name each server once")
+            return self
+        self._refuse(SERVER_KEYS, f"with engine {self.engine}; leave it out, or set engine sglang")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_exact(cls, values: object) -> object:
+        changing = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+        changing |= {"frequency_penalty", "presence_penalty", "logit_bias"}
+        found = sorted(changing & {*values}) if isinstance(values, dict) else []
+        if found:
+            raise ValueError(
+                f"{found[0]} would change the distribution that responses are drawn from: exact "
+                "distillation trains on the student's own tokens, drawn at temperature 1 without a "
+                "filter; leave it out (evaluation.temperature and evaluation.top_p are for held-out "
+                "prompts)"
+            )
+        return values
+
+
+class SamplingConfig(Model):
+    """How held-out prompts are answered: by default the most likely token.  Rollouts are always the
+    student's own distribution.
+    """
+
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the fewest most likely ones that hold this probability together."""
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> SamplingConfig:
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError(
+                f"top_p {self.top_p} does nothing at temperature 0, which takes the most likely "
+                "token; set a temperature above 0, or leave top_p out"
+            )
+        return self
+
+
+class EvaluationConfig(SamplingConfig):
+    every: Annotated[Whole, Field(ge=0)] = 0
+    """Iterations between evaluations; 0: only before the first and after the last."""
+    baselines: dict[str, LocalPath] = {}
+    """HF folders evaluated beside the student, by name; "base" and the teachers' names give the
+    recovery.
+    """
+    baselines_at_end: bool = True
+    """After the last iteration; false: only `mtopd evaluate RUN --baselines` evaluates them."""
+    weight_average: list[str] = []
+    """Names of baselines whose plain average is evaluated too."""
