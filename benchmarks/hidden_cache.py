@@ -40,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -324,8 +325,8 @@ def measure_read(spec: Spec, folder: Path) -> dict[str, Any]:
         results[f"read_{name}"] = in_turn(
             spec.repeats,
             wanted * spec.row_bytes,
-            lambda counted=counted: counted(reading.plain),
-            lambda counted=counted: counted(reading.cache),
+            partial(counted, reading.plain),
+            partial(counted, reading.cache),
             before,
         )
         per_pass = (reading.reader.bytes_read - reads_before) / (spec.repeats + 1)
@@ -449,9 +450,9 @@ def serve(pipe: Connection, number: int, spec: Spec, folder: Path) -> None:
             "write again": lambda: write_cache(samples, folder / "again", writer=f"w{number}"),
         }
         if reading is not None:
-            calls["read plain"] = lambda found=reading: found.plain(found.wholes)
-            calls["read cache"] = lambda found=reading: found.cache(found.wholes)
-            calls["compare"] = lambda found=reading: found.compare(found.wholes)
+            calls["read plain"] = partial(reading.plain, reading.wholes)
+            calls["read cache"] = partial(reading.cache, reading.wholes)
+            calls["compare"] = partial(reading.compare, reading.wholes)
         time.sleep(max(0.0, arguments[0] - time.monotonic()))  # all start at once
         started = time.monotonic()
         count = calls[request]()

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -114,7 +115,7 @@ def main() -> None:
             engine.close()
         finally:
             zygote.close()
-    result = {
+    result: dict[str, dict[str, Any]] = {
         kind: {
             "tokens_per_s": statistics.median(speed for speed, _ in found),
             "cpu_us_per_token": statistics.median(cpu for _, cpu in found),

@@ -207,11 +207,13 @@ class BareSteps:
                 hidden = {run: states(run).clone() for batch in runs for run in batch}
                 steps.append((packed, hidden))
 
+        ready_heads: Any = ReadyHeads(weights)  # no step is finished: nothing else is asked of it
+
         def run() -> None:
             for packed, hidden in steps:
                 objective = TeacherKL(
                     teachers=[TeacherFacts(store.name, None) for store in stores],
-                    heads=ReadyHeads(weights),
+                    heads=ready_heads,
                     hidden_states=ReadyStates(hidden),
                     vocab_size=session.student.vocab_size,
                     tp_group=session.ranks.tp_group,
@@ -232,7 +234,8 @@ class BareSteps:
         from mtopd.megatron.packing import pack_rows
         from mtopd.objectives import CrossEntropy
 
-        session, steps = self.session, []
+        session = self.session
+        steps: list[list[Any]] = []
         ranks, trainer = session.ranks, session.student.trainer
         for plan in self.plans:
             steps.append([])
@@ -337,8 +340,8 @@ def make_models(folder: Path) -> None:
             sys.executable,
             "-m",
             "launch.demo_init",
-            folder / name,
-            CONFIGS / "demo_base.yaml",
+            str(folder / name),
+            str(CONFIGS / "demo_base.yaml"),
             str(seed),
         ]
         subprocess.run(command, check=True, cwd=CONFIGS.parent.parent, stdout=subprocess.DEVNULL)

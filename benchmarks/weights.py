@@ -200,7 +200,7 @@ def throughput(spec: dict[str, Any]) -> dict[str, Any]:
                 broadcast(group, torch.cat(flat, out=whole))
         dist.barrier()
 
-    blank = torch.ones(max(sizes), dtype=torch.uint8) if is_first else None
+    blank: Any = torch.ones(max(sizes), dtype=torch.uint8) if is_first else None
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
     kinds = {"bare": bare, "ours": ours}
     for repeat in range(-1, spec["repeats"]):

@@ -20,8 +20,8 @@ def main(folder: Path, config_path: Path, seed: int) -> None:
     from mtopd.char_tokenizer import build_char_tokenizer
     from mtopd.config_file import load_config
     from mtopd.config_specialist import SpecialistConfig
+    from mtopd.data import load_source
     from mtopd.progress import quiet_libraries
-    from mtopd.prompt_table import load_source
     from mtopd.tokenizer import vocab_size
 
     quiet_libraries()

@@ -13,9 +13,9 @@ from pathlib import Path
 from mtopd.config import StudentConfig
 from mtopd.config_data import SourceConfig
 from mtopd.content import ContentNotes
+from mtopd.data import source_identity
 from mtopd.hf_checkpoint import HFTensors
 from mtopd.manifest import TOKENIZER, Inputs
-from mtopd.prompt_table import source_identity
 from mtopd.user_cache import note_path
 
 # Whatever transformers may read of a tokenizer

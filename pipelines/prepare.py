@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from mtopd.config import ConsolidateConfig
 from mtopd.config_file import resolved, to_yaml
 from mtopd.config_specialist import SpecialistConfig
+from mtopd.data import check_sources
 from mtopd.families import model_facts
 from mtopd.files import remove_tree
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.manifest import check_schema, has_origin, start_run
 from mtopd.megatron.options import FREE_MEGATRON, split_options, splits_unevenly
 from mtopd.planning import MAX_STAGE_IMBALANCE, propose_split
-from mtopd.prompt_table import check_sources, write_prompt_table
+from mtopd.prompt_table import write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed, numbered
 from mtopd.tokenizer import end_ids, tokenizer_hash, vocab_size
 

@@ -71,6 +71,7 @@ def difference_sums(
     """
     trainer, ranks = session.student.trainer, session.ranks
     number_of = {sample.sample_id: number for number, sample in enumerate(samples)}
+    # 8 bytes a sample beside its SampleMetadata, which every rank plans from and is larger.
     sums_S = np.zeros(len(samples))
 
     def add(hidden_TD: torch.Tensor, weight_vD: torch.Tensor, micro_batch: Any) -> torch.Tensor:
@@ -86,8 +87,7 @@ def difference_sums(
         rows = [rows for run in teacher_rows.runs for rows in run.samples]
         owners = np.array([number_of[r.sample_id] for r in rows], np.int64)
         lengths = np.array([r.stop - r.first for r in rows], np.int64)
-        owner_T = np.repeat(owners, lengths)
-        sums_S[:] += np.bincount(owner_T, difference_T.cpu().numpy(), len(samples))
+        np.add.at(sums_S, np.repeat(owners, lengths), difference_T.cpu().numpy())
         return log_prob_T.sum()
 
     for step_plan in plan(session, iteration, samples):

@@ -13,7 +13,7 @@ import pytest
 from tests.prompt_examples import DOMAINS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
     from mtopd.data import PromptSource
 
@@ -95,7 +95,10 @@ def sources() -> dict[str, tuple[PromptSource, PromptSource]]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(
+    sources: dict[str, tuple[PromptSource, PromptSource]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     from mtopd.char_tokenizer import build_char_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -106,7 +109,7 @@ def tokenizer_folder(sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(tokenizer_folder))

@@ -14,8 +14,9 @@ import pytest
 
 from mtopd import prompt_table
 from mtopd.config_data import DataConfig, SourceConfig
+from mtopd.data import load_source, source_identity
 from mtopd.data.sources import PromptRow, PromptSource
-from mtopd.prompt_table import Prompts, load_source, source_identity, write_prompt_table
+from mtopd.prompt_table import Prompts, write_prompt_table
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import load_tokenizer
 from mtopd.types import MtopdError

@@ -1,16 +1,10 @@
 """Prompts and supervised examples: where they come from, who teaches them, how answers are scored."""
 
-from mtopd.data.environments import Turn, load_environment
+from mtopd.data.configured import check_sources, load_source, source_identity
+from mtopd.data.environments import Turn
 from mtopd.data.prompt_file import load_prompt_file
-from mtopd.data.readers import check_file, format_of
 from mtopd.data.routes import Routes, route
-from mtopd.data.sources import (
-    Asking,
-    PromptRow,
-    PromptSource,
-    load_reasoning_gym,
-    with_fields,
-)
+from mtopd.data.sources import Asking, PromptSource, load_reasoning_gym
 from mtopd.data.tokenize import (
     Overlong,
     SupervisedExample,
@@ -24,22 +18,20 @@ __all__ = [
     "CORRECT_SCORE",
     "Asking",
     "Overlong",
-    "PromptRow",
     "PromptSource",
     "Routes",
     "SupervisedExample",
     "Turn",
-    "check_file",
+    "check_sources",
     "compared",
-    "format_of",
-    "load_environment",
     "load_prompt_file",
     "load_reasoning_gym",
+    "load_source",
     "open_dataset",
     "refuse_overlong",
     "route",
+    "source_identity",
     "tokenize_answers",
     "tokenize_prompts",
     "verify",
-    "with_fields",
 ]

@@ -145,7 +145,7 @@ def check_labels(label_T: Tensor, hidden_TX: Tensor, vocab_size: int) -> None:
     if label_T.device != hidden_TX.device:
         raise ValueError(f"labels are on {label_T.device}, hidden states on {hidden_TX.device}")
     if len(label_T) > 0:
-        smallest, largest = (int(end) for end in label_T.aminmax())
+        smallest, largest = torch.stack(label_T.aminmax()).tolist()  # on CUDA one wait, not two
         if smallest < 0 or largest >= vocab_size:
             raise ValueError(
                 f"labels are {smallest} to {largest}; 0 to {vocab_size - 1} is the vocabulary"

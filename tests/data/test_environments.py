@@ -12,8 +12,8 @@ import yaml
 from mtopd.config import ConsolidateConfig
 from mtopd.config_file import load_config
 from mtopd.config_specialist import SpecialistConfig
+from mtopd.data import check_sources
 from mtopd.data.environments import load_environment
-from mtopd.prompt_table import check_sources
 from mtopd.types import MtopdError
 from tests import environments
 from tests.conftest import REPOSITORY
