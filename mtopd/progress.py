@@ -104,6 +104,11 @@ def say(text: str) -> None:
         console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
+def answer(text: str) -> None:
+    """A line that a command was asked for: plain, on standard output."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+
+
 def print_error(text: str) -> None:
     line = " ".join(text.split())  # one line, whatever the message holds
     console.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False, soft_wrap=True)

@@ -261,6 +261,18 @@ def _why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def existing_run(run_dir: Path) -> RunDir:
+    """The run of a folder in which nothing is created.  Raises MtopdError where it is no run's."""
+    run = RunDir(run_dir)
+    for path in (run.config, run.manifest):
+        if not path.is_file():
+            raise MtopdError(
+                f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
+                "consolidation"
+            )
+    return run
+
+
 def numbered(folder: Path, ending: str = "") -> dict[int, Path]:
     """What a run has named by a number, ascending.  A copy that the user made beside it, such as
     000010.bak, has another name and is not looked at.

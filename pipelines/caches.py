@@ -22,7 +22,8 @@ from rich.text import Text
 
 from mtopd.files import read_json
 from mtopd.hidden_cache import HiddenCacheReader, collect_garbage
-from mtopd.run_dir import RunDir, is_sealed
+from mtopd.progress import answer
+from mtopd.run_dir import RunDir, existing_run, is_sealed
 from mtopd.trajectories import read_metadata
 from mtopd.types import MtopdError
 
@@ -36,7 +37,7 @@ def table(run_dir: Path) -> Group:
     ``damaged``: index files, and segments whose files are not whole; their rows are read by
     ``verify`` alone.
     """
-    run = _open(run_dir)
+    run = existing_run(run_dir)
     numbers = ("samples", "rows", "bytes", "segments", "damaged")
     columns = [
         Column("iteration"),
@@ -70,7 +71,7 @@ def verify(run_dir: Path, console: Console) -> None:
     """Read every committed row.  Raises MtopdError that counts what is damaged, each named on a
     line before.
     """
-    run, num_samples, num_bytes, num_damaged = _open(run_dir), 0, 0, 0
+    run, num_samples, num_bytes, num_damaged = existing_run(run_dir), 0, 0, 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -106,7 +107,7 @@ def verify(run_dir: Path, console: Console) -> None:
             f"{num_damaged} samples or index files of the caches of {run_dir} are damaged; compute "
             f"an iteration's again with `mtopd teacher-pass {run_dir} --iteration N`"
         )
-    _say(f"{num_samples:,} samples are whole, {num_bytes:,} bytes")
+    answer(f"{num_samples:,} samples are whole, {num_bytes:,} bytes")
 
 
 def gc(run_dir: Path, console: Console) -> None:
@@ -115,31 +116,15 @@ def gc(run_dir: Path, console: Console) -> None:
     Raises MtopdError while the run is going: a segment being written looks the same as one left
     behind.
     """
-    run, freed = _open(run_dir), 0
+    run, freed = existing_run(run_dir), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with run.lock(), Progress(*columns, console=console, transient=True) as progress:
         for iteration, cache in progress.track(_caches(run), description="caches"):
             before = _size(cache)
             for segment in collect_garbage(cache):
-                _say(f"iteration {iteration}: segment {segment} removed")
+                answer(f"iteration {iteration}: segment {segment} removed")
             freed += before - _size(cache)
-    _say(f"{freed:,} bytes freed")
-
-
-def _say(text: str) -> None:
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)
-
-
-def _open(run_dir: Path) -> RunDir:
-    """Raises MtopdError before anything is created in a folder that is no run's."""
-    run = RunDir(run_dir)
-    for path in (run.config, run.manifest):
-        if not path.is_file():
-            raise MtopdError(
-                f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
-                "consolidation"
-            )
-    return run
+    answer(f"{freed:,} bytes freed")
 
 
 def _caches(run: RunDir) -> list[tuple[int, Path]]:

@@ -14,8 +14,8 @@ from mtopd import trajectories
 from mtopd.config import ConsolidateConfig
 from mtopd.config_file import load_config
 from mtopd.files import read_json
-from mtopd.progress import say
-from mtopd.run_dir import RunDir, is_sealed, numbered, read_seal
+from mtopd.progress import answer, say
+from mtopd.run_dir import RunDir, existing_run, is_sealed, numbered, read_seal
 from mtopd.teacher_offload.store import open_store
 from mtopd.tokenizer import load_tokenizer, vocab_size
 from mtopd.trajectories.samples import verify_folder
@@ -111,21 +111,11 @@ def verify(run_dir: Path, iteration: int | None, console: Console) -> None:
                 advance=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
             )
             num_bytes += sum(path.stat().st_size for path in folder.iterdir())
-    _say(f"{num_samples:,} samples are sound, {num_bytes:,} bytes")
-
-
-def _say(text: str) -> None:
-    Console(soft_wrap=True, highlight=False, markup=False).print(text)
+    answer(f"{num_samples:,} samples are sound, {num_bytes:,} bytes")
 
 
 def _folders(run_dir: Path) -> list[tuple[int, Path]]:
-    run = RunDir(run_dir)
-    for path in (run.config, run.manifest):
-        if not path.is_file():
-            raise MtopdError(
-                f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
-                "consolidation"
-            )
+    run = existing_run(run_dir)
     folders = {n: run.trajectories(n) for n in numbered(run.path / "iterations")}
     return [(n, f) for n, f in folders.items() if f.exists() or f.with_name(IMPORT).exists()]
 

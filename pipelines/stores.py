@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mtopd.config_values import NAME_PATTERN
 from mtopd.dtypes import safetensors_name
-from mtopd.progress import say
+from mtopd.progress import answer, say
 from mtopd.teacher_offload.names import MANIFEST
 from mtopd.teacher_offload.store import TeacherStore, check_files, damaged_blocks, open_store
 from mtopd.teacher_offload.store_writer import adding_folder, bears_mark, remove_store
@@ -63,7 +63,7 @@ def add(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
             say=say,
         )
-    Console(soft_wrap=True, highlight=False, markup=False).print(
+    answer(
         f"teacher {name}: {target}, {store.pass_bytes():,} bytes a pass, fingerprint "
         f"{store.fingerprint[:16]}"
     )
@@ -183,7 +183,7 @@ def verify(location: str, console: Console) -> None:
         raise MtopdError(
             f"{len(damaged)} damaged blocks in {location}; copy the store again or write it anew"
         )
-    Console(soft_wrap=True, highlight=False, markup=False).print(
+    answer(
         f"teacher {store.name}: {len(store.files)} files are whole, fingerprint "
         f"{store.fingerprint[:16]}"
     )

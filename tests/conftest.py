@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -63,6 +64,15 @@ def run_ranks(world_size: int, worker: Path, *arguments: str, timeout: float = 2
         pytest.fail(f"ranks did not end within {timeout} s:\n{output[-6000:]}")
     assert process.returncode == 0, output[-8000:]
     return output
+
+
+def results_of(output: str) -> list[Any]:
+    """What the ranks of a worker printed behind RESULT, in order."""
+    return [
+        json.loads(line.removeprefix("RESULT "))
+        for line in output.splitlines()
+        if line.startswith("RESULT ")
+    ]
 
 
 def on_small_disk(folder: Path, megabytes: int) -> list[str]:

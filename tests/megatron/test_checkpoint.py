@@ -14,7 +14,7 @@ from mtopd.files import sweep
 from mtopd.megatron.checkpoint import _IndexUnpickler, prune, sealed
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
-from tests.conftest import run_ranks
+from tests.conftest import results_of, run_ranks
 from tests.small_models import save_model
 
 WORKER = Path(__file__).with_name("checkpoint_ranks.py")
@@ -93,11 +93,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_jobs(root: Path, world_size: int, jobs: list[dict]) -> list[dict]:
     output = run_ranks(world_size, WORKER, str(root), json.dumps(jobs), timeout=400.0)
-    found = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in output.splitlines()
-        if line.startswith("RESULT ")
-    ]
+    found = results_of(output)
     assert len(found) == len(jobs), output
     return found
 

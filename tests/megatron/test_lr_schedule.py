@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mtopd.planning import learning_rate
-from tests.conftest import run_ranks
+from tests.conftest import results_of, run_ranks
 from tests.small_models import save_model
 
 WORKER = Path(__file__).with_name("lr_schedule_ranks.py")
@@ -47,11 +47,7 @@ def closed_form(number: int, num_steps: int, warmup: int, decay: str) -> float:
 def test_every_step_moves_by_the_rate_of_its_schedule(tmp_path: Path) -> None:
     save_model(tmp_path, seed=0, layers=1, vocab=111)
     output = run_ranks(1, WORKER, str(tmp_path), json.dumps(RUNS))
-    results = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in output.splitlines()
-        if line.startswith("RESULT ")
-    ]
+    results = results_of(output)
     for run, result in zip(RUNS, results, strict=True):
         options = run["num_steps"], run["optimizer"]["warmup_steps"], run["optimizer"]["decay"]
         wanted = [closed_form(number, *options) for number in range(1, run["num_steps"] + 3)]

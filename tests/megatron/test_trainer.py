@@ -16,7 +16,7 @@ import torch
 from mtopd.megatron import optimizer
 from mtopd.megatron.micro_batch import ReachesWeight
 from mtopd.megatron.trainer import _in_bfloat16
-from tests.conftest import run_ranks
+from tests.conftest import results_of, run_ranks
 from tests.small_models import save_model
 
 WORKER = Path(__file__).with_name("trainer_ranks.py")
@@ -94,11 +94,7 @@ def test_a_16_bit_model_keeps_its_routers_biases_in_float32() -> None:
 
 def run_jobs(root: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     output = run_ranks(2, WORKER, str(root), json.dumps(jobs))
-    found = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in output.splitlines()
-        if line.startswith("RESULT ")
-    ]
+    found = results_of(output)
     assert len(found) == len(jobs), output
     return found
 

@@ -7,7 +7,6 @@ of the padded length), so samples that are computed again must stand among the s
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mtopd.run_dir import RunDir
 from mtopd.tokenizer import load_tokenizer, vocab_size
 from mtopd.trajectories import write_shard
 from mtopd.types import Trajectory
-from tests.conftest import run_ranks
+from tests.conftest import results_of, run_ranks
 from tests.small_models import save_model, write_prompts
 
 WORKER = Path(__file__).with_name("pass_again_ranks.py")
@@ -91,11 +90,7 @@ def make_run(root: Path) -> RunDir:
 
 def test_what_a_killed_pass_lacks_is_computed_with_the_same_bits(tmp_path: Path) -> None:
     output = run_ranks(2, WORKER, str(make_run(tmp_path).path))
-    found = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in output.splitlines()
-        if line.startswith("RESULT ")
-    ]
+    found = results_of(output)
     for result in found:
         print(result)
     (once, *rests_of_once), (thrice, *rests_of_thrice) = found[:4], found[4:]
