@@ -26,10 +26,12 @@ def check_engine(config: ConsolidateConfig) -> None:
     """
     if config.rollout.engine != "sglang":
         return
-    if importlib.util.find_spec("aiohttp") is None:
-        raise MtopdError(
-            "rollout.engine sglang needs aiohttp, which is not installed: pip install 'mtopd[sglang]'"
-        )
+    for library in ("aiohttp", "orjson"):
+        if importlib.util.find_spec(library) is None:
+            raise MtopdError(
+                f"rollout.engine sglang needs {library}, which is not installed: "
+                "pip install 'mtopd[sglang]'"
+            )
     rollout = config.rollout
     if rollout.python is not None:  # servers: auto
         if not os.access(rollout.python, os.X_OK) or rollout.python.is_dir():

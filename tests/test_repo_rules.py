@@ -71,6 +71,7 @@ ONE_PLACE = {  # library -> where it may be imported
     "reasoning_gym": r"mtopd/data/verifiers\.py",
     "transformer_engine": r"mtopd/megatron/.*",
     "aiohttp": r"mtopd/rollout/sglang.*\.py",
+    "orjson": r"mtopd/rollout/sglang_wire\.py",
     "triton": r"mtopd/kernels/rows_triton\.py",
     "jinja2": r"mtopd/report/page\.py",
     "matplotlib": r"mtopd/report/plots\.py",

@@ -164,25 +164,43 @@ class MemoryLog:
         """Take the next tokens of a response that was begun; with ``finish_reason`` its last ones,
         which may be none.  ``version``: student that sampled them.
         """
-        ids = np.asarray(response_ids, "<i4").tobytes()
-        probs = np.asarray(log_probs, "<f4").tobytes()
-        count = len(ids) // 4
-        assert len(ids) == len(probs), (len(ids), len(probs))
+        self.append_bytes(
+            sample_id,
+            np.asarray(response_ids, "<i4").tobytes(),
+            np.asarray(log_probs, "<f4").tobytes(),
+            version=version,
+            finish_reason=finish_reason,
+            attempt=attempt,
+        )
+
+    def append_bytes(
+        self,
+        sample_id: int,
+        ids: bytes,
+        log_probs: bytes,
+        *,
+        version: int,
+        finish_reason: str | None = None,
+        attempt: int = 0,
+    ) -> None:
+        """``append`` of int32 and float32, little-endian.  It takes no lock: one thread appends to a
+        response, and one that reads streams must not wait for who commits or takes.
+        """
+        assert len(ids) == len(log_probs), (len(ids), len(log_probs))
         assert finish_reason is None or finish_reason in FINISH_REASONS, finish_reason
-        with self._changed:
-            response = self._open[sample_id]
-            assert response.finish_reason is None, f"sample {sample_id} is over"
-            start = response.length
-            response.extend(ids, probs, count, version)
-            response.finish_reason = finish_reason
-            self._note(Record(sample_id, start, version, ids, probs, finish_reason, attempt))
+        response = self._open[sample_id]
+        assert response.finish_reason is None, f"sample {sample_id} is over"
+        start = response.length
+        response.extend(ids, log_probs, len(ids) // 4, version)
+        response.finish_reason = finish_reason
+        self._note(Record(sample_id, start, version, ids, log_probs, finish_reason, attempt))
 
     def append_reply(self, sample_id: int, reply: bytes) -> None:
         """Take what an environment replied to a response that is over.  Any thread may call it."""
         with self._changed:
             assert sample_id not in self._replies, f"two replies to {sample_id}"
             self._replies[sample_id] = reply
-            self._note(Record(sample_id, 0, 0, b"", b"", None, 0, reply))
+        self._note(Record(sample_id, 0, 0, b"", b"", None, 0, reply))
 
     def reply(self, sample_id: int) -> bytes | None:
         """What an environment replied, in this start or a former one; None: it was not asked, or
@@ -232,9 +250,10 @@ class MemoryLog:
         return None
 
     def _note(self, record: Record) -> None:
-        """Tokens or a reply were appended; the lock is held."""
+        """Tokens or a reply were appended."""
         if record.finish_reason is not None:
-            self._hand_on(record.sample_id)
+            with self._changed:
+                self._hand_on(record.sample_id)
 
     def _hand_on(self, sample_id: int) -> Held:
         """The response is over and safe; the lock is held."""

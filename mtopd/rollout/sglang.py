@@ -165,10 +165,10 @@ class SGLangEngine:
         works = self._works_of(requests, log, sampling)
 
         def append(work: Work, chunk: Chunk) -> None:
-            log.append(
+            log.append_bytes(
                 work.sample_id,
-                chunk.ids,
-                chunk.log_probs,
+                chunk.ids.tobytes(),
+                chunk.log_probs.tobytes(),
                 version=number,
                 finish_reason=chunk.finish,
                 attempt=min(work.attempts, 255),
@@ -205,7 +205,7 @@ class SGLangEngine:
         for request, held in zip(requests, log.begin(requests), strict=True):
             if held.finish_reason is not None:
                 continue
-            prompt_ids = [int(token) for token in request.prompt_ids]
+            prompt_ids = np.asarray(request.prompt_ids, np.int32)
             check_ids(request.prompt_id, prompt_ids, self._vocab_size)
             budget = sampling.budget(request)
             longest = len(prompt_ids) + budget

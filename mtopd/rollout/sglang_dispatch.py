@@ -8,6 +8,7 @@ the undisturbed response.  A server that dies is no reason to draw anything anew
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from array import array
@@ -24,6 +25,7 @@ from mtopd.rollout.sglang_wire import (
     AttemptFailed,
     Chunk,
     Events,
+    Ids,
     Part,
     RequestRefused,
     Stream,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 MOST_ATTEMPTS = 4  # in a row that bring no token
 _DEATHS = 2  # of servers with the same response in flight: then it is tried alone, once
 _FIRST_WAIT_S = 0.1  # doubled with every attempt
+_LAST_BYTES_S = 1.0  # behind the last token
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +49,7 @@ class Work:
 
     sample_id: int  # its name in the log
     prompt_id: str
-    prompt_ids: Sequence[int]
+    prompt_ids: Ids
     budget: int  # tokens that the whole response may have
     seed: int  # of this response's draws, 63 bits
     min_response: int = 0  # before so many tokens nothing ends it
@@ -167,7 +170,7 @@ class Dispatcher:
         """The one loop that tries again."""
         while self._goes:
             if finish := _end_of(work, asking):  # a log may have all tokens, and not the end
-                self._append(work, Chunk(array("i"), np.empty(0, np.float32), finish))
+                self._append(work, Chunk(array("i"), array("f"), finish))
                 return
             before = len(work.ids)
             last = self._last_server.get(work.prompt_id)
@@ -228,7 +231,8 @@ class Dispatcher:
         rid = f"{self._rid_prefix}-{work.sample_id:020d}-{work.attempts:05d}"
         rest, endless = work.budget - len(work.ids), work.min_response - 1 - len(work.ids)
         part = Part(endless, endless=True) if endless > 0 else Part(rest)
-        body = generate_body(asking, rid, [*work.prompt_ids, *work.ids], part, work.seed)
+        input_ids = np.concatenate([work.prompt_ids, np.array(work.ids)])
+        body = generate_body(asking, rid, input_ids, part, work.seed)
         stream, events, clock = Stream(asking, part), Events(), time.monotonic
         try:
             async with asyncio.timeout(None) as timeout:
@@ -241,10 +245,12 @@ class Dispatcher:
                             if response.status == 400:
                                 raise RequestRefused(said)
                             raise AttemptFailed(f"status {response.status}, {said}", "status")
-                        async for data in response.content.iter_any():
+                        while data := await response.content.readany():
                             attempt.last_s = clock()
                             for event in events.feed(data):
                                 if finish := self._take(work, part, stream.read(event)):
+                                    if stream.is_over:
+                                        await _read_on(response)
                                     return finish
                 finally:
                     self._open.discard(attempt)
@@ -297,6 +303,17 @@ class Dispatcher:
             for attempt in self._open:
                 if now_s - attempt.last_s > limit:
                     attempt.timeout.reschedule(-math.inf)
+
+
+async def _read_on(response: aiohttp.ClientResponse) -> None:
+    """To the end of a stream that has brought its last token, so that its connection serves the next
+    one.
+    """
+    import aiohttp
+
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        async with asyncio.timeout(_LAST_BYTES_S):
+            await response.content.read()
 
 
 def _end_of(work: Work, asking: Asking) -> str | None:

@@ -59,6 +59,8 @@ def open_session() -> aiohttp.ClientSession:
 
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
+        # Of itself aiohttp ends every stream after 5 minutes.
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
         auto_decompress=False,
         read_bufsize=1 << 20,
         headers={"Content-Type": "application/json"},

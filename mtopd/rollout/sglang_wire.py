@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mtopd.types import MtopdError
 
+Ids = npt.NDArray[np.int32]  # [T]
 VERSION = "0.5.23"  # its wire format and its flags are what this client was tested with
 _LONGEST_EVENT = 64 << 20  # bytes: a server that streams cumulatively would grow without end
 _EVENT = b"data:"
@@ -135,11 +137,11 @@ class Asking:
     top_p: float = 1.0
 
 
-def check_ids(prompt_id: str, prompt_ids: Sequence[int], vocab_size: int) -> None:
+def check_ids(prompt_id: str, prompt_ids: Ids, vocab_size: int) -> None:
     """One id outside the model's rows ends an SGLang server with all that it answers."""
-    if not prompt_ids:
+    if not len(prompt_ids):
         raise MtopdError(f"prompt {prompt_id} has no tokens; an engine needs one: remove it")
-    lowest, highest = min(prompt_ids), max(prompt_ids)
+    lowest, highest = int(prompt_ids.min()), int(prompt_ids.max())
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise MtopdError(
@@ -148,10 +150,10 @@ def check_ids(prompt_id: str, prompt_ids: Sequence[int], vocab_size: int) -> Non
         )
 
 
-def generate_body(
-    asking: Asking, rid: str, input_ids: Sequence[int], part: Part, seed: int
-) -> bytes:
+def generate_body(asking: Asking, rid: str, input_ids: Ids, part: Part, seed: int) -> bytes:
     """The body of /generate for ``part`` behind ``input_ids``."""
+    import orjson
+
     params: dict[str, Any] = {
         "temperature": asking.temperature,
         "max_new_tokens": part.num_tokens,
@@ -167,12 +169,12 @@ def generate_body(
         params["sampling_seed"] = seed
     body = {
         "rid": rid,
-        "input_ids": list(input_ids),
+        "input_ids": input_ids,
         "stream": True,
         "return_logprob": True,
         "sampling_params": params,
     }
-    return json.dumps(body, separators=(",", ":")).encode()
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 # -- a stream --------------------------------------------------------------------------------------
@@ -182,46 +184,47 @@ class Events:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
         """The JSON texts of the events that are whole now; comments and the last [DONE] are none."""
         if self._rest:
             data = self._rest + data
         *lines, self._rest = data.split(b"\n")
         if len(self._rest) > _LONGEST_EVENT:
             raise AttemptFailed(f"an event of more than {_LONGEST_EVENT >> 20} MiB")
-        for line in lines:
-            if line.startswith(_EVENT):
-                text = line[5:].strip()
-                if text != b"[DONE]":
-                    yield text
+        found = (line[len(_EVENT) :] for line in lines if line.startswith(_EVENT))
+        return [text for text in found if text.strip() != b"[DONE]"]
 
 
 @dataclass(slots=True)
 class Chunk:
     """The new tokens of one event."""
 
-    ids: array[int]
-    log_probs: np.ndarray  # float32 [len(ids)]
+    ids: array[int]  # int32
+    log_probs: array[float]  # float32, as many
     finish: str | None  # "stop", "length", "abort"; None: more will come
 
 
 class Stream:
     """The checks of one attempt, event by event."""
 
-    __slots__ = ("_asking", "_ends", "_rest", "cached_tokens", "total")
+    __slots__ = ("_asking", "_ends", "_loads", "_rest", "cached_tokens", "is_over", "total")
 
     def __init__(self, asking: Asking, part: Part) -> None:
+        import orjson
+
+        self._loads = orjson.loads
         self._asking = asking
         self._rest = part.num_tokens
         self._ends = frozenset() if part.endless else asking.end_ids
         self.total = 0  # tokens so far
+        self.is_over = False  # the server has said why it ended
         self.cached_tokens = 0  # of the prompt, that the server found in its prefix cache
 
     def read(self, text: bytes) -> Chunk:
         """Raises AttemptFailed, and RequestRefused for an error that another try would meet too."""
         asking = self._asking
         try:
-            answer = json.loads(text)
+            answer = self._loads(text)
         except ValueError:
             raise AttemptFailed(f"an event is not JSON: {text[:80]!r}") from None
         try:
@@ -229,15 +232,11 @@ class Stream:
                 raise _error_event(answer["error"])
             ids_read, meta = answer["output_ids"], answer["meta_info"]
             triples = meta["output_token_logprobs"] if ids_read else []
-            log_probs_read = [triple[0] for triple in triples]
+            log_probs = array("f", [triple[0] for triple in triples])
             if [triple[1] for triple in triples] != ids_read:
                 raise AttemptFailed("tokens and those of the log-probs differ")
-            ids, total, finish = (
-                array("i", ids_read),
-                meta["completion_tokens"],
-                meta["finish_reason"],
-            )
-            log_probs = np.array(array("f", log_probs_read))
+            ids = array("i", ids_read)
+            total, finish = meta["completion_tokens"], meta["finish_reason"]
             version, kind = meta["weight_version"], finish and finish["type"]
         except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             # null is what a masked-out token has for a log-prob
@@ -251,7 +250,7 @@ class Stream:
             raise AttemptFailed(f"{self.total} tokens came, the server counts {total}")
         if self.total > self._rest:
             raise AttemptFailed(f"{self.total} tokens, {self._rest} were asked for")
-        if not math.isfinite(sum(log_probs_read)):  # NaN and inf stay in a sum
+        if not math.isfinite(sum(log_probs)):  # NaN and inf stay in a sum
             raise AttemptFailed("a log-prob is not finite")
         if ids and not (min(ids) >= 0 and max(ids) < asking.vocab_size):
             raise AttemptFailed(
@@ -260,6 +259,7 @@ class Stream:
             )
         self.cached_tokens = meta.get("cached_tokens") or 0
         self._check_end(ids, kind)
+        self.is_over = kind is not None
         return Chunk(ids, log_probs, kind)
 
     def _check_end(self, ids: array[int], kind: str | None) -> None:

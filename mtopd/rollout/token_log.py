@@ -32,6 +32,7 @@ import json
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class TokenLog(MemoryLog):
         self.num_bytes = 0  # committed
         self.num_commits = 0
         self._former = former or FormerLogs({}, run)
-        self._pending: list[Record] = []
+        self._pending: deque[Record] = deque()  # whoever appends, and the clock's thread
         self._error: MtopdError | None = None
         self._committing = threading.Lock()  # one commit at a time, records in order
         self._stop = threading.Event()
@@ -143,8 +144,7 @@ class TokenLog(MemoryLog):
     def _commit(self) -> None:
         """Make pending records durable, then hand on the responses that they ended."""
         with self._committing:
-            with self._changed:
-                pending, self._pending = self._pending, []
+            pending = [self._pending.popleft() for _ in range(len(self._pending))]
             if not pending or self._error is not None:
                 return
             try:

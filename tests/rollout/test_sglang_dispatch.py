@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from aiohttp import web
 
 from mtopd.rollout.sglang_dispatch import Dispatcher, Work
-from mtopd.rollout.sglang_servers import Servers
+from mtopd.rollout.sglang_servers import Servers, open_session
 from mtopd.rollout.sglang_wire import Asking, Chunk
 from mtopd.types import MtopdError
 from tests.rollout.fake_sglang import END, VOCABULARY, FakeServer, whole
@@ -24,7 +25,14 @@ Finishes = dict[int, str]
 
 def works(count: int, **changes: Any) -> list[Work]:
     return [
-        Work(i, f"a/{i}", [1 + i % 40, 2, 3], BUDGET, seed=1000 + i, **changes)
+        Work(
+            i,
+            f"a/{i}",
+            np.array([1 + i % 40, 2, 3], np.int32),
+            BUDGET,
+            seed=1000 + i,
+            **changes,
+        )
         for i in range(count)
     ]
 
@@ -54,7 +62,7 @@ class Run:
         for fake in self.fakes:
             await fake.start()
         try:
-            async with aiohttp.ClientSession() as session:
+            async with open_session() as session:
                 self.servers = Servers(
                     session, [f.url for f in self.fakes], patience_s=self.patience_s
                 )
@@ -79,7 +87,7 @@ class Run:
     def check(self, todo: list[Work]) -> None:
         """Every response is the undisturbed one, ended for its reason."""
         for work in todo:
-            expected = whole(list(work.prompt_ids), work.seed, BUDGET)
+            expected = whole(work.prompt_ids.tolist(), work.seed, BUDGET)
             assert self.tokens[work.sample_id] == expected, work.sample_id
             end = "stop" if expected[-1] == END else "length"
             assert self.finishes[work.sample_id] == end
@@ -109,6 +117,49 @@ def test_undisturbed_and_dealt_evenly() -> None:
     assert all(fake.most_open <= 4 for fake in fakes)
     assert min(len(fake.requests) for fake in fakes) >= 12
     assert {len(body["rid"]) for fake in fakes for body in fake.requests} == {28}
+
+
+def test_a_connection_serves_one_response_after_the_other() -> None:
+    """Connecting costs as much as a dozen chunks."""
+    connections = set()
+
+    async def note(_: FakeServer, request: web.Request, _body: Any) -> None:
+        assert request.transport is not None
+        connections.add(request.transport.get_extra_info("peername"))
+
+    run, todo = Run([FakeServer(fault=note)], most_open=1), works(6)
+    asyncio.run(run(todo))
+    run.check(todo)
+    assert len(connections) == 1
+
+
+def test_a_stream_that_does_not_end_behind_its_last_token_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def stay(server: FakeServer, request: web.Request, body: Any) -> web.StreamResponse:
+        stream = await server.open(request)
+        for event in server.events(body):
+            await server.send(stream, event)
+        await asyncio.sleep(50)
+        return stream
+
+    monkeypatch.setattr("mtopd.rollout.sglang_dispatch._LAST_BYTES_S", 0.1)
+    run, todo = Run([FakeServer(fault=stay)]), works(4)
+    asyncio.run(run(todo))
+    run.check(todo)
+    assert run.dispatcher.counts.attempts == 4
+
+
+def test_a_stream_may_take_as_long_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp ends whatever takes 5 minutes, unless it is told otherwise."""
+    short = aiohttp.ClientTimeout(total=0.3)
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", short)
+    fake = FakeServer()
+    fake.delay_s = 0.1
+    run, todo = Run([fake]), works(4)
+    asyncio.run(run(todo))
+    run.check(todo)
+    assert not run.dispatcher.counts.failed
 
 
 def test_samples_of_a_prompt_go_to_one_server() -> None:

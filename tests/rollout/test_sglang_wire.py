@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mtopd.rollout.sglang_wire import (
@@ -124,9 +126,8 @@ def _with(
             "not finite",
             [
                 _with(
-                    lambda e: e["meta_info"]["output_token_logprobs"][1].__setitem__(
-                        0, float("nan")
-                    )
+                    # as float32, which is what is kept
+                    lambda e: e["meta_info"]["output_token_logprobs"][1].__setitem__(0, -1e300)
                 )
             ],
         ),
@@ -145,6 +146,8 @@ def test_a_token_that_is_no_whole_number_is_refused() -> None:
         read(wrong)
     with pytest.raises(AttemptFailed, match="not JSON"):
         Stream(ASKING, Part(4)).read(b'{"output_ids": [1')
+    with pytest.raises(AttemptFailed, match="not JSON"):
+        read(_with(lambda e: e["meta_info"]["output_token_logprobs"][0].__setitem__(0, math.nan)))
 
 
 def test_errors_inside_a_stream() -> None:
@@ -156,7 +159,8 @@ def test_errors_inside_a_stream() -> None:
 
 
 def test_the_body_of_a_request() -> None:
-    body = json.loads(generate_body(ASKING, "r", [1, 2], Part(7), 11))
+    ids = np.array([1, 2], np.int32)
+    body = json.loads(generate_body(ASKING, "r", ids, Part(7), 11))
     params = body.pop("sampling_params")
     assert body == {"rid": "r", "input_ids": [1, 2], "stream": True, "return_logprob": True}
     assert params == {
@@ -166,16 +170,16 @@ def test_the_body_of_a_request() -> None:
         "sampling_seed": 11,
         "stream_interval": 8,
     }
-    endless = json.loads(generate_body(ASKING, "r", [1], Part(7, endless=True), 11))
+    endless = json.loads(generate_body(ASKING, "r", ids, Part(7, endless=True), 11))
     assert endless["sampling_params"]["ignore_eos"] is True
     assert "stop_token_ids" not in endless["sampling_params"]
 
 
 def test_ids_that_would_end_a_server_are_not_sent() -> None:
-    check_ids("a/0", [0, 49], 50)
+    check_ids("a/0", np.array([0, 49], np.int32), 50)
     for ids in ([-1], [50], []):
         with pytest.raises(MtopdError, match="prompt a/7"):
-            check_ids("a/7", ids, 50)
+            check_ids("a/7", np.array(ids, np.int32), 50)
 
 
 def _check(server: dict[str, Any], model: dict[str, Any] = MODEL, **changes: Any) -> Any:

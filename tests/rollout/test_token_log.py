@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -300,6 +301,36 @@ def test_nothing_is_handed_on_before_its_commit(tmp_path: Path, slow_clock: None
     assert [r.sample_id for r in log.take()] == [0] and log.take() == []
     assert logged(tmp_path) == {0: 5, 1: 5}
     log.close()
+
+
+def test_who_appends_waits_for_no_commit(
+    tmp_path: Path, slow_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for who takes: streams are read on meanwhile."""
+    log = start(tmp_path, 1)
+    log.begin(map(Asked, range(2)))
+    log_tokens(log, 0, 0, 5, "stop")
+    writes, goes_on = threading.Event(), threading.Event()
+
+    def slow_disk(file: int) -> None:
+        writes.set()
+        assert goes_on.wait(120)
+
+    monkeypatch.setattr(os, "fdatasync", slow_disk)
+    committing = threading.Thread(target=log.flush)
+    committing.start()
+    assert writes.wait(120)
+    with log._changed:
+        appending = threading.Thread(target=log_tokens, args=(log, 1, 0, 5, "stop"))
+        appending.start()
+        appending.join(60)
+        assert not appending.is_alive()
+    assert log.take() == []
+    goes_on.set()
+    committing.join(120)
+    assert [r.sample_id for r in log.take()] == [0]
+    log.close()
+    assert logged(tmp_path) == {0: 5, 1: 5}
 
 
 def test_the_clock_commits_whether_a_response_ended_or_not(tmp_path: Path) -> None:
