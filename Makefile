@@ -22,7 +22,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
 	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
-	@echo "make benchmark    divergence, teacher stream, hidden cache, train step and token log at real sizes (about 30 minutes on 2 idle cores)"
+	@echo "make benchmark    divergence, teacher stream, hidden cache, train step, token log and client of servers at real sizes (about 30 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
 $(READY): pyproject.toml constraints.txt
@@ -90,6 +90,7 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/trainer.py --json benchmarks/results/trainer_2core_cpu.json
 	$(BIN)/python benchmarks/weights.py --json benchmarks/results/weights_2core_cpu.json
 	$(BIN)/python benchmarks/rollout.py --json benchmarks/results/rollout_2core_cpu.json
+	$(BIN)/python benchmarks/rollout_client.py --json benchmarks/results/rollout_client_2core_cpu.json
 
 benchmark-quick: $(READY)
 	env -u OMP_NUM_THREADS $(BIN)/python benchmarks/divergence.py --quick
@@ -98,6 +99,7 @@ benchmark-quick: $(READY)
 	$(BIN)/python benchmarks/trainer.py --quick
 	$(BIN)/python benchmarks/weights.py --quick
 	$(BIN)/python benchmarks/rollout.py --quick
+	$(BIN)/python benchmarks/rollout_client.py --quick
 
 clean-demo:
 	rm -rf runs/demo

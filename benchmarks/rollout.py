@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -99,8 +100,12 @@ def measure_log(folder: Path, piece: int, tokens_each: int) -> LogCost:
             stop = first + piece
             reason = "length" if stop == tokens_each else None
             for i in range(STREAMS):
-                log.append(
-                    i, ids[i, first:stop], probs[i, first:stop], version=0, finish_reason=reason
+                log.append_bytes(
+                    i,
+                    ids[i, first:stop].tobytes(),
+                    probs[i, first:stop].tobytes(),
+                    version=0,
+                    finish_reason=reason,
                 )
         log.close()
 
@@ -214,7 +219,12 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        machine = {
+            "cpus": os.cpu_count(),
+            "processor": found[1] if found else platform.machine(),
+            "load": os.getloadavg()[0],
+        }
         result = {
             "machine": machine,
             "log": [asdict(cost) for cost in logs],

@@ -24,6 +24,7 @@ Ids = npt.NDArray[np.int32]  # [T]
 VERSION = "0.5.23"  # its wire format and its flags are what this client was tested with
 _LONGEST_EVENT = 64 << 20  # bytes: a server that streams cumulatively would grow without end
 _EVENT = b"data:"
+_SHORT = 10  # bytes: an event of no more may be the last
 DETERMINISTIC = "--enable-deterministic-inference"
 _NEEDED = {  # field of /server_info -> the flag that sets it
     "enable_deterministic_inference": DETERMINISTIC,
@@ -191,8 +192,13 @@ class Events:
         *lines, self._rest = data.split(b"\n")
         if len(self._rest) > _LONGEST_EVENT:
             raise AttemptFailed(f"an event of more than {_LONGEST_EVENT >> 20} MiB")
-        found = (line[len(_EVENT) :] for line in lines if line.startswith(_EVENT))
-        return [text for text in found if text.strip() != b"[DONE]"]
+        events = []
+        for line in lines:
+            if line.startswith(_EVENT):
+                text = line[len(_EVENT) :]
+                if len(text) > _SHORT or text.strip() != b"[DONE]":
+                    events.append(text)
+        return events
 
 
 @dataclass(slots=True)
@@ -252,22 +258,22 @@ class Stream:
             raise AttemptFailed(f"{self.total} tokens, {self._rest} were asked for")
         if not math.isfinite(sum(log_probs)):  # NaN and inf stay in a sum
             raise AttemptFailed("a log-prob is not finite")
-        if ids and not (min(ids) >= 0 and max(ids) < asking.vocab_size):
+        if ids_read and not (min(ids_read) >= 0 and max(ids_read) < asking.vocab_size):
             raise AttemptFailed(
                 f"a sampled id is not below the tokenizer's {asking.vocab_size}: the server's "
                 "vocabulary is not trimmed"
             )
         self.cached_tokens = meta.get("cached_tokens") or 0
-        self._check_end(ids, kind)
+        self._check_end(ids_read, kind)
         self.is_over = kind is not None
         return Chunk(ids, log_probs, kind)
 
-    def _check_end(self, ids: array[int], kind: str | None) -> None:
+    def _check_end(self, ids: list[int], kind: str | None) -> None:
         ends = self._ends
         if not ends.isdisjoint(ids[:-1] if kind == "stop" else ids):
             raise AttemptFailed("tokens come behind an end token")
         if kind == "stop" and not (ids and ids[-1] in ends):
-            raise AttemptFailed(f"stopped at {list(ids[-1:])}, which is no end token of ours")
+            raise AttemptFailed(f"stopped at {ids[-1:]}, which is no end token of ours")
         if kind == "length" and self.total != self._rest:
             # What a full KV pool looks like.
             raise AttemptFailed(
