@@ -40,6 +40,7 @@ import google_crc32c
 import numpy as np
 
 from mtopd.dtypes import dtype_name
+from mtopd.files import LFS_POINTER
 from mtopd.safetensors_file import MAX_HEADER_BYTES, TensorEntry, checked_entries, parse_header
 from mtopd.teacher_offload import names
 from mtopd.teacher_offload.storage import Storage, open_storage
@@ -49,6 +50,8 @@ SCHEMA = "mtopd.teacher_store/2"
 BLOCK_BYTES = 4 << 20
 _MANIFEST_LIMIT = 256 << 20
 _TOKENIZER_FILE_LIMIT = 256 << 20
+_POINTER_LIMIT = 1024  # bytes; git-lfs writes no longer ones
+_IS_POINTER = "is a git-lfs pointer, not the file; fetch it with git lfs pull"
 _CHECKING_THREADS = 16  # headers are small: their time is round trips
 
 
@@ -283,6 +286,8 @@ def open_store(
             f"there is no teacher store at {storage.location} (no teacher.json); "
             + _how_to_write(location, name)
         )
+    if text.startswith(LFS_POINTER):
+        raise MtopdError(f"{manifest_path} {_IS_POINTER}")
     try:
         manifest = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -398,6 +403,9 @@ def check_file(file: StoreFile) -> None:
             "teachers add`"
         )
     if size != file.size:
+        start = file.storage.read(file.path, size) if size < _POINTER_LIMIT else None
+        if start is not None and start.startswith(LFS_POINTER):
+            raise MtopdError(f"{file.label} {_IS_POINTER}")
         raise MtopdError(
             f"{file.label} has {size} bytes, its manifest says {file.size} (truncated?); copy the "
             "store again"

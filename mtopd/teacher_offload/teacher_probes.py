@@ -105,7 +105,8 @@ def _find_reference(store: TeacherStore, path: Path) -> dict[str, Any]:
     stored = store.manifest.get("probe")
     if stored is not None:
         return dict(stored)
-    found = [read_json(path) if path.exists() else None]
+    # rank 0 looks for all: another host may not see the file yet
+    found = [read_json(path) if dist.get_rank() == 0 and path.exists() else None]
     dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
         return dict(found[0])

@@ -18,6 +18,7 @@ from mtopd.teacher_offload.store import check_files, open_store, read_range
 from mtopd.types import MtopdError
 from tests.small_models import save_model
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11422654\n"
 LAYER = "layers/00001.safetensors"
 PATHS = ("embedding.safetensors", LAYER, "final_norm.safetensors", "head.safetensors")
 
@@ -70,8 +71,12 @@ def test_a_store_is_called_as_its_folder_is(
         (lambda p: os.truncate(p, p.stat().st_size - 1), "has .* bytes, its manifest says"),
         (lambda p: os.truncate(p, 0), "has 0 bytes, its manifest says"),
         (lambda p: p.unlink(), "lacks"),
+        (
+            lambda p: p.write_text(POINTER),
+            "is a git-lfs pointer, not the file; fetch it with git lfs",
+        ),
     ],
-    ids=["truncated", "emptied", "missing"],
+    ids=["truncated", "emptied", "missing", "pointer"],
 )
 def test_a_wrong_size_is_found_before_the_ranks_start(
     stores: Path, path: str, damage: Callable[[Path], object], said: str
@@ -118,6 +123,12 @@ def test_a_file_cut_while_it_is_read_is_named(stores: Path) -> None:
     os.truncate(file.label, file.blocks[-1].stop - 10)
     with pytest.raises(MtopdError, match=f"{LAYER} ends at byte"):
         read_range(file, 0, file.blocks[-1].stop)
+
+
+def test_a_manifest_that_is_a_git_lfs_pointer_is_named_as_such(stores: Path) -> None:
+    (stores / "t" / "teacher.json").write_text(POINTER)
+    with pytest.raises(MtopdError, match=r"t/teacher\.json is a git-lfs pointer, not the file"):
+        open_store(stores / "t")
 
 
 def test_a_damaged_tokenizer_is_named(stores: Path) -> None:
