@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from mtopd.hf_checkpoint import (
     load_hf_config,
 )
 from mtopd.pipelines.checks import check_baselines, check_student, check_weight_average
+from mtopd.tokenizer import load_tokenizer
 from mtopd.types import MtopdError
 from tests.small_models import save_model, whole
 
@@ -378,6 +380,8 @@ DAMAGES = [
     (shutil.rmtree, r"there is no folder .*\(a hub's name is not looked up: download it first\)"),
     (lambda f: edit_config(f, rms_norm_eps="small"), "rms_norm_eps|not a config of qwen3"),
     (lambda f: (f / "model.safetensors").write_text(POINTER), "git-lfs pointer"),
+    (lambda f: (f / "tokenizer.json").write_text(POINTER), r"tokenizer\.json is a git-lfs pointer"),
+    (lambda f: os.truncate(f / "tokenizer.json", 500), r"tokenizer\.json: no readable tokenizer"),
     (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
     (lambda f: edit_config(f, transformers_weights="other.safetensors"), "transformers_weights 'oth"),
     (lambda f: edit_config(f, configuration_files=["config.4.0.0.json"]), "has configuration_files"),
@@ -386,7 +390,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES)
 def test_student_teacher_and_baselines_are_refused_alike_before_anything_is_written(
-    folder: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
+    folder: Path, untied: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
 ) -> None:
     damage(folder)
     with pytest.raises(MtopdError, match=said):
@@ -396,7 +400,7 @@ def test_student_teacher_and_baselines_are_refused_alike_before_anything_is_writ
     assert not (tmp_path / "stores").exists()
     config = SimpleNamespace(evaluation=SimpleNamespace(baselines={"base": folder}))
     with pytest.raises(MtopdError, match=rf"evaluation\.baselines\.base: .*({said})"):
-        check_baselines(config, tokenizer=None)
+        check_baselines(config, load_tokenizer(untied))  # type: ignore[arg-type]
 
 
 def test_layers_behind_the_last_are_no_part_of_a_model_made_shallower(folder: Path) -> None:

@@ -130,11 +130,18 @@ def test_what_is_no_weight_is_copied_by_list_and_the_rest_is_named(
         "README.md",
         "merges.txt",
         "spiece.model",
+        "tiktoken_ranks",
         "vocab.json",
     )
     for name in kept:
         (source / name).write_text("{}")
-    dropped = ("modeling_mine.py", "pytorch_model.bin", "old.safetensors", "training_args.pt")
+    dropped = (
+        "modeling_mine.py",
+        "old.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "training_args.pt",
+    )
     for name in dropped:
         (source / name).write_text("x")
     (tmp_path / "elsewhere.json").write_text("{}")

@@ -50,6 +50,13 @@ def with_further_head(folder: Path) -> dict[str, torch.Tensor]:
     return extra
 
 
+def under_a_config_that_says_tied(folder: Path) -> torch.Tensor:
+    """The folder's own output layer, which counts all the same, as in transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return load_file(folder / "model.safetensors")["lm_head.weight"]
+
+
 def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path: Path) -> None:
     assert LAYOUTS.keys() == MODEL_TYPES.keys()
     jobs = []
@@ -66,6 +73,7 @@ def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path:
     for number, job in enumerate(jobs):
         job["name"] = f"{job['kind']}-{job['student'].get('dtype', 'float32')}/{number}"
     further = with_further_head(tmp_path / "deepseek_v3")
+    head = under_a_config_that_says_tied(tmp_path / "qwen2")
     output = run_ranks(4, WORKER, str(tmp_path), json.dumps(jobs), timeout=400.0)
     print(output)
     assert output.count("PASSED") == len(jobs), output
@@ -76,6 +84,9 @@ def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path:
         ]
         assert all(found == files[0] for found in files), f"{kind}: not the same bytes everywhere"
         assert sum(name.startswith("model-") for name in files[0]) > 4 and INDEX in files[0]
+    export = tmp_path / "runs" / "qwen2-freeze"
+    assert torch.equal(load_file(export / "model.safetensors")["lm_head.weight"], head)
+    assert json.loads((export / "config.json").read_text())["tie_word_embeddings"] is False
     for mtp in ("freeze", "drop"):
         export = tmp_path / "runs" / f"deepseek_v3-{mtp}"
         stored = load_file(export / "model.safetensors")

@@ -5,7 +5,7 @@
 Workers import the product once and are started again when they die; a death, a traceback, a hang or
 an "unforeseen" is a failure, and its input is kept.  ``--whole`` of the refused or accepted inputs
 run to the end, and the same command is then given the sound input: it must end with the bytes of a
-clean run, or refuse in one line because it belongs to the other input.
+clean run, or, where something was made of the other input, refuse because it belongs to that.
 """
 
 from __future__ import annotations
@@ -200,6 +200,26 @@ def verdict(code: int | None, out: str) -> str | None:
     return None
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether ranks have started in the case's run directory: from then on the run keeps its inputs."""
+    note = folder / "run" / "generation.json"
+    return note.is_file() and bool(json.loads(note.read_text())["ranks_started"])
+
+
+def wrong_again(is_taken: bool, refused: str) -> str | None:
+    """What is wrong with a refusal of the sound input where the damaged one was before; None if
+    nothing, or if it is not refused.
+
+    ``is_taken``: the damaged input was used, so that run or store may belong to it.
+    """
+    if not refused:
+        return None
+    if not is_taken:
+        return "though nothing was made of the damaged one"
+    belongs = ("choose another run_dir", "holds another teacher")
+    return None if any(words in refused for words in belongs) else "for another reason"
+
+
 def result(folder: Path) -> dict[str, str]:
     """sha256 of what a finished case leaves: the export, and a teacher's files."""
     kept = [
@@ -257,19 +277,26 @@ class Fuzz:
             return
         self.ends[f"{case.kind} {'refused' if refused else 'accepted'}"] += 1
         if case.whole:
+            is_taken = not refused or has_begun(folder)
+            is_taken = is_taken or (folder / "stores" / "mine").exists()
             target.write_bytes(sound)
             refused = self._commands(worker, case, folder)
             if refused is None:
                 return
             self.ends["whole, started again: " + ("refused" if refused else "finished")] += 1
+            if wrong := wrong_again(is_taken, refused):
+                self._fail(case, f"the sound input is refused {wrong}: {refused}", folder)
+                return
             found = result(folder)
             if not refused and found != self._clean_run(worker, case):
                 self._fail(case, f"not the bytes of a clean run: {found}", folder)
                 return
         shutil.rmtree(folder)
 
-    def _commands(self, worker: Worker, case: Case, folder: Path) -> bool | None:
-        """Whether one of the case's commands was refused; None after a failure."""
+    def _commands(self, worker: Worker, case: Case, folder: Path) -> str | None:
+        """The line that refuses one of the case's commands, empty if all ended well; None after a
+        failure.
+        """
         for argv, ranks in commands(case, whole=case.whole):
             code, out = worker.run(argv, folder, ranks=ranks)
             wrong = verdict(code, out)
@@ -277,8 +304,8 @@ class Fuzz:
                 self._fail(case, f"mtopd {' '.join(argv)}: {wrong}\n{out[-1500:]}", folder)
                 return None
             if code:
-                return True
-        return False
+                return next(line for line in out.splitlines() if line.startswith("error:"))
+        return ""
 
     def _clean_run(self, worker: Worker, case: Case) -> dict[str, str]:
         key = (case.kind, case.role)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from mtopd.megatron import devices
-from mtopd.megatron.devices import Sight, choose_devices, explain
+from mtopd.megatron.devices import Sight, agree_on_devices, choose_devices, explain
 from mtopd.types import MtopdError
 
 
@@ -56,6 +61,30 @@ def test_every_rank_has_a_gpu_of_its_own_or_none_has(
 def test_a_mixture_is_refused_by_host_and_counts(sights: list[Sight], said: str) -> None:
     with pytest.raises(MtopdError, match=f"^{said}, .*CUDA_VISIBLE_DEVICES= to run on CPU"):
         choose_devices(sights)
+
+
+def agreed(sights: list[Sight]) -> list[torch.device | str]:
+    """What each rank of a job, on a thread of its own, gets: its device, or why there is none."""
+    store = dist.HashStore()
+
+    def of_rank(rank: int, sight: Sight) -> torch.device | str:
+        try:
+            return agree_on_devices(store, rank, len(sights), sight)
+        except MtopdError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(sights)) as threads:
+        started = [threads.submit(partial(of_rank, r, s)) for r, s in enumerate(sights)]
+        return [one.result(30) for one in started]
+
+
+def test_all_ranks_get_one_answer() -> None:
+    """Each for itself, a task that Slurm shows one GPU of four took the CPU without a word."""
+    assert agreed(tasks("a", 4)) == [torch.device("cuda", 0)] * 4
+    assert agreed(host("a", 2, 2)) == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert agreed(host("a", 0, 2)) == [torch.device("cpu")] * 2
+    refused = agreed(host("a", 1, 1) + host("b", 0, 1))
+    assert refused[0] == refused[1] and "host b has 0 GPUs for 1 ranks" in str(refused[0])
 
 
 def test_what_the_doctor_says_is_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mtopd import hf_writer
 from mtopd.config import OptimizerConfig, StudentConfig
 from mtopd.files import write_json
-from mtopd.hf_checkpoint import check_checkpoint
+from mtopd.hf_checkpoint import HFTensors, check_checkpoint
 from mtopd.hf_weights import read_weights
 from mtopd.pipelines.export import export
 from mtopd.pipelines.student import Student
@@ -60,7 +60,8 @@ def main(root: Path) -> None:
     assert is_sealed(folder) and read_seal(folder)["iteration"] == 7
     check_checkpoint(folder)
     found, wanted = whole(read_weights(folder)), whole(student.weights())
-    assert found.keys() == wanted.keys()
+    assert found.keys() == wanted.keys() == HFTensors(folder).keys(), "and no layer behind the last"
+    assert any(".layers.2." in name for name in found) and not any(".3." in name for name in found)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
     def never(names: Sequence[str], **_: object) -> None:

@@ -15,6 +15,7 @@ import yaml
 from mtopd.config import ConsolidateConfig
 from mtopd.config_file import load_config
 from mtopd.convert.teacher import add_teacher
+from mtopd.files import remove_tree
 from mtopd.pipelines import prepare, start
 from mtopd.run_dir import RunDir, is_sealed
 from tests.conftest import REPOSITORY
@@ -122,17 +123,24 @@ def test_a_rank_that_nobody_foresaw_fails_by_its_name(run: RunDir) -> None:
     assert not (run.path / "failure.0.txt").exists()
 
 
-def test_a_rank_that_sees_other_files_ends_the_run_by_name(run: RunDir) -> None:
+@pytest.mark.parametrize("verb", ["teacher-pass", "train"])
+def test_a_rank_that_sees_other_files_ends_the_run_by_name(run: RunDir, verb: str) -> None:
     """Planned from its own listing it would train something else, and every check would pass."""
     assert is_sealed(run.trajectories(0)), "by the first test of this file"
-    module = ("tests.pipelines.one_rank", "stale")
-    code, errors, _ = under_torchrun(run, "teacher-pass", module=module)
+    cache, module = run.hidden_cache(0), ("tests.pipelines.one_rank", "stale")
+    if verb == "train":  # the samples are looked at before the cache is read
+        cache.mkdir()
+        (cache / "SEALED").write_text(json.dumps({"schema": 1, "generation": 1}))
+    code, errors, _ = under_torchrun(run, verb, module=module)
     (line,) = [line for line in errors.splitlines() if "error:" in line]
     assert code != 0 and "exitcode  : 2" in errors, errors
     host = socket.gethostname()
     assert f"rank 1 on host {host} lists 1 sealed shards" in line
     assert f"rank 0 on host {host} lists 2 sealed shards" in line and "stale" in line
-    assert not is_sealed(run.hidden_cache(0)), "nothing was computed from it"
+    assert is_sealed(cache) == (verb == "train"), "nothing was computed from it"
+    remove_tree(cache)
+    kinds = [json.loads(text)["kind"] for text in run.metrics.read_text().splitlines()]
+    assert "train_step" not in kinds
 
 
 def test_an_evaluation_says_nothing_of_training(
