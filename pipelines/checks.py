@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtopd.config import ConsolidateConfig, StudentConfig
-from mtopd.config_specialist import SpecialistConfig
-from mtopd.families import check_variant, model_facts
+from mtopd.families import check_variant
 from mtopd.hf_checkpoint import check_checkpoint, load_hf_config
 from mtopd.hf_weights import check_average
 from mtopd.megatron.options import sort_fields
-from mtopd.planning import choose_slices
 from mtopd.progress import under_torchrun
 from mtopd.run_dir import read_seal
 from mtopd.teacher_offload.store import TeacherStore, check_files, open_store
@@ -107,27 +105,14 @@ def check_world(student: StudentConfig) -> None:
         )
 
 
-def check_batch(config: SpecialistConfig) -> None:
-    """Every dp rank trains on the same number of whole micro-batches."""
-    size, parallel = config.train.global_batch_size, config.student.parallel
-    unit, factors = (
-        parallel.dp * config.train.micro_batch_size,
-        f"dp {parallel.dp} x micro_batch_size",
-    )
-    if parallel.vpp > 1:  # an interleaved schedule works on groups of pp micro-batches
-        unit, factors = unit * parallel.pp, f"pp {parallel.pp} x {factors}"
-    if size % unit:
+def check_stop_ids(config: ConsolidateConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokens that end a response are the student's."""
+    known = vocab_size(tokenizer)
+    if foreign := [index for index in config.rollout.stop_ids if index >= known]:
         raise MtopdError(
-            f"train.global_batch_size {size} is not a multiple of {factors} "
-            f"{config.train.micro_batch_size} = {unit}"
+            f"rollout.stop_ids has {foreign[0]}, the student's tokenizer has the ids 0 to "
+            f"{known - 1}; take one of its tokens"
         )
-
-
-def check_store(config: SpecialistConfig) -> None:
-    """The store that a specialist ends as can be cut as the config asks."""
-    if config.store is not None:
-        facts = model_facts(load_hf_config(config.student.model))
-        choose_slices(config.store.slices, facts.tp_counts, str(config.student.model))
 
 
 def check_baselines(
@@ -136,7 +121,12 @@ def check_baselines(
     """Sound weights, and the student's tokens: baselines are asked in them and answer in them."""
     for name, folder in config.evaluation.baselines.items():
         try:
-            check_checkpoint(folder, say)
+            rows = check_checkpoint(folder, say).vocab_size
+            if rows < (known := vocab_size(tokenizer)):
+                raise MtopdError(
+                    f"{folder} has {rows} rows for the {known} ids of the student's tokenizer; a "
+                    "baseline answers in the student's tokens"
+                )
             if not vocabularies(folder):
                 say(
                     f"evaluation.baselines.{name}: no tokenizer in {folder}, the student's is taken"
@@ -145,7 +135,7 @@ def check_baselines(
             theirs = load_tokenizer(folder)
         except MtopdError as error:
             raise MtopdError(f"evaluation.baselines.{name}: {error}") from None
-        difference = first_difference(theirs, tokenizer, below=vocab_size(tokenizer))
+        difference = first_difference(theirs, tokenizer, below=known)
         if difference is not None:
             raise MtopdError(
                 f"evaluation.baselines.{name}: {folder} has another tokenizer than the student "

@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping
 
 from mtopd.config import ParallelConfig, StudentConfig
-from mtopd.families import ModelFacts
+from mtopd.config_specialist import SpecialistConfig
+from mtopd.families import ModelFacts, model_facts
+from mtopd.hf_checkpoint import load_hf_config
 from mtopd.megatron.options import (
     LAYOUT_DEPENDENT,
     has_sequence_parallel,
     split_options,
     splits_unevenly,
 )
-from mtopd.planning import in_words, sizes_that_work, undivided, working_sizes
+from mtopd.planning import choose_slices, in_words, sizes_that_work, undivided, working_sizes
 from mtopd.teacher_offload.store import TeacherStore
 from mtopd.types import MtopdError
 
@@ -112,6 +114,29 @@ def check_experts(
             f"{given}: a pipeline stage has {stage} ranks and {student.model} {experts} experts; "
             f"{sizes}"
         )
+
+
+def check_batch(config: SpecialistConfig) -> None:
+    """Every dp rank trains on the same number of whole micro-batches."""
+    size, parallel = config.train.global_batch_size, config.student.parallel
+    unit, factors = (
+        parallel.dp * config.train.micro_batch_size,
+        f"dp {parallel.dp} x micro_batch_size",
+    )
+    if parallel.vpp > 1:  # an interleaved schedule works on groups of pp micro-batches
+        unit, factors = unit * parallel.pp, f"pp {parallel.pp} x {factors}"
+    if size % unit:
+        raise MtopdError(
+            f"train.global_batch_size {size} is not a multiple of {factors} "
+            f"{config.train.micro_batch_size} = {unit}"
+        )
+
+
+def check_store(config: SpecialistConfig) -> None:
+    """The store that a specialist ends as can be cut as the config asks."""
+    if config.store is not None:
+        facts = model_facts(load_hf_config(config.student.model))
+        choose_slices(config.store.slices, facts.tp_counts, str(config.student.model))
 
 
 def check_deterministic(megatron: Mapping[str, object]) -> None:

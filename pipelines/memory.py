@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtopd.config import ConsolidateConfig, OffloadConfig, StudentConfig
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.dtypes import torch_dtype
 from mtopd.families import ModelFacts, check_variant, model_facts
 from mtopd.hf_checkpoint import load_hf_config
@@ -43,28 +44,36 @@ _HEADS = {
 
 
 def report_memory(
-    config: ConsolidateConfig,
+    config: ConsolidateConfig | SpecialistConfig,
     stores: Sequence[TeacherStore],
     ranks_on_node: int,
     say: Callable[[str], None],
 ) -> None:
     """Say what each rank will hold, and whether this machine has less.  Raises MtopdError where the
-    embedded engine's model cannot be there.
+    embedded engine's model cannot be there for the rollouts.
     """
     facts = model_facts(load_hf_config(config.student.model))
     capacity = config_capacity(config, facts, sum(store.pass_bytes() for store in stores))
     say(f"each rank will hold about {capacity}")
-    if config.rollout.engine == "embedded":
+    if isinstance(config, ConsolidateConfig) and config.rollout.engine == "embedded":
         refuse_engine(capacity, ranks_on_node)
     if lacking := too_little(capacity, ranks_on_node):
         say(f"warning: {lacking}")
 
 
-def config_capacity(config: ConsolidateConfig, facts: ModelFacts, teacher_bytes: int) -> Capacity:
+def config_capacity(
+    config: ConsolidateConfig | SpecialistConfig, facts: ModelFacts, teacher_bytes: int
+) -> Capacity:
     """``teacher_bytes``: of all teachers together, which the ranks share."""
-    parallel, train = config.student.parallel, config.train
-    fields = sort_fields(config.student.megatron)
-    tokens = train.token_budget or (train.micro_batch_size or 1) * config.data.context_length
+    parallel, fields = config.student.parallel, sort_fields(config.student.megatron)
+    padded = (config.train.micro_batch_size or 1) * config.data.context_length
+    if isinstance(config, ConsolidateConfig):
+        tokens = config.train.token_budget or padded
+        host_budget = config.teacher_offload.host_budget
+        answers = config.rollout.engine == "embedded"
+    else:  # held-out prompts are answered by the same engine
+        tokens, host_budget = padded, 0
+        answers = any(source.has_held_out for source in config.data.sources)
     return rank_capacity(
         facts.sizes,
         Layout(**parallel.model_dump() | {"etp": parallel.expert_tp}),
@@ -72,8 +81,8 @@ def config_capacity(config: ConsolidateConfig, facts: ModelFacts, teacher_bytes:
         micro_batch_tokens=-(-tokens // parallel.cp),
         distributed_optimizer=has_distributed_optimizer(fields.optimizer),
         recomputes=recomputes_layers(fields.transformer),
-        kept_teachers=min(config.teacher_offload.host_budget, teacher_bytes // parallel.world_size),
-        embedded_engine=config.rollout.engine == "embedded",
+        kept_teachers=min(host_budget, teacher_bytes // parallel.world_size),
+        embedded_engine=answers,
     )
 
 

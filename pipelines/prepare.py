@@ -22,9 +22,8 @@ from mtopd.tokenizer import end_ids, tokenizer_hash, vocab_size
 
 from .checks import (
     check_baselines,
-    check_batch,
     check_optimizer_form,
-    check_store,
+    check_stop_ids,
     check_student,
     check_teachers,
     check_weight_average,
@@ -40,6 +39,7 @@ from .continuation import (
     set_aside_final,
 )
 from .inputs import inputs_of
+from .layouts import check_batch, check_store
 from .memory import report_memory
 from .notices import (
     report_baselines,
@@ -74,6 +74,7 @@ def consolidate(
     """
     check_sources(config.data)  # first: it takes no time
     tokenizer = check_student(config.student, deterministic=config.deterministic, say=say)
+    check_stop_ids(config, tokenizer)
     check_world(config.student)
     stores = check_teachers(config, tokenizer, say)
     check_baselines(config, tokenizer, say)
@@ -167,6 +168,7 @@ def specialist(config: SpecialistConfig, run: RunDir, say: Say) -> None:
     report_dropout(config.student, say)
     report_schedule(config.train, say)
     report_large_tensors(config.student, say)
+    report_memory(config, [], ranks_on_node(config.student), say)
     write_prompt_table(run, config.data, tokenizer, {"": {}}, supervised=True, progress=say)
 
 

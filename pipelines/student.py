@@ -31,7 +31,6 @@ from mtopd.megatron.trainer import Trainer, build_ddp_config
 from mtopd.planning.capacity import padded_vocab_size
 from mtopd.rollout.ending import Ending
 from mtopd.tokenizer import end_ids, load_tokenizer, vocab_size
-from mtopd.types import MtopdError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,11 +77,7 @@ class Student:
         """When a response is over.  ``config``: None for a run without rollouts."""
         if config is None:
             return Ending(self.tokenizer, self.end_ids)
-        if foreign := [i for i in config.stop_ids if i >= self.vocab_size]:
-            raise MtopdError(
-                f"rollout.stop_ids has {foreign[0]}, the student's tokenizer has the ids 0 to "
-                f"{self.vocab_size - 1}; take one of its tokens"
-            )
+        assert all(index < self.vocab_size for index in config.stop_ids), config.stop_ids
         return Ending(self.tokenizer, [*self.end_ids, *config.stop_ids], config.stop)
 
     def weights(self) -> Iterator[Bucket]:

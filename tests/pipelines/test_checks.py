@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from mtopd.config import StudentConfig
+from mtopd.config_rollout import RolloutConfig
 from mtopd.config_specialist import SpecialistConfig
 from mtopd.hf_checkpoint import hf_config_from_dict, load_hf_config
 from mtopd.megatron.options import sort_fields
 from mtopd.pipelines.checks import (
     check_baselines,
     check_ends,
+    check_stop_ids,
     check_student,
     check_teacher,
     check_world,
@@ -28,7 +30,7 @@ from mtopd.pipelines.checks import (
 from mtopd.pipelines.layouts import check_mesh
 from mtopd.pipelines.prepare import specialist
 from mtopd.pipelines.stores import check_place
-from mtopd.pipelines.student import build_bridge
+from mtopd.pipelines.student import Student, build_bridge
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import end_ids, load_tokenizer, pad_id, tokenizer_hash, vocab_size
 from mtopd.types import MtopdError
@@ -454,6 +456,10 @@ def test_every_end_token_that_the_students_files_name_ends_a_response(
         (tmp_path / f"{name}.json").write_text(json.dumps({"eos_token_id": value}))
     tokenizer = load_tokenizer(tmp_path)
     assert end_ids(tokenizer, tmp_path) == ends
+    student = SimpleNamespace(tokenizer=tokenizer, end_ids=ends, vocab_size=100)
+    rollout = RolloutConfig(prompts_per_iteration=1, stop_ids=[7])
+    assert Student.ending(student, rollout).end_ids == {*ends, 7}  # type: ignore[arg-type]
+    assert Student.ending(student, None).end_ids == {*ends}  # type: ignore[arg-type]
     assert pad_id(tokenizer, ends) == (0 if pad else ends[0])
     said: list[str] = []
     check_ends(tmp_path, tokenizer, said.append)
@@ -489,6 +495,17 @@ def test_an_end_token_outside_the_vocabulary_is_refused_by_its_file(
         check_student(StudentConfig(model=tmp_path), deterministic=True)
 
 
+def test_a_token_that_the_student_lacks_cannot_end_a_response(tmp_path: Path) -> None:
+    """Found before ranks start, as all that needs none."""
+    tokenizer = load_tokenizer(tokenizer_folder(tmp_path))
+    last = vocab_size(tokenizer) - 1
+    for ids, refused in (([], False), ([0, last], False), ([0, last + 1], True)):
+        config = SimpleNamespace(rollout=SimpleNamespace(stop_ids=ids))
+        said = f"stop_ids has {last + 1}, the student's tokenizer has the ids 0 to {last};"
+        with pytest.raises(MtopdError, match=said) if refused else nullcontext():
+            check_stop_ids(config, tokenizer)  # type: ignore[arg-type]
+
+
 def test_a_baseline_answers_in_the_students_tokens(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     save_model(folder, seed=0)
@@ -511,3 +528,8 @@ def test_a_baseline_answers_in_the_students_tokens(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     check_baselines(baseline, tokenizer, said.append)
     assert "no tokenizer in" in said[0]
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(
+        MtopdError, match=r"baselines\.base: .* has 100 rows for the 101 ids of the student's"
+    ):
+        check_baselines(baseline, tokenizer)

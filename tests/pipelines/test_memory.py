@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from mtopd.config import ConsolidateConfig
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.families import model_facts
 from mtopd.hf_checkpoint import load_hf_config
 from mtopd.pipelines import memory
@@ -136,3 +137,38 @@ def test_the_start_says_what_its_config_will_hold(
     mib = f"{capacity.engine / (1 << 20):.2f} MiB"
     with pytest.raises(MtopdError, match=f"embedded holds the whole student on each rank, {mib}, "):
         memory.report_memory(config, [SimpleNamespace(pass_bytes=lambda: 1000)], 4, said.append)  # type: ignore[list-item]
+
+
+def test_the_start_of_a_specialist_says_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine is there for held-out prompts alone; less memory than it takes is a warning."""
+    save_model(tmp_path / "hf", seed=0)
+    facts, said = model_facts(load_hf_config(tmp_path / "hf")), list[str]()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    monkeypatch.setattr(memory, "_device_bytes", lambda ranks: 0)
+    for source, engine in (({}, 0), ({"eval_path": "e.jsonl"}, 4 * facts.sizes.num_params)):
+        values = {
+            "run_dir": tmp_path / "run",
+            "student": {"model": tmp_path / "hf", "parallel": {"tp": 2}},
+            "data": {
+                "sources": [{"name": "words", "path": "p.jsonl", **source}],
+                "context_length": 64,
+                "max_response": 16,
+            },
+            "train": {
+                "num_steps": 1,
+                "global_batch_size": 8,
+                "micro_batch_size": 4,
+                "optimizer": {"lr": 1e-3},
+            },
+        }
+        config = SpecialistConfig.model_validate(values)
+        capacity = memory.config_capacity(config, facts, 0)
+        assert (capacity.engine, capacity.kept_teachers) == (engine, 0)
+        memory.report_memory(config, [], 2, said.append)
+        assert said[-2] == f"each rank will hold about {capacity}"
+        assert said[-1].startswith("warning: this machine has 0.00 GiB of memory free")
+    values["train"] |= {"micro_batch_size": 8}  # type: ignore[operator]
+    wider = memory.config_capacity(SpecialistConfig.model_validate(values), facts, 0)
+    assert wider.activations == pytest.approx(2 * capacity.activations, rel=1e-6)
