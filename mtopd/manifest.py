@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mtopd.config import ConsolidateConfig
+from mtopd.config_file import Root, load_config, resolved, validate
 from mtopd.config_rollout import SERVER_KEYS
+from mtopd.config_specialist import SpecialistConfig
 from mtopd.files import read_json, write_atomic, write_json
 from mtopd.run_dir import RunDir, read_seal
 from mtopd.types import MtopdError
+from mtopd.yaml_file import read_yaml
 
 Keys = tuple[str | int, ...]
 Inputs = dict[str, dict[str, str]]  # what an input is to the run -> its path and its sha256
@@ -79,7 +85,8 @@ def read_manifest(run: RunDir) -> dict[str, Any]:
 def _is_sound(manifest: Mapping[str, Any]) -> bool:
     inputs, changes = manifest.get("inputs", {}), manifest.get("accepted_changes", [])
     return (
-        isinstance(inputs, dict)
+        isinstance(manifest.get("config"), dict)
+        and isinstance(inputs, dict)
         and all(isinstance(entry, dict) for entry in inputs.values())
         and all(isinstance(e.get(k), str) for e in inputs.values() for k in ("path", "sha256"))
         and isinstance(changes, list)
@@ -96,6 +103,37 @@ def check_schema(run: RunDir) -> None:
             f"{run.path} has lost its {run.manifest.name}, which says what run it is; put it back, "
             "or choose another run_dir"
         )
+
+
+def kept_config(run: RunDir, kind: type[Root]) -> Root:
+    """The config in a run directory, to read what the run left: also of one that an older version
+    began, which is not gone on with.  Raises MtopdError.
+    """
+    manifest, values = read_json(run.manifest), read_yaml(run.config)
+    if not (
+        isinstance(manifest, dict) and manifest.get("schema") == 1 and isinstance(values, dict)
+    ):
+        return load_config(run.config, [], kind)
+    with contextlib.suppress(TypeError, AttributeError, KeyError):  # edited: told by ``validate``
+        values = _without_idle_settings(values)
+    return validate(values, kind, str(run.config))
+
+
+def _without_idle_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of schema 1 less what is refused today because it does nothing, which was written
+    down with every config then, and less what ended or followed a supervised run.
+    """
+    found = copy.deepcopy(dict(values))
+    sources = found["data"]["sources"]
+    for source in sources:
+        if source.get("reasoning_gym") is None:
+            for key in ("config", "train_size", "eval_size", "seed", "eval_seed"):
+                source.pop(key, None)
+    if not any(s.get("reasoning_gym") or s.get("eval_path") for s in sources):
+        found.get("evaluation", {}).pop("every", None)
+    found["train"].pop("stop", None)
+    found.pop("store", None)
+    return found
 
 
 def has_origin(run: RunDir) -> bool:
@@ -127,6 +165,7 @@ def start_run(
     if run.manifest.exists():
         previous = read_manifest(run)
         accepted = previous.pop("accepted_changes", [])
+        previous["config"] = _with_new_keys(previous["config"])
         inputs = changed_inputs(previous.get("inputs", {}), known.get("inputs", {}))
         for name, text in inputs.items():
             if not name.startswith(TOKENIZER):
@@ -157,6 +196,18 @@ def start_run(
     write_atomic(run.config, config_yaml.encode())
     run.take_generation()
     return changes
+
+
+def _with_new_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a former start with the keys that came to be since then, at their defaults: what
+    they say was not done.
+    """
+    try:
+        if "teachers" in config:
+            return resolved(validate(config, ConsolidateConfig, "manifest.json"))
+        return resolved(validate(config, SpecialistConfig, "manifest.json"))
+    except MtopdError:  # it holds what is refused today: told as a difference
+        return config
 
 
 def changed_inputs(before: Inputs, now: Inputs) -> dict[str, str]:

@@ -27,7 +27,7 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
         return
     available = session.beginnings()
     iteration = session.iteration(available[-1] if number == "newest" else int(number))
-    chosen, num_iterations = iteration.number, session.config.train.num_iterations
+    chosen = iteration.number
     if phase != "teacher_pass":
         assert chosen in available, f"{chosen} of {available}: start.check_checkpoint let it pass"
         if chosen or session.origin is not None:
@@ -36,8 +36,7 @@ def main(run_dir: Path, generation: int, phase: str, number: str) -> None:
         evaluate.evaluate_student(session, iteration)
         session.close()
         return
-    if chosen >= num_iterations:
-        raise MtopdError(f"the run has iterations 0..{num_iterations - 1}, {chosen} was asked for")
+    assert chosen < session.config.train.num_iterations, "start.phase let it pass"
     with session.timed(phase, iteration):
         PHASES[phase].run(session, iteration)
     if phase == "train":

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from mtopd import trajectories
 from mtopd.config import ConsolidateConfig
-from mtopd.config_file import load_config
 from mtopd.files import read_json
+from mtopd.manifest import kept_config
 from mtopd.progress import answer, say
 from mtopd.run_dir import RunDir, existing_run, is_sealed, numbered, read_seal
 from mtopd.teacher_offload.store import open_store
@@ -79,7 +79,7 @@ def verify(run_dir: Path, iteration: int | None, console: Console) -> None:
             "no trajectories" if iteration is None else f"no trajectories of iteration {iteration}"
         )
         raise MtopdError(f"{run_dir} has {found}")
-    config = load_config(run.config, [], ConsolidateConfig)
+    config = kept_config(run, ConsolidateConfig)
     known = read_json(run.manifest)["teachers"]
     stores = [
         open_store(teacher.store, name=teacher.name, expected=entry["fingerprint"])

@@ -20,7 +20,7 @@ from mtopd.config import ConsolidateConfig, ParallelConfig
 from mtopd.config_file import load_config
 from mtopd.config_specialist import SpecialistConfig
 from mtopd.files import one_line_errors
-from mtopd.manifest import has_origin
+from mtopd.manifest import check_schema, has_origin
 from mtopd.planning import in_words
 from mtopd.progress import is_first, say, under_torchrun
 from mtopd.run_dir import RunDir, is_sealed
@@ -107,6 +107,7 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
             f"{run_dir} is not a run directory (no config.yaml); give the run_dir of a "
             "consolidation"
         )
+    check_schema(run)  # before its config is: of an older version it may hold what is refused today
     config = load_config(run.config, [], ConsolidateConfig)
     config = config.model_copy(update={"run_dir": run_dir.absolute()})  # it may have been moved
 
@@ -122,6 +123,9 @@ def phase(run_dir: Path, name: str, iteration: int | None) -> None:
                 raise MtopdError(f"the config of {run_dir} has no evaluation.baselines")
         if iteration is not None and name != "teacher_pass":
             check_checkpoint(run, iteration)
+        begun = max(run.sealed_checkpoints(), default=0) if iteration is None else iteration
+        if trains and begun >= (end := config.train.num_iterations):
+            raise MtopdError(f"the run has iterations 0..{end - 1}, {begun} was asked for")
         prepare.consolidate(config, run, say, trains=trains)
 
     chosen = "newest" if iteration is None else str(iteration)

@@ -99,6 +99,11 @@ def refused(
     return lines[0]
 
 
+def as_specialist(config: dict) -> None:
+    del config["teachers"], config["rollout"]
+    config["train"] = SPECIALIST_TRAIN
+
+
 def unknown_key(root: Path) -> None:
     edit_config(root, lambda c: c["train"].update(num_iteration=3))
 
@@ -147,6 +152,10 @@ def empty_dataset(root: Path) -> None:
     (root / "prompts.jsonl").write_text("")
 
 
+def foreign_stop_id(root: Path) -> None:
+    edit_config(root, lambda c: c["rollout"].update(stop_ids=[100]))
+
+
 def indivisible_world(root: Path) -> None:
     edit_config(root, lambda c: c["student"]["parallel"].update(tp=3))
 
@@ -176,6 +185,7 @@ def escaping_manifest(root: Path) -> None:
         (no_route, ["chemistry", "route"]),
         (long_prompt, ["context_length", "18", "tokens"]),
         (empty_dataset, ["prompts.jsonl", "no rows"]),
+        (foreign_stop_id, ["rollout.stop_ids has 100", "0 to 99"]),
         (indivisible_world, ["student.parallel.tp 3", "tp 1 or 2 work"]),
         (bad_megatron_field, ["layernorm_epsilo", "layernorm_epsilon"]),
         (escaping_manifest, ["../../student/model.safetensors", "inside"]),
@@ -218,11 +228,10 @@ def test_what_is_wrong_with_a_source_at_a_glance_is_found_before_a_model_is_read
 ) -> None:
     def change(config: dict) -> None:
         config["data"]["sources"][0] = {"name": "words", **source}
-        if verb == "specialist":
-            del config["teachers"], config["rollout"]
-            config["train"] = SPECIALIST_TRAIN
 
     edit_config(workplace, change)
+    if verb == "specialist":
+        edit_config(workplace, as_specialist)
     (workplace / "student" / "config.json").unlink()
     missing_teacher(workplace)
     monkeypatch.chdir(workplace)
@@ -360,6 +369,7 @@ def test_a_run_keeps_its_settings_once_ranks_have_started(
         assert manifest["config"]["train"]["optimizer"]["lr"] == lr
     for phase, said in (
         (["train", str(run), "--iteration", "7"], "iterations with a checkpoint: 0"),
+        (["teacher-pass", str(run), "--iteration", "1"], "has iterations 0..0, 1 was asked for"),
         (["evaluate", str(run), "--baselines"], "no held-out prompts"),
     ):
         monkeypatch.setattr(start, "launch", lambda *_: pytest.fail("ranks have started"))
@@ -408,6 +418,37 @@ def test_a_changed_input_is_noticed_by_the_next_start(
     cli.main()
 
 
+def test_check_of_a_specialist_does_what_its_start_does_before_its_ranks(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(workplace, as_specialist)
+    run, arguments = workplace / "run", ["specialist", str(workplace / "config.yaml"), "--check"]
+    monkeypatch.setattr(start, "launch", lambda *_: pytest.fail("ranks have started"))
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
+    cli.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "all is well" in said and "would start 4 ranks (tp 2 x pp 2)" in said
+    assert "each rank will hold about" in said
+    inputs = json.loads((run / "manifest.json").read_text())["inputs"]
+    kinds = ("student model.safetensors", "tokenizer tokenizer.json", "path of source words")
+    assert {*kinds} <= inputs.keys() and (run / "prompts.arrow").is_file()
+    edit_config(workplace, lambda c: c["train"].update(global_batch_size=3))
+    line = refused(workplace, capsys, monkeypatch, *arguments)
+    assert "train.global_batch_size 3 is not a multiple of" in line
+
+
+def test_the_doctor_answers_from_the_command_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = command(capsys, monkeypatch, "doctor")
+    for what in ("megatron-core", "transformers", "CUDA devices", "C++ compiler", "memory", "disk"):
+        assert what in out
+    out = command(capsys, monkeypatch, "doctor", workplace / "student", "--dtype", "bfloat16")
+    assert "tp, and slices of a teacher store: 1 or 2" in out and "total" in out
+    line = refused(workplace, capsys, monkeypatch, "doctor", str(workplace / "nowhere"))
+    assert "there is no folder" in line and "nowhere" in line
+
+
 def test_log_json_is_for_one_start_and_no_setting_of_the_run(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,22 +465,80 @@ def test_log_json_is_for_one_start_and_no_setting_of_the_run(
     assert inherited == ["1"], "the ranks of the second print lines all the same"
 
 
+def written_by_schema_1(run: Path) -> None:
+    """A run's first files as an older version left them: each setting of a source was written down
+    with its default, whether it did something or not.
+    """
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["inputs"]
+    (run / "manifest.json").write_text(json.dumps({**manifest, "schema": 1}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (source,) = config["data"]["sources"]
+    idle = {
+        "config": {},
+        "train_size": 20_000,
+        "eval_size": 256,
+        "seed": 1,
+        "eval_seed": 10_000_019,
+    }
+    known = ("name", "path", "eval_path", "reasoning_gym", "fields")
+    config["data"]["sources"] = [{key: source[key] for key in known} | idle]
+    if "teachers" in config:
+        config["evaluation"] = {"every": 5, "baselines": {}, "weight_average": []}
+    else:  # its first look would be too late, at held-out prompts that are not there
+        config["train"]["stop"] = {"accuracy": 0.5, "tolerance": 0.1, "every": 10, "first": 50}
+        config["store"] = {"name": "s", "path": str(run / "store"), "slices": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("verb", ["consolidate", "specialist"])
 def test_a_run_of_an_older_version_is_read_and_not_gone_on_with(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workplace: Path,
+    verb: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ["consolidate", str(workplace / "config.yaml"), "--check"]
+    if verb == "specialist":
+        edit_config(workplace, as_specialist)
+    run, arguments = workplace / "run", [verb, str(workplace / "config.yaml"), "--check"]
     monkeypatch.setattr(sys, "argv", ["mtopd", *arguments])
     cli.main()
-    path = workplace / "run" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["inputs"]
-    path.write_text(json.dumps({**manifest, "schema": 1}))
-    line = refused(workplace, capsys, monkeypatch, *arguments)
-    assert "schema 1" in line and "writes 2" in line
-    command(capsys, monkeypatch, "report", workplace / "run")
-    (workplace / "run" / "iterations" / "000000" / "hidden_cache").mkdir(parents=True)
-    command(capsys, monkeypatch, "cache", "ls", workplace / "run")
-    command(capsys, monkeypatch, "cache", "verify", workplace / "run")
+    assert "all is well" in capsys.readouterr().err
+    written_by_schema_1(run)
+    phases = [["train", str(run)], ["evaluate", str(run)]] if verb == "consolidate" else []
+    for refused_ones in (arguments, *phases):
+        line = refused(workplace, capsys, monkeypatch, *refused_ones)
+        assert "schema 1" in line and "writes 2" in line
+    assert "unfinished, 0 of 1" in command(capsys, monkeypatch, "report", run)
+    if verb == "consolidate":
+        (run / "iterations" / "000000" / "hidden_cache").mkdir(parents=True)
+        command(capsys, monkeypatch, "cache", "ls", run)
+        command(capsys, monkeypatch, "cache", "verify", run)
+        command(capsys, monkeypatch, "trajectories", "ls", run)
+    written = (run / "config.yaml").read_text().replace("sources:", "sauces:")
+    (run / "config.yaml").write_text(written)
+    assert "did you mean 'sources'" in refused(workplace, capsys, monkeypatch, "report", str(run))
+    for text, said in (("", "must hold a table of settings"), ("3", "must hold a table")):
+        (run / "config.yaml").write_text(text)
+        assert said in refused(workplace, capsys, monkeypatch, "report", str(run))
+
+
+def test_a_key_that_came_to_be_since_a_run_began_stands_at_its_default(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, arguments = RunDir(workplace / "run"), ["consolidate", str(workplace / "config.yaml")]
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments, "--check"])
+    cli.main()
+    run.generation = run.current_generation()
+    run.note_ranks()
+    manifest = json.loads(run.manifest.read_text())
+    del manifest["config"]["train"]["sequence_filter"], manifest["config"]["rollout"]["stop_ids"]
+    run.manifest.write_text(json.dumps(manifest))
+    line = refused(workplace, capsys, monkeypatch, *arguments, "train.sequence_filter=2")
+    assert "train.sequence_filter is None there and 2" in line
+    monkeypatch.setattr(sys, "argv", ["mtopd", *arguments, "--check"])
+    cli.main()
+    assert "all is well" in capsys.readouterr().err
 
 
 def test_a_run_directory_of_another_config_is_refused(

@@ -206,6 +206,7 @@ def test_a_run_of_another_version_is_not_gone_on_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
+        {"config": 3},
         {"inputs": []},
         {"inputs": {"x": 3}},
         {"inputs": {"x": {"path": "/x"}}},

@@ -13,10 +13,10 @@ from typing import Any
 
 from mtopd.config import ConsolidateConfig
 from mtopd.config_data import SourceConfig
-from mtopd.config_file import load_config
 from mtopd.config_specialist import SpecialistConfig
 from mtopd.data import route
 from mtopd.files import read_json
+from mtopd.manifest import kept_config
 from mtopd.metrics import Entry, L, read_metrics
 from mtopd.metrics_lines import Line, PassMetrics, TeacherPassLine
 from mtopd.prompt_table import domain_name, held_out_teachers
@@ -121,14 +121,15 @@ def read_config(run_dir: Path) -> ConsolidateConfig | SpecialistConfig:
                 f"{run_dir} is not a run directory (no {path.name}); give the run_dir of a "
                 "consolidation or a specialist"
             )
-    if "teachers" not in read_yaml(run.config):
-        return load_config(run.config, [], SpecialistConfig)
-    if "teachers" not in read_json(run.manifest):
+    values, manifest = read_yaml(run.config), read_json(run.manifest)
+    if not isinstance(values, dict) or "teachers" not in values:
+        return kept_config(run, SpecialistConfig)
+    if not isinstance(manifest, dict) or "teachers" not in manifest:
         raise MtopdError(
             f"{run.manifest} is that of a run without teachers, {run.config} names some; put the "
             "right one back"
         )
-    return load_config(run.config, [], ConsolidateConfig)
+    return kept_config(run, ConsolidateConfig)
 
 
 def read_specialist(run_dir: Path, config: SpecialistConfig) -> SpecialistRecord:
