@@ -8,11 +8,9 @@ inside the phase.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -180,94 +178,59 @@ def inside_phase(run: Path, phase: str) -> Callable[[], bool]:
     }[phase]
 
 
-def sealed_files(run: Path) -> dict[Path, int]:
-    """What is sealed of the iteration in which runs are killed, with its modification times."""
-    names = RunDir(run)
-    found = [
-        *names.trajectories(KILLED).glob("*.sealed.json"),
-        *names.hidden_cache(KILLED).glob("t/*/index/*.arrow"),
-    ]
-    return {path: path.stat().st_mtime_ns for path in found}
-
-
-def written_again(files: dict[Path, int]) -> set[str]:
-    """Those with another modification time now; that they go at the end is right."""
-    changed = set()
-    for path, mtime in files.items():
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime_ns != mtime:
-                changed.add(path.name)
-    return changed
-
-
-def run_on(
-    root: Path, run: Path, *overrides: str, killed_in: str | None = None, launcher: bool = False
-) -> str:
-    """Start the run, to its end or to a kill in a phase, and see that nothing sealed is written again
-    meanwhile, and that a kill leaves nothing behind; what the run said.
-    """
-    sealed, again = sealed_files(run), set[str]()
-    process = start(root, run, *overrides)
-    if killed_in is None:
-        while process.poll() is None:
-            again |= written_again(sealed)
-            time.sleep(0.05)
-        code, output = finish(process)
-        assert code == 0, output
-    else:
-        inside = inside_phase(run, killed_in)
-
-        def looked() -> bool:
-            again.update(written_again(sealed))
-            return inside()
-
-        ranks = kill_when(process, looked, launcher=launcher)
-        code, output = finish(process)
-        assert code == -signal.SIGKILL if launcher else code == 2, output
-        assert_nothing_left(run, ranks)
-    assert not again, "sealed work was written again"
-    return output
-
-
-@pytest.fixture(scope="module")
-def killed(workplace: Path) -> Path:
-    """A run killed while it rolled out (its launcher), in its teacher pass and in training."""
-    run = workplace / "killed"
-    run_on(workplace, run, killed_in="rollout", launcher=True)
-    for phase in ("teacher_pass", "train"):
-        output = run_on(workplace, run, killed_in=phase)
-        assert "SIGKILL" in output and output.count("error:") == 1, output
-    assert lines(run, "rollout").count(KILLED) == 1, "sealed trajectories were sampled again"
-    shutil.copytree(run, workplace / "fewer")
-    return run
-
-
 @pytest.mark.timeout(900)
-def test_kills_in_every_phase_lose_no_sealed_work(
-    workplace: Path, undisturbed: dict[str, torch.Tensor], killed: Path
+@pytest.mark.parametrize("phase", ["rollout", "teacher_pass", "train", "checkpoint"])
+def test_a_killed_rank_loses_no_sealed_work(
+    workplace: Path, undisturbed: dict[str, torch.Tensor], phase: str
 ) -> None:
-    passes = lines(killed, "teacher_pass").count(KILLED)
-    assert (
-        passes >= 2
-    )  # one line for each of the two teachers, before the run was killed in training
-    output = run_on(workplace, killed, killed_in="checkpoint")
-    assert "SIGKILL" in output and output.count("error:") == 1, output
-    run_on(workplace, killed)
-    assert lines(killed, "rollout").count(0) == 1, (
-        "an iteration before the checkpoint was run again"
-    )
-    assert lines(killed, "rollout").count(KILLED) == 1, "sealed trajectories were sampled again"
-    assert lines(killed, "train_step").count(KILLED - 1) == 4, (
-        "the checkpoint was not published when it was written"
-    )
-    assert lines(killed, "teacher_pass").count(KILLED) == passes, (
-        "a sealed cache was computed again"
-    )
-    assert not list(killed.rglob("*.tmp")) and not list(killed.rglob("*.removed"))
-    final = student(killed)
+    run = workplace / phase
+    process = start(workplace, run)
+    ranks = kill_when(process, inside_phase(run, phase))
+    code, output = finish(process)
+    assert code == 2 and "SIGKILL" in output and output.count("error:") == 1, output
+    assert_nothing_left(run, ranks)
+
+    shards = {
+        p: p.stat().st_mtime_ns for p in RunDir(run).trajectories(KILLED).glob("*.sealed.json")
+    }
+    index = {
+        p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")
+    }
+    process = start(workplace, run)
+    redone = watch_rewrites(process, {**shards, **index})
+    code, output = finish(process)
+    assert code == 0, output
+    assert redone == [], "sealed work was written again"
+    assert lines(run, "rollout").count(0) == 1, "an iteration before the checkpoint was run again"
+    if phase in ("teacher_pass", "train", "checkpoint"):
+        assert lines(run, "rollout").count(KILLED) == 1, "sealed trajectories were sampled again"
+    if phase in ("train", "checkpoint"):
+        assert lines(run, "train_step").count(KILLED - 1) == 4, (
+            "the checkpoint was not published when it was written"
+        )
+        # one line for each of the two teachers
+        assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
+    assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.removed"))
+    final = student(run)
     assert final.keys() == undisturbed.keys()
     for name, tensor in undisturbed.items():
         assert torch.equal(final[name], tensor), f"{name} differs from the undisturbed run"
+
+
+def watch_rewrites(process: subprocess.Popen[str], files: dict[Path, int]) -> list[str]:
+    """Files whose modification time changed while the run went on; that they go at the end is
+    right.
+    """
+    changed = set()
+    while process.poll() is None:
+        for path, mtime in files.items():
+            try:
+                if path.stat().st_mtime_ns != mtime:
+                    changed.add(path.name)
+            except FileNotFoundError:
+                pass
+        time.sleep(0.05)
+    return sorted(changed)
 
 
 def train_steps(run: Path) -> dict[int, dict]:
@@ -281,18 +244,28 @@ def train_steps(run: Path) -> dict[int, dict]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("undisturbed", "killed")
+@pytest.mark.usefixtures("undisturbed")
 def test_four_processes_die_and_two_go_on(workplace: Path) -> None:
-    """On a copy of the run that was killed in training: a run directory may be moved."""
     run = workplace / "fewer"
-    assert any(path.suffix == ".arrow" for path in sealed_files(run))
-    passes = lines(run, "teacher_pass").count(KILLED)
+    process = start(workplace, run)
+    ranks = kill_when(process, inside_phase(run, "train"))
+    code, output = finish(process)
+    assert code == 2 and "SIGKILL" in output, output
+    assert_nothing_left(run, ranks)
+
+    index = {
+        p: p.stat().st_mtime_ns for p in RunDir(run).hidden_cache(KILLED).glob("t/*/index/*.arrow")
+    }
+    assert index
     layout = [
         f"student.parallel.{name}={size}" for name, size in {"tp": 1, "pp": 1, "dp": 2}.items()
     ]
-    run_on(workplace, run, *layout, "train.micro_batch_size=8")
-    assert lines(run, "rollout").count(KILLED) == 1
-    assert lines(run, "teacher_pass").count(KILLED) == passes, "a sealed cache was computed again"
+    process = start(workplace, run, *layout, "train.micro_batch_size=8")
+    redone = watch_rewrites(process, index)
+    code, output = finish(process)
+    assert code == 0, output
+    assert redone == [] and lines(run, "rollout").count(KILLED) == 1
+    assert lines(run, "teacher_pass").count(KILLED) == 2, "a sealed cache was computed again"
     assert lines(run, "train_step").count(KILLED - 1) == 4, (
         "the run went on from an earlier checkpoint"
     )
@@ -304,3 +277,15 @@ def test_four_processes_die_and_two_go_on(workplace: Path) -> None:
     ]
     print(f"worst loss {max(errors):.1e}")
     assert max(errors) <= 2e-6, errors
+
+
+@pytest.mark.timeout(300)
+def test_ranks_die_with_their_launcher(workplace: Path) -> None:
+    run = workplace / "launcher"
+    process = start(workplace, run)
+    ranks = kill_when(process, lambda: (run / "metrics.jsonl").exists(), launcher=True)
+    process.wait(timeout=30)
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
+    assert_nothing_left(run, ranks)

@@ -38,7 +38,7 @@ SECONDS = (
     "head_bytes_read",
 )
 BASELINES = {"base": "student", "t0": "t0"}  # folder of each in the workplace
-LAST = 2  # the iteration whose files a finished run keeps
+LAST = 3  # the iteration whose files a finished run keeps
 
 
 def mtopd(*arguments: str) -> str:
@@ -58,8 +58,7 @@ def test_phases_replay_from_files(
     process = start(
         workplace,
         run.path,
-        *("--log-json", f"train.num_iterations={LAST + 1}", "rollout.prompts_per_iteration=64"),
-        *("checkpoint.every=1", "checkpoint.keep=2"),
+        *("--log-json", "checkpoint.every=1", "checkpoint.keep=3"),
         f"evaluation.baselines={{{folders}}}",
         "evaluation.weight_average=[base, t0]",
     )
@@ -80,7 +79,9 @@ def test_phases_replay_from_files(
     )
     assert read == sum(line["positions"] for line in steps if line["iteration"] == LAST)
     final = checkpoint_tensors(run, LAST + 1)
-    assert checkpoint.sealed(run) == [2, 3], "the last `keep` of checkpoints 1 to 3, older ones go"
+    assert checkpoint.sealed(run) == [2, 3, 4], (
+        "the last `keep` of checkpoints 1 to 4, older ones go"
+    )
     assert [path.name for path in (run.path / "iterations").iterdir()] == [f"{LAST:06d}"]
 
     assert is_sealed(run.hidden_cache(LAST))

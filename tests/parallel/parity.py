@@ -10,16 +10,17 @@ teachers of other widths and depths are streamed for each row anew.
 Near convergence gradients are small differences: there a row may be as far from tp1pp1 as four
 times the distance of two float32 summation orders at tp 1.
 
-Each world size is started once; its worker runs all rows of that size, mutated ones in forks.
+Each world size is started once; its worker runs all rows of that size.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,11 @@ class Row:
         False  # samples in the order of their ids, teachers mixed: what the planner never makes
     )
     batch_tokens: int = 40  # of a teacher's forward
-    mutant: str = ""  # how the row's processes are broken
 
     @property
     def world_size(self) -> int:
         sizes = {"tp": 1, "pp": 1, "cp": 1, "dp": 1, **self.parallel}
         return sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]
-
-    def run(self, root: Path) -> Path:
-        """Its run directory."""
-        return root / "runs" / self.name.replace(" ", "_").replace("/", "-")
-
-    def mutated(self, mutant: str) -> Row:
-        return replace(self, name=f"{self.name}, {mutant}", mutant=mutant)
 
 
 def rows() -> list[Row]:
@@ -372,7 +365,7 @@ def build_workplace(root: Path) -> None:
 def prepare_run(root: Path, row: Row) -> dict[str, Any]:
     """Write a row's run directory with the given trajectories; returns what its worker needs."""
     values = {
-        "run_dir": str(row.run(root)),
+        "run_dir": str(root / "runs" / row.name.replace(" ", "_")),
         "student": {
             "model": str(root / row.student),
             "parallel": row.parallel,
@@ -422,7 +415,7 @@ def prepare_run(root: Path, row: Row) -> dict[str, Any]:
     }
 
 
-def run_rows(root: Path, chosen: list[Row], *, timeout: float = 400.0) -> str:
+def run_rows(root: Path, chosen: list[Row], *, mutant: str = "", timeout: float = 400.0) -> str:
     """Run rows, each world size in one job; results lie in the rows' run directories."""
     output = ""
     for world_size in sorted({row.world_size for row in chosen}):
@@ -430,7 +423,7 @@ def run_rows(root: Path, chosen: list[Row], *, timeout: float = 400.0) -> str:
         plan.write_text(
             json.dumps([prepare_run(root, row) for row in chosen if row.world_size == world_size])
         )
-        output += run_ranks(world_size, WORKER, str(plan), timeout=timeout)
+        output += run_ranks(world_size, WORKER, str(plan), mutant, timeout=timeout)
     return output
 
 
@@ -506,8 +499,15 @@ class Verdict:
         ]
 
 
-def judge_mutant(root: Path, row: Row) -> str:
-    """How a mutated row's numbers fail, "" if they pass; its base must have been run whole."""
+def judge_mutant(root: Path, row: Row, mutant: str) -> str:
+    """How the row's numbers fail under a mutant, "" if they pass; its base must have been run
+    whole.
+
+    Raises where the row does not run: a mutant that is refused, or whose target is gone, shows
+    nothing of the numbers.
+    """
+    shutil.rmtree(root / "runs" / row.name.replace(" ", "_"), ignore_errors=True)
+    run_rows(root, [row], mutant=mutant, timeout=120.0)
     base = next(other for other in rows() if other.name == row.base)
     verdict = judge(root, [base, row])[-1]
     numbers = " ".join(f"{column} {found:.1e}" for column, found in verdict.distances.items())
@@ -515,7 +515,7 @@ def judge_mutant(root: Path, row: Row) -> str:
 
 
 def judge(root: Path, chosen: list[Row]) -> list[Verdict]:
-    results = {row.name: Result.load(row.run(root)) for row in chosen}
+    results = {row.name: Result.load(root / "runs" / row.name.replace(" ", "_")) for row in chosen}
     orders = 0.0
     if "near" in results:
         orders = distance(

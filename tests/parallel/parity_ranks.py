@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +17,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from mtopd.child_process import die_with_parent
 from mtopd.convert.weight_stream import WeightStream
 from mtopd.hf_weights import read_weights
 from mtopd.hidden_cache import HiddenCacheReader, shared_read
@@ -404,57 +401,17 @@ class _Fields:
         self.loss_mask = np.ones(len(response), np.uint8)
 
 
-def run_rows(rows: Sequence[dict[str, Any]]) -> None:
-    live, live_layers = LiveHeads(), LiveLayers()
-    for row in rows:
-        try:
-            run_row(row, live, live_layers)
-        except Exception as error:
-            raise AssertionError(f"row {row['name']}") from error
-        if dist.get_rank() == 0:
-            print(f"DONE {row['name']}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_mutated(number: int, row: dict[str, Any]) -> None:
-    """Run a row in a fork of this rank, which stays whole: the imports take longer than the row.
-
-    The forks of all ranks are a job of their own, whose store rank 0's fork hosts.
-    """
-    rank = os.getpid()
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        assert status == 0, f"row {row['name']} ended with status {status}"
-        return
-    status = 1
-    try:
-        die_with_parent(rank)
-        rendezvous = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
-        if os.environ["RANK"] == "0":
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            rendezvous.set(f"fork/{number}", str(store.port))
-        port = rendezvous.get(f"fork/{number}").decode()
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        mutants.install(row["mutant"])
-        run_rows([row])
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:  # nothing of the rank's own ending takes place in the fork
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 if __name__ == "__main__":
     quiet_libraries()
-    matrix = json.loads(Path(sys.argv[1]).read_text())
-    mutated = [row for row in matrix if row["mutant"]]
-    for number, row in enumerate(mutated):  # before this process has groups or threads
-        run_mutated(number, row)
-    if whole_rows := [row for row in matrix if not row["mutant"]]:
-        run_rows(whole_rows)
+    if sys.argv[2]:
+        mutants.install(sys.argv[2])
+    live, live_layers = LiveHeads(), LiveLayers()
+    for matrix_row in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            run_row(matrix_row, live, live_layers)
+        except Exception as error:
+            raise AssertionError(f"row {matrix_row['name']}") from error
+        if dist.get_rank() == 0:
+            print(f"DONE {matrix_row['name']}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()

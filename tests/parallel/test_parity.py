@@ -27,16 +27,20 @@ def test_every_layout_gives_the_numbers_of_one_process(root: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_mutant_turns_its_row_red(root: Path) -> None:
-    """A mutant that does not run to its end fails here: it would show nothing of the numbers."""
     by_name = {row.name: row for row in parity.rows()}
-    mutated = [by_name[name].mutated(mutant) for mutant, name in MUTANTS.items()]
-    bases = {row.base: by_name[row.base] for row in mutated if row.base}
-    lacking = [row for row in bases.values() if not (row.run(root) / "parity.json").exists()]
-    output = parity.run_rows(root, [*mutated, *lacking], timeout=800.0)
-    assert output.count("DONE") == len(mutated) + len(lacking)
-    verdicts = {row.mutant: parity.judge_mutant(root, row) for row in mutated}
-    for mutant, verdict in verdicts.items():
-        print(f"{mutant:40} {MUTANTS[mutant]:32} {verdict or 'passed'}")
-    assert [mutant for mutant, verdict in verdicts.items() if not verdict] == []
+    bases = [
+        row
+        for row in parity.rows()
+        if row.base is None and row.teachers == parity.FAR and row.dtype == "float32"
+    ]
+    if not all((root / "runs" / row.name / "parity.json").exists() for row in bases):
+        parity.run_rows(root, bases)
+    survivors = []
+    for mutant, name in MUTANTS.items():
+        verdict = parity.judge_mutant(root, by_name[name], mutant)
+        print(f"{mutant:40} {name:32} {verdict or 'passed'}")
+        if not verdict:
+            survivors.append(mutant)
+    assert survivors == []
