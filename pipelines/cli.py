@@ -198,7 +198,9 @@ def evaluate(
 
 
 @app.command()
-def report(run_dir: RunDirectory) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory; a specialist's, too.")],
+) -> None:
     """Write report.json and report.html of a run, finished or not, and print its table."""
     from mtopd.report import write_report
 
