@@ -12,7 +12,6 @@ turns (``mtopd.rollout.turns``).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -23,18 +22,19 @@ import torch.distributed as dist
 
 from mtopd import trajectories
 from mtopd.files import remove_tree
-from mtopd.megatron.agreement import STALE_WAITS_S, apart, decide, digest_of, gather, see_alike
+from mtopd.megatron.agreement import apart, decide, gather
 from mtopd.metrics_lines import RolloutLine
 from mtopd.planning import number_samples, select_prompts
 from mtopd.progress import say
+from mtopd.rollout.background import Background
 from mtopd.rollout.engine import Request, Sampling
 from mtopd.rollout.shards import Counts, ShardWriter, shard_name
-from mtopd.rollout.token_log import FormerLogs, TokenLog, log_path, logs_before, samples_in
 from mtopd.rollout.turns import Turns, environments
 from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt
 
 from .iteration import Iteration
+from .rollout_logs import former_logs, open_log
 from .session import Session
 
 
@@ -42,33 +42,94 @@ def run(session: Session, iteration: Iteration) -> None:
     """Write and seal ``trajectories/`` of the iteration, from what killed starts have left of it.
     Collective.
     """
-    folder, ranks, config = iteration.trajectories, session.ranks, session.config
-    size = config.rollout.batch_size
-    if (sealed := decide(ranks, lambda: sealed_before(iteration))) is None:
-        return
+    if (rollout := begin(session, iteration)) is not None:
+        join(session, rollout)
+
+
+def begin(session: Session, iteration: Iteration) -> Rollout | None:
+    """Begin the iteration's rollout, unless it is sealed.  An engine that answers elsewhere is asked in
+    a thread from here on, the others in ``join``.  Collective.
+    """
+    sealed = decide(session.ranks, lambda: sealed_before(iteration))
+    if sealed is None:
+        return None
     session.update_engine(iteration)
-    replying = environments(config.data.sources)
-    requests = plan_requests(session, iteration)
-    waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
-    shards = ShardWriter(folder, waiting, size, session.run.generation)
-    former = former_logs(session, iteration, {request.sample_id for _, request in waiting})
-    with apart(ranks) as name, open_log(session, iteration, name, former) as log:
-        turns = Turns(
-            waiting,
-            replying,
-            log,
-            sampling(session, iteration),
-            tokenizer=session.student.tokenizer,
-            ending=session.student.ending(config.rollout),
-            name=f"{session.run.id}/{iteration.number}",
+    return Rollout(session, iteration, sealed)
+
+
+class Rollout:
+    """A rollout under way: what is asked, and this rank's share of the answers.  Each shard is sealed
+    as soon as it is whole.  Building it is collective.
+    """
+
+    def __init__(
+        self, session: Session, iteration: Iteration, sealed: Mapping[str, Counts]
+    ) -> None:
+        size = session.config.rollout.batch_size
+        self.iteration = iteration
+        self.before = sum(sealed.values(), Counts())  # sealed by former starts
+        self.replying = environments(session.config.data.sources)
+        requests = plan_requests(session, iteration)
+        self.num_samples = len(requests)
+        self._waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
+        self.shards = ShardWriter(
+            iteration.trajectories, self._waiting, size, session.run.generation
         )
-        for response in turns.answers(session.engine):
-            turns.forget(shards.add(response))
+        asked = {request.sample_id for _, request in self._waiting}
+        self.former = former_logs(session, iteration, asked)
+        self.continued_tokens = self.log_bytes = self.num_calls = 0  # of this rank in this start
+        self.call_s = 0.0
+        self.first_error: str | None = None  # of an environment
+        self._background: Background | None = None
+        if session.engine.answers_elsewhere:
+            name = f"rollout {iteration.number}"
+            self._background = Background(lambda: self._answer(session, name), name)
+
+    def finish(self, session: Session) -> None:
+        """Until every answer is there, however long it takes; raises what has failed, on every rank.
+        Collective.
+        """
+        with apart(session.ranks) as name:
+            if self._background is None:
+                self._answer(session, name)
+            else:
+                self._background.join()
+
+    def _answer(self, session: Session, name: str) -> None:
+        """This rank's share.  Takes part in no collective, and asks the engine alone."""
+        iteration, student = self.iteration, session.student
+        with open_log(session, iteration, name, self.former) as log:
+            turns = Turns(
+                self._waiting,
+                self.replying,
+                log,
+                sampling(session, iteration),
+                tokenizer=student.tokenizer,
+                ending=student.ending(session.config.rollout),
+                name=f"{session.run.id}/{iteration.number}",
+            )
+            for response in turns.answers(session.engine):
+                turns.forget(self.shards.add(response))
+        self.continued_tokens, self.log_bytes = log.num_continued_tokens, log.num_bytes
+        self.num_calls, self.call_s = turns.num_calls, turns.call_s
+        self.first_error = turns.first_error
+
+
+def join(session: Session, rollout: Rollout) -> None:
+    """Wait for the answers, count them and seal the iteration's trajectories.  Collective."""
+    iteration, ranks = rollout.iteration, session.ranks
+    rollout.finish(session)
     session.engine.release()
-    before = sum(sealed.values(), Counts()) if ranks.rank == 0 else Counts()
-    of_start = [log.num_continued_tokens, log.num_bytes, former.num_dropped, turns.num_calls]
+    before = rollout.before if ranks.rank == 0 else Counts()
     sums = torch.tensor(
-        [*vars(before + shards.sealed).values(), *of_start, turns.call_s],
+        [
+            *vars(before + rollout.shards.sealed).values(),
+            rollout.continued_tokens,
+            rollout.log_bytes,
+            rollout.former.num_dropped,
+            rollout.num_calls,
+            rollout.call_s,
+        ],
         dtype=torch.float64,
         device=ranks.device,
     )
@@ -77,9 +138,9 @@ def run(session: Session, iteration: Iteration) -> None:
     samples, tokens, stopped, replied, errors, continued, log_bytes, dropped, calls = map(
         int, whole
     )
-    assert samples == len(requests), f"{samples} of {len(requests)} samples are sealed"
+    assert samples == rollout.num_samples, f"{samples} of {rollout.num_samples} samples are sealed"
     if errors:
-        tell_errors(session, iteration, errors, turns.first_error)
+        tell_errors(session, iteration, errors, rollout.first_error)
     if dropped:
         say(
             f"token logs of iteration {iteration.number}: {dropped} tokens behind gaps were lost with "
@@ -92,7 +153,7 @@ def run(session: Session, iteration: Iteration) -> None:
         continued_tokens=continued,
         log_bytes=log_bytes,
     )
-    if replying:
+    if rollout.replying:
         line = dataclasses.replace(
             line,
             environment_tokens=replied,
@@ -103,6 +164,7 @@ def run(session: Session, iteration: Iteration) -> None:
     # The line first: a kill in between writes it twice, the other order would lose it.
     session.metrics.write(line, iteration.number)
     if ranks.rank == 0:
+        folder = iteration.trajectories
         session.run.seal(folder, {"shards": trajectories.seal_hashes(folder)})
         remove_tree(iteration.token_logs)
     dist.barrier()
@@ -161,55 +223,3 @@ def sampling(session: Session, iteration: Iteration) -> Sampling:
         seed=session.config.seed,
         iteration=iteration.number,
     )
-
-
-def former_logs(session: Session, iteration: Iteration, unsealed: set[int]) -> FormerLogs:
-    """What killed starts had logged of samples that are in no sealed shard.  Collective: each rank
-    looks through a share of the logs, and tells which samples they hold.  Which rank goes on with a
-    response is open; that one reads it.
-    """
-    folder, run, ranks = iteration.token_logs, session.run, session.ranks
-    paths = see_alike(
-        ranks,
-        lambda: logs_before(folder, run.generation),
-        lambda paths: (
-            digest_of([(path.name, path.stat().st_size) for path in paths]),
-            f"lists {len(paths)} token logs in {folder}",
-        ),
-        waits_s=STALE_WAITS_S,
-    )
-    if not paths:
-        return FormerLogs({}, run.id)
-    shares = [paths[rank :: ranks.world_size] for rank in range(ranks.world_size)]
-    found = gather(
-        ranks,
-        lambda: [samples_in(path, run=run.id, unsealed=unsealed) for path in shares[ranks.rank]],
-    )
-    if num_torn := sum(torn for share in found for _, torn in share):
-        say(
-            f"token logs of iteration {iteration.number}: {num_torn} bytes at their ends were lost "
-            "with a kill; what they held is sampled again"
-        )
-    files = {
-        path: sample_ids
-        for share, told in zip(shares, found, strict=True)
-        for path, (sample_ids, _) in zip(share, told, strict=True)
-    }
-    return FormerLogs(files, run.id)
-
-
-def open_log(
-    session: Session, iteration: Iteration, name: str, former: FormerLogs
-) -> contextlib.closing[TokenLog]:
-    """This rank's token log of this start."""
-    run, version = session.run, session.engine.version
-    assert version is not None
-    log = TokenLog(
-        name,
-        log_path(iteration.token_logs, run.generation, session.ranks.rank),
-        run=run.id,
-        engine=session.engine.kind,
-        versions={iteration.number: version},
-        former=former,
-    )
-    return contextlib.closing(log)

@@ -42,6 +42,7 @@ class EmbeddedEngine:
     """
 
     kind = "embedded"
+    answers_elsewhere = False
 
     def __init__(
         self,

@@ -85,6 +85,8 @@ class Engine(Protocol):
 
     kind: str  # as the config names it; responses of one kind are replayed to the same tokens
     version: str | None  # of the weights it answers with; None: it has none
+    # Not in these processes: a thread may ask it, while the ranks do something else.
+    answers_elsewhere: bool
 
     def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
         """Take HF-named tensors, bucket by bucket; a tied output layer may be left out, nothing else

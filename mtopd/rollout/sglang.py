@@ -61,6 +61,7 @@ class SGLangEngine:
     """The protocol of ``engine.Engine``."""
 
     kind = "sglang"
+    answers_elsewhere = True
 
     def __init__(
         self,
