@@ -60,6 +60,14 @@ class RolloutConfig(Model):
     """A response does not end before so many tokens: an end token or stop string before is a token
     like any other, no distribution is changed for it.
     """
+    overlap: Literal["none", "one_step"] = "none"
+    """one_step: SGLang servers answer the next iteration's prompts while this one's teacher pass and
+    training go on; what is still open when the weights change goes on with the new ones.
+    """
+    max_staleness: Annotated[Whole, Field(ge=0, le=1 << 31)] = 0
+    """Tokens that were sampled by weights more than so many iterations old get loss mask 0 and are
+    counted; their response stays.  overlap one_step needs 1.
+    """
 
     def _refuse(self, keys: Sequence[str], why: str) -> None:
         """Raise ValueError for one of ``keys`` that has been set: it would do nothing."""
@@ -90,6 +98,23 @@ class RolloutConfig(Model):
                 raise ValueError(f"servers names {min(twice)} twice; name each server once")
             return self
         self._refuse(SERVER_KEYS, f"with engine {self.engine}; leave it out, or set engine sglang")
+        return self
+
+    @model_validator(mode="after")
+    def _overlaps(self) -> RolloutConfig:
+        if self.overlap == "none":
+            return self
+        if self.engine != "sglang":
+            raise ValueError(
+                f"overlap {self.overlap} needs engine sglang: the {self.engine} engine answers on the "
+                "ranks that train; leave it out, or set engine sglang"
+            )
+        if self.max_staleness < 1:
+            raise ValueError(
+                f"overlap {self.overlap} needs max_staleness 1 or more, found {self.max_staleness}: "
+                "responses begin with weights that are one iteration old when they are trained, and "
+                "those tokens would all be left out; set max_staleness: 1"
+            )
         return self
 
     @model_validator(mode="before")

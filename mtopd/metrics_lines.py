@@ -104,6 +104,19 @@ class RolloutLine(Line):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StalenessLine(Line):
+    """How old the weights were that sampled an iteration's loss tokens, in iterations: 0 are those that
+    it begins with.  Of iterations that have older ones.
+    """
+
+    KIND = "staleness"
+    tokens: Mapping[str, int] = _table(int)  # by age
+    mean: float
+    oldest: int
+    tokens_masked: int  # older than rollout.max_staleness: not trained
+
+
+@dataclass(frozen=True, kw_only=True)
 class SequenceFilterLine(Line):
     """What train.sequence_filter left out of an iteration."""
 
@@ -276,6 +289,7 @@ _LINES: Mapping[str, type[Line]] = {
     line.KIND: line
     for line in (
         RolloutLine,
+        StalenessLine,
         SequenceFilterLine,
         TeacherPassLine,
         TrainStepLine,

@@ -27,9 +27,11 @@ def main(run_dir: Path, generation: int) -> None:
     evaluate.run(session, first)
 
     for iteration in session.iterations(first):
-        # 1. The student answers: only its own current tokens are ever trained on.
+        # 1. The student answers: only its own tokens are ever trained on.
         with session.timed("rollout", iteration):
             rollout.run(session, iteration)
+            # With rollout.overlap the next iteration's answers begin here, one student behind.
+            rollout.begin_next(session, iteration)
 
         # 2. Each teacher reads its own trajectories; only last hidden states are kept.
         with session.timed("teacher_pass", iteration):
@@ -39,7 +41,7 @@ def main(run_dir: Path, generation: int) -> None:
         with session.timed("train", iteration):
             train.run(session, iteration)
 
-        # 4. The new weights answer the next prompts.
+        # 4. The new weights answer the next prompts, or go on with them.
         with session.timed("update_weights", iteration):
             session.update_engine(iteration.next)
 

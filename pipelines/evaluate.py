@@ -10,6 +10,7 @@ scored.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -54,11 +55,12 @@ def run(session: Session, iteration: Iteration) -> None:
 def evaluate_student(session: Session, iteration: Iteration) -> None:
     """Evaluate the student that ``iteration`` begins with, whether it is due or not.  Collective."""
     with session.timed("evaluation", iteration):
-        session.update_engine(iteration)
         answers: list[Answer] = []
-        found = measure(
-            session.engine, session.prompts, session.student, session.config, answers=answers
-        )
+        with session.rollout_paused():  # of the next iteration: the same servers answer
+            session.update_engine(iteration)
+            found = measure(
+                session.engine, session.prompts, session.student, session.config, answers=answers
+            )
         write_answers(session.run, session.ranks, iteration.number, answers)
         if session.ranks.rank == 0:
             write(session.run, iteration.evaluation.stem, found.accuracy)
@@ -113,16 +115,20 @@ def measure(
     asked = [(p, Request(i, p.prompt_id, p.prompt_ids)) for i, (_, p) in enumerate(items)]
     sums = torch.zeros(3, len(by_domain), dtype=torch.float64, device=ranks.device)
     answered, correct, stopped = sums
-    with apart(ranks) as name:
-        turns = Turns(
-            asked,
-            environments(config.data.sources),
-            MemoryLog(name),
-            sampling_of(config),
-            tokenizer=student.tokenizer,
-            ending=ending,
-            name=f"evaluation {uuid.uuid4().hex}",
-        )
+    with (
+        apart(ranks) as name,
+        contextlib.closing(
+            Turns(
+                asked,
+                environments(config.data.sources),
+                MemoryLog(name),
+                sampling_of(config),
+                tokenizer=student.tokenizer,
+                ending=ending,
+                name=f"evaluation {uuid.uuid4().hex}",
+            )
+        ) as turns,
+    ):
         for response in turns.answers(engine):
             domain, prompt = items[response.sample_id]
             ended = response.finish_reason == "stop"

@@ -46,6 +46,11 @@ class Iteration:
         return self.number + 1 == self._config.train.num_iterations
 
     @property
+    def oldest_trained(self) -> int:
+        """Tokens of students before this one are not trained (``rollout.max_staleness``)."""
+        return self.number - self._config.rollout.max_staleness
+
+    @property
     def seed(self) -> int:
         """Seed of the shuffle of samples into train steps."""
         return self._seed(self.number)

@@ -5,10 +5,11 @@ scores which loss rows, and their tensors.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mtopd.megatron.micro_batch import PackedMicroBatch
@@ -29,6 +30,7 @@ from mtopd.types import (
 from .iteration import Iteration
 from .session import Session
 
+Mask = npt.NDArray[np.uint8]
 Runs = Sequence[Sequence[TeacherRun]]  # of each micro-batch of this rank
 
 
@@ -70,10 +72,14 @@ def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPla
         rows = []
         for planned in micro_batch.samples:
             s = iteration.tokens.samples[planned.sample_id]
-            tokens = trained_tokens(iteration, planned)
+            key, tokens = iteration.cache_key(s), trained_tokens(iteration, planned)
+            parts = loss_rows_of_rank(tokens, step_plan.seq_length, session.ranks)
+            cached = iteration.tokens.tokens(s.sample_id)
+            if tokens is not cached:
+                parts = [*rows_among(cached.loss_mask, tokens.loss_mask, parts)]
             rows += [
-                SampleRows(s.sample_id, s.teacher_index, iteration.cache_key(s), r.start, r.stop)
-                for r in loss_rows_of_rank(tokens, step_plan.seq_length, session.ranks)
+                SampleRows(s.sample_id, s.teacher_index, key, part.start, part.stop)
+                for part in parts
             ]
         runs: list[TeacherRun] = []
         for teacher_index, group in itertools.groupby(rows, key=lambda r: r.teacher_index):
@@ -90,11 +96,27 @@ def teacher_runs(session: Session, iteration: Iteration, step_plan: TrainStepPla
 
 
 def trained_tokens(iteration: Iteration, planned: PlannedSample) -> TokenFields:
-    """The sample's tokens; with loss mask 0 where it has no weight in its train step."""
+    """The sample's tokens; with loss mask 0 where it has no weight in its train step, and for tokens
+    of students that are too old.
+    """
     fields = iteration.tokens.tokens(planned.sample_id)
     if planned.token_weight:
-        return fields
+        mask = fields.loss_mask_since(iteration.oldest_trained)
+        return fields if mask is fields.loss_mask else replace(fields, loss_mask=mask)
     return replace(fields, loss_mask=np.zeros_like(fields.loss_mask))
+
+
+def rows_among(
+    cached_mask_T: Mask, trained_mask_T: Mask, parts: Sequence[range]
+) -> Iterator[range]:
+    """``parts`` of the trained tokens' rows as ranges of the cached rows: the hidden cache has one for
+    each loss token of the trajectory, trained or not.
+    """
+    row_of = trained_mask_T[cached_mask_T != 0].nonzero()[0]
+    for part in parts:
+        rows = row_of[part.start : part.stop]
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            yield range(int(run[0]), int(run[-1]) + 1)
 
 
 def pack(

@@ -7,15 +7,16 @@ Every token is in a log within a tenth of a second (``mtopd.rollout.token_log``)
 gone on with where it was, finished responses are not sampled again.  Differs from the textbook in:
 sampling is the student's own distribution at temperature 1, unfiltered; ranks that are through wait
 for the slowest however long it takes.  Where a source has an environment, a response is several
-turns (``mtopd.rollout.turns``).
+turns (``mtopd.rollout.turns``).  With ``rollout.overlap`` an iteration's rollout is begun while the
+one before is trained: which student sampled a token is written with it (``pipelines/staleness.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -30,30 +31,40 @@ from mtopd.rollout.background import Background
 from mtopd.rollout.engine import Request, Sampling
 from mtopd.rollout.shards import Counts, ShardWriter, shard_name
 from mtopd.rollout.turns import Turns, environments
-from mtopd.run_dir import is_sealed
 from mtopd.types import Prompt
 
 from .iteration import Iteration
-from .rollout_logs import former_logs, open_log
+from .rollout_files import former_logs, open_log, sealed_before, versions
 from .session import Session
 
 
 def run(session: Session, iteration: Iteration) -> None:
-    """Write and seal ``trajectories/`` of the iteration, from what killed starts have left of it.
-    Collective.
+    """Write and seal ``trajectories/`` of the iteration, from what was begun ahead and what killed
+    starts have left of it.  Collective.
     """
-    if (rollout := begin(session, iteration)) is not None:
+    rollout = session.rollout or begin(session, iteration, iteration)
+    if rollout is not None:
+        assert isinstance(rollout, Rollout) and rollout.iteration.number == iteration.number
         join(session, rollout)
+        session.rollout = None
 
 
-def begin(session: Session, iteration: Iteration) -> Rollout | None:
-    """Begin the iteration's rollout, unless it is sealed.  An engine that answers elsewhere is asked in
-    a thread from here on, the others in ``join``.  Collective.
+def begin_next(session: Session, iteration: Iteration) -> None:
+    """With ``rollout.overlap``, begin the rollout of the next iteration with this one's weights: it goes
+    on during all other phases, and with the new weights once there are any.  Collective.
+    """
+    if session.config.rollout.overlap == "one_step" and not iteration.is_last:
+        session.rollout = begin(session, iteration.next, iteration)
+
+
+def begin(session: Session, iteration: Iteration, student: Iteration) -> Rollout | None:
+    """Begin the iteration's rollout with the weights that ``student`` begins with, unless it is sealed.
+    An engine that answers elsewhere is asked in a thread from here on, others in ``join``.  Collective.
     """
     sealed = decide(session.ranks, lambda: sealed_before(iteration))
     if sealed is None:
         return None
-    session.update_engine(iteration)
+    session.update_engine(student)
     return Rollout(session, iteration, sealed)
 
 
@@ -71,6 +82,7 @@ class Rollout:
         self.replying = environments(session.config.data.sources)
         requests = plan_requests(session, iteration)
         self.num_samples = len(requests)
+        self._session = session
         self._waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
         self.shards = ShardWriter(
             iteration.trajectories, self._waiting, size, session.run.generation
@@ -83,33 +95,57 @@ class Rollout:
         self._background: Background | None = None
         if session.engine.answers_elsewhere:
             name = f"rollout {iteration.number}"
-            self._background = Background(lambda: self._answer(session, name), name)
+            self._background = Background(lambda thread: self._answer(name, thread.halt), name)
 
-    def finish(self, session: Session) -> None:
+    def check(self) -> None:
+        if self._background is not None:
+            self._background.check()
+
+    def pause(self) -> None:
+        engine = self._session.engine
+        assert self._background is not None, "an engine of these ranks answers in `join` alone"
+        self._background.pause(engine.pause)
+        engine.resume()  # for others: this rollout stands still
+
+    def resume(self) -> None:
+        assert self._background is not None
+        self._background.resume()
+
+    def finish(self) -> None:
         """Until every answer is there, however long it takes; raises what has failed, on every rank.
         Collective.
         """
-        with apart(session.ranks) as name:
+        with apart(self._session.ranks) as name:
             if self._background is None:
-                self._answer(session, name)
+                self._answer(name, lambda: False)
             else:
                 self._background.join()
 
-    def _answer(self, session: Session, name: str) -> None:
-        """This rank's share.  Takes part in no collective, and asks the engine alone."""
-        iteration, student = self.iteration, session.student
-        with open_log(session, iteration, name, self.former) as log:
-            turns = Turns(
-                self._waiting,
-                self.replying,
-                log,
-                sampling(session, iteration),
-                tokenizer=student.tokenizer,
-                ending=student.ending(session.config.rollout),
-                name=f"{session.run.id}/{iteration.number}",
-            )
-            for response in turns.answers(session.engine):
-                turns.forget(self.shards.add(response))
+    def _answer(self, name: str, halt: Callable[[], bool]) -> None:
+        """This rank's share.  Takes part in no collective.  ``halt`` stands still in a pause, and says
+        whether there was one.
+        """
+        session, iteration = self._session, self.iteration
+        with (
+            open_log(session, iteration, name, self.former) as log,
+            contextlib.closing(
+                Turns(
+                    self._waiting,
+                    self.replying,
+                    log,
+                    sampling(session, iteration),
+                    tokenizer=session.student.tokenizer,
+                    ending=session.student.ending(session.config.rollout),
+                    name=f"{session.run.id}/{iteration.number}",
+                )
+            ) as turns,
+        ):
+            while True:
+                for response in turns.answers(session.engine):
+                    turns.forget(self.shards.add(response))
+                if not halt():
+                    break
+                log.note_versions(versions(session.engine))
         self.continued_tokens, self.log_bytes = log.num_continued_tokens, log.num_bytes
         self.num_calls, self.call_s = turns.num_calls, turns.call_s
         self.first_error = turns.first_error
@@ -118,8 +154,9 @@ class Rollout:
 def join(session: Session, rollout: Rollout) -> None:
     """Wait for the answers, count them and seal the iteration's trajectories.  Collective."""
     iteration, ranks = rollout.iteration, session.ranks
-    rollout.finish(session)
-    session.engine.release()
+    rollout.finish()
+    if not session.engine.answers_elsewhere:
+        session.engine.release()
     before = rollout.before if ranks.rank == 0 else Counts()
     sums = torch.tensor(
         [
@@ -178,23 +215,6 @@ def tell_errors(session: Session, iteration: Iteration, errors: int, first: str 
         f"iteration {iteration.number}: {errors} responses ended because an environment failed; they "
         f"are trained up to there ({how})"
     )
-
-
-def sealed_before(iteration: Iteration) -> Mapping[str, Counts] | None:
-    """Shards that killed starts have sealed, by name; None: all of them."""
-    folder = iteration.trajectories
-    if is_sealed(folder):
-        remove_tree(iteration.token_logs)  # a kill came between
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    names = trajectories.sealed_shards(folder)
-    return {n: count(folder, n) for n in names if trajectories.shard_is_sealed(folder, n)}
-
-
-def count(folder: Path, name: str) -> Counts:
-    metadata = trajectories.read_shard_metadata(folder, name)
-    columns = ("response_len", "num_loss_tokens", "finish_reason")
-    return Counts.of(*(metadata[column].to_pylist() for column in columns))
 
 
 def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, Request]]:

@@ -2,8 +2,9 @@
 trained.
 
 Before an iteration's first update the trainer reads every sample once, forward only, with the
-weights that sampled it.  A sample that exceeds ``train.sequence_filter`` keeps its place in its
-train step with loss mask 0: it counts in no N.  All ranks hold the same sums, so they plan alike.
+weights that sampled it (with ``rollout.overlap`` they may be one iteration younger).  A sample that
+exceeds ``train.sequence_filter`` keeps its place in its train step with loss mask 0: it counts in no
+N.  All ranks hold the same sums, so they plan alike.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from .micro_batches import pack, plan, teacher_runs
 from .session import Session
 
 
-def trained_samples(session: Session, iteration: Iteration) -> list[SampleMetadata]:
+def trained_samples(
+    session: Session, iteration: Iteration, samples: list[SampleMetadata]
+) -> list[SampleMetadata]:
     """The iteration's samples, those that are left out without loss tokens.  Collective."""
     limit = session.config.train.sequence_filter
     if limit is None:
-        return iteration.samples
-    started, samples = time.perf_counter(), iteration.samples
+        return samples
+    started = time.perf_counter()
     sums = difference_sums(session, iteration, samples)
     means = [
         total / sample.num_loss_tokens if sample.num_loss_tokens else 0.0

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from mtopd.config_file import load_config
 from mtopd.files import read_json, remove_tree
 from mtopd.manifest import check_accepted
 from mtopd.megatron import checkpoint
-from mtopd.megatron.agreement import decide, see_start_alike
+from mtopd.megatron.agreement import apart, decide, see_start_alike
 from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress, logs_json
@@ -35,9 +35,22 @@ from .student import Student, peak_host_bytes
 from .teachers import build_teachers
 
 
+class RolloutUnderWay(Protocol):
+    """What is asked of a rollout that goes on while its iteration has not begun."""
+
+    def check(self) -> None:
+        """Raise what has failed.  Never waits."""
+
+    def pause(self) -> None:
+        """Nothing is drawn, and the engine is free."""
+
+    def resume(self) -> None:
+        """It goes on with the weights that the engine has now."""
+
+
 class Session:
-    """One rank from its start to its end.  ``update_engine``, ``timed``, ``resume``, ``restore``, ``save``,
-    ``finish`` and ``close`` are collective.
+    """One rank from its start to its end.  ``update_engine``, ``rollout_paused``, ``timed``, ``resume``,
+    ``restore``, ``save``, ``finish`` and ``close`` are collective.
     """
 
     def __init__(self, run_dir: Path, generation: int) -> None:
@@ -52,6 +65,7 @@ class Session:
         see_start_alike(self.ranks, self.run)
         # It takes no memory before the first phase that asks it something.
         self.engine = ENGINES[self.config.rollout.engine](self.student, self.config)
+        self.rollout: RolloutUnderWay | None = None  # of the next iteration
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)
         self.probes = TeacherProbes(self.run.path, self.teachers)
@@ -77,7 +91,30 @@ class Session:
         """Give the engine the student that ``iteration`` begins with, unless it has it.  Collective."""
         version = f"{self.run.id}/{self.run.generation}/{iteration.number}"
         if self.engine.version != version:
-            self.engine.update_weights(self.student.weights(), version)
+            with self.rollout_paused():
+                self.engine.update_weights(self.student.weights(), version)
+
+    @contextlib.contextmanager
+    def rollout_paused(self) -> Iterator[None]:
+        """The engine is free in the block.  A rollout under way goes on after it, from what its log
+        holds.  Collective.
+        """
+        rollout, self.rollout = (
+            self.rollout,
+            None,
+        )  # in a block inside this one it is paused already
+        if rollout is not None:
+            with apart(self.ranks):  # it may fail on rank 0, whose work it is
+                rollout.pause()
+        yield
+        if rollout is not None:
+            rollout.resume()
+            self.rollout = rollout
+
+    def check_rollout(self) -> None:
+        """Raise what a rollout under way has failed with, on this rank.  Never waits."""
+        if self.rollout is not None:
+            self.rollout.check()
 
     @contextlib.contextmanager
     def timed(self, phase: str, iteration: Iteration) -> Iterator[None]:
@@ -86,6 +123,7 @@ class Session:
         A checkpoint that was written meanwhile is published first: a kill in this phase goes on
         from it.
         """
+        self.check_rollout()
         self.checkpoints.advance()
         self.progress.phase(phase, iteration.number, self.config.train.num_iterations)
         started = time.perf_counter()

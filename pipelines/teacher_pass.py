@@ -78,6 +78,7 @@ def run(session: Session, iteration: Iteration) -> None:
     if teacher_plans:
         teachers.stream.expect([v.teacher for v in teacher_plans for _ in v.waves[0]])
     for teacher_plan in teacher_plans:
+        session.check_rollout()
         name = teachers.stores[teacher_plan.teacher].name
         line = TeacherPassLine({name: forward_teacher(session, iteration, teacher_plan)})
         session.metrics.write(line, iteration.number, part=name)
@@ -201,9 +202,7 @@ def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSampl
 
 
 def offload_student(session: Session, index: int) -> AbstractContextManager[None]:
-    """The student's gradients and optimizer state make room on the device where this pass needs
-    it.
-    """
+    """The student's gradients and optimizer state leave the device where a pass needs the room."""
     offload, device = session.config.teacher_offload, session.ranks.device
     moves = offload.offload_student == "always"
     if offload.offload_student == "auto" and device.type == "cuda":

@@ -27,6 +27,7 @@ from .iteration import Iteration
 from .micro_batches import Runs, num_positions, pack, plan, teacher_runs
 from .sequence_filter import trained_samples
 from .session import Session
+from .staleness import fresh_samples
 
 
 def run(session: Session, iteration: Iteration) -> None:
@@ -38,7 +39,7 @@ def run(session: Session, iteration: Iteration) -> None:
         lambda names: (digest_of(names), f"lists {len(names)} indexes of {iteration.hidden_cache}"),
         waits_s=STALE_WAITS_S,
     )
-    samples = trained_samples(session, iteration)
+    samples = trained_samples(session, iteration, fresh_samples(session, iteration))
     plans = see_alike(
         session.ranks,
         lambda: plan(session, iteration, samples),
@@ -54,6 +55,7 @@ def run(session: Session, iteration: Iteration) -> None:
         for number, step_plan in enumerate(plans):
             if hidden_states and number + 1 < len(plans):
                 hidden_states.prefetch(runs[number + 1])
+            session.check_rollout()
             step = iteration.step_number(number)
             line = train_step(session, iteration, step_plan, runs[number], hidden_states, step)
             session.metrics.write(line, iteration.number, step=step)

@@ -490,6 +490,24 @@ def test_servers_that_a_run_starts(changes: dict[str, object], said: str) -> Non
         validate(spoiled("rollout", {**rollout, **changes}), ConsolidateConfig, "file")
 
 
+def test_overlap_needs_servers_and_staleness() -> None:
+    rollout = {**GOOD["rollout"], "overlap": "one_step"}
+    servers = {"engine": "sglang", "servers": ["http://h:1"]}
+    good = {**rollout, **servers, "max_staleness": 1}
+    config = validate(spoiled("rollout", good), ConsolidateConfig, "file")
+    assert config.rollout.overlap == "one_step"
+    for changed, said in (
+        ({**rollout, "max_staleness": 1}, "rollout: overlap one_step needs engine sglang: the emb"),
+        (
+            {**rollout, **servers},
+            "rollout: overlap one_step needs max_staleness 1 or more, found 0",
+        ),
+        ({**good, "overlap": "two"}, "rollout.overlap is 'two'"),
+    ):
+        with pytest.raises(MtopdError, match=said):
+            validate(spoiled("rollout", changed), ConsolidateConfig, "file")
+
+
 def test_counts_that_are_absurd_together_are_refused() -> None:
     for path, value, said in (
         (

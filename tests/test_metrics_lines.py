@@ -16,6 +16,7 @@ from mtopd.metrics_lines import (
     PhaseLine,
     RolloutLine,
     SequenceFilterLine,
+    StalenessLine,
     SupervisedStepLine,
     TeacherPassLine,
     TeacherShare,
@@ -107,6 +108,11 @@ LINES = [
             *("tokens", "samples", "stopped", "continued_tokens", "log_bytes"),
             *("environment_tokens", "environment_errors", "environment_calls", "environment_s"),
         },
+    ),
+    (
+        StalenessLine(tokens={"0": 5, "2": 3}, mean=0.75, oldest=2, tokens_masked=3),
+        "staleness",
+        {"tokens", "mean", "oldest", "tokens_masked"},
     ),
     (
         SequenceFilterLine(samples=9, samples_filtered=2, tokens_filtered=7, wall_s=0.5),

@@ -94,7 +94,7 @@ PIPELINES = (
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
-    ("sequence_filter", "rollout_logs"),
+    ("sequence_filter", "staleness", "rollout_files"),
     ("micro_batches",),
     ("session",),
     ("iteration", "engines", "export", "teachers"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from mtopd.metrics_lines import (
     PhaseLine,
     RolloutLine,
     SequenceFilterLine,
+    StalenessLine,
     TrainStepLine,
 )
 from mtopd.report.record import Accuracy, Domain, Record, RunRecord, SpecialistRecord
@@ -69,6 +70,7 @@ def build_report(record: RunRecord) -> Report:
         "peak_host_bytes": _peak(line.peak_host_bytes for line in memory) if memory else None,
         "reverse_kl": first_and_last(steps, lambda s: s.reverse_kl),
         "log_prob_mismatch": _mismatch(record),
+        "staleness": _staleness(record),
         "samples_filtered": _filtered(record),
         "domains": domains,
         "no_recovery": {d.name: _why_not(record, d, domains[d.name]) for d in found
@@ -126,6 +128,22 @@ def _mismatch(record: RunRecord) -> dict[str, float | None]:
         "first_steps_p99": _largest(m.log_prob_difference_p99 for m in firsts),
         "p99": _largest(m.log_prob_difference_p99 for m in found),
         "token_mult_prob_error": _largest(m.token_mult_prob_error for m in found),
+    }
+
+
+def _staleness(record: RunRecord) -> dict[str, Any] | None:
+    """How old the weights were that sampled loss tokens; None where all were the newest."""
+    lines = record.lines(StalenessLine)
+    if not lines:
+        return None
+    tokens: Counter[str] = Counter()
+    for line in lines:
+        tokens.update(line.tokens)
+    return {
+        "tokens": dict(tokens),
+        "mean": sum(int(age) * count for age, count in tokens.items()) / max(tokens.total(), 1),
+        "oldest": int(_peak(line.oldest for line in lines)),
+        "tokens_masked": _total(line.tokens_masked for line in lines),
     }
 
 

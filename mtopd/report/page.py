@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -118,6 +119,13 @@ def _replies(found: Mapping[str, float]) -> tuple[str, str]:
     return ("environment calls / responses that they failed", counts)
 
 
+def _ages(stale: Mapping[str, Any]) -> tuple[str, str]:
+    """Of iterations that trained on tokens of older students."""
+    ages = f"{stale['mean']:.2f} / {stale['oldest']}"
+    label = "age of the weights that sampled, mean / oldest; tokens too old to train"
+    return (label, f"{ages}; {stale['tokens_masked']:,.0f}")
+
+
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: label, value."""
     tokens, continued = report["rollout_tokens"], report["continued_tokens"]
@@ -131,6 +139,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         ("rollout tokens, of them continued after a kill", f"{tokens:,} / {continued:,}"),
         ("token logs of rollouts", in_bytes(report["token_log_bytes"])),
         *([_replies(replied)] if replied else []),
+        *([_ages(stale)] if (stale := report["staleness"]) else []),
         *([_left_out(filtered)] if filtered is not None else []),
         ("wall time of all phases", f"{sum(report['wall_s'].values()):,.0f} s"),
     ]

@@ -7,24 +7,30 @@ from collections.abc import Callable
 
 
 class Background:
-    """``work`` in a thread.  It takes part in no collective: those are the main thread's alone, in one
-    order on every rank.  What it raises is raised where it is joined, or looked at before.
+    """``work`` in a thread, which is handed this object.  It takes part in no collective: those are the
+    main thread's alone, in one order on every rank.  What it raises is raised where it is joined, paused
+    or looked at.
 
     The thread is a daemon: a process that ends does not wait for it, whatever it does is safe against
     a kill anyway.
     """
 
-    def __init__(self, work: Callable[[], None], name: str) -> None:
+    def __init__(self, work: Callable[[Background], None], name: str) -> None:
         self._work = work
         self._error: BaseException | None = None
+        self._is_paused = self._stands = self._is_over = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._work(self)
         except BaseException as error:
             self._error = error
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     def check(self) -> None:
         """Raise what the work has raised, if it has.  Never waits."""
@@ -35,3 +41,30 @@ class Background:
         """Until the work is done; raises what it raised."""
         self._thread.join()
         self.check()
+
+    def pause(self, stop: Callable[[], None]) -> None:
+        """Return once the work stands still in ``halt``, or is done.  ``stop`` makes it get there."""
+        with self._changed:
+            self._is_paused = True
+        stop()
+        with self._changed:
+            self._changed.wait_for(lambda: self._stands or self._is_over)
+        self.check()
+
+    def resume(self) -> None:
+        with self._changed:
+            self._is_paused = False
+            self._changed.notify_all()
+
+    def halt(self) -> bool:
+        """Of the work: stand still while it is paused.  Returns whether it was: then there may be more
+        to do.
+        """
+        with self._changed:
+            if not self._is_paused:
+                return False
+            self._stands = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._is_paused)
+            self._stands = False
+            return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import threading
 import time
 from array import array
@@ -86,6 +87,7 @@ class SGLangEngine:
         self._tolerance = tolerance
         # Unique among runs and starts: a server refuses a name of a group that it has had.
         self._name = f"{_digest(run_name)[:8]}{time.time_ns():x}"
+        self._numbers = itertools.count()  # of pieces of work
         self._client = _Client(options) if is_client else None
         self.counts = DispatchCounts()
         self.update_seconds: dict[str, float] = {}
@@ -187,7 +189,11 @@ class SGLangEngine:
         is_over = None
         if self._ending.stop:
             is_over = partial(self._ending.is_over, min_response=sampling.min_response)
-        running = client.start(works, asking, append, self._name, is_over)
+        # A server refuses a request's name while it has it, and it may have one that was left behind.
+        name = f"{self._name}.{next(self._numbers):08d}"
+        running = client.start(works, asking, append, name, is_over)
+        if running is None:  # it was paused meanwhile
+            return
         try:
             while not running.done():
                 log.wait(0.2)
@@ -277,6 +283,9 @@ class _Client:
         self._thread.start()
         self._session: Any = None
         self.servers: Servers | None = None  # from the first connection on
+        # A pause may come from another thread than the one that starts: it meets what was started, or
+        # nothing is started behind it.
+        self._starting = threading.Lock()
         self._dispatcher: Dispatcher | None = None
         self.is_paused = False
         self.counts = DispatchCounts()
@@ -336,10 +345,12 @@ class _Client:
         rid_prefix: str,
         is_over: Callable[[Sequence[int]], bool] | None,
     ) -> Any:
-        """Answer works in the background; the future is done when all are, or none is to be."""
-        assert self.servers is not None and not self.is_paused
+        """Answer works in the background; the future is done when all are, or none is to be.  None while
+        paused.
+        """
+        assert self.servers is not None
         options = self._options
-        self._dispatcher = Dispatcher(
+        dispatcher = Dispatcher(
             self._session,
             self.servers,
             rid_prefix=rid_prefix,
@@ -348,8 +359,13 @@ class _Client:
             append=append,
             is_over=is_over,
         )
-        self.counts = self._dispatcher.counts
-        return asyncio.run_coroutine_threadsafe(self._dispatcher.run(works, asking), self._loop)
+        with self._starting:
+            if self.is_paused:
+                return None
+            assert self._dispatcher is None, "two pieces of work at once"
+            self._dispatcher = dispatcher
+        self.counts = dispatcher.counts
+        return asyncio.run_coroutine_threadsafe(dispatcher.run(works, asking), self._loop)
 
     def stop(self, running: Any) -> None:
         """What still streams is dropped: the servers abort it."""
@@ -357,17 +373,21 @@ class _Client:
         self._dispatcher = None
 
     def pause(self, *, servers_too: bool = True) -> None:
+        with self._starting:
+            self.is_paused = True
+            dispatcher = self._dispatcher
+
         async def pause() -> None:
-            if self._dispatcher is not None:
-                self._dispatcher.stop()
+            if dispatcher is not None:
+                dispatcher.stop()
             if servers_too and self.servers is not None:
                 for server, answer in (
                     await self.servers.everywhere("/pause_generation", {"mode": "abort"})
                 ).items():
                     if isinstance(answer, ServerError):
                         self.servers.take_out(server, str(answer))
-            if self._dispatcher is not None and servers_too:
-                await self._dispatcher.drained()
+            if dispatcher is not None and servers_too:
+                await dispatcher.drained()
 
         self.run(pause())
         self.is_paused = servers_too

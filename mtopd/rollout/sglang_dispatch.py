@@ -41,6 +41,7 @@ MOST_ATTEMPTS = 4  # in a row that bring no token
 _DEATHS = 2  # of servers with the same response in flight: then it is tried alone, once
 _FIRST_WAIT_S = 0.1  # doubled with every attempt
 _LAST_BYTES_S = 1.0  # behind the last token
+_DRAIN_S = 3.0  # for the last words of streams that paused servers have ended
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +122,18 @@ class Dispatcher:
         self._servers.wake(self._most_open * len(self._servers.all))
 
     async def drained(self) -> None:
-        """Wait until every open stream has ended."""
+        """Return once no stream is open.  One that has not ended soon is left: it reached its server
+        behind the pause, and waits there until the server goes on.
+        """
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                await self._closed()
+        except TimeoutError:
+            for attempt in self._open:
+                attempt.timeout.reschedule(-math.inf)
+            await self._closed()
+
+    async def _closed(self) -> None:
         while self._open:
             self._idle.clear()
             await self._idle.wait()
@@ -189,6 +201,10 @@ class Dispatcher:
                     "the prompt, or mend what is said"
                 ) from None
             except AttemptFailed as error:
+                if (
+                    not self._goes
+                ):  # a paused server is not looked at, its health waits until it goes on
+                    return
                 self.counts.failed[error.kind] += 1
                 await self._failed(server, work, before, str(error))
                 if work.deaths == _DEATHS and work not in self._suspects:

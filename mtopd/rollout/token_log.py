@@ -86,18 +86,23 @@ class TokenLog(MemoryLog):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Exclusively: a file has one writer, ever.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        about = {
-            "format": FORMAT,
-            "run": run,
-            "engine": engine,
-            "versions": {str(number): version for number, version in versions.items()},
-        }
-        text = json.dumps(about, sort_keys=True).encode()
-        head = _HEAD.pack(_HEADER_SAMPLE, 0, 0, 0, 0, 0)
-        self._write(_framed(head + text))
+        self._about = {"format": FORMAT, "run": run, "engine": engine}
+        self._versions: dict[int, str] = {}
+        self.note_versions(versions)
         fsync_dir(path.parent)
         self._clock = threading.Thread(target=self._commit_on_the_clock, daemon=True)
         self._clock.start()
+
+    def note_versions(self, versions: Mapping[int, str]) -> None:
+        """Name the students whose tokens follow, as far as they have no name here yet."""
+        if versions.items() <= self._versions.items():
+            return
+        self._versions |= versions
+        named = {str(number): version for number, version in self._versions.items()}
+        text = json.dumps({**self._about, "versions": named}, sort_keys=True).encode()
+        head = _HEAD.pack(_HEADER_SAMPLE, 0, 0, 0, 0, 0)
+        with self._committing:
+            self._write(_framed(head + text))
 
     def flush(self) -> None:
         self._commit()

@@ -140,9 +140,13 @@ class Turns:
         self.num_calls = 0
         self.call_s = 0.0  # sum over calls
         self.first_error: str | None = None
-        self._asked = list(asked)
-        self._prompts = {request.sample_id: prompt for prompt, request in self._asked}
-        self._samples = {request.sample_id: request.sample for _, request in self._asked}
+        self._prompts: dict[int, Prompt] = {}
+        self._requests: dict[
+            int, Request
+        ] = {}  # for the first turns, of responses not forgotten yet
+        for prompt, request in asked:
+            self._prompts[request.sample_id] = prompt
+            self._requests[request.sample_id] = request
         self._environments = environments
         self._log = log
         self._sampling = sampling
@@ -158,21 +162,25 @@ class Turns:
         self._whole: deque[Response] = deque()
 
     def answers(self, engine: Engine) -> Iterator[Response]:
-        """Whole responses to what is asked, as they end on this rank."""
-        requests = [request for _, request in self._asked]
+        """Whole responses to what is asked, as they end on this rank.  After a pause of the engine it is
+        asked for the others again, and goes on where it was.
+        """
+        requests = [*self._requests.values()]
         follow = self._follow if self._environments else None
-        try:
-            for turn in engine.generate(requests, self._log, self._sampling, follow):
-                self._take(turn)
-                yield from self._drain()
+        for turn in engine.generate(requests, self._log, self._sampling, follow):
+            self._take(turn)
             yield from self._drain()
-        finally:
-            for calls in self._calls.values():
-                calls.close()
+        yield from self._drain()
+
+    def close(self) -> None:
+        """Threads that call environments end."""
+        for calls in self._calls.values():
+            calls.close()
 
     def forget(self, sample_ids: Iterable[int]) -> None:
         """Drop whole responses that are kept elsewhere, from here and from the log."""
         for sample_id in sample_ids:
+            del self._requests[sample_id]
             found = self._conversations.pop(sample_id, None)
             count = len(found.turns) if found else 1
             self._log.forget(turn_id(sample_id, turn) for turn in range(count))
@@ -232,7 +240,7 @@ class Turns:
             answer=told["answer"],
             fields=dict(prompt.route),
             prompt_id=prompt.prompt_id,
-            sample=self._samples[sample_id],
+            sample=self._requests[sample_id].sample,
         )
 
         def done(result: object, seconds: float) -> None:

@@ -84,6 +84,17 @@ class TokenFields:
     version_spans: tuple[tuple[int, int], ...]  # (first response token, student version)
     teacher_prompt_ids: npt.NDArray[np.int32] | None
 
+    def versions(self) -> npt.NDArray[np.int64]:
+        """[T], the student that sampled each response token, or the turn before it."""
+        starts, versions = map(np.array, zip(*self.version_spans, strict=True))
+        return np.repeat(versions, np.diff([*starts, len(self.response_ids)]))
+
+    def loss_mask_since(self, oldest: int) -> npt.NDArray[np.uint8]:
+        """[T], ``loss_mask`` with 0 for tokens of students before ``oldest``."""
+        if min(version for _, version in self.version_spans) >= oldest:
+            return self.loss_mask
+        return np.where(self.versions() >= oldest, self.loss_mask, np.uint8(0))
+
 
 class _Batch:
     """The columns of one mapped record batch as arrays: a sample is a few slices, not a few Arrow

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtopd.pipelines.rollout import plan_requests
-from mtopd.pipelines.rollout_logs import former_logs
+from mtopd.pipelines.rollout_files import former_logs
 from mtopd.rollout import token_log
 from mtopd.rollout.engine import Request
 from mtopd.rollout.token_log import TokenLog, log_path, logs_before

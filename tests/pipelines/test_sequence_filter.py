@@ -29,8 +29,8 @@ def filtered(
         config=SimpleNamespace(train=SimpleNamespace(sequence_filter=limit)),
         metrics=SimpleNamespace(write=lambda line, iteration: lines.append(line)),
     )
-    iteration: Any = SimpleNamespace(samples=SAMPLES, number=0)
-    kept = sequence_filter.trained_samples(session, iteration)
+    iteration: Any = SimpleNamespace(number=0)
+    kept = sequence_filter.trained_samples(session, iteration, SAMPLES)
     assert [sample.sample_id for sample in kept] == [0, 1, 2, 3, 4], "every sample has its place"
     return [sample.num_loss_tokens for sample in kept], lines
 

@@ -10,6 +10,7 @@ from mtopd.metrics_lines import (
     BadStepLine,
     EvaluationLine,
     SequenceFilterLine,
+    StalenessLine,
     TeacherPassLine,
     from_values,
 )
@@ -145,6 +146,21 @@ def test_filtered_samples_are_added_up(run: RunDir) -> None:
     report, _, html = written(run)
     assert report["samples_filtered"] == 7
     assert "<b>7</b><span>samples left out by train.sequence_filter" in html
+
+
+def test_ages_of_weights_are_added_up_where_there_are_any(run: RunDir) -> None:
+    report, _, html = written(run)
+    assert report["staleness"] is None and "age of the weights" not in html
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for number, tokens in enumerate(({"0": 6, "1": 2}, {"0": 1, "1": 1, "2": 6})):
+        masked = tokens.get("2", 0)
+        line = StalenessLine(tokens=tokens, mean=0.5, oldest=len(tokens) - 1, tokens_masked=masked)
+        metrics.write(line, number)
+    metrics.close()
+    report, _, html = written(run)
+    wanted = {"tokens": {"0": 7, "1": 3, "2": 6}, "mean": 15 / 16, "oldest": 2, "tokens_masked": 6}
+    assert report["staleness"] == wanted
+    assert "<b>0.94 / 2; 6</b><span>age of the weights" in html
 
 
 def test_recovery(run: RunDir) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from mtopd.rollout import sglang_dispatch
 from mtopd.rollout.sglang_dispatch import Dispatcher, Work
 from mtopd.rollout.sglang_servers import Servers, open_session
 from mtopd.rollout.sglang_wire import Asking, Chunk
@@ -414,6 +415,32 @@ def test_paused_it_ends_and_goes_on_later() -> None:
         fake.fault = None
     rest = [work for work in todo if work.sample_id not in run.finishes]
     asyncio.run(run(rest))
+    run.check(todo)
+
+
+def test_a_pause_leaves_what_a_paused_server_keeps_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that arrives behind the pause waits there, and would end no pause."""
+    monkeypatch.setattr(sglang_dispatch, "_DRAIN_S", 0.2)
+    arrived = asyncio.Event()
+
+    async def paused(server: FakeServer, request: web.Request, body: Any) -> web.StreamResponse:
+        arrived.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def pause(run: Run) -> None:
+        await arrived.wait()
+        run.dispatcher.stop()
+        async with asyncio.timeout(10):
+            await run.dispatcher.drained()
+
+    fake = FakeServer(fault=paused)
+    run, todo = Run([fake]), works(3)
+    asyncio.run(run(todo, pause))
+    assert not run.tokens and not run.dispatcher.counts.failed, "it is no failure of the server"
+    assert run.servers.up == run.servers.all
+    fake.fault = None
+    asyncio.run(run(todo))
     run.check(todo)
 
 

@@ -85,6 +85,23 @@ def logged(folder: Path, generation: int = 99) -> dict[int, int]:
     return {sample_id: response.length for sample_id, response in found.responses.items()}
 
 
+def test_a_log_names_every_student_before_its_tokens(tmp_path: Path) -> None:
+    log = start(tmp_path, 1)
+    log.begin([Asked(1)])
+    log_tokens(log, 1, 0, 3)
+    log.flush()
+    size = log.num_bytes
+    log.note_versions({4: "r/1/4"})
+    assert log.num_bytes == size, "it is named already"
+    log.note_versions({5: "r/1/5"})
+    log.append(1, ids_of(1, 5)[3:], [-1.0, -1.0], version=5)
+    log.close()
+    found = read_log(log.path)
+    assert found.about["versions"] == {"4": "r/1/4", "5": "r/1/5"} and found.about["run"] == "r"
+    spans = recover([log.path], run="r", unsealed=unsealed()).responses[1].spans
+    assert spans == [(0, 4), (3, 5)]
+
+
 def test_a_tail_that_is_torn_at_any_byte_costs_that_record(
     tmp_path: Path, slow_clock: None
 ) -> None:

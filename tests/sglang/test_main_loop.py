@@ -39,21 +39,29 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def consolidate(root: Path, run: Path, urls: list[str], *overrides: str) -> tuple[int, str]:
-    """Exit code and all that is said of a run on these servers."""
+def start(root: Path, run: Path, urls: list[str], *overrides: str) -> subprocess.Popen[str]:
+    """A run on these servers."""
     command = [sys.executable, "-m", "mtopd.pipelines.cli", "consolidate"]
     command += [str(root / "config.yaml"), f"run_dir={run}"]
     command += ["rollout.engine=sglang", f"rollout.servers={json.dumps(urls)}"]
-    command += [f"data.sources.0.eval_path={root / 'eval.jsonl'}", *SMALL, *overrides]
-    done = subprocess.run(
+    command += [f"data.sources.0.eval_path={root / 'eval.jsonl'}"]
+    settings = dict(setting.split("=", 1) for setting in (*SMALL, *overrides))
+    command += [f"{key}={value}" for key, value in settings.items()]
+    return subprocess.Popen(
         command,
         cwd=REPOSITORY,
         env={**os.environ, "XDG_CACHE_HOME": str(root / "cache")},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=560,
     )
-    return done.returncode, done.stdout + done.stderr
+
+
+def consolidate(root: Path, run: Path, urls: list[str], *overrides: str) -> tuple[int, str]:
+    """Exit code and all that is said of a run on these servers."""
+    process = start(root, run, urls, *overrides)
+    said, _ = process.communicate(timeout=560)
+    return process.returncode, said
 
 
 def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:

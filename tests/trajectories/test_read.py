@@ -380,6 +380,20 @@ def test_spans_of_versions_come_back(folder: Path) -> None:
     assert (oldest[29], oldest[30]) == (7, 5)
 
 
+def test_tokens_of_older_students_have_no_loss(folder: Path) -> None:
+    """Versions need not ascend: a start may go on with an older student than a killed one had."""
+    written = trajectory(
+        30, response_len=8, version_spans=((0, 7), (2, 5), (5, 6), (6, 7)), loss_mask=(1, 0) * 4
+    )
+    write_shard(folder, "c", [written], generation=2)
+    fields = TokenStore(folder).tokens(30)
+    assert fields.versions().tolist() == [7, 7, 5, 5, 5, 6, 7, 7]
+    assert fields.loss_mask_since(5) is fields.loss_mask
+    assert fields.loss_mask_since(6).tolist() == [1, 0, 0, 0, 0, 0, 1, 0]
+    assert fields.loss_mask_since(7).tolist() == [1, 0, 0, 0, 0, 0, 1, 0]
+    assert fields.loss_mask_since(8).tolist() == [0] * 8
+
+
 NEW = ["oldest_version", "teacher_prompt_len", "teacher_prompt_hash"]  # since version 1
 
 

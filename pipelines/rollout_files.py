@@ -1,15 +1,39 @@
-"""The token logs of an iteration's rollout: this start's is opened, those of killed starts are found."""
+"""What killed starts have left of an iteration's rollout, sealed shards and token logs; this start's log."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from pathlib import Path
 
+from mtopd import trajectories
+from mtopd.files import remove_tree
 from mtopd.megatron.agreement import STALE_WAITS_S, digest_of, gather, see_alike
 from mtopd.progress import say
+from mtopd.rollout.engine import Engine, student_version
+from mtopd.rollout.shards import Counts
 from mtopd.rollout.token_log import FormerLogs, TokenLog, log_path, logs_before, samples_in
+from mtopd.run_dir import is_sealed
 
 from .iteration import Iteration
 from .session import Session
+
+
+def sealed_before(iteration: Iteration) -> Mapping[str, Counts] | None:
+    """Shards that killed starts have sealed, by name; None: all of them."""
+    folder = iteration.trajectories
+    if is_sealed(folder):
+        remove_tree(iteration.token_logs)  # a kill came between
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    names = trajectories.sealed_shards(folder)
+    return {n: count(folder, n) for n in names if trajectories.shard_is_sealed(folder, n)}
+
+
+def count(folder: Path, name: str) -> Counts:
+    metadata = trajectories.read_shard_metadata(folder, name)
+    columns = ("response_len", "num_loss_tokens", "finish_reason")
+    return Counts.of(*(metadata[column].to_pylist() for column in columns))
 
 
 def former_logs(session: Session, iteration: Iteration, unsealed: set[int]) -> FormerLogs:
@@ -51,14 +75,19 @@ def open_log(
     session: Session, iteration: Iteration, name: str, former: FormerLogs
 ) -> contextlib.closing[TokenLog]:
     """This rank's token log of this start."""
-    run, version = session.run, session.engine.version
-    assert version is not None
+    run = session.run
     log = TokenLog(
         name,
         log_path(iteration.token_logs, run.generation, session.ranks.rank),
         run=run.id,
         engine=session.engine.kind,
-        versions={iteration.number: version},
+        versions=versions(session.engine),
         former=former,
     )
     return contextlib.closing(log)
+
+
+def versions(engine: Engine) -> dict[int, str]:
+    """What a log names the student that samples now."""
+    assert engine.version is not None
+    return {student_version(engine.version): engine.version}
