@@ -24,6 +24,7 @@ import platform
 import re
 import tempfile
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,10 +101,10 @@ def measure_log(folder: Path, piece: int, tokens_each: int) -> LogCost:
             stop = first + piece
             reason = "length" if stop == tokens_each else None
             for i in range(STREAMS):
-                log.append_bytes(
+                log.append(
                     i,
-                    ids[i, first:stop].tobytes(),
-                    probs[i, first:stop].tobytes(),
+                    array("i", ids[i, first:stop].tobytes()),
+                    array("f", probs[i, first:stop].tobytes()),
                     version=0,
                     finish_reason=reason,
                 )

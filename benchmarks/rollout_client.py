@@ -103,8 +103,8 @@ class SlowDiskLog(TokenLog):
         self.commits: list[tuple[int, int]] = []  # appended before and after each
         super().__init__(**log_arguments(path))
 
-    def append_bytes(self, *values: Any, **more: Any) -> None:
-        super().append_bytes(*values, **more)
+    def append(self, *values: Any, **more: Any) -> None:
+        super().append(*values, **more)
         self.num_appended += 1
 
     def _write(self, data: bytes) -> None:

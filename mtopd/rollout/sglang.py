@@ -168,10 +168,10 @@ class SGLangEngine:
         works = self._works_of(requests, log, sampling)
 
         def append(work: Work, chunk: Chunk) -> None:
-            log.append_bytes(
+            log.append(
                 work.sample_id,
-                chunk.ids.tobytes(),
-                chunk.log_probs.tobytes(),
+                chunk.ids,
+                chunk.log_probs,
                 version=number,
                 finish_reason=chunk.finish,
                 attempt=min(work.attempts, 255),
