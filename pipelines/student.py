@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mtopd.config import OptimizerConfig, ParallelConfig, StudentConfig
 from mtopd.config_rollout import RolloutConfig
 from mtopd.convert.bridge import Bridge
-from mtopd.convert.weight_stream import WeightStream
+from mtopd.convert.weight_stream import Taker, WeightStream, everyone
 from mtopd.dtypes import torch_dtype
 from mtopd.families import model_facts
 from mtopd.hf_checkpoint import load_hf_config
@@ -80,10 +80,10 @@ class Student:
         assert all(index < self.vocab_size for index in config.stop_ids), config.stop_ids
         return Ending(self.tokenizer, [*self.end_ids, *config.stop_ids], config.stop)
 
-    def weights(self) -> Iterator[Bucket]:
-        """All weights as HF tensors, bucket by bucket, on every rank.  Collective."""
+    def weights(self, taker: Taker = everyone) -> Iterator[Bucket]:
+        """All weights as HF tensors, each bucket on the rank that takes it.  Collective."""
         self.trainer.finish_param_sync()
-        return self.stream.buckets(self.config.bucket_bytes)
+        return self.stream.buckets(self.config.bucket_bytes, taker)
 
 
 def build_bridge(

@@ -2,8 +2,10 @@
 
 No rank ever has more than a bucket beside its own shards.  Every rank of a model group (tp x pp; for
 experts ep x expert tp x pp) reports once what it has; from then on all know, without a word, which
-rank sends which part of a bucket, and nothing but weights is sent.  Parts of one sender go together,
-up to ``_MESSAGE`` bytes; a rank that has them itself is asked for nothing.
+rank sends which part of a bucket, and nothing but weights is sent.  A rank that has a part itself is asked
+for nothing; a large part goes from shard to bucket without a copy in between where both have it in one
+piece, small ones of one sender go together.  ``_IN_FLIGHT`` messages are under way at a time, the
+senders take turns.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import torch
 import torch.distributed as dist
@@ -21,11 +25,19 @@ from mtopd.convert.bridge import Bridge, Tie
 from mtopd.hf_weights import Bucket, TensorSpec, cut
 from mtopd.megatron.parallel import Ranks
 
-_MESSAGE = 16 << 20
+_MESSAGE = 8 << 20  # bytes at most, but for a row that is longer
+_IN_FLIGHT = 2  # messages: one is packed or unpacked while another is on its way
+_ALONE = 1 << 20  # bytes from which on a part is a message of its own
 _ALIGN = 64  # bytes: any dtype's, and what a GPU copies fastest
 _LARGE = 32 << 20  # bytes that the C library's allocator takes from the system, and gives it back
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+# The rank that needs the bucket of this number, from 0; None: all ranks do.
+Taker = Callable[[int], "int | None"]
+
+
+def everyone(bucket: int) -> None:
+    """Every rank needs every bucket."""
 
 
 @dataclass(frozen=True)
@@ -145,95 +157,111 @@ class WeightStream:
             self.tensors[name] = TensorSpec(name, tuple(whole), dtype)
 
     # -- buckets -----------------------------------------------------------------------------------
-    def buckets(self, bucket_bytes: int, *, to: int | None = None) -> Iterator[Bucket]:
-        """All tensors on every rank, or on rank ``to`` alone: the others get as many empty buckets.
+    def buckets(self, bucket_bytes: int, taker: Taker = everyone) -> Iterator[Bucket]:
+        """All tensors, each bucket on its ``taker``: the other ranks get an empty one in its place.
         A tensor above ``bucket_bytes`` is a bucket of its own.  Collective.
         """
-        for found in cut(self.tensors.values(), bucket_bytes, lambda tensor: tensor.nbytes):
-            yield self.gather([tensor.name for tensor in found], to=to)
+        parts = cut(self.tensors.values(), bucket_bytes, lambda tensor: tensor.nbytes)
+        for number, found in enumerate(parts):
+            yield self.gather([tensor.name for tensor in found], to=taker(number))
 
     @torch.no_grad()
     def gather(self, names: Sequence[str], *, to: int | None = None) -> Bucket:
-        """These tensors on every rank, or on rank ``to`` alone, in memory of their own.  Collective:
-        all ranks ask for the same buckets in the same order.
+        """These tensors on every rank, or on rank ``to`` alone, one behind the other in memory of
+        their own.  Collective: all ranks ask for the same buckets in the same order.
         """
         receives = to is None or to == self._ranks.rank
         bucket = self._allocate(names) if receives else {}
+        copies: list[_Piece] = []
+        under_way: deque[Callable[[], None]] = deque()
         for group in self._groups.values():
             if to is not None and to not in group.ranks:
                 continue
-            pieces = [
-                piece
-                for name in names
-                for piece in self._pieces[name]
-                if piece.tie.is_expert == group.is_expert
-            ]
             senders: dict[int, list[_Rows]] = {}
-            for piece in pieces:
-                if to in piece.holders or len(piece.holders) == len(group.ranks):
-                    if receives:
-                        piece.target(bucket).copy_(piece.source(self._shards[piece.tie.megatron]))
+            for piece in (piece for name in names for piece in self._pieces[name]):
+                if piece.tie.is_expert != group.is_expert:
                     continue
-                senders.setdefault(piece.holders[0], []).extend(_rows(piece))
-            for sender in sorted(senders):
-                for message in cut(senders[sender], _MESSAGE, _padded):
-                    self._move(message, bucket, sender, to, group.group)
+                if to in piece.holders or len(piece.holders) == len(group.ranks):
+                    copies += [piece] * receives
+                else:
+                    senders.setdefault(piece.holders[0], []).extend(_rows(piece))
+            for sender, message in _in_turns(senders):
+                if to is not None and self._ranks.rank not in (sender, to):
+                    continue
+                if len(under_way) == _IN_FLIGHT:
+                    under_way.popleft()()
+                under_way.append(self._begin(message, bucket, sender, to, group.group))
+        for piece in copies:  # while the first messages are on their way
+            piece.target(bucket).copy_(piece.source(self._shards[piece.tie.megatron]))
+        for finish in under_way:
+            finish()
         return bucket
 
     def _allocate(self, names: Sequence[str]) -> Bucket:
-        """Empty tensors in one block: blocks of a size are what an allocator can use again."""
+        """Empty tensors in one block, without gaps where their dtypes allow it: what is broadcast
+        then is the block itself.  And blocks of a size are what an allocator can use again.
+        """
         tensors = [self.tensors[name] for name in names]
-        block = self._block(sum(_padded(tensor) for tensor in tensors))
-        bucket, start = {}, 0
+        starts, end = [], 0
         for tensor in tensors:
-            place = block[start : start + tensor.nbytes]
-            bucket[tensor.name] = place.view(tensor.dtype).view(tensor.shape)
-            start += _padded(tensor)
-        return bucket
+            starts.append(_up(end, tensor.dtype.itemsize))
+            end = starts[-1] + tensor.nbytes
+        block = self._block(end)
+        return {
+            tensor.name: block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, start in zip(tensors, starts, strict=True)
+        }
 
-    def _move(
+    def _begin(
         self,
         message: Sequence[_Rows],
         bucket: Bucket,
         sender: int,
         to: int | None,
         group: dist.ProcessGroup,
-    ) -> None:
-        """Rows of pieces that ``sender`` has, into the buckets of the group's ranks, or of ``to``."""
-        me = self._ranks.rank
-        if to is not None and me not in (sender, to):
-            return
+    ) -> Callable[[], None]:
+        """Send rows of pieces that ``sender`` has to the buckets of the group's ranks, or of ``to``;
+        what is returned waits until they are there.
+        """
+        sends = self._ranks.rank == sender
         targets = [rows.piece.target(bucket)[rows.start : rows.stop] for rows in message if bucket]
-        sources = []
-        if me == sender:
-            shards = [self._shards[rows.piece.tie.megatron] for rows in message]
-            sources = [
-                rows.piece.source(shard)[rows.start : rows.stop]
-                for rows, shard in zip(message, shards, strict=True)
-            ]
-            for target, source in zip(targets, sources, strict=bool(targets)):
-                target.copy_(source)
+        sources = [
+            rows.piece.source(self._shards[rows.piece.tie.megatron])[rows.start : rows.stop]
+            for rows in message
+            if sends
+        ]
         own = sources or targets
+        packed: list[torch.Tensor] = []
         if len(own) == 1 and own[0].is_contiguous():
-            buffer, is_copied = own[0].view(-1).view(torch.uint8), False
+            buffer = own[0].view(-1).view(torch.uint8)
         else:
             places, total = _places(message)
-            buffer, is_copied = self._bytes(total), True
+            buffer = self._bytes(total)
             packed = [
                 buffer[place].view(rows.piece.dtype)
                 for place, rows in zip(places, message, strict=True)
             ]
-            for room, source in zip(packed, sources, strict=bool(sources)):
+            for room, source in zip(packed, sources, strict=sends):
                 room.view(source.shape).copy_(source)
         if to is None:
-            dist.broadcast(buffer, sender, group=group)
-        elif me == sender:
-            dist.send(buffer, to, group=group)
+            work = dist.broadcast(buffer, sender, group=group, async_op=True)
+        elif sends:
+            work = dist.isend(buffer, to, group=group)
         else:
-            dist.recv(buffer, sender, group=group)
-        if is_copied and me != sender:
-            for room, target in zip(packed, targets, strict=True):
-                target.copy_(room.view(target.shape))
+            work = dist.irecv(buffer, sender, group=group)
+
+        def finish() -> None:
+            if work is not None:
+                work.wait()
+            arrived = sources
+            if packed and not sends:
+                rooms = zip(packed, targets, strict=True)
+                arrived = [room.view(target.shape) for room, target in rooms]
+            if arrived and targets:  # else it has come to its place
+                for target, found in zip(targets, arrived, strict=True):
+                    target.copy_(found)
+
+        return finish
 
     def _block(self, size: int) -> torch.Tensor:
         """Memory of a bucket.  The C library gives the system back what is larger than 32 MiB, so
@@ -305,8 +333,27 @@ def _rows(piece: _Piece) -> Iterator[_Rows]:
         yield _Rows(piece, start, min(start + step, piece.shape[0]))
 
 
-def _padded(item: TensorSpec | _Rows) -> int:
-    return -(-item.nbytes // _ALIGN) * _ALIGN
+def _in_turns(senders: dict[int, list[_Rows]]) -> Iterator[tuple[int, list[_Rows]]]:
+    """(sender, message) of all that is sent: every sender's first one, every sender's second, ..."""
+    plans = [
+        [(sender, message) for message in _messages(rows)]
+        for sender, rows in sorted(senders.items())
+    ]
+    return (turn for turn in chain.from_iterable(zip_longest(*plans)) if turn is not None)
+
+
+def _messages(rows: Sequence[_Rows]) -> Iterator[list[_Rows]]:
+    """Large ones alone, small ones together."""
+    yield from ([large] for large in rows if large.nbytes >= _ALONE)
+    yield from cut((small for small in rows if small.nbytes < _ALONE), _MESSAGE, _padded)
+
+
+def _padded(rows: _Rows) -> int:
+    return _up(rows.nbytes, _ALIGN)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _places(message: Sequence[_Rows]) -> tuple[list[slice], int]:

@@ -67,22 +67,31 @@ def run_job(root: Path, job: dict[str, Any], first_of_kind: bool) -> None:
 
 
 def check_buckets(student: Student, found: dict[str, torch.Tensor]) -> None:
-    """The same tensors in small buckets, on all ranks and on any one of them."""
+    """The same tensors in small buckets, on all ranks, on any one of them, and dealt to all."""
     largest = max(tensor.nbytes for tensor in found.values())
-    large = weight_stream._LARGE
-    for to in (None, *range(dist.get_world_size())):
+    world, rank, large = dist.get_world_size(), dist.get_rank(), weight_stream._LARGE
+    plan = [bucket.keys() for bucket in student.stream.buckets(20_000)]
+    assert len(plan) > 3 and set().union(*plan) == found.keys()
+    assert sum(map(len, plan)) == len(found), "a tensor came twice"
+    takers: list[weight_stream.Taker] = [lambda _, to=to: to for to in (None, *range(world))]
+    takers.append(lambda number: number % world)
+    for taker in takers:
         weight_stream._LARGE = large
-        sizes = [sum(t.nbytes for t in b.values()) for b in student.stream.buckets(20_000, to=to)]
-        has = to is None or to == dist.get_rank()
-        assert len(sizes) > 3 and max(sizes) <= max(20_000, largest) and has == (min(sizes) > 0)
+        sizes = [
+            sum(tensor.nbytes for tensor in bucket.values())
+            for bucket in student.stream.buckets(20_000, taker)
+        ]
+        assert max(sizes) <= max(20_000, largest)
         weight_stream._LARGE = 1  # as buckets of a real model are made
         # Held, not copied: a bucket is not what the next one is written into.
-        buckets = list(student.stream.buckets(20_000, to=to))
-        again = {name: tensor for bucket in buckets for name, tensor in bucket.items()}
-        assert again.keys() == (found.keys() if has else set())
-        assert len(again) == sum(map(len, buckets)), "a tensor came twice"
-        for name, tensor in again.items():
-            assert torch.equal(tensor, found[name]) and tensor.dtype == found[name].dtype, name
+        buckets = list(student.stream.buckets(20_000, taker))
+        for number, (bucket, names) in enumerate(zip(buckets, plan, strict=True)):
+            is_mine = taker(number) in (None, rank)
+            assert bucket.keys() == (names if is_mine else set()), number
+            assert (sizes[number] > 0) == is_mine
+            for name, tensor in bucket.items():
+                assert torch.equal(tensor, found[name]), name
+                assert tensor.dtype == found[name].dtype, name
     weight_stream._LARGE = large
 
 
