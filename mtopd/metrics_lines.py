@@ -117,6 +117,18 @@ class StalenessLine(Line):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightUpdateLine(Line):
+    """The student's weights on their way to servers, before they answer an iteration."""
+
+    KIND = "weight_update"
+    seconds: Mapping[str, float] = _table(float)  # by step: begin, buckets, load, checksums, probe
+    bytes_sent: int  # to each server
+    servers: int  # that have them, proven
+    servers_out: int  # that have not, and are asked nothing until the next update
+    probe_difference: float  # largest of a log-prob of server and trainer, in nats
+
+
+@dataclass(frozen=True, kw_only=True)
 class SequenceFilterLine(Line):
     """What train.sequence_filter left out of an iteration."""
 
@@ -290,6 +302,7 @@ _LINES: Mapping[str, type[Line]] = {
     for line in (
         RolloutLine,
         StalenessLine,
+        WeightUpdateLine,
         SequenceFilterLine,
         TeacherPassLine,
         TrainStepLine,

@@ -22,6 +22,7 @@ from mtopd.metrics_lines import (
     TeacherShare,
     TeacherStatistics,
     TrainStepLine,
+    WeightUpdateLine,
     line_of,
 )
 
@@ -113,6 +114,17 @@ LINES = [
         StalenessLine(tokens={"0": 5, "2": 3}, mean=0.75, oldest=2, tokens_masked=3),
         "staleness",
         {"tokens", "mean", "oldest", "tokens_masked"},
+    ),
+    (
+        WeightUpdateLine(
+            seconds={"begin": 0.1, "probe": 0.2},
+            bytes_sent=1000,
+            servers=2,
+            servers_out=1,
+            probe_difference=1e-6,
+        ),
+        "weight_update",
+        {"seconds", "bytes_sent", "servers", "servers_out", "probe_difference"},
     ),
     (
         SequenceFilterLine(samples=9, samples_filtered=2, tokens_filtered=7, wall_s=0.5),

@@ -17,6 +17,7 @@ from mtopd.metrics_lines import (
     SequenceFilterLine,
     StalenessLine,
     TrainStepLine,
+    WeightUpdateLine,
 )
 from mtopd.report.record import Accuracy, Domain, Record, RunRecord, SpecialistRecord
 from mtopd.run_dir import SCHEMA
@@ -62,6 +63,7 @@ def build_report(record: RunRecord) -> Report:
         "continued_tokens": _total(line.continued_tokens for line in rollouts),
         "token_log_bytes": _total(line.log_bytes for line in rollouts),
         "environment": _environment(rollouts),
+        "weight_updates": _weight_updates(record.lines(WeightUpdateLine)),
         "waves": _peak(p.waves for p in passes),
         "teachers": [_teacher(record, steps, teacher) for teacher in record.teachers],
         "peak_resident_heads": resident,
@@ -107,6 +109,20 @@ def _environment(lines: Sequence[RolloutLine]) -> dict[str, float] | None:
         "calls": _total(line.environment_calls for line in told),
         "calls_s": _total(line.environment_s for line in told),
         "failed_samples": _total(line.environment_errors for line in told),
+    }
+
+
+def _weight_updates(lines: Sequence[WeightUpdateLine]) -> dict[str, Any] | None:
+    """Of the student's weights to servers; None for a run without servers."""
+    if not lines:
+        return None
+    steps = dict.fromkeys(step for line in lines for step in line.seconds)
+    return {
+        "updates": len(lines),
+        "seconds": {step: _total(line.seconds.get(step) for line in lines) for step in steps},
+        "bytes": _total(line.bytes_sent for line in lines),
+        "updates_without_a_server": sum(line.servers_out > 0 for line in lines),
+        "probe_difference": _largest(line.probe_difference for line in lines),
     }
 
 

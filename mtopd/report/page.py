@@ -19,6 +19,7 @@ from mtopd.report.tables import (
     check_rows,
     first_and_last,
     in_bytes,
+    nats,
     number,
     origin_rows,
     per_second,
@@ -126,6 +127,18 @@ def _ages(stale: Mapping[str, Any]) -> tuple[str, str]:
     return (label, f"{ages}; {stale['tokens_masked']:,.0f}")
 
 
+def _updates(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The student's weights on their way to servers."""
+    steps = ", ".join(f"{step} {seconds:,.1f}" for step, seconds in found["seconds"].items())
+    count, lacking = found["updates"], found["updates_without_a_server"]
+    return [
+        ("updates of servers' weights, of them without a server", f"{count:,} / {lacking:,}"),
+        ("their steps, s", steps),
+        ("their bytes, to each server", in_bytes(found["bytes"])),
+        ("log-probs of servers off the trainer's by at most", nats(found["probe_difference"])),
+    ]
+
+
 def _tiles(report: Report) -> list[tuple[str, str]]:
     """The numbers at the top: label, value."""
     tokens, continued = report["rollout_tokens"], report["continued_tokens"]
@@ -138,6 +151,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         *_rates(report),
         ("rollout tokens, of them continued after a kill", f"{tokens:,} / {continued:,}"),
         ("token logs of rollouts", in_bytes(report["token_log_bytes"])),
+        *(_updates(updates) if (updates := report["weight_updates"]) else []),
         *([_replies(replied)] if replied else []),
         *([_ages(stale)] if (stale := report["staleness"]) else []),
         *([_left_out(filtered)] if filtered is not None else []),

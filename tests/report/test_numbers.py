@@ -12,6 +12,7 @@ from mtopd.metrics_lines import (
     SequenceFilterLine,
     StalenessLine,
     TeacherPassLine,
+    WeightUpdateLine,
     from_values,
 )
 from mtopd.report import build_report, page, read_run
@@ -107,6 +108,30 @@ def test_a_run_of_before_positions_were_counted_has_none(run: RunDir) -> None:
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = report_of(run)
     assert report["positions_per_s"] is None and report["tokens_per_s"] == pytest.approx(465 / 60)
+
+
+def test_updates_of_servers_are_summed_by_step(run: RunDir) -> None:
+    assert report_of(run)["weight_updates"] is None
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for iteration, (out, difference) in enumerate([(0, 1e-6), (1, 4e-6), (0, 2e-6)]):
+        line = WeightUpdateLine(
+            seconds={"begin": 0.5, "buckets": 2.0, "probe": 1.0 + iteration},
+            bytes_sent=1 << 20,
+            servers=2 - out,
+            servers_out=out,
+            probe_difference=difference,
+        )
+        metrics.write(line, iteration)
+    metrics.close()
+    assert report_of(run)["weight_updates"] == {
+        "updates": 3,
+        "seconds": {"begin": 1.5, "buckets": 6.0, "probe": 6.0},
+        "bytes": 3 << 20,
+        "updates_without_a_server": 1,
+        "probe_difference": 4e-6,
+    }
+    tiles = dict(page._tiles(report_of(run)))
+    assert tiles["their steps, s"] == "begin 1.5, buckets 6.0, probe 6.0"
 
 
 def test_what_environments_did_is_summed_where_there_are_any(run: RunDir) -> None:
