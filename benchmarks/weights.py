@@ -4,14 +4,16 @@
     python benchmarks/weights.py --quick
 
 Sections, each in ranks of its own; the models are Qwen3 shapes with constant weights, made in place, without
-optimizer: what is measured is beside the trainer's own weights.
+optimizer: what is measured is beside the trainer's own weights.  Updates are the product's, to a receiver that answers
+what an SGLang server does, joins the broadcast, and knows nothing of models.
 
-    memory      growth of a rank's peak resident memory, the largest over ranks, while every rank takes the stream
-                bucket by bucket (an update of embedded engines), and while all ranks write an export; models of
-                0.5, 1 and 2 GiB in bfloat16 and float32 at tp1, tp2, tp2 x pp2.  Allowed: twice the larger of
-                bucket and largest tensor + 64 MiB, and the three sizes within 10 % of one another.
-    throughput  bytes/s of the stream, gathered to rank 0 and broadcast from there to a bare receiver in buckets of
-                64 MiB, over a bare broadcast of as many bytes in as large buckets, in turn; tp1, tp2 x pp2.
+    memory      growth of a rank's peak resident memory, the largest over ranks: while the receiver is updated (rank 0
+                sends a bucket and gathers the next), while every rank takes every bucket (an update of embedded
+                engines), and while all ranks write an export; models of 0.5, 1 and 2 GiB in bfloat16 and float32 at
+                tp1, tp2, tp2 x pp2.  Allowed: twice the larger of bucket and largest tensor + 64 MiB, and the three
+                sizes within 10 % of one another.
+    throughput  bytes/s of an update, from the first bucket to the answer to the last one, over a bare broadcast of as
+                many bytes in as large buckets to the same receiver, in turn; tp1, tp2 x pp2.
 
 Ratios are medians over interleaved repeats.  Nothing is asserted of times.
 """
@@ -19,7 +21,10 @@ Ratios are medians over interleaved repeats.  Nothing is asserted of times.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import functools
 import json
+import math
 import os
 import platform
 import re
@@ -27,7 +32,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -111,105 +118,118 @@ def worst(value: int) -> int:
     return int(found[0])
 
 
+def engine_for(spec: dict[str, Any], student: SimpleNamespace) -> Any:
+    """The product's engine, with the receiver for its server and nobody who scores tokens."""
+    from mtopd.megatron.agreement import apart
+    from mtopd.rollout.ending import Ending
+    from mtopd.rollout.sglang import SGLangEngine, SGLangOptions
+    from mtopd.tokenizer import load_tokenizer
+
+    folder = Path(spec["folder"])
+    return SGLangEngine(
+        SGLangOptions([url_of_receiver(folder)], context_length=64),
+        run_name=spec["folder"],
+        vocab_size=student.hf_config.vocab_size,
+        dtype=student.dtype,
+        ending=Ending(load_tokenizer(folder), [0]),
+        is_client=student.ranks.rank == 0,
+        apart=functools.partial(apart, student.ranks),
+        score=lambda sequences: None,
+    )
+
+
+def url_of_receiver(folder: Path) -> str:
+    while not (folder / "port").exists():
+        time.sleep(0.1)
+    return f"http://127.0.0.1:{(folder / 'port').read_text()}"
+
+
 def memory(spec: dict[str, Any]) -> dict[str, Any]:
     from mtopd.files import write_json
     from mtopd.pipelines.export import export
     from mtopd.run_dir import RunDir
 
     student = build(spec)
+    engine = engine_for(spec, student)
     tensors = student.stream.tensors.values()
-    largest = max(tensor.nbytes for tensor in tensors)
+    size, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
     allowed = 2 * max(BUCKET, largest) + 64 * MIB
-    before, taken = reset_peak(), 0
-    for bucket in student.stream.buckets(BUCKET):
-        taken += sum(tensor.nbytes for tensor in bucket.values())
-    update = worst(status_bytes("VmHWM") - before)
-    assert taken == sum(tensor.nbytes for tensor in tensors), "every rank takes everything"
+    found = {}
+
+    def to_server() -> None:
+        engine.update_weights(student.stream.buckets(BUCKET, engine.taker), "run/1/0")
+        assert student.ranks.rank or engine.update.bytes_sent == size
+
+    def to_all() -> None:
+        taken = 0
+        for bucket in student.stream.buckets(BUCKET):
+            taken += sum(tensor.nbytes for tensor in bucket.values())
+            del bucket
+        assert taken == size, "every rank takes everything"
+
     run = RunDir(Path(spec["folder"]) / "run", 1)
     if student.ranks.rank == 0:
         run.path.mkdir()
         write_json(run.path / "generation.json", {"generation": 1})
-    worst(0)
-    before = reset_peak()
-    export(student, run, run.path / "export", shard_bytes=256 * MIB)
-    exported = worst(status_bytes("VmHWM") - before)
+
+    def to_files() -> None:
+        export(student, run, run.path / "export", shard_bytes=256 * MIB)
+
+    # What a first connection leaves for good is no update's: threads, a client's library.
+    small = min(tensors, key=lambda tensor: tensor.nbytes).name
+    engine.update_weights(iter([student.stream.gather([small], to=0)]), "run/1/0")
+    for name, work in {"update": to_server, "stream": to_all, "export": to_files}.items():
+        worst(0)
+        before = reset_peak()
+        work()
+        found[name] = worst(status_bytes("VmHWM") - before)
+    engine.close()
     return {
-        "model_mib": taken / MIB,
+        "model_mib": size / MIB,
         "rank_weights_mib": worst(student.held) / MIB,
-        "update_mib": update / MIB,
-        "export_mib": exported / MIB,
+        **{f"{name}_mib": value / MIB for name, value in found.items()},
         "allowed_mib": allowed / MIB,
-        "within": max(update, exported) <= allowed,
+        "within": max(found.values()) <= allowed,
     }
 
 
-def sent_to(spec: dict[str, Any], rank: int, host: bool) -> Any:
-    """The group of rank 0 and the receiver, which no other rank knows."""
-    import torch.distributed as dist
-
-    place = Path(spec["folder"]) / "port"
-    if host:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place.with_suffix(".new").write_text(str(store.port))
-        place.with_suffix(".new").rename(place)
-    else:
-        while not place.exists():
-            time.sleep(0.1)
-        store = dist.TCPStore("127.0.0.1", int(place.read_text()), is_master=False)
-    return store, dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=600))
-
-
-def broadcast(group: Any, tensor: Any) -> None:
-    import torch.distributed as dist
-
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
-    group.broadcast([tensor], options).wait()
-
-
 def throughput(spec: dict[str, Any]) -> dict[str, Any]:
-    import torch
     import torch.distributed as dist
 
     from mtopd.hf_weights import cut
 
     student = build(spec)
+    engine = engine_for(spec, student)
     is_first = student.ranks.rank == 0
     tensors = student.stream.tensors.values()
     sizes = [
         sum(tensor.nbytes for tensor in part)
         for part in cut(tensors, BUCKET, lambda tensor: tensor.nbytes)
     ]
-    group: Any = None
-    if is_first:
-        store, group = sent_to(spec, 0, host=True)
-        store.set("sizes", json.dumps([sizes, 2 * (1 + spec["repeats"])]))
-
-    def bare() -> None:
-        if is_first:
-            for size in sizes:
-                broadcast(group, blank[:size])
-        dist.barrier()
-
-    def ours() -> None:
-        for bucket in student.stream.buckets(BUCKET, to=0):
-            if is_first:
-                flat = [tensor.view(-1).view(torch.uint8) for tensor in bucket.values()]
-                whole = blank[: sum(part.numel() for part in flat)]
-                broadcast(group, torch.cat(flat, out=whole))
-        dist.barrier()
-
-    blank: Any = torch.ones(max(sizes), dtype=torch.uint8) if is_first else None
+    sender = BareSender(Path(spec["folder"]), sizes) if is_first else None
     seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+    steps: list[dict[str, float]] = []
+
+    def bare() -> float:
+        return sender.send() if sender else 0.0
+
+    def ours() -> float:
+        engine.update_weights(student.stream.buckets(BUCKET, engine.taker), "run/1/0")
+        if not is_first:
+            return 0.0
+        steps.append(engine.update.seconds)
+        return float(engine.update.seconds["buckets"])
+
     kinds = {"bare": bare, "ours": ours}
     for repeat in range(-1, spec["repeats"]):
         for name in [*kinds] if repeat % 2 else [*kinds][::-1]:
             dist.barrier()
-            started = time.perf_counter()
-            kinds[name]()
+            took = kinds[name]()
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(took)
+    engine.close()
+    if sender is None:
+        return {}
     ratios = sorted(b / o for b, o in zip(seconds["bare"], seconds["ours"], strict=True))
     return {
         "speed_over_bare_broadcast": {
@@ -219,22 +239,124 @@ def throughput(spec: dict[str, Any]) -> dict[str, Any]:
             "repeats": len(ratios),
         },
         "gb_per_s": {n: sum(sizes) / 1e9 / statistics.median(s) for n, s in seconds.items()},
+        "median_s": {name: statistics.median(s[name] for s in steps) for name in steps[0]},
         "buckets": len(sizes),
         "model_mib": sum(sizes) / MIB,
     }
 
 
-def receiver(path: Path) -> None:
-    """A process that takes what rank 0 broadcasts, and knows nothing of models."""
-    import torch
+class BareSender:
+    """Broadcasts of blank bytes to the receiver over the product's group, with nothing around."""
 
-    spec = json.loads(path.read_text())
-    store, group = sent_to(spec, 1, host=False)
-    sizes, rounds = json.loads(store.get("sizes"))
-    buffer = torch.empty(max(sizes), dtype=torch.uint8)
-    for _ in range(rounds):
+    def __init__(self, folder: Path, sizes: list[int]) -> None:
+        import torch
+
+        from mtopd.rollout.sglang_broadcast import BroadcastGroup
+
+        self._url, self._sizes = url_of_receiver(folder), sizes
+        self._blank = torch.ones(max(sizes), dtype=torch.uint8)
+        self._group = BroadcastGroup("bare", 1, "127.0.0.1", self._blank.device)
+        joining = self._post(
+            "/init_weights_update_group",
+            {
+                "master_address": "127.0.0.1",
+                "master_port": self._group.port,
+                "rank_offset": 1,
+                "world_size": 2,
+                "group_name": "bare",
+            },
+        )
+        self._group.join()
+        joining.join()
+
+    def _post(self, path: str, body: dict[str, Any]) -> threading.Thread:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(
+            self._url + path, data, {"Content-Type": "application/json"}
+        )
+        thread = threading.Thread(target=lambda: urllib.request.urlopen(request).read())
+        thread.start()
+        return thread
+
+    def send(self) -> float:
+        started = time.perf_counter()
+        answered = self._post("/bare", {"group_name": "bare", "sizes": self._sizes})
+        for size in self._sizes:
+            self._group.broadcast(self._blank[:size])
+        answered.join()
+        return time.perf_counter() - started
+
+
+# -- beside the ranks ------------------------------------------------------------------------------
+def receiver(path: Path) -> None:
+    """A process that answers what the client of an SGLang server asks in an update, and takes what
+    is broadcast.
+    """
+    import torch
+    import torch.distributed as dist
+    from aiohttp import web
+
+    folder = Path(json.loads(path.read_text())["folder"])
+    groups: dict[str, Any] = {}
+    buffer = torch.ones(4 * BUCKET, dtype=torch.uint8)
+    held = {"weight_version": "", "preferred_sampling_params": None}
+
+    def join(body: dict[str, Any]) -> None:
+        name = body["group_name"]
+        store: Any = dist.TCPStore(body["master_address"], body["master_port"], is_master=False)
+        for prefix in (name, f"{name}/", "cpu/"):
+            store = dist.PrefixStore(prefix, store)
+        groups[name] = dist.ProcessGroupGloo(
+            store, body["rank_offset"], body["world_size"], timedelta(seconds=600)
+        )
+
+    def take(name: str, sizes: list[int]) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
         for size in sizes:
-            broadcast(group, buffer[:size])
+            groups[name].broadcast([buffer[:size]], options).wait()
+
+    async def answer(request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else {}
+        reply: dict[str, Any] = {}
+        if request.path == "/init_weights_update_group":
+            await asyncio.to_thread(join, body)
+        elif request.path == "/destroy_weights_update_group":
+            groups.pop(body["group_name"], None)
+        elif request.path == "/bare":
+            await asyncio.to_thread(take, body["group_name"], body["sizes"])
+        elif request.path == "/update_weights_from_distributed":
+            parts = zip(body["shapes"], body["dtypes"], strict=True)
+            size = sum(math.prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in parts)
+            await asyncio.to_thread(take, body["group_name"], [size])
+            held["weight_version"] = body.get("weight_version", "")
+        elif request.path == "/weights_checker":
+            reply = {"ranks": [{"checksums": {}}]}
+        elif request.path == "/model_info":
+            reply = held
+        elif request.path == "/server_info":
+            reply = {
+                "version": "0.5.23",
+                "enable_deterministic_inference": True,
+                "incremental_streaming_output": True,
+                "skip_tokenizer_init": True,
+                "max_req_input_len": 4096,
+                "tp_size": 1,
+                "device": "none",  # whose checksums nobody here can know
+            }
+        return web.json_response(reply)
+
+    async def serve() -> None:
+        app = web.Application(client_max_size=64 * MIB)
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        (folder / "port.new").write_text(str(runner.addresses[0][1]))
+        (folder / "port.new").rename(folder / "port")
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
 
 
 # -- the whole run ---------------------------------------------------------------------------------
@@ -285,11 +407,7 @@ def run_section(section: str, spec: dict[str, Any], shape: dict[str, int]) -> di
             json.dumps({**spec, "section": section, "folder": name, "answer": str(answer)})
         )
         command = [sys.executable, "-W", "ignore"]
-        beside = None
-        if section == "throughput":
-            beside = subprocess.Popen(
-                [*command, __file__, "--receiver", str(request)], env=environment
-            )
+        beside = subprocess.Popen([*command, __file__, "--receiver", str(request)], env=environment)
         command += ["-m", "torch.distributed.run", "--nnodes=1"]
         command += [
             f"--nproc-per-node={spec['tp'] * spec['pp']}",
@@ -304,11 +422,9 @@ def run_section(section: str, spec: dict[str, Any], shape: dict[str, int]) -> di
                 check=True,
                 timeout=3600,
             )
-            if beside is not None and beside.wait(timeout=60):
-                raise RuntimeError("the receiver failed")
         finally:
-            if beside is not None:
-                beside.kill()
+            beside.kill()
+            beside.wait()
         found = json.loads(answer.read_text())
     print(f"{section} {json.dumps({**spec, **found})}", flush=True)
     return dict(found)
@@ -356,7 +472,7 @@ def judge(results: dict[str, Any]) -> dict[str, bool]:
             found = [result for name, result in results.items() if name.startswith(start)]
             if found:
                 met[f"{start}within"] = all(result["within"] for result in found)
-            for kind in ("update_mib", "export_mib"):
+            for kind in ("update_mib", "stream_mib", "export_mib"):
                 values = [result[kind] for result in found]
                 if len(values) > 1:
                     middle = statistics.median(values)

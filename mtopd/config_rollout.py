@@ -11,7 +11,15 @@ from mtopd.config_values import Items, LocalPath, Model, Ranks, Servers, Whole
 
 # of rollouts: for servers that a run starts; all that only SGLang servers know
 STARTED_KEYS = ("python", "num_servers", "server_tp", "server_args")
-SERVER_KEYS = ("servers", "seeded", "open_per_server", "silence_s", "patience_s", *STARTED_KEYS)
+SERVER_KEYS = (
+    "servers",
+    "weights",
+    "seeded",
+    "open_per_server",
+    "silence_s",
+    "patience_s",
+    *STARTED_KEYS,
+)
 
 
 class RolloutConfig(Model):
@@ -30,6 +38,10 @@ class RolloutConfig(Model):
     server_args: dict[str, Any] = {}
     """For servers auto: further flags of SGLang's launch_server, without the dashes in front; true for
     a flag without a value.
+    """
+    weights: Literal["broadcast", "disk"] = "broadcast"
+    """How weights get to SGLang servers: broadcast over the network, or disk, files in the run
+    directory, where servers cannot connect to the trainer but see its file system.
     """
     seeded: bool = True
     """A draw of the SGLang servers follows from seed and position, so that a response that is

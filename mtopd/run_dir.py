@@ -28,7 +28,15 @@ SCHEMA = 1
 SEAL = "SEALED"
 SERVERS_LOCK = "servers/lock"  # of whoever keeps servers up for the run
 _TAKEN = {SERVERS_LOCK: "served"}
-_FOLDERS = ("iterations", "checkpoints", "evaluations", "export", "noise_floors", "probes")
+_FOLDERS = (
+    "iterations",
+    "checkpoints",
+    "evaluations",
+    "export",
+    "noise_floors",
+    "probes",
+    "weights",
+)
 
 
 class RunDir:
@@ -87,6 +95,16 @@ class RunDir:
     def servers(self) -> Path:
         """Where the servers that are started for the run are known: addresses, logs."""
         return self.path / "servers"
+
+    @property
+    def weights(self) -> Path:
+        """What servers are given by way of files, while they are."""
+        return self.path / "weights"
+
+    @property
+    def probe_bound(self) -> Path:
+        """How far log-probs of servers and trainer may differ, once it was measured."""
+        return self.path / "weights_probe.json"
 
     @property
     def serving(self) -> Path:

@@ -18,7 +18,7 @@ from mtopd.rollout.embedded import EmbeddedEngine
 from mtopd.rollout.engine import Engine
 from mtopd.rollout.sglang import SGLangEngine, SGLangOptions
 from mtopd.rollout.sglang_launch import read_urls
-from mtopd.rollout.sglang_proof import EXACT, ROUNDED
+from mtopd.rollout.sglang_proof import ProbeBound
 from mtopd.run_dir import RunDir
 from mtopd.tokenizer import pad_id
 
@@ -56,10 +56,10 @@ def sglang(
     """SGLang servers, which compute the student's architecture whoever's weights they are given: a
     start refuses baselines of another (``checks.check_baselines``).
     """
-    rollout, ranks = config.rollout, student.ranks
+    rollout, ranks, run = config.rollout, student.ranks, RunDir(config.run_dir)
     urls = rollout.servers
     if urls == "auto":  # read by their client alone; known since before ranks started
-        urls = (read_urls(RunDir(config.run_dir).servers) or []) if ranks.rank == 0 else []
+        urls = (read_urls(run.servers) or []) if ranks.rank == 0 else []
     options = SGLangOptions(
         urls,
         context_length=config.data.context_length,
@@ -67,6 +67,7 @@ def sglang(
         most_open=rollout.open_per_server,
         silence_s=rollout.silence_s,
         patience_s=rollout.patience_s,
+        weights_folder=run.weights if rollout.weights == "disk" else None,
     )
     return SGLangEngine(
         options,
@@ -77,7 +78,8 @@ def sglang(
         is_client=ranks.rank == 0,
         apart=functools.partial(apart, ranks),
         score=functools.partial(score, student),
-        tolerance=EXACT if student.dtype == torch.float32 else ROUNDED,
+        bound=ProbeBound(None if student.dtype == torch.float32 else run.probe_bound),
+        world_size=ranks.world_size,
     )
 
 

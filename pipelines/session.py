@@ -92,17 +92,17 @@ class Session:
         version = f"{self.run.id}/{self.run.generation}/{iteration.number}"
         if self.engine.version != version:
             with self.rollout_paused():
-                self.engine.update_weights(self.student.weights(), version)
+                self.engine.update_weights(self.student.weights(self.engine.taker), version)
+            if self.engine.update is not None:
+                self.metrics.write(self.engine.update, iteration.number)
 
     @contextlib.contextmanager
     def rollout_paused(self) -> Iterator[None]:
         """The engine is free in the block.  A rollout under way goes on after it, from what its log
         holds.  Collective.
         """
-        rollout, self.rollout = (
-            self.rollout,
-            None,
-        )  # in a block inside this one it is paused already
+        # In a block inside this one it is paused already.
+        rollout, self.rollout = self.rollout, None
         if rollout is not None:
             with apart(self.ranks):  # it may fail on rank 0, whose work it is
                 rollout.pause()

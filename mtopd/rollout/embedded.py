@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from mtopd.hf_checkpoint import stored_names, stored_pieces
+from mtopd.metrics_lines import WeightUpdateLine
 from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import Follow, Request, Sampling, student_version
 from mtopd.rollout.memory_log import Held, MemoryLog, Response
@@ -57,6 +58,7 @@ class EmbeddedEngine:
         deal: Callable[[str, int], int],
     ) -> None:
         self.version: str | None = None
+        self.update: WeightUpdateLine | None = None
         self._hf_config = hf_config
         self._dtype = dtype
         self._vocab_size = vocab_size
@@ -71,6 +73,9 @@ class EmbeddedEngine:
         self._is_paused = False
 
     # -- weights -----------------------------------------------------------------------------------
+    def taker(self, bucket: int) -> None:
+        """Every rank has a model, and needs every bucket."""
+
     def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
         """Take HF-named tensors, bucket by bucket; a tied output layer may be left out, nothing else
         may, and nothing may come twice.  Raises MtopdError after the last bucket (giving buckets is

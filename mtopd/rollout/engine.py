@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mtopd.metrics_lines import WeightUpdateLine
 from mtopd.rollout.memory_log import MemoryLog, Response
 
 
@@ -87,6 +88,12 @@ class Engine(Protocol):
     version: str | None  # of the weights it answers with; None: it has none
     # Not in these processes: a thread may ask it, while the ranks do something else.
     answers_elsewhere: bool
+    update: WeightUpdateLine | None  # what the last update_weights cost, where it is counted
+
+    def taker(self, bucket: int) -> int | None:
+        """The rank that needs the student's bucket of this number, from 0; None: all do.  Others may
+        be given an empty one.
+        """
 
     def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
         """Take HF-named tensors, bucket by bucket; a tied output layer may be left out, nothing else

@@ -20,16 +20,20 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from mtopd.metrics_lines import WeightUpdateLine
 from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import Follow, Request, Sampling, student_version
 from mtopd.rollout.memory_log import MemoryLog, Response
+from mtopd.rollout.sglang_broadcast import BroadcastUpdate
+from mtopd.rollout.sglang_disk import DiskUpdate, write_bucket
 from mtopd.rollout.sglang_dispatch import DispatchCounts, Dispatcher, Work
-from mtopd.rollout.sglang_proof import EXACT, probe_sequences
+from mtopd.rollout.sglang_proof import ProbeBound, probe_sequences
 from mtopd.rollout.sglang_servers import Server, ServerError, Servers, open_session
 from mtopd.rollout.sglang_weights import WeightUpdate
 from mtopd.rollout.sglang_wire import Asking, Chunk, check_ids
@@ -44,6 +48,7 @@ BASELINE = "baseline/"  # versions of weights that the trainer cannot score toke
 # Tokens of a chunk.  A ninth of the CPU time of every token alone; without seeds a chunk that a dying
 # server takes along would be drawn anew, and a response's end never is: lengths would be biased.
 _INTERVAL, _INTERVAL_UNSEEDED = 8, 1
+_FLOAT32 = ProbeBound()
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class SGLangOptions:
     most_open: int = 128  # responses at once on a server
     silence_s: float = 60.0
     patience_s: float = 600.0
+    weights_folder: Path | None = None  # weights go by files in it; None: by broadcast
 
 
 class SGLangEngine:
@@ -63,6 +69,7 @@ class SGLangEngine:
 
     kind = "sglang"
     answers_elsewhere = True
+    _folders = itertools.count()  # of all engines of this process: ranks count alike
 
     def __init__(
         self,
@@ -75,61 +82,85 @@ class SGLangEngine:
         is_client: bool,
         apart: Apart,
         score: Score,
-        tolerance: float = EXACT,
+        bound: ProbeBound = _FLOAT32,
+        world_size: int = 1,
     ) -> None:
         self.version: str | None = None
+        self.update: WeightUpdateLine | None = None
         self._options = options
         self._vocab_size = vocab_size
         self._dtype = dtype
         self._ending = ending
         self._apart = apart
         self._score = score
-        self._tolerance = tolerance
+        self._bound = bound
+        self._world_size = world_size
         # Unique among runs and starts: a server refuses a name of a group that it has had.
         self._name = f"{_digest(run_name)[:8]}{time.time_ns():x}"
         self._numbers = itertools.count()  # of pieces of work
         self._client = _Client(options) if is_client else None
         self.counts = DispatchCounts()
-        self.update_seconds: dict[str, float] = {}
-        self.probe_difference = 0.0
 
     # -- weights -----------------------------------------------------------------------------------
+    def taker(self, bucket: int) -> int:
+        """The client, who broadcasts; of files every rank writes its share."""
+        return bucket % self._world_size if self._options.weights_folder else 0
+
     def update_weights(self, buckets: Iterable[Mapping[str, torch.Tensor]], version: str) -> None:
-        """Broadcast HF-named tensors to every server that answers, and prove it.  Collective."""
-        client = self._client
+        """Give HF-named tensors to every server that answers, and prove it.  Collective."""
+        client, folder = self._client, self._next_folder()
         update: WeightUpdate | None = None
-        failed: MtopdError | None = None
-        self.version = None
+        failed: MtopdError | OSError | None = None
+        self.version = self.update = None
         is_student = not version.startswith(BASELINE)
         if client is None and not is_student:
             buckets = ()  # of files: who sends nothing need not read them
         with self._apart():
             if client is not None:
-                update = client.begin_update(f"mtopd-{self._name}", version)
+                update = client.begin_update(partial(self._way, folder, version))
         try:
+            count = 0
             for bucket in buckets:  # to their end, whatever happens: all ranks take part in each
-                if client is not None and update is not None and failed is None:
+                if bucket and failed is None:
+                    served = self._served(bucket, cast=not is_student)
                     try:
-                        client.run(update.send(self._served(bucket, cast=not is_student)))
-                    except MtopdError as error:
+                        if client is not None and update is not None:
+                            client.run(update.send(count, served))
+                        else:
+                            assert folder is not None, "weights for a rank that has no way out"
+                            write_bucket(folder, count, served)
+                    except (MtopdError, OSError) as error:
                         failed = error
+                    del served
+                count += 1
                 del bucket
             # The same at every update: what a prefix cache kept of them shows a flush left out.
             sequences = probe_sequences(self._vocab_size, 0, self._options.context_length - 1)
             expected = self._score(sequences) if is_student else None
-            with self._apart():
+            with self._apart():  # now all files are written
                 if failed is not None:
                     raise failed
+            with self._apart():
                 if client is not None and update is not None:
-                    client.run(update.end())
-                    proof = update.prove(sequences, expected, self._tolerance)
-                    self.probe_difference = client.run(proof)
+                    client.run(update.end(count))
+                    difference = client.run(update.prove(sequences, expected, self._bound))
+                    if is_student:
+                        self._bound.keep(difference)
                     client.finish_update(update, version)
-                    self.update_seconds = update.seconds
+                    self.update = update.cost(difference)
         finally:
             if client is not None and update is not None:
                 client.run(update.close())
         self.version = version
+
+    def _next_folder(self) -> Path | None:
+        root = self._options.weights_folder
+        return root / f"{next(self._folders):06d}" if root else None
+
+    def _way(self, folder: Path | None, version: str, servers: Servers) -> WeightUpdate:
+        if folder is not None:
+            return DiskUpdate(servers, version, folder)
+        return BroadcastUpdate(servers, f"mtopd-{self._name}", version)
 
     def _served(self, bucket: Mapping[str, torch.Tensor], *, cast: bool) -> dict[str, torch.Tensor]:
         """As servers hold them: without rows of the vocabulary that no token of the tokenizer has,
@@ -294,13 +325,12 @@ class _Client:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # -- weights -----------------------------------------------------------------------------------
-    def begin_update(self, prefix: str, version: str) -> WeightUpdate:
+    def begin_update(self, way: Callable[[Servers], WeightUpdate]) -> WeightUpdate:
         async def begin() -> WeightUpdate:
-            servers = await self._connected()
-            update = WeightUpdate(servers, prefix, version)
+            update = way(await self._connected())
             try:
                 await update.begin()
-            except MtopdError:
+            except (MtopdError, OSError):
                 await update.close()
                 raise
             return update

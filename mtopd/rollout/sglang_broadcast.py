@@ -1,21 +1,34 @@
-"""The group over which the trainer hands weights to servers: rank 0 here, their workers behind it.
+"""Weights to servers by broadcast: a bracket of buckets over a group of rank 0 and their workers.
 
 SGLang joins a group of its own with torch's private layout of keys in a store; this is the other end,
-without SGLang.  A group name is never free again on a server, so every group has a fresh one.
+without SGLang.  A group name is never free again on a server, so every group has a fresh one.  A bucket
+in which a server died is sent again to those that are left.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import itertools
 import socket
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from mtopd.rollout.sglang_servers import Server, ServerError, Servers
+from mtopd.rollout.sglang_weights import WeightUpdate
+from mtopd.types import MtopdError
+
 JOIN_S = 60.0
-BROADCAST_S = 60.0  # one bucket; a server that refuses it keeps the others waiting so long
+BROADCAST_S = 60.0  # one bucket
+_BUCKET_S = 600.0  # one bucket, and a server's answer
+_LEAVE_S = 10.0
+_SMALL = 1 << 20  # bytes
+_FEW = 4  # pieces that a bucket is sent in rather than copied into one
+Piece = tuple[list[str], list[torch.Tensor], torch.Tensor]  # names, tensors, their bytes
 
 
 class BroadcastGroup:
@@ -67,6 +80,240 @@ class BroadcastGroup:
         if self._group is not None:
             self._group.abort()
         self._group = None
+
+
+class BroadcastUpdate(WeightUpdate):
+    """An update by broadcast: while one bucket is on its way, the next one is made."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, servers: Servers, group_prefix: str, version: str) -> None:
+        super().__init__(servers, version)
+        self._prefix = group_prefix
+        self._group: BroadcastGroup | None = None  # from the first bucket on
+        self._under_way: asyncio.Task[None] | None = None
+        self._closing: tuple[str, torch.Tensor] | None = None  # comes again, at the end
+
+    async def begin(self) -> None:
+        """Open the bracket on all servers that answer, paused."""
+        await super().begin()
+        # A bracket that a former trainer left open would refuse this one's.
+        await self._servers.everywhere("/end_weight_update", servers=self._members)
+        await self._accept("/begin_weight_update")
+        self._lap("begin")
+
+    async def send(self, number: int, bucket: Mapping[str, torch.Tensor]) -> None:
+        await self._arrival()
+        self._num_bytes += sum(tensor.nbytes for tensor in bucket.values())
+        name, least = min(bucket.items(), key=lambda pair: pair[1].nbytes)
+        if self._closing is None and least.nbytes <= _SMALL:
+            self._closing = name, least.clone()
+        self._under_way = asyncio.create_task(self._send_parts(pieces(bucket)))
+
+    async def end(self, count: int) -> None:
+        """A small tensor comes again, with the version and the flush: while a bucket is sent, nobody
+        knows whether it is the last.
+        """
+        await self._arrival()
+        assert self._closing is not None, "an update without a small tensor: what has no norm?"
+        name, tensor = self._closing
+        await self._send([name], [tensor], tensor.view(-1).view(torch.uint8), is_last=True)
+        await self._accept("/end_weight_update")
+        self._lap("buckets")
+
+    async def close(self) -> None:
+        """Leave the group, on both sides."""
+        if self._under_way is not None:  # what went wrong with it changes nothing any more
+            await asyncio.gather(self._under_way, return_exceptions=True)
+        group, self._group = self._group, None
+        if group is not None:
+            await self._leave(group, self._members)
+
+    # -- buckets -----------------------------------------------------------------------------------
+    async def _arrival(self) -> None:
+        """Of the bucket that is under way.  Raises what went wrong with it."""
+        task, self._under_way = self._under_way, None
+        if task is not None:
+            await task
+
+    async def _send_parts(self, parts: list[Piece]) -> None:
+        while parts:
+            names, tensors, flat = parts.pop(0)
+            sending = self._send(names, tensors, flat, is_last=False)
+            if any(map(self._tells_bytes, self._members)):
+                await asyncio.gather(sending, asyncio.to_thread(self._add_sums, names, tensors))
+            else:
+                await sending
+
+    def _add_sums(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+        for name, tensor in zip(names, tensors, strict=True):
+            self._sent.add(name, tensor)
+
+    async def _send(
+        self,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        flat: torch.Tensor,
+        *,
+        is_last: bool,
+    ) -> None:
+        body: dict[str, Any] = {
+            "names": names,
+            "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors],
+            "shapes": [list(t.shape) for t in tensors],
+            "load_format": "flattened_bucket",
+            "flush_cache": is_last,
+        }
+        if is_last:
+            body["weight_version"] = self._version
+        while self._group is None or not await self._broadcast(self._group, flat, body):
+            await self._form_group(flat.device)
+
+    async def _form_group(self, device: torch.device) -> None:
+        """A new group of the members: they are told, and this process waits for them."""
+        name = f"{self._prefix}-{next(self._numbers):06d}"
+        size = sum(server.tp_size for server in self._members)
+        address = address_for(self._members[0].url)
+        group = BroadcastGroup(name, size, address, device)
+        joining = asyncio.create_task(asyncio.to_thread(group.join))
+        first = 1
+        posts = []
+        for server in self._members:
+            body = {
+                "master_address": address,
+                "master_port": group.port,
+                "rank_offset": first,
+                "world_size": group.size,
+                "group_name": name,
+                "backend": group.backend,
+            }
+            first += server.tp_size
+            posts.append(
+                self._servers.post(server, "/init_weights_update_group", body, JOIN_S + 10)
+            )
+        answers = await asyncio.gather(*posts, return_exceptions=True)
+        try:
+            await joining
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            answers = [
+                a if isinstance(a, ServerError) else ServerError(f"did not join: {said}")
+                for a in answers
+            ]
+        failed = [
+            (server, answer)
+            for server, answer in zip(self._members[:], answers, strict=True)
+            if isinstance(answer, BaseException)
+        ]
+        for server, answer in failed:
+            await self._drop(server, str(answer))
+        self._require_members()
+        if failed:  # those that are left wait in a group that will never be whole
+            await asyncio.to_thread(group.abort)
+            await self._form_group(device)
+            return
+        self._group = group
+
+    async def _broadcast(
+        self, group: BroadcastGroup, flat: torch.Tensor, body: dict[str, Any]
+    ) -> bool:
+        """Whether all members have the bucket; False: it has to be sent again, to those left."""
+        body = {**body, "group_name": group.name}
+        sending = asyncio.create_task(asyncio.to_thread(group.broadcast, flat))
+        posts = {
+            asyncio.create_task(
+                self._servers.post(server, "/update_weights_from_distributed", body, _BUCKET_S)
+            ): server
+            for server in self._members
+        }
+        # Accepted, a post is answered after the broadcast; one answered before it was refused,
+        # and the broadcast would wait for that server until its time is up.
+        waiting: set[asyncio.Task[Any]] = {sending, *posts}
+        while not sending.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            refused = [posts[task] for task in done if task in posts and task.exception()]
+            if refused:
+                await self._leave(group, refused)
+                break
+        broken = (await asyncio.gather(sending, return_exceptions=True))[0]
+        answers = await asyncio.gather(*posts, return_exceptions=True)
+        wrong = {
+            server: answer
+            for server, answer in zip(posts.values(), answers, strict=True)
+            if isinstance(answer, BaseException)
+        }
+        # In a broken broadcast also those fail that are well: they are sent it again.
+        gone = {
+            server: answer
+            for server, answer in wrong.items()
+            if broken is None or not _was_let_down(answer)
+        }
+        for server, answer in gone.items():
+            await self._drop(server, str(answer))
+        self._require_members()
+        if broken is None and not wrong:
+            return True
+        if not gone:
+            raise MtopdError(
+                f"the broadcast of weights to {len(self._members)} SGLang servers broke ({broken}), "
+                "and all still answer; look at the network between trainer and servers"
+            )
+        self._group = None
+        await self._leave(group, self._members)
+        # Whoever has this bucket takes it twice; the group of a broadcast that broke is of no use.
+        return False
+
+    async def _leave(self, group: BroadcastGroup, servers: Sequence[Server]) -> None:
+        """End the group on these servers and here.  What a server closes on its side ends a broadcast
+        that waits for it, at once; what is closed here waits for that broadcast.
+        """
+        body = {"group_name": group.name}
+        await self._servers.everywhere(
+            "/destroy_weights_update_group", body, _LEAVE_S, servers=servers
+        )
+        await asyncio.to_thread(group.abort)
+
+
+def _was_let_down(answer: BaseException) -> bool:
+    """The server waited for a bucket whose broadcast broke elsewhere: it has loaded nothing of it.
+    One that could not read what it was asked fails to receive as well, of no network's doing.
+    """
+    return (
+        isinstance(answer, ServerError)
+        and answer.status == 400
+        and "Failed to receive" in str(answer)
+        and any(word in str(answer) for word in ("onnection", "imed out", "NCCL"))
+    )
+
+
+def pieces(bucket: Mapping[str, torch.Tensor]) -> list[Piece]:
+    """A bucket as SGLang reads one: bytes of tensors without a gap, each at a multiple of its item
+    size.  Tensors that lie so in memory are not copied; if they lie in many places, all are.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in bucket.items()}
+    runs: list[list[str]] = []
+    memory, start, end = 0, 0, 0  # of the last run: its storage, first byte, byte behind it
+    for name, tensor in whole.items():
+        storage, place = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        if (storage, place) == (memory, end) and (place - start) % tensor.itemsize == 0:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+            memory, start = storage, place
+        end = place + tensor.nbytes
+    if len(runs) > _FEW:
+        names = sorted(whole, key=lambda name: -whole[name].itemsize)
+        tensors = [whole[name] for name in names]
+        return [(names, tensors, torch.cat([t.view(-1).view(torch.uint8) for t in tensors]))]
+    found = []
+    for names in runs:
+        tensors = [whole[name] for name in names]
+        first, size = tensors[0], sum(tensor.nbytes for tensor in tensors)
+        offset = int(first.storage_offset()) * first.itemsize
+        flat = torch.empty(0, dtype=torch.uint8, device=first.device)
+        flat.set_(first.untyped_storage(), offset, (size,), (1,))
+        found.append((names, tensors, flat))
+    return found
 
 
 def address_for(url: str) -> str:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from mtopd.files import read_json, write_json
+from mtopd.progress import say
 
 _FUSED = {  # as SGLang holds them: the parts' rows, one behind the other
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -24,8 +28,55 @@ _PART_OF = {part: whole for whole, parts in _FUSED.items() for part in parts}
 _VOCAB_ROWS = 64  # SGLang pads the vocabulary to a multiple of this, with zeros
 _DIGITS = 16  # hexadecimal, of sha256 of the raw bytes: a CPU server's checksum
 EXACT = 1e-5  # float32 log-probs of trainer and server
-ROUNDED = 0.1  # bfloat16, where each rounds at other places; other weights differ by far more
+ROUNDED = (
+    0.1  # bfloat16, where each rounds at other places; weights of another model differ by more
+)
+_MARGIN, _LEAST = 4.0, 0.01  # of a bound that was measured: times the difference, and at least
 _SEQUENCES, _LENGTH = 8, 24
+
+
+class ProbeBound:
+    """How far a server's log-probs may be from the trainer's own.
+
+    In float32 (``path`` None) ``EXACT``, whoever computes.  In bfloat16 it depends on model and kernels:
+    until an update is proven anything up to ``ROUNDED`` may be rounding; what that update differed by
+    is kept in ``path`` and bounds those behind it, of later starts too.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._measured: float | None = None
+        if path is not None and path.is_file():
+            self._measured = float(read_json(path)["limit"])
+
+    @property
+    def limit(self) -> float:
+        """In nats."""
+        if self._path is None:
+            return EXACT
+        return ROUNDED if self._measured is None else self._measured
+
+    @property
+    def origin(self) -> str:
+        """Of the limit, behind the number in an error."""
+        if self._measured is None:
+            return ""
+        return (
+            f" ({_MARGIN:.0f} times the difference of this run's first update; if servers compute "
+            f"otherwise than they did then, remove {self._path})"
+        )
+
+    def keep(self, difference: float) -> None:
+        """An update that differed by this was proven."""
+        if self._path is None or self._measured is not None:
+            return
+        assert difference <= ROUNDED, difference
+        self._measured = min(max(_MARGIN * difference, _LEAST), ROUNDED)
+        write_json(self._path, {"first_difference": difference, "limit": self._measured})
+        say(
+            f"log-probs of SGLang servers and trainer differ by up to {difference:.1e}: from now on "
+            f"{self._measured:.1e} is allowed ({self._path})"
+        )
 
 
 class SentChecksums:
@@ -51,7 +102,8 @@ class SentChecksums:
             self._found[name] = digest.hexdigest()[:_DIGITS]
             return
         fused, parts = ".".join([*path, whole, last]), _FUSED[whole]
-        self._early[fused, parts.index(kind)] = tensor
+        # A copy: a view would keep the whole bucket.
+        self._early[fused, parts.index(kind)] = tensor.clone()
         digest = self._sums.setdefault(fused, hashlib.sha256())
         while (part := self._early.pop((fused, self._next.get(fused, 0)), None)) is not None:
             digest.update(_bytes(part))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LOOK_AGAIN_S = (0.5, 1.0, 2.0, 5.0)  # between two looks at a server that is out; the last repeats
 _HEALTH_S = 30.0  # /health samples a token, and waits for a busy or paused scheduler
-_CONTROL_S = 60.0  # of a request that samples nothing
+CONTROL_S = 60.0  # of a request that samples nothing
 
 
 class ServerError(Exception):
@@ -100,7 +100,7 @@ class Servers:
         return [server for server in self.all if server.why_out is None]
 
     # -- asking ------------------------------------------------------------------------------------
-    async def get(self, server: Server, path: str, timeout_s: float = _CONTROL_S) -> Any:
+    async def get(self, server: Server, path: str, timeout_s: float = CONTROL_S) -> Any:
         return await self._ask("GET", server, path, None, timeout_s)
 
     async def post(
@@ -108,7 +108,7 @@ class Servers:
         server: Server,
         path: str,
         body: Mapping[str, Any] | None = None,
-        timeout_s: float = _CONTROL_S,
+        timeout_s: float = CONTROL_S,
     ) -> Any:
         """The answer, of JSON or text.  Raises ServerError for every other status than 200, and
         when none comes.
@@ -140,7 +140,7 @@ class Servers:
         self,
         path: str,
         body: Mapping[str, Any] | None = None,
-        timeout_s: float = _CONTROL_S,
+        timeout_s: float = CONTROL_S,
         servers: Sequence[Server] | None = None,
     ) -> dict[Server, Any]:
         """POST to all of ``servers`` (default: those in use); what they answer, or the ServerError."""

@@ -110,6 +110,12 @@ class EngineUnderTest(SGLangEngine):
             score=lambda sequences: place.log_probs(self.scores_of, sequences),
         )
 
+    @property
+    def probe_difference(self) -> float:
+        """Of the last update."""
+        assert self.update is not None
+        return self.update.probe_difference
+
     def give(
         self,
         folder: Path,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from mtopd.hf_weights import read_weights
 from mtopd.rollout.sglang_servers import Servers
 from mtopd.types import MtopdError
 from tests.sglang.conftest import BUCKET_BYTES, EngineUnderTest, Place
+from tests.support.sglang_servers import RunningServer
 
 VICTIM = "model.layers.1.mlp.down_proj.weight"
 Buckets = Iterator[Mapping[str, torch.Tensor]]
@@ -36,7 +39,11 @@ def changed(place: Place, how: str) -> Buckets:
 def test_weights_arrive_in_buckets_and_are_proven(engine: EngineUnderTest, place: Place) -> None:
     engine.give(place.student, "run/1/0")
     assert engine.version == "run/1/0" and engine.probe_difference < 1e-5
-    assert set(engine.update_seconds) == {"begin", "send", "end", "checksums", "probe"}
+    assert engine.update is not None
+    assert [*engine.update.seconds] == ["begin", "buckets", "checksums", "probe"]
+    sent = [engine._served(bucket, cast=True) for bucket in read_weights(place.student)]
+    assert engine.update.bytes_sent == sum(t.nbytes for part in sent for t in part.values())
+    assert (engine.update.servers, engine.update.servers_out) == (2, 0)
     engine.give(place.other, "run/1/1")
     assert engine.version == "run/1/1" and engine.probe_difference < 1e-5
 
@@ -95,8 +102,76 @@ def test_a_server_that_did_not_take_a_tensor_is_out_alone(
 
     monkeypatch.setattr(Servers, "post", renamed)
     engine.give(place.other, "run/1/1")
+    assert engine.update is not None
+    assert (engine.update.servers, engine.update.servers_out) == (1, 1)
     assert good.why_out is None
     assert bad.why_out is not None and VICTIM in bad.why_out
     monkeypatch.undo()
     engine.give(place.other, "run/1/2")
     assert bad.why_out is None
+
+
+def test_a_bucket_that_one_server_refuses_does_not_keep_the_other_waiting(
+    engine: EngineUnderTest, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told before it joins the broadcast, which would wait for it; the rest takes all."""
+    engine.give(place.student, "run/1/0")
+    bad, good = engine.servers
+    post = Servers.post
+
+    async def askew(self: Servers, server: Any, path: str, body: Any = None, *more: Any) -> Any:
+        if server is bad and path == "/update_weights_from_distributed" and VICTIM in body["names"]:
+            body = {**body, "shapes": [[-1]] * len(body["names"])}
+        return await post(self, server, path, body, *more)
+
+    monkeypatch.setattr(Servers, "post", askew)
+    started = time.perf_counter()
+    engine.give(place.other, "run/1/1")
+    assert time.perf_counter() - started < 30  # a broadcast waits 60
+    assert good.why_out is None and bad.why_out is not None
+    monkeypatch.undo()
+    engine.give(place.other, "run/1/2")
+    assert bad.why_out is None
+
+
+# -- by way of files -------------------------------------------------------------------------------
+@pytest.fixture
+def by_files(
+    place: Place, servers: list[RunningServer], tmp_path: Path
+) -> Iterator[EngineUnderTest]:
+    engine = EngineUnderTest(
+        place, [server.url for server in servers], weights_folder=tmp_path / "weights"
+    )
+    yield engine
+    engine.close()
+
+
+def test_weights_arrive_by_files_that_go_again(
+    by_files: EngineUnderTest, engine: EngineUnderTest, place: Place, tmp_path: Path
+) -> None:
+    for number, folder in enumerate((place.student, place.other)):
+        by_files.give(folder, f"run/1/{number}")
+        assert by_files.version == f"run/1/{number}" and by_files.probe_difference < 1e-5
+        assert [*(tmp_path / "weights").iterdir()] == []
+    assert by_files.update is not None
+    assert [*by_files.update.seconds] == ["begin", "buckets", "load", "checksums", "probe"]
+    engine.give(place.student, "run/1/2")  # servers take a broadcast after it
+    assert engine.probe_difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("missing", f"1 of its .* tensors are not those that were sent: {VICTIM}"),
+        ("stale", "log-probs differ by"),
+    ],
+)
+def test_files_that_are_not_whole_are_refused(
+    by_files: EngineUnderTest, place: Place, how: str, said: str, tmp_path: Path
+) -> None:
+    by_files.give(place.student, "run/1/0")
+    with pytest.raises(MtopdError, match=said):
+        by_files.give(place.other, "run/1/1", changed(place, how))
+    assert by_files.version is None and [*(tmp_path / "weights").iterdir()] == []
+    by_files.give(place.other, "run/1/2")
+    assert by_files.probe_difference < 1e-5
