@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -161,17 +162,21 @@ class WeightStream:
         """All tensors, each bucket on its ``taker``: the other ranks get an empty one in its place.
         A tensor above ``bucket_bytes`` is a bucket of its own.  Collective.
         """
-        parts = cut(self.tensors.values(), bucket_bytes, lambda tensor: tensor.nbytes)
-        for number, found in enumerate(parts):
-            yield self.gather([tensor.name for tensor in found], to=taker(number))
+        parts = [*cut(self.tensors.values(), bucket_bytes, lambda tensor: tensor.nbytes)]
+        plan = [[tensor.name for tensor in part] for part in parts]
+        blocks = _Blocks(max(self._layout(names)[1] for names in plan), self._ranks.device)
+        for number, names in enumerate(plan):
+            yield self.gather(names, to=taker(number), blocks=blocks)
 
     @torch.no_grad()
-    def gather(self, names: Sequence[str], *, to: int | None = None) -> Bucket:
+    def gather(
+        self, names: Sequence[str], *, to: int | None = None, blocks: _Blocks | None = None
+    ) -> Bucket:
         """These tensors on every rank, or on rank ``to`` alone, one behind the other in memory of
-        their own.  Collective: all ranks ask for the same buckets in the same order.
+        their own (of ``blocks``).  Collective: all ranks ask for the same buckets in the same order.
         """
         receives = to is None or to == self._ranks.rank
-        bucket = self._allocate(names) if receives else {}
+        bucket = self._allocate(names, blocks) if receives else {}
         copies: list[_Piece] = []
         under_way: deque[Callable[[], None]] = deque()
         for group in self._groups.values():
@@ -197,20 +202,25 @@ class WeightStream:
             finish()
         return bucket
 
-    def _allocate(self, names: Sequence[str]) -> Bucket:
-        """Empty tensors in one block, without gaps where their dtypes allow it: what is broadcast
-        then is the block itself.  And blocks of a size are what an allocator can use again.
-        """
+    def _allocate(self, names: Sequence[str], blocks: _Blocks | None) -> Bucket:
+        """Empty tensors in one block."""
+        starts, end = self._layout(names)
+        block = (blocks or _Blocks(end, self._ranks.device)).take()
         tensors = [self.tensors[name] for name in names]
-        starts, end = [], 0
-        for tensor in tensors:
-            starts.append(_up(end, tensor.dtype.itemsize))
-            end = starts[-1] + tensor.nbytes
-        block = self._block(end)
         return {
             tensor.name: block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for tensor, start in zip(tensors, starts, strict=True)
         }
+
+    def _layout(self, names: Sequence[str]) -> tuple[list[int], int]:
+        """Where each begins in a block, in bytes, and the end: without gaps where their dtypes allow
+        it, so that what is broadcast is the block itself.
+        """
+        starts, end = [], 0
+        for tensor in (self.tensors[name] for name in names):
+            starts.append(_up(end, tensor.dtype.itemsize))
+            end = starts[-1] + tensor.nbytes
+        return starts, end
 
     def _begin(
         self,
@@ -263,19 +273,36 @@ class WeightStream:
 
         return finish
 
-    def _block(self, size: int) -> torch.Tensor:
-        """Memory of a bucket.  The C library gives the system back what is larger than 32 MiB, so
-        that a host's bucket has new pages every time: by large ones they come in a fifth of the time.
-        """
-        if size < _LARGE or self._ranks.device.type != "cpu":
-            return self._bytes(size)
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # of a kernel without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps ``memory``
-
     def _bytes(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._ranks.device)
+
+
+class _Blocks:
+    """Memory of buckets: the next one is made in a block that nobody holds any more, if there is one.
+
+    The C library gives the system back what is larger than 32 MiB, so that a host's bucket would have
+    new pages every time: they cost as much as filling them, and by large pages still a fifth of that.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size = size
+        self._device = device
+        self._free: list[mmap.mmap] = []
+
+    def take(self) -> torch.Tensor:
+        """Bytes [size], whose holder alone has them until it lets go of all that is made of them."""
+        if self._size < _LARGE or self._device.type != "cpu":
+            return torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        memory = self._free.pop() if self._free else self._new()
+        held = memoryview(memory)  # which the tensors keep
+        weakref.finalize(held, self._free.append, memory).atexit = False
+        return torch.frombuffer(held, dtype=torch.uint8)
+
+    def _new(self) -> mmap.mmap:
+        memory = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # of a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
 
 
 class _Holdings:
