@@ -24,11 +24,12 @@ def plain_text(value: str | bool | int | float | Decimal) -> str:
     """The text that routes and answers are compared by, of a value in a data file or a config.
 
     A whole number has no point, whatever column it comes from; true and false are lower case.
+    0.00001 stays as people write it: Python calls it 1e-05.
     """
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e21:
-        return str(int(value))
+    if isinstance(value, float) and (value == 0 or 1e-21 < abs(value) < 1e21):
+        value = Decimal(repr(value))
     if isinstance(value, Decimal):
         text = format(value, "f")
         text = text.rstrip("0").rstrip(".") if "." in text else text

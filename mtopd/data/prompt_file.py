@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from mtopd.data.answers import has_number
-from mtopd.data.readers import Record, parse_json, read_records
+from mtopd.data.readers import LongNumber, Record, parse_json, read_records
 from mtopd.data.sources import AS_IT_STANDS, Asking, PromptRow, PromptSource
 from mtopd.tokenizer import Message, Tools
 from mtopd.types import MtopdError, plain_text
 
 _PROMPT, _ANSWER = ("prompt", "messages"), ("answer", "reward_model")  # a column, or its other name
 COLUMNS = (*_PROMPT, *_ANSWER, "tools")
+# Columns that other systems make a part of the prompt.
+_ONLY_TEXT = "only text is trained: leave such rows out"
+_PARTS_ELSEWHERE = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
+    **dict.fromkeys(
+        ("system", "system_prompt"),
+        "make it the prompt's first message, or `system` of the source",
+    ),
+    "history": "make it messages of the prompt",
+    "documents": "write them into a message",
+    "functions": "call the column tools",
+    "chat_template_kwargs": "set it in the chat template",
+}
+_WRITTEN_MESSAGES = re.compile(r"""\[\s*\{\s*['"](?:role|content)['"]\s*:.*\}\s*\]""", re.DOTALL)
 
 
 def load_prompt_file(
@@ -57,6 +72,11 @@ def _row(record: Record, where: str, domain: str, unused: dict[str, None]) -> Pr
     for key, value in record.items():
         if key in COLUMNS or value is None:
             continue
+        if key in _PARTS_ELSEWHERE and value not in ("", [], {}):
+            raise MtopdError(
+                f"{where}: column {key!r} would be lost, elsewhere it is a part of the prompt; "
+                f"{_PARTS_ELSEWHERE[key]}, or rename the column"
+            )
         text = _text(value, f"{where}: column {key!r}")
         if text is not None:
             fields[key] = text
@@ -85,6 +105,8 @@ def _text(value: Any, what: str) -> str | None:
         if math.isnan(value):
             return None
         raise MtopdError(f"{what} is {value}; give a finite number, or null")
+    if isinstance(value, LongNumber):
+        value = value.written
     return plain_text(value) if isinstance(value, str | int | float | Decimal) else None
 
 
@@ -132,7 +154,7 @@ def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise MtopdError(
                 f"{where}: prompt must be a string or a list of messages with string role and "
-                "content"
+                f"content, found {_described(prompt if message is None else message)}"
             )
         _check_content(message.get("content"), where)
     if not messages or not _is_question(messages[-1]):
@@ -143,20 +165,34 @@ def _messages(prompt: Any, where: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def _described(value: Any) -> str:
+    """What stands in place of a message."""
+    if isinstance(value, dict):
+        return f"one with {', '.join(map(repr, value)) or 'nothing'}"
+    if isinstance(value, list) and value:
+        return f"a list that holds {type(value[0]).__name__}"
+    return type(value).__name__
+
+
 def _refuse_written_messages(text: str, where: str) -> None:
-    """A table's writer may have turned the list of messages into text: as a user's words it would
-    be another prompt.
+    """A table's writer may have turned the list of messages into text, as JSON or as Python and numpy
+    print it: as a user's words it would be another prompt.
     """
-    if not text.lstrip().startswith("[{"):
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
         return
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+    if _WRITTEN_MESSAGES.fullmatch(text) is None:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        if not all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in found):
+            return
+    elif "content" not in text or "role" not in text:
         return
-    if all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in found):
-        raise MtopdError(
-            f"{where}: the prompt is a list of messages written as text; store the list itself"
-        )
+    raise MtopdError(
+        f"{where}: the prompt is a list of messages written as text; store the list itself"
+    )
 
 
 def _is_question(message: Message) -> bool:

@@ -11,11 +11,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mtopd.files import LFS_POINTER
@@ -27,6 +29,12 @@ FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 # Columns that may hold more than one value: read whole.  Of others only values are of use.
 NESTED = ("prompt", "messages", "tools", "answer", "reward_model")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_BEGINNINGS = {  # what a file is, whatever its name says
+    b"\x1f\x8b": (".jsonl.gz", "gzip"),
+    b"\x28\xb5\x2f\xfd": (".jsonl.zst", "Zstandard"),
+    b"PAR1": (".parquet", "Parquet"),
+}
+_FLOAT_DIGITS = 17  # that tell any two floats apart
 _LONGEST_LINE = 64 << 20  # bytes; bounds what a small compressed file can become in memory
 
 
@@ -51,12 +59,19 @@ def format_of(path: Path) -> str:
         raise MtopdError(
             f"{path} is none of {', '.join(FORMATS)}; convert it to one of them, or name it so"
         )
-    check_file(path)
+    start = check_file(path)
+    for beginning, (fitting, kind) in _BEGINNINGS.items():
+        if start.startswith(beginning) and ending != fitting:
+            raise MtopdError(
+                f"{path} is {kind} by its first bytes; name it {fitting}, or give the unpacked file"
+            )
     return ending
 
 
-def check_file(path: Path) -> None:
-    """Raise MtopdError unless ``path`` is a file that can be opened and ends: no folder, no device."""
+def check_file(path: Path) -> bytes:
+    """How a file begins.  Raises MtopdError unless ``path`` is one that can be opened and ends: no
+    folder, no device.
+    """
     if path.is_dir():
         raise MtopdError(f"{path} is a folder; give one file of it, and further ones as sources")
     if not path.is_file():
@@ -70,6 +85,7 @@ def check_file(path: Path) -> None:
         ) from None
     if start == LFS_POINTER:
         raise MtopdError(f"{path} is a git-lfs pointer, not the data; fetch it with git lfs pull")
+    return start
 
 
 # -- JSON ------------------------------------------------------------------------------------------
@@ -82,13 +98,14 @@ def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
     if not text.lstrip().startswith(b"["):
         yield from _read_lines(path, "")
         return
-    for number, record in enumerate(parse_json(text, str(path))):
+    for number, record in enumerate(parse_json(text, str(path), _exact)):
         yield _object(record, f"{path}, item {number}")
 
 
 def _read_lines(path: Path, ending: str) -> Iterator[tuple[str, Record]]:
     for number, line in numbered_lines(path, ending):
-        yield parse_line(line, f"{path}, line {number}")
+        where = f"{path}, line {number}"
+        yield _object(parse_json(line, where, _exact), where)
 
 
 def numbered_lines(
@@ -127,14 +144,16 @@ def _decompressed(raw: io.BufferedReader, codec: str | None) -> io.BufferedReade
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), codec))
 
 
-def parse_json(text: bytes, where: str) -> Any:
-    """Strictly: UTF-8, no key twice, no infinity; NaN is null.  Raises MtopdError."""
+def parse_json(text: bytes, where: str, number: Callable[[str], float] | None = None) -> Any:
+    """Strictly: UTF-8, no key twice, no infinity; NaN is null.  ``number`` makes one of a text with a
+    point or an exponent.  Raises MtopdError.
+    """
     try:
         return json.loads(
             text.decode(),
             object_pairs_hook=_unique,
             parse_constant=_constant,
-            parse_float=_finite,
+            parse_float=number or _finite,
         )
     except UnicodeDecodeError as error:
         raise MtopdError(
@@ -160,10 +179,26 @@ def _constant(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
 
 
+class LongNumber(float):
+    """A number with more digits than a float has, and all of them: an answer may be compared by
+    them.
+    """
+
+    def __init__(self, written: str) -> None:
+        self.written = Decimal(written)
+
+
+def _exact(text: str) -> float:
+    value = _finite(text)
+    if len(text) > _FLOAT_DIGITS and len(Decimal(text).as_tuple().digits) > _FLOAT_DIGITS:
+        return LongNumber(text)
+    return value
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text} is larger than any number of 64 bits")
+        raise ValueError(f"{text:.80} is larger than any number of 64 bits")
     return value
 
 
@@ -196,7 +231,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
 def _values(column: pa.ChunkedArray, name: str, path: Path) -> list[Any]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (_is_scalar(kind) or name in NESTED):
-        return [kind] * len(column)
+        return [kind if is_filled else None for is_filled in _is_filled(column)]
     try:
         values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
     # what Python has no value for: dates out of its range, a key twice in a map
@@ -204,15 +239,36 @@ def _values(column: pa.ChunkedArray, name: str, path: Path) -> list[Any]:
         raise MtopdError(
             f"{path}: column '{name}' cannot be read ({error}); write it as text"
         ) from None
-    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
-        # 0.1 as float32 is 0.1, not the 0.10000000149011612 that float64 calls it; whole numbers
-        # keep every digit: the shortest text of 65504 as float16 is 65500
-        width = np.float16 if pa.types.is_float16(kind) else np.float32
-        values = [v if v is None or v.is_integer() else float(str(width(v))) for v in values]
+    if "float" in str(kind):  # or in a name in it, which only costs time
+        values = [_shortened(value, kind) for value in values]
     if name not in NESTED or _is_scalar(kind):
         return [None if isinstance(v, float) and math.isnan(v) else v for v in values]
     kept = ("content",) if name in ("prompt", "messages") else ()  # templates ask for it
     return [_without_gaps(value, kept) for value in values]
+
+
+def _shortened(value: Any, kind: pa.DataType) -> Any:
+    """0.1 as float32 is 0.1, not the 0.10000000149011612 that float64 calls it; whole numbers keep
+    every digit: the shortest text of 65504 as float16 is 65500.  So in lists and structs.
+    """
+    if isinstance(value, float) and not value.is_integer():
+        width = {pa.float16(): np.float16, pa.float32(): np.float32}.get(kind, float)
+        return float(str(width(value)))
+    if isinstance(value, list):
+        return [_shortened(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        of = {n: kind.item_type if pa.types.is_map(kind) else kind.field(n).type for n in value}
+        return {name: _shortened(item, of[name]) for name, item in value.items()}
+    return value
+
+
+def _is_filled(column: pa.ChunkedArray) -> list[bool]:
+    """By row, whether there is a value; a list without items is none."""
+    filled = column.is_valid()
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        filled = pc.fill_null(pc.greater(pc.list_value_length(column), 0), False)
+    found: list[bool] = filled.to_pylist()
+    return found
 
 
 def _is_scalar(kind: pa.DataType) -> bool:

@@ -137,6 +137,26 @@ def test_jsonl_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
             [{"prompt": "a"}, {"messages": '[{"role": "user", "content": "a"}]'}],
             "line 2: the prompt is a list of messages written as text; store the list itself",
         ),
+        (
+            [
+                {
+                    "prompt": " [{'role': 'user', 'content': \"it's\"}\n {'content': 'b', 'role': 'user'}]"
+                }
+            ],
+            "line 1: the prompt is a list of messages written as text",
+        ),
+        (
+            [{"prompt": json.dumps([{"role": "user", "content": "a"}], indent=1)}],
+            "line 1: the prompt is a list of messages written as text",
+        ),
+        ([{"messages": [{"from": "human", "value": "a"}]}], "found one with 'from', 'value'"),
+        ([{"prompt": ["a", "b"]}], "line 1: prompt must be .*, found str"),
+        ([{"prompt": {"role": "user", "content": "a"}}], "line 1: prompt must be .*, found one"),
+        ([{"prompt": "a", "system": "Be brief."}], "line 1: column 'system' would be lost"),
+        ([{"prompt": "a", "images": ["a.png"]}], "line 1: column 'images' .* only text is trained"),
+        ([{"prompt": "a"}, {"prompt": "a", "image": "a.png"}], "line 2: column 'image'"),
+        ([{"prompt": "a", "functions": [{"name": "f"}]}], "'functions' .* call the column tools"),
+        ([{"prompt": "a", "chat_template_kwargs": {"x": 1}}], "set it in the chat template"),
         ([{"prompt": "a", "tools": "search"}], "line 1: tools: no valid JSON"),
         ([{"prompt": "a", "tools": {"a": 1}}], "line 1: tools must be a list of objects"),
         ([{"prompt": [{"role": "assistant", "content": "x"}]}], "ends with an assistant message"),
@@ -232,6 +252,9 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("a.jsonl.gz", lines(ROWS), "after line 0: cannot be read on"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "' + b" " * (65 << 20)), "line 1 is longer than"),
         ("a.json.gz", gzip.compress(b"[]"), r"is none of \.jsonl"),
+        ("a.jsonl", gzip.compress(lines(ROWS)), r"is gzip by its first bytes; name it \.jsonl\.gz"),
+        ("a.json", zstd(lines(ROWS)), r"is Zstandard by its first bytes; name it \.jsonl\.zst"),
+        ("a.jsonl", b"PAR1...", r"is Parquet by its first bytes; name it \.parquet"),
     ],
 )  # fmt: skip
 def test_damaged_and_doubtful_files_are_refused_in_one_line(
@@ -241,6 +264,66 @@ def test_damaged_and_doubtful_files_are_refused_in_one_line(
     with pytest.raises(MtopdError, match=message) as refused:
         load_prompt_file("x", tmp_path / name)
     assert name in str(refused.value)
+
+
+def test_columns_that_belong_to_a_prompt_elsewhere_may_be_empty(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "images": [], "system": "", "history": None, "documents": {}}]
+    (plain,) = load_prompt_file("x", write_jsonl(tmp_path / "a.jsonl", *rows)).rows
+    assert plain.route == {"domain": "x", "system": ""}
+    kind = pa.list_(pa.struct([("bytes", pa.binary())]))
+    for images, is_lost in (([], False), (None, False), ([{"bytes": b"x"}], True)):
+        table = pa.table({"prompt": ["a"], "images": pa.array([images], kind)})
+        pq.write_table(table, tmp_path / "a.parquet")
+        if is_lost:
+            with pytest.raises(MtopdError, match=r"row 0: column 'images' would be lost"):
+                load_prompt_file("x", tmp_path / "a.parquet")
+        else:
+            assert load_prompt_file("x", tmp_path / "a.parquet").rows[0].route == {"domain": "x"}
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("0.00001", "0.00001"),
+        ("-2.5e-7", "-0.00000025"),
+        ("-0.0", "0"),
+        ("2.50", "2.5"),
+        ("1e20", "100000000000000000000"),
+        ("1e23", "1e+23"),
+        ("3.14159265358979323846", "3.14159265358979323846"),
+        ("12345678901234567.89", "12345678901234567.89"),
+        ("0.10000000000000001", "0.1"),  # 17 digits, as printf's %.17g shows a float
+    ],
+)
+def test_numbers_of_json_become_the_text_that_people_write(
+    tmp_path: Path, written: str, text: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"prompt": "a", "answer": {written}, "level": {written}}}')
+    (row,) = load_prompt_file("x", path).rows
+    assert (row.answer, row.route["level"]) == (text, text)
+    path.write_text(f'{{"prompt": "a", "tools": [{{"maximum": {written}}}]}}')
+    (row,) = load_prompt_file("x", path).rows
+    assert json.dumps(row.tools) == f'[{{"maximum": {float(written)!r}}}]', "a template's number"
+
+
+def test_floats_inside_structs_have_their_shortest_digits_too(tmp_path: Path) -> None:
+    kind = pa.struct([("ground_truth", pa.float32())])
+    calls = pa.list_(pa.struct([("name", pa.string()), ("at", pa.map_(pa.string(), pa.float16()))]))
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", calls)])
+    chat = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "at": [("x", 0.1)]}]},
+        {"role": "tool", "content": "7", "tool_calls": None},
+    ]
+    columns = {
+        "prompt": pa.array([chat], pa.list_(message)),
+        "reward_model": pa.array([{"ground_truth": 0.1}], kind),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (row,) = load_prompt_file("x", tmp_path / "a.parquet").rows
+    assert row.answer == "0.1"
+    assert row.messages[1]["tool_calls"] == [{"name": "f", "at": {"x": 0.1}}]
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
@@ -370,7 +453,7 @@ def test_numbers_are_the_same_text_from_every_column(tmp_path: Path) -> None:
     }
     assert "level" not in second.route
     assert [second.route[k] for k in ("share", "half", "price", "large", "hard")] == [
-        "1e-07", "2", "12.5", "0", "false",
+        "0.0000001", "2", "12.5", "0", "false",
     ]  # fmt: skip
     assert said == ["source 'x': columns of a.parquet that are not used: when, then"]
     nan = write_jsonl(tmp_path / "a.jsonl", '{"prompt": "a", "answer": NaN, "level": 3.0}')

@@ -33,6 +33,13 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert [number for number, _ in skipped] == [number for number, _ in found]
 
 
+def test_a_number_may_be_written_with_more_digits_than_it_has(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [row(0, rollout_log_probs=[-0.5, -0.25, -0.125])])
+    path.write_text(path.read_text().replace("-0.25", "-0.69314718055994528623"))
+    ((_, found),) = read_rows(path)
+    assert isinstance(found, Row) and found.rollout_log_probs == [-0.5, -0.6931471805599453, -0.125]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
