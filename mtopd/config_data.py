@@ -7,15 +7,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mtopd.config_values import FieldText, Items, LocalPath, Model, Name, Seed, Whole
+from mtopd.config_values import (
+    FieldText,
+    Items,
+    LocalPath,
+    Model,
+    Name,
+    Seed,
+    ShownText,
+    Whole,
+)
 
 
 class ExampleConfig(Model):
     """A question and its answer, shown as two chat turns in front of every prompt."""
 
-    question: FieldText
+    question: ShownText
     """What the user says."""
-    answer: FieldText
+    answer: ShownText
     """What the assistant answers."""
 
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from mtopd.config import ConsolidateConfig
 from mtopd.config_specialist import SpecialistConfig
-from mtopd.config_values import FieldText, ServerUrl, StoreLocation
+from mtopd.config_values import FieldText, ServerUrl, ShownText, StoreLocation
 
 _HEAD = """# Every key of a config
 
@@ -28,6 +28,7 @@ _TEXTS = {
     get_args(StoreLocation)[1]: "path or URL",
     get_args(ServerUrl)[1]: "http(s)://host:port",
     get_args(FieldText)[1]: "text, a number, true or false",
+    get_args(ShownText)[1]: "text, a whole number, true or false",
 }
 _LARGEST = 1 << 53  # a bound that says nothing to a reader
 

@@ -106,7 +106,14 @@ def _field_text(value: Any) -> Any:
     return value
 
 
+def _shown_text(value: Any) -> Any:
+    if isinstance(value, float) and math.isfinite(value):
+        raise ValueError(f"is the number {value}, its text may be another one (2.50); quote it")
+    return _field_text(value)
+
+
 FieldText = Annotated[str, BeforeValidator(_field_text)]
+ShownText = Annotated[str, BeforeValidator(_shown_text)]  # that a model reads as it is
 
 
 # a folder, or a URL: s3://bucket/teachers/code

@@ -1,8 +1,9 @@
 """YAML as settings need it: plain values, each key once, numbers that mean what they look like.
 
 Refused with the line it stands in: a key twice (a key that replaces one of a merged table is none),
-tags, keys that are no words, numbers that read in two ways (012, 1:30) or are not finite, aliases
-that hold themselves or expand without bound.  Dates stay text.
+tags, keys that are no words, what reads in two ways (012, 1:30; yes, no, on, off, which are words to
+many readers), numbers that are not finite, aliases that hold themselves or expand without bound.
+Dates stay text.
 """
 
 from __future__ import annotations
@@ -126,6 +127,13 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(None, None, "a number is too large", node.start_mark)
         return super().construct_yaml_int(node)
 
+    def construct_yaml_bool(self, node: ScalarNode) -> bool:
+        text = self.construct_scalar(node)
+        if text.lower() not in ("true", "false"):
+            said = f"{text} reads in two ways; write true or false, or quote it"
+            raise ConstructorError(None, None, said, node.start_mark)
+        return super().construct_yaml_bool(node)
+
     def construct_yaml_float(self, node: ScalarNode) -> float:
         text = self.construct_scalar(node)
         value = super().construct_yaml_float(node)
@@ -155,7 +163,7 @@ class _Dumper(yaml.SafeDumper):
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
-for _name in ("int", "float", "str"):
+for _name in ("bool", "int", "float", "str"):
     _Loader.add_constructor(_TAG + _name, getattr(_Loader, f"construct_yaml_{_name}"))
 # Both classes hold the same table: what is text to the one must not be a number to the other.
 _Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {

@@ -40,6 +40,11 @@ MERGED_BOMB = "a0: &a0 {k: 1}\n" + "".join(
         ("[" * 3000, "nested too deeply"),
         ("a:\n - 012", "line 2: .* 012 reads in two ways"),
         ("a: 1:30", "1:30 reads in two ways"),
+        (
+            "a: 1\nroute: {lang: no}",
+            "line 2: .* no reads in two ways; write true or false, or quote",
+        ),
+        ("{On: 1}", "On reads in two ways"),
         ("a: 1:30.5", "no finite number"),
         ("a: .nan", "line 1: .* .nan is no finite number"),
         ("a: -.inf", "no finite number"),
@@ -64,8 +69,8 @@ def test_what_is_refused_names_its_line(text: str, said: str) -> None:
 def test_plain_values_are_read() -> None:
     text = """
     numbers: [1, 1_000, 0x10, -3, 1.5, 1e3, 2E-3, .5]
-    truths: [true, no, On]
-    texts: [a, '012', 2026-01-02, =, "1:30", v1.2.3]
+    truths: [true, False, TRUE]
+    texts: [y, 'no', a, '012', 2026-01-02, =, "1:30", v1.2.3]
     nothing: [~, null, ]
     base: &base {lr: 1, decay: linear}
     mine: {<<: *base, lr: 2}
@@ -73,7 +78,7 @@ def test_plain_values_are_read() -> None:
     assert parse_yaml(text, "here") == {
         "numbers": [1, 1000, 16, -3, 1.5, 1000.0, 2e-3, 0.5],
         "truths": [True, False, True],
-        "texts": ["a", "012", "2026-01-02", "=", "1:30", "v1.2.3"],
+        "texts": ["y", "no", "a", "012", "2026-01-02", "=", "1:30", "v1.2.3"],
         "nothing": [None, None],
         "base": {"lr": 1, "decay": "linear"},
         "mine": {"lr": 2, "decay": "linear"},

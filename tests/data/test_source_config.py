@@ -62,6 +62,10 @@ def config(**source: object) -> SpecialistConfig:
         ({"path": "a.jsonl", "fields": {"level": float("nan")}}, r"fields\.level: nan is no value"),
         ({"path": "a.jsonl", "examples": [{"question": "q"}]}, r"examples\.0\.answer is missing"),
         (
+            {"path": "a.jsonl", "examples": [{"question": "q", "answer": 2.5}]},
+            r"examples\.0\.answer: is the number 2\.5, .* \(2\.50\); quote it",
+        ),
+        (
             {"reasoning_gym": "b", "num_examples": 1, "examples": [{"question": 1, "answer": 2}]},
             "at most one of examples and num_examples",
         ),
