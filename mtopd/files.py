@@ -132,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; raises MtopdError that names the file when it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # numbers of 5,000 digits are ValueErrors too
         raise MtopdError(
             f"{path} is not valid JSON ({error}); it was damaged or edited: put it back as it was, or "

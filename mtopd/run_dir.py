@@ -178,7 +178,7 @@ class RunDir:
     def is_ours(self) -> bool:
         """A start of ours has marked this folder: what lies in it is a run's."""
         try:
-            manifest = json.loads(self.manifest.read_text())
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return self._generation.is_file()  # a manifest that is damaged
         return isinstance(manifest, dict) and {"schema", "config"} <= manifest.keys()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mtopd.files import fsync_dir
+from mtopd.files import UNSUPPORTED, fsync_dir
 from mtopd.types import MtopdError
 
 PARTIAL = ".partial"
@@ -48,8 +48,13 @@ def publish_if_absent(path: Path, data: bytes) -> None:
         os.link(partial, path)
     except FileExistsError:
         pass  # another writer was first; the caller compares what it wrote
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
+        # CIFS, exFAT and many FUSE systems have no links: the last of several writers wins there.
+        os.replace(partial, path)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     fsync_dir(path.parent)
 
 

@@ -136,7 +136,7 @@ def read_specialist(run_dir: Path, config: SpecialistConfig) -> SpecialistRecord
     run, final = RunDir(run_dir), run_dir / "evaluations" / "final.json"
     return SpecialistRecord(
         config=config,
-        config_yaml=run.config.read_text(),
+        config_yaml=run.config.read_text(encoding="utf-8"),
         metrics=_in_order(run),
         final=read_json(final) if final.exists() else {},
         finished=is_sealed(run_dir / "export" / "final"),
@@ -159,7 +159,7 @@ def read_run(run_dir: Path, config: ConsolidateConfig) -> RunRecord:
     models = sorted(baselines.get("models", {}).items(), key=lambda item: order.get(item[0], -1))
     return RunRecord(
         config=config,
-        config_yaml=run.config.read_text(),
+        config_yaml=run.config.read_text(encoding="utf-8"),
         teachers=teachers,
         metrics=_in_order(run),
         evaluations={int(file.stem): read_json(file) for file in files if file.stem.isdigit()},

@@ -194,17 +194,27 @@ def _locked(folder: Path) -> Iterator[None]:
                 f"cannot write to {folder.parent}: {error.strerror}; choose another folder"
             ) from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, folder)
             # A lock on a file that was renamed meanwhile locks another store: try again.
             if _is_at(descriptor, folder / _LOCK):
                 yield
                 return
-        except BlockingIOError:
-            raise MtopdError(
-                f"{folder} is being written by another process; wait for it to end"
-            ) from None
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MtopdError(
+            f"{folder} is being written by another process; wait for it to end"
+        ) from None
+    except OSError as error:
+        raise MtopdError(
+            f"cannot write to {folder.parent}: its file system has no locks (flock: {error.strerror}); "
+            "choose a folder on another one, and copy the whole store there"
+        ) from error
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -291,7 +301,7 @@ def bears_mark(folder: Path) -> bool:
     """
     for name in (MANIFEST, _RECORDS):
         try:
-            schema = json.loads((folder / name).read_text())["schema"]
+            schema = json.loads((folder / name).read_text(encoding="utf-8"))["schema"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(schema, str) and schema.startswith(

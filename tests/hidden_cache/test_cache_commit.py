@@ -4,6 +4,7 @@ deleted.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -39,6 +40,7 @@ from mtopd.hidden_cache import (
 )
 from mtopd.hidden_cache import reader as reader_module
 from mtopd.hidden_cache import writer as writer_module
+from mtopd.hidden_cache.durable import publish_if_absent
 from mtopd.hidden_cache.index import IndexRow, load_index
 from mtopd.hidden_cache.layout import SegmentLayout
 from mtopd.hidden_cache.segment import SegmentWriter
@@ -249,6 +251,26 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, mark: str | 
         with pytest.raises(MtopdError, match=r"FORMAT\.json"):
             use(tmp_path)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_has_caches_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """CIFS and exFAT answer EPERM, FUSE systems the others."""
+
+    def refuse(source: object, target: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    publish_if_absent(tmp_path / "teacher.json", b"first")
+    publish_if_absent(tmp_path / "teacher.json", b"second")
+    assert (tmp_path / "teacher.json").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.json"]
+    monkeypatch.setattr(os, "link", lambda source, target: os.stat("/nowhere"))
+    with pytest.raises(FileNotFoundError):
+        publish_if_absent(tmp_path / "other.json", b"first")
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.json"]
 
 
 def test_a_link_to_a_cache_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -134,6 +135,22 @@ def test_one_writer_at_a_time(source: Path, tmp_path: Path) -> None:
     ):
         add_teacher("t", source, tmp_path / "t", slices=2)
     assert add_teacher("t", source, tmp_path / "t", slices=2).name == "t"
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lustre without the flock option, FUSE (tox-dev/filelock#67)."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(MtopdError, match=rf"{tmp_path}: its file system has no locks \(flock: Func"),
+        StoreWriter(tmp_path / "t", "source"),
+    ):
+        pass
 
 
 def test_a_writer_that_is_overtaken_locks_the_folder_that_is_there_now(
