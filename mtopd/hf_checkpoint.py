@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mtopd.config_json import check_values
 from mtopd.dtypes import torch_dtype
 from mtopd.families import FAMILIES, ModelFacts, model_facts
 from mtopd.files import LFS_POINTER
@@ -29,8 +30,8 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _READ = ("F32", "BF16", "F16")
 _SAVE_AGAIN = (
-    "is not read (formats other than safetensors can run code): save the model again with "
-    "transformers' save_pretrained"
+    f"is not read: only {_SINGLE} is, or what {_INDEX} names (other formats can run code); save the "
+    "model again with transformers' save_pretrained"
 )
 
 
@@ -64,13 +65,8 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
                 f"and {_SINGLE}, which is not followed; give those files these names, and remove "
                 f"{name}"
             )
-    for name in ("quantization_config", "compression_config"):
-        if values.get(name) is not None:
-            raise MtopdError(
-                f"{path} has a {name}: quantised weights are not read; convert the checkpoint to "
-                "bfloat16 or float32 first, with the scales multiplied in"
-            )
     _check_model_type(str(path), values.get("model_type"))
+    check_values(path, values)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model_facts(config).check_numbers()
@@ -384,9 +380,16 @@ def _expected_shapes(
     # Before a model of a wrong number of layers is made: each costs time, if no memory.
     found = {int(m[1]) for m in map(_LAYER.match, tensors) if m is not None}
     if missing := sorted(set(range(facts.num_layers)) - found)[:1]:
+        others = sorted(name for name in tensors if "layers.0." in name)
         raise MtopdError(
             f"{folder} has no tensor of layer {missing[0]}; its config.json calls for "
             f"{facts.num_layers} layers, its files hold {len(found)}"
+            + (
+                f" by their names in a checkpoint (model.layers.0. ...); found {others[0]!r}: save the "
+                "causal model itself with save_pretrained"
+                if others and not found
+                else "; copy or export it again"
+            )
         )
     try:
         with torch.device("meta"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mtopd.config_json import renamed
 from mtopd.dtypes import dtype_name
 from mtopd.families import rope_scaling
 from mtopd.files import publish_tree, read_json, remove_tree
@@ -95,22 +96,12 @@ def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
             found[spelling] = dtype_name(dtype)
     rope = found.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        found.setdefault("rope_theta", rope["rope_theta"])
+        found["rope_theta"] = rope["rope_theta"]  # null says nothing, another is refused at a start
         if scaling := rope_scaling(rope):
-            found.setdefault("rope_scaling", scaling)
-    for former, name in _renamed(found.get("model_type")).items():
+            found["rope_scaling"] = found.get("rope_scaling") or scaling
+    for former, name in renamed(found.get("model_type")).items():
         if name in found:
             found.setdefault(former, found[name])
-    return found
-
-
-def _renamed(model_type: object) -> Mapping[str, str]:
-    """Fields that transformers 5 saves under another name, by the former one."""
-    from transformers import CONFIG_MAPPING
-
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return {}
-    found: Mapping[str, str] = CONFIG_MAPPING[model_type].attribute_map
     return found
 
 

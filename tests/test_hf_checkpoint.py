@@ -243,7 +243,12 @@ def test_a_git_lfs_pointer_is_named_as_such(folder: Path) -> None:
 def test_other_formats_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
-        MtopdError, match=r"found pytorch_model\.bin, which is not read .* save_pre"
+        MtopdError, match=r"found pytorch_model\.bin, which is not read: .* save_pre"
+    ):
+        check_checkpoint(folder)
+    (folder / "pytorch_model.bin").rename(folder / "consolidated.safetensors")
+    with pytest.raises(
+        MtopdError, match=r"found consolidated\.safetensors, .*: only model\.safetens"
     ):
         check_checkpoint(folder)
     (folder / "model.safetensors").symlink_to("../blobs/gone")
@@ -291,6 +296,27 @@ def test_an_own_output_layer_counts_also_under_a_config_that_says_tied(folder: P
     assert load_hf_config(folder).tie_word_embeddings, "a copy of the embedding is no other head"
     assert "lm_head.weight" not in whole(hf_weights.read_weights(folder))
     check_checkpoint(folder)
+
+
+def test_a_config_may_say_one_thing_twice_if_it_is_the_same(folder: Path) -> None:
+    """Exports do, so that transformers 4 and 5 read one model."""
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    same = {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "default"}}
+    edit_config(folder, **same)
+    check_checkpoint(folder)
+    edit_config(folder, rope_theta=None, rope_scaling=None)
+    assert load_hf_config(folder).rope_parameters["rope_theta"] == rope["rope_theta"]
+
+
+def test_former_names_of_a_field_agree_with_its_new_ones(tmp_path: Path) -> None:
+    save_model(tmp_path, seed=1, layers=2, model_type="qwen3_moe")
+    values = json.loads((tmp_path / "config.json").read_text())
+    count = values.get("num_experts", values.get("num_local_experts"))
+    edit_config(tmp_path, num_experts=count, num_local_experts=count)
+    check_checkpoint(tmp_path)
+    edit_config(tmp_path, num_experts=count, num_local_experts=count + 1)
+    with pytest.raises(MtopdError, match=f"num_local_experts {count + 1}|num_experts {count + 1}"):
+        check_checkpoint(tmp_path)
 
 
 def test_float16_is_read_exactly_as_float32_whatever_the_config_says(folder: Path) -> None:
@@ -357,6 +383,12 @@ def cut_the_vocabulary(folder: Path) -> None:
 DAMAGES = [
     (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "quantised"),
     (lambda f: edit_config(f, compression_config={"format": "int4"}), "a compression_config: quant"),
+    (lambda f: edit_config(f, quantization={"bits": 4}), "a quantization: quantised .* and remove"),
+    (lambda f: edit_config(f, rope_theta=1e6), "rope_parameters.rope_theta 10000.0, but rope_theta 1000000.0"),
+    (
+        lambda f: edit_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_parameters.factor None, but rope_scaling.factor 2.0: which .*; leave the wrong one out",
+    ),
     (lambda f: edit_config(f, model_type=["qwen3"]), r"has model_type \['qwen3'\]; supported are"),
     (quantise, r"up_proj.weight' is F8_E4M3, quantised"),
     (pack, r"up_proj.weight' is U8, quantised"),
@@ -369,6 +401,10 @@ DAMAGES = [
         r"holds tensor 'model\.extra\.weight', which a qwen3 .* does not use",
     ),
     (leave_a_scale, r"weight_scale_inv', which a qwen3 .* does not use"),
+    (
+        lambda f: store(f, {n.removeprefix("model."): t for n, t in stored(f).items()}),
+        r"files hold 0 by their names .*; found 'layers\.0\.input_layernorm\.weight': save the causal",
+    ),
     (forget_the_head, r"has no tensor 'lm_head\.weight'"),
     (cut_the_vocabulary, r"embed_tokens\.weight' has shape \(99, 32\), .* calls for \(100, 32\)"),
     (lambda f: edit_config(f, num_hidden_layers=3, layer_types=None), "has no tensor of layer 2"),

@@ -113,6 +113,13 @@ def test_a_folder_of_transformers_5_is_read_by_4_too(tmp_path: Path) -> None:
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, torch.float32
     )
     assert plain["rope_theta"] == 1e4 and "rope_scaling" not in plain
+    nulls = config_values(
+        {"rope_parameters": yarn, "rope_theta": None, "rope_scaling": None}, torch.float32
+    )
+    assert {name: nulls[name] for name in ("rope_theta", "rope_scaling")} == {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    }, "null would be read as not scaled"
     experts = config_values({"model_type": "qwen3_moe", "num_local_experts": 8}, torch.float32)
     assert experts["num_experts"] == experts["num_local_experts"] == 8
 

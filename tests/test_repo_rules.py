@@ -43,6 +43,7 @@ LOWER = {
     "safetensors_file",
     "dtypes",
     "families",
+    "config_json",
     "hf_checkpoint",
     "hf_export",
     "hf_weights",

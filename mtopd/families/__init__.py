@@ -24,6 +24,7 @@ __all__ = [
     "check_variant",
     "dropouts",
     "model_facts",
+    "rope_less_theta",
     "rope_scaling",
     "without_further_heads",
 ]
@@ -60,6 +61,15 @@ def dropouts(hf_config: PretrainedConfig) -> dict[str, float]:
     """What the checkpoint's config says of dropout in training, by its name there."""
     names = (name for name in vars(hf_config) if name.endswith("dropout"))
     return {name: value for name in names if (value := getattr(hf_config, name))}
+
+
+def rope_less_theta(rope: Mapping[str, object]) -> dict[str, object]:
+    """How positions are scaled, in whichever table of config.json it stands; the kind has a former
+    spelling.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    others = {name: value for name, value in rope.items() if name not in ("rope_theta", "type")}
+    return {**others, "rope_type": kind}
 
 
 def rope_scaling(rope_parameters: Mapping[str, object]) -> dict[str, object]:
