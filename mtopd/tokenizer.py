@@ -119,7 +119,7 @@ def _render(
         ) from error
     for what, left_out in (
         ("tools", tools and (conversation, None)),
-        ("tool_calls", _without_calls(conversation, tools)),
+        *((name, _without(name, conversation, tools)) for name in ("tool_calls", "function_call")),
     ):
         if left_out and text == _result_or_none(tokenizer, *left_out):
             raise MtopdError(
@@ -183,13 +183,13 @@ def _result_or_none(
         return None
 
 
-def _without_calls(
-    conversation: Sequence[Message], tools: Tools | None
+def _without(
+    name: str, conversation: Sequence[Message], tools: Tools | None
 ) -> tuple[list[Message], Tools | None] | None:
-    """The conversation less its tool calls; None when it has none."""
-    if not any(message.get("tool_calls") for message in conversation):
+    """The conversation less what its messages have under ``name``; None when that is nothing."""
+    if not any(message.get(name) for message in conversation):
         return None
-    return [{k: m[k] for k in m if k != "tool_calls"} for m in conversation], tools
+    return [{k: m[k] for k in m if k != name} for m in conversation], tools
 
 
 def _stands_in(part: Mapping[str, Any], text: str) -> bool:

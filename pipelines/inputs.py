@@ -27,6 +27,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )

@@ -49,6 +49,7 @@ def add(
     """
     check_name(name)
     number = _slices(slices)
+    source = _expanded(source)
     from mtopd.convert.teacher import add_teacher
 
     with Progress(console=console, transient=True) as progress:
@@ -106,7 +107,12 @@ def local_folder(location: str) -> Path:
             "a store is written and removed in a local folder; copy it to an object store, or "
             "remove it there, with that store's own tool (e.g. `aws s3 sync`), teacher.json last"
         )
-    return Path(location)
+    return _expanded(location)
+
+
+def _expanded(path: str | Path) -> Path:
+    """Behind `--from=` a shell leaves ~ as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def table(folder: Path) -> Group:

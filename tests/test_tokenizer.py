@@ -452,6 +452,9 @@ def test_what_a_template_leaves_out_is_refused(foreign_tokenizer) -> None:
         encode_prompts(foreign_tokenizer, [chat_of("a")], [[{"function": {"name": "f"}}]])
     with pytest.raises(MtopdError, match="makes nothing of its tool_calls"):
         encode_prompts(foreign_tokenizer, [[*chat_of("a", tool_calls=[call]), *chat_of("b")]])
+    with pytest.raises(MtopdError, match="makes nothing of its function_call"):
+        former = chat_of("a", function_call=call["function"])
+        encode_prompts(foreign_tokenizer, [[*former, *chat_of("b")]])
     with pytest.raises(MtopdError, match="does not take content in parts"):
         encode_prompts(foreign_tokenizer, [chat_of([{"type": "text", "text": "a"}])])
     last = copy.deepcopy(foreign_tokenizer)
