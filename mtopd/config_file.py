@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from mtopd.config import ConsolidateConfig
 from mtopd.config_specialist import SpecialistConfig
-from mtopd.config_values import SERVERS_FORMS
+from mtopd.config_values import FORMS
 from mtopd.types import MtopdError
 from mtopd.yaml_file import dump_yaml, parse_yaml, read_yaml
 
@@ -50,7 +50,7 @@ def validate(
         return kind.model_validate(values)
     except ValidationError as refusal:
         found: list[dict[str, Any]] = [
-            {**one, "loc": tuple(part for part in one["loc"] if part not in SERVERS_FORMS)}
+            {**one, "loc": tuple(part for part in one["loc"] if part not in FORMS)}
             for one in refusal.errors()
         ]
     unknown = [error for error in found if error["type"] == "extra_forbidden"]

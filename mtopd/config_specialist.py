@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from mtopd.config import OptimizerConfig, StudentConfig
 from mtopd.config_data import DataConfig
 from mtopd.config_rollout import SamplingConfig
-from mtopd.config_values import Count, Items, LocalPath, Model, Name, Seed, Turns
+from mtopd.config_values import Count, Items, LocalPath, Model, Name, Seed, Slices, Turns
 
 
 class StopConfig(Model):
@@ -37,7 +37,7 @@ class TeacherStoreConfig(Model):
     """The teacher's name."""
     path: LocalPath
     """Folder of the store."""
-    slices: Items | Literal["auto"] = 1
+    slices: Slices = 1
     """Largest tensor-parallel size that can load it without a copy; auto: as many as the model has,
     up to 8.
     """

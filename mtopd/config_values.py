@@ -119,11 +119,15 @@ ShownText = Annotated[str, BeforeValidator(_shown_text)]  # that a model reads a
 # a folder, or a URL: s3://bucket/teachers/code
 StoreLocation = Annotated[str, BeforeValidator(_store_location)]
 ServerUrl = Annotated[str, BeforeValidator(_server_url)]
-SERVERS_FORMS = "addresses", "word"  # how pydantic tells the two forms apart
+# How pydantic tells apart what is given from the word auto; neither is a part of a setting's name.
+FORMS = "given", "word"
 Servers = Annotated[
-    Annotated[list[ServerUrl], Tag(SERVERS_FORMS[0])]
-    | Annotated[Literal["auto"], Tag(SERVERS_FORMS[1])],
-    Discriminator(lambda value: SERVERS_FORMS[not isinstance(value, list)]),
+    Annotated[list[ServerUrl], Tag(FORMS[0])] | Annotated[Literal["auto"], Tag(FORMS[1])],
+    Discriminator(lambda value: FORMS[not isinstance(value, list)]),
+]
+Slices = Annotated[
+    Annotated[Items, Tag(FORMS[0])] | Annotated[Literal["auto"], Tag(FORMS[1])],
+    Discriminator(lambda value: FORMS[isinstance(value, str)]),
 ]
 
 

@@ -9,7 +9,8 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -362,7 +363,10 @@ def counts_of(kind: type[BaseModel], path: str = "") -> Iterator[str]:
         for inner in _models_in(field.annotation):
             place = f"{where}.0." if get_origin(field.annotation) is list else f"{where}."
             yield from counts_of(inner, place)
-        if int in (field.annotation, *get_args(field.annotation)):
+        kinds = {field.annotation}
+        if get_origin(field.annotation) in (Union, UnionType):  # Items | None
+            kinds |= {*get_args(field.annotation)}
+        if int in {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds}:
             yield where
 
 
