@@ -182,7 +182,7 @@ class Bench:
 
         lengths = [length] * (tokens // length)
         plans = plan_pass(
-            lengths,
+            [lengths],
             self.mesh.num_replicas,
             batch_tokens=batch_tokens,
             token_bytes=4 * self.store.hidden_size,

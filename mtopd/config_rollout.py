@@ -80,6 +80,11 @@ class RolloutConfig(Model):
     """Tokens that were sampled by weights more than so many iterations old get loss mask 0 and are
     counted; their response stays.  overlap one_step needs 1.
     """
+    overlap_teacher_pass: bool = False
+    """The teacher pass begins while SGLang servers still answer: as soon as a quarter of the iteration's
+    samples is sealed, teachers read it.  The trained weights are the same; a teacher may be streamed
+    up to four times an iteration.
+    """
 
     def _refuse(self, keys: Sequence[str], why: str) -> None:
         """Raise ValueError for one of ``keys`` that has been set: it would do nothing."""
@@ -114,6 +119,11 @@ class RolloutConfig(Model):
 
     @model_validator(mode="after")
     def _overlaps(self) -> RolloutConfig:
+        if self.overlap_teacher_pass and self.engine != "sglang":
+            raise ValueError(
+                f"overlap_teacher_pass needs engine sglang: with engine {self.engine} all ranks answer, "
+                "and none could read meanwhile; leave it out, or set engine sglang"
+            )
         if self.overlap == "none":
             return self
         if self.engine != "sglang":

@@ -39,6 +39,7 @@ FREE: tuple[Keys, ...] = (  # how the run is computed
     ("config", "teachers", "*", "parallel"),
     ("config", "teachers", "*", "store"),  # it may move; its fingerprint may not change
     *(("config", "rollout", key) for key in SERVER_KEYS),  # who answers, and for how long
+    ("config", "rollout", "overlap_teacher_pass"),
     ("config", "teacher_offload"),
     ("config", "checkpoint"),
     ("config", "log_json"),

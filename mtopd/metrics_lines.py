@@ -141,7 +141,7 @@ class SequenceFilterLine(Line):
 
 @dataclass(frozen=True, kw_only=True)
 class PassMetrics:
-    """One teacher in one iteration: sums over ranks; seconds and peaks of the slowest or largest
+    """A teacher's visit in one iteration: sums over ranks; seconds and peaks of the slowest or largest
     rank.
     """
 
@@ -155,6 +155,7 @@ class PassMetrics:
     peak_device_bytes: int
     peak_host_bytes: int
     relayouts: int
+    hidden_s: float | None = None  # of its wall seconds, those beside a rollout that still went on
     # Only in the first pass of a start, which checks that this is the right teacher.
     probe: str | None = None  # who made the reference
     probe_difference: float | None = None
@@ -163,7 +164,9 @@ class PassMetrics:
 
 @dataclass(frozen=True)
 class TeacherPassLine(Line):
-    """The pass of a teacher (older runs have all teachers in one line)."""
+    """A visit of a teacher: one in an iteration, more where the pass begins beside the rollout (older
+    runs have all teachers in one line).
+    """
 
     KIND = "teacher_pass"
     teachers: Mapping[str, PassMetrics] = _table(PassMetrics)

@@ -29,7 +29,10 @@ def main(run_dir: Path, generation: int) -> None:
     for iteration in session.iterations(first):
         # 1. The student answers: only its own tokens are ever trained on.
         with session.timed("rollout", iteration):
-            rollout.run(session, iteration)
+            rollout.start(session, iteration)
+            # With rollout.overlap_teacher_pass teachers begin on what is answered.
+            teacher_pass.run_beside(session, iteration)
+            rollout.finish(session, iteration)
             # With rollout.overlap the next iteration's answers begin here, one student behind.
             rollout.begin_next(session, iteration)
 

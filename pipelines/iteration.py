@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from mtopd.config import ConsolidateConfig
@@ -10,7 +11,13 @@ from mtopd.megatron import parallel
 from mtopd.megatron.agreement import STALE_WAITS_S, digest_of, see_alike
 from mtopd.run_dir import RunDir, is_sealed, read_seal
 from mtopd.teacher_offload.teachers import Teachers
-from mtopd.trajectories import TokenStore, check_seals, sealed_shards, verify_shards
+from mtopd.trajectories import (
+    TokenStore,
+    check_seals,
+    sealed_shards,
+    shard_is_sealed,
+    verify_shards,
+)
 from mtopd.types import SampleMetadata
 
 
@@ -71,7 +78,24 @@ class Iteration:
         """The trajectories, opened once for all phases.  Collective when first asked for: all ranks
         have to list the same shards, and one rank of every node compares them with their seals.
         """
+        return self._open(lambda: sealed_shards(self.trajectories))
+
+    def tokens_of(self, shards: Sequence[str]) -> TokenStore:
+        """These shards alone, which rank 0 has seen sealed, while others are still to come.
+        Collective.
+        """
+        folder = self.trajectories
+        return self._open(lambda: [name for name in shards if shard_is_sealed(folder, name)])
+
+    def _open(self, find: Callable[[], list[str]]) -> TokenStore:
+        """The shards that ``find`` names, once it names the same on every rank."""
         folder, ranks = self.trajectories, self._ranks
+        shards = see_alike(
+            ranks,
+            find,
+            lambda names: (digest_of(names), f"lists {len(names)} sealed shards in {folder}"),
+            waits_s=STALE_WAITS_S,
+        )
 
         def opened() -> TokenStore:
             if ranks.local_rank == 0:
@@ -79,15 +103,9 @@ class Iteration:
                 listed = read_seal(folder).get("shards") if is_sealed(folder) else None
                 if listed is not None:
                     check_seals(folder, listed)
-                verify_shards(folder)
-            return TokenStore(folder)
+                verify_shards(folder, shards)
+            return TokenStore(folder, shards)
 
-        see_alike(
-            ranks,
-            lambda: sealed_shards(folder),
-            lambda names: (digest_of(names), f"lists {len(names)} sealed shards in {folder}"),
-            waits_s=STALE_WAITS_S,
-        )
         return see_alike(
             ranks,
             opened,

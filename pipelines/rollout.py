@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,15 +24,13 @@ from mtopd import trajectories
 from mtopd.files import remove_tree
 from mtopd.megatron.agreement import apart, decide, gather
 from mtopd.metrics_lines import RolloutLine
-from mtopd.planning import number_samples, select_prompts
 from mtopd.progress import say
 from mtopd.rollout.background import Background
-from mtopd.rollout.engine import Request, Sampling
 from mtopd.rollout.shards import Counts, ShardWriter, shard_name
 from mtopd.rollout.turns import Turns, environments
-from mtopd.types import Prompt
 
 from .iteration import Iteration
+from .requests import plan_requests, sampling
 from .rollout_files import former_logs, open_log, sealed_before, versions
 from .session import Session
 
@@ -42,8 +39,19 @@ def run(session: Session, iteration: Iteration) -> None:
     """Write and seal ``trajectories/`` of the iteration, from what was begun ahead and what killed
     starts have left of it.  Collective.
     """
-    rollout = session.rollout or begin(session, iteration, iteration)
-    if rollout is not None:
+    start(session, iteration)
+    finish(session, iteration)
+
+
+def start(session: Session, iteration: Iteration) -> None:
+    """Begin the iteration's rollout, unless it was begun ahead, or is sealed.  Collective."""
+    if session.rollout is None:
+        session.rollout = begin(session, iteration, iteration)
+
+
+def finish(session: Session, iteration: Iteration) -> None:
+    """Wait for the answers, and seal the iteration's trajectories.  Collective."""
+    if (rollout := session.rollout) is not None:
         assert isinstance(rollout, Rollout) and rollout.iteration.number == iteration.number
         join(session, rollout)
         session.rollout = None
@@ -82,6 +90,9 @@ class Rollout:
         self.replying = environments(session.config.data.sources)
         requests = plan_requests(session, iteration)
         self.num_samples = len(requests)
+        self.shard_names: Sequence[str] = sorted(
+            {shard_name(r.sample_id, size) for _, r in requests}
+        )
         self._session = session
         self._waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
         self.shards = ShardWriter(
@@ -92,34 +103,30 @@ class Rollout:
         self.continued_tokens = self.log_bytes = self.num_calls = 0  # of this rank in this start
         self.call_s = 0.0
         self.first_error: str | None = None  # of an environment
-        self._background: Background | None = None
+        self.background: Background | None = None
         if session.engine.answers_elsewhere:
             name = f"rollout {iteration.number}"
-            self._background = Background(lambda thread: self._answer(name, thread.halt), name)
-
-    def check(self) -> None:
-        if self._background is not None:
-            self._background.check()
+            self.background = Background(lambda thread: self._answer(name, thread.halt), name)
 
     def pause(self) -> None:
         engine = self._session.engine
-        assert self._background is not None, "an engine of these ranks answers in `join` alone"
-        self._background.pause(engine.pause)
+        assert self.background is not None, "an engine of these ranks answers in `join` alone"
+        self.background.pause(engine.pause)
         engine.resume()  # for others: this rollout stands still
 
     def resume(self) -> None:
-        assert self._background is not None
-        self._background.resume()
+        assert self.background is not None
+        self.background.resume()
 
     def finish(self) -> None:
         """Until every answer is there, however long it takes; raises what has failed, on every rank.
         Collective.
         """
         with apart(self._session.ranks) as name:
-            if self._background is None:
+            if self.background is None:
                 self._answer(name, lambda: False)
             else:
-                self._background.join()
+                self.background.join()
 
     def _answer(self, name: str, halt: Callable[[], bool]) -> None:
         """This rank's share.  Takes part in no collective.  ``halt`` stands still in a pause, and says
@@ -214,32 +221,4 @@ def tell_errors(session: Session, iteration: Iteration, errors: int, first: str 
     say(
         f"iteration {iteration.number}: {errors} responses ended because an environment failed; they "
         f"are trained up to there ({how})"
-    )
-
-
-def plan_requests(session: Session, iteration: Iteration) -> list[tuple[Prompt, Request]]:
-    """The iteration's requests in the order of their sample ids: a function of config, prompts and
-    iteration alone.
-    """
-    config, sources = session.config.rollout, session.prompts.train
-    per_source = config.prompts_per_iteration // len(sources)
-    planned: list[tuple[Prompt, Request]] = []
-    for number, prompts in enumerate(sources):
-        seed = session.config.seed * len(sources) + number
-        rows = select_prompts(len(prompts), per_source, iteration.number, seed)
-        prompt_of = functools.cache(prompts.__getitem__)  # one object for all samples of a row
-        for row, sample in number_samples(rows, config.samples_per_prompt):
-            prompt = prompt_of(row)
-            request = Request(len(planned), prompt.prompt_id, prompt.prompt_ids, sample)
-            planned.append((prompt, request))
-    return planned
-
-
-def sampling(session: Session, iteration: Iteration) -> Sampling:
-    """The student's own distribution, as it is."""
-    return Sampling(
-        session.config.data.max_response,
-        min_response=session.config.rollout.min_response,
-        seed=session.config.seed,
-        iteration=iteration.number,
     )

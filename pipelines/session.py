@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from mtopd.metrics import MetricsWriter
 from mtopd.metrics_lines import MemoryLine, PhaseLine
 from mtopd.progress import Progress, logs_json
 from mtopd.prompt_table import Prompts
+from mtopd.rollout.background import Background
 from mtopd.run_dir import RunDir
 from mtopd.teacher_offload.teacher_probes import TeacherProbes
 from mtopd.tokenizer import tokenizer_hash
@@ -36,10 +37,10 @@ from .teachers import build_teachers
 
 
 class RolloutUnderWay(Protocol):
-    """What is asked of a rollout that goes on while its iteration has not begun."""
+    """What is asked of a rollout that goes on while the ranks do something else."""
 
-    def check(self) -> None:
-        """Raise what has failed.  Never waits."""
+    shard_names: Sequence[str]  # of all that it will have sealed, sorted
+    background: Background | None  # what answers, on this rank; None: nothing does meanwhile
 
     def pause(self) -> None:
         """Nothing is drawn, and the engine is free."""
@@ -65,7 +66,7 @@ class Session:
         see_start_alike(self.ranks, self.run)
         # It takes no memory before the first phase that asks it something.
         self.engine = ENGINES[self.config.rollout.engine](self.student, self.config)
-        self.rollout: RolloutUnderWay | None = None  # of the next iteration
+        self.rollout: RolloutUnderWay | None = None  # under way: of this iteration, or the next
         self.prompts = Prompts.load(self.run, self.config.data)
         self.teachers = build_teachers(self.config, self.student, self.run)
         self.probes = TeacherProbes(self.run.path, self.teachers)
@@ -113,8 +114,8 @@ class Session:
 
     def check_rollout(self) -> None:
         """Raise what a rollout under way has failed with, on this rank.  Never waits."""
-        if self.rollout is not None:
-            self.rollout.check()
+        if self.rollout is not None and self.rollout.background is not None:
+            self.rollout.background.check()
 
     @contextlib.contextmanager
     def timed(self, phase: str, iteration: Iteration) -> Iterator[None]:

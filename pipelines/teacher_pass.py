@@ -5,105 +5,165 @@
 Differs from the textbook in: a teacher is never whole on a device, its layers are streamed through
 all ranks while its tokens wait; what is kept is the last hidden states, never logits; samples whose
 rows the cache holds soundly are not computed again.
+
+``rollout.overlap_teacher_pass``: the ranks have nothing to do while servers answer, so the pass begins
+on what is sealed.  The iteration's shards are cut into quarters (``planning.quarters``), and a quarter
+is read as soon as it is whole.  Batches hold samples of one quarter, with the option and without it,
+so a hidden state has the same bits whenever its quarter was read, and the trained weights are the
+same.  Why quarters: reading one streams its teachers once more, out of storage where they do not stay
+in host memory.  So a teacher is streamed four times in an iteration at most, and where sources have
+teachers of their own, answered one source after the other, hardly more than once.  The rollout's end
+waits for the quarter that is being read then, and no longer.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import itertools
 import logging
-from collections.abc import Set
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
-from mtopd.dtypes import item_size, torch_dtype
-from mtopd.hidden_cache import (
-    HiddenCacheReader,
-    HiddenCacheWriter,
-    merge_index,
-    recover,
-    view_rows,
-)
+from mtopd.dtypes import item_size
+from mtopd.hidden_cache import HiddenCacheReader, merge_index, recover
 from mtopd.megatron.agreement import decide, digest_of, gather, see_alike
 from mtopd.metrics_lines import PassMetrics, TeacherPassLine
-from mtopd.planning import Wave, plan_pass
+from mtopd.planning import plan_pass, quarters
+from mtopd.rollout.background import Background
 from mtopd.run_dir import is_sealed
-from mtopd.teacher_offload.teacher_pass import PassResult, TeacherSample, run_teacher_pass
-from mtopd.teacher_offload.teacher_probes import Probe
-from mtopd.types import SampleMetadata, first_loss_position
+from mtopd.trajectories import TokenStore, sealed_shards, shard_is_sealed
 
 from .iteration import Iteration
 from .session import Session
+from .teacher_stream import TeacherPlan, forward_teacher
 
 logger = logging.getLogger(__name__)
+_LOOK_S = 0.25  # between two looks for a whole quarter
 
-
-@dataclass(frozen=True)
-class TeacherPlan:
-    """One teacher's work in this iteration: the batches in which a sample has no rows yet."""
-
-    teacher: int
-    samples: list[SampleMetadata]  # all of the teacher's; the waves hold their places
-    missing: set[int]  # ids of those without rows
-    waves: list[list[Wave]]  # of each replica
+Quarter = Sequence[str]  # names of its shards
 
 
 def run(session: Session, iteration: Iteration) -> None:
     """Fill and seal ``hidden_cache/`` of the iteration; check a sealed one and compute again what
     is damaged.  Collective.
     """
-    folder, teachers, ranks = iteration.hidden_cache, session.teachers, session.ranks
-
-    def recovered() -> None:
-        """Save what a killed start left behind."""
-        if not folder.exists():
-            return
-        found = recover(folder)
-        if found.segments:
-            logger.warning(
-                "hidden cache: a killed start left %d segments; %d samples saved, %d to compute again",
-                *(len(part) for part in (found.segments, found.salvaged, found.dropped)),
-            )
-
-    decide(ranks, recovered)
-    missing = missing_samples(session, iteration)
-    teacher_plans = see_alike(
-        ranks,
-        lambda: plan(session, iteration, missing),
-        lambda plans: (digest_of(*map(plan_facts, plans)), f"plans {len(plans)} teachers"),
-    )
-    if teacher_plans:
-        teachers.stream.expect([v.teacher for v in teacher_plans for _ in v.waves[0]])
-    for teacher_plan in teacher_plans:
-        session.check_rollout()
-        name = teachers.stores[teacher_plan.teacher].name
-        line = TeacherPassLine({name: forward_teacher(session, iteration, teacher_plan)})
-        session.metrics.write(line, iteration.number, part=name)
-    if ranks.rank == 0 and (teacher_plans or not is_sealed(folder)):
+    folder, tokens = iteration.hidden_cache, iteration.tokens
+    save_what_was_left(session, iteration)
+    is_changed = False
+    for name, metrics in read_quarters(session, iteration, tokens, quarters([*tokens.shards])):
+        session.metrics.write(TeacherPassLine({name: metrics}), iteration.number, part=name)
+        is_changed = True
+    if session.ranks.rank == 0 and (is_changed or not is_sealed(folder)):
         if folder.exists():
             merge_index(folder)
         session.run.seal(folder)
     dist.barrier()
 
 
-def plan(session: Session, iteration: Iteration, missing: Set[int]) -> list[TeacherPlan]:
+def run_beside(session: Session, iteration: Iteration) -> None:
+    """With ``rollout.overlap_teacher_pass``, read the quarters of the iteration that are whole while the
+    others are still being answered; ``run`` does the rest.  Returns when the rollout is over, or
+    nothing but its last quarter is left.  Collective.
+    """
+    rollout = session.rollout
+    if rollout is None or not session.config.rollout.overlap_teacher_pass:
+        return
+    answering = rollout.background
+    assert answering is not None, "an engine of these ranks is refused at load"
+    save_what_was_left(session, iteration)
+    waiting = dict(enumerate(quarters(rollout.shard_names)))
+    while whole := decide(session.ranks, lambda: wait_for_quarters(iteration, waiting, answering)):
+        of_round = [waiting.pop(number) for number in whole]
+        tokens = iteration.tokens_of([name for quarter in of_round for name in quarter])
+        part = f"start {session.run.generation}, quarters {whole}"
+        started = time.perf_counter()
+        for name, metrics in read_quarters(session, iteration, tokens, of_round):
+            ended = time.perf_counter()
+            hidden_s = max(min(ended, answering.ended_at or ended) - started, 0.0)
+            line = TeacherPassLine({name: dataclasses.replace(metrics, hidden_s=hidden_s)})
+            session.metrics.write(line, iteration.number, part=f"{name}, {part}")
+            started = ended
+
+
+def wait_for_quarters(
+    iteration: Iteration, waiting: Mapping[int, Quarter], answering: Background
+) -> list[int]:
+    """Numbers of the quarters that are whole, as soon as one is; none where nothing but the last is left
+    or the rollout is over: then the pass itself reads what waits.
+    """
+    folder = iteration.trajectories
+    while len(waiting) > 1 and not answering.is_over(within_s=_LOOK_S):
+        listed = {*sealed_shards(folder)}
+        whole = [
+            number
+            for number, quarter in waiting.items()
+            if listed.issuperset(quarter) and all(shard_is_sealed(folder, n) for n in quarter)
+        ]
+        if whole:
+            return whole if len(whole) < len(waiting) else []
+    return []
+
+
+def save_what_was_left(session: Session, iteration: Iteration) -> None:
+    """Commit the rows that a killed start has left.  Collective."""
+
+    def recovered() -> None:
+        if not iteration.hidden_cache.exists():
+            return
+        found = recover(iteration.hidden_cache)
+        if found.segments:
+            logger.warning(
+                "hidden cache: a killed start left %d segments; %d samples saved, %d to compute again",
+                *(len(part) for part in (found.segments, found.salvaged, found.dropped)),
+            )
+
+    decide(session.ranks, recovered)
+
+
+def read_quarters(
+    session: Session, iteration: Iteration, tokens: TokenStore, parts: Sequence[Quarter]
+) -> Iterator[tuple[str, PassMetrics]]:
+    """Stream each teacher over those of its samples in ``parts``, whole quarters, that have no rows
+    yet; gives its name and what was done, teacher after teacher.  Collective.
+    """
+    stores, stream = session.teachers.stores, session.teachers.stream
+    missing = missing_samples(session, iteration, tokens)
+    teacher_plans = see_alike(
+        session.ranks,
+        lambda: plan(session, tokens, parts, missing),
+        lambda plans: (digest_of(*map(plan_facts, plans)), f"plans {len(plans)} teachers"),
+    )
+    if teacher_plans:
+        stream.expect([v.teacher for v in teacher_plans for _ in v.waves[0]])
+    for teacher_plan in teacher_plans:
+        session.check_rollout()
+        metrics = forward_teacher(session, iteration, tokens, teacher_plan)
+        yield stores[teacher_plan.teacher].name, metrics
+
+
+def plan(
+    session: Session, tokens: TokenStore, parts: Sequence[Quarter], missing: Set[int]
+) -> list[TeacherPlan]:
     """The teachers that have something to do, in index order; the same on every rank.
 
-    Batches are planned over all of a teacher's samples, whatever the cache holds: a repaired cache
-    is bit-identical to an uninterrupted one.
+    Batches are planned over all of a teacher's samples in a quarter, whatever the cache holds: a
+    repaired cache is bit-identical to an uninterrupted one.
     """
     offload, teachers = session.config.teacher_offload, session.teachers
-    all_samples = iteration.samples
+    by_quarter = [
+        [tokens.samples[sample_id] for name in part for sample_id in tokens.shards[name]]
+        for part in parts
+    ]
     teacher_plans = []
     for index, store in enumerate(teachers.stores):
-        samples = [s for s in all_samples if s.teacher_index == index]
+        own = [[s for s in part if s.teacher_index == index] for part in by_quarter]
+        samples = [*itertools.chain.from_iterable(own)]
         places = {i for i, s in enumerate(samples) if s.sample_id in missing}
         if places:
             waves = plan_pass(
-                [sample.num_teacher_tokens for sample in samples],
+                [[sample.num_teacher_tokens for sample in part] for part in own],
                 teachers.meshes[index].num_replicas,
                 batch_tokens=offload.batch_tokens,
                 token_bytes=store.hidden_size * item_size(store.dtype),
@@ -122,12 +182,12 @@ def plan_facts(teacher_plan: TeacherPlan) -> tuple[object, ...]:
     return (teacher_plan.teacher, sample_ids, sorted(teacher_plan.missing), teacher_plan.waves)
 
 
-def missing_samples(session: Session, iteration: Iteration) -> set[int]:
+def missing_samples(session: Session, iteration: Iteration, tokens: TokenStore) -> set[int]:
     """Ids of samples without sound rows in the cache, the same on every rank; each checks its part.
     Collective.
     """
     ranks = session.ranks
-    part = iteration.samples[ranks.rank :: ranks.world_size]
+    part = [*tokens.samples.values()][ranks.rank :: ranks.world_size]
 
     def look() -> list[int]:
         with HiddenCacheReader(iteration.hidden_cache) as reader:
@@ -140,110 +200,3 @@ def missing_samples(session: Session, iteration: Iteration) -> set[int]:
         return [sample_id for _, sample_id, _ in causes]
 
     return {sample_id for found in gather(ranks, look) for sample_id in found}
-
-
-def forward_teacher(
-    session: Session, iteration: Iteration, teacher_plan: TeacherPlan
-) -> PassMetrics:
-    """Stream one teacher over its samples and keep the rows that are missing.  Collective."""
-    teachers, index = session.teachers, teacher_plan.teacher
-    store, mesh = teachers.stores[index], teachers.meshes[index]
-    hidden_dtype = teachers.hidden_dtype(index)
-    waves = teacher_plan.waves[mesh.replica]
-    planned = [i for wave in waves for batch in wave.batches for i in batch]
-    probe = session.probes.probe(index)
-    with (
-        offload_student(session, index),
-        HiddenCacheWriter(
-            iteration.hidden_cache,
-            writer=f"replica{mesh.replica:04d}",
-            generation=session.run.generation,
-            hidden_dtype=hidden_dtype,
-        ) as writer,
-    ):
-
-        def keep(place: int, rows_TE: torch.Tensor) -> None:
-            metadata = teacher_plan.samples[place]
-            # The norm's output is the same on all tp ranks of a replica.
-            if mesh.tp_rank == 0 and metadata.sample_id in teacher_plan.missing:
-                rows_TE = rows_TE.to(torch_dtype(hidden_dtype)).cpu().contiguous()
-                writer.put(
-                    store.fingerprint,
-                    store.hidden_size,
-                    iteration.cache_key(metadata),
-                    metadata.sample_id,
-                    iteration.number,
-                    view_rows(rows_TE),
-                )
-
-        result = run_teacher_pass(
-            teachers.stream,
-            index,
-            teachers.layers(index),
-            mesh.tp_group,
-            {i: teacher_sample(iteration, teacher_plan.samples[i]) for i in planned},
-            waves,
-            keep=keep,
-            probe=probe,
-        )
-    return reduce_counters(session, teacher_plan, result, probe)
-
-
-def teacher_sample(iteration: Iteration, sample: SampleMetadata) -> TeacherSample:
-    """Tokens the teacher reads, behind its own prompt where it has one, and the positions that
-    predict a trained token.
-    """
-    fields = iteration.tokens.tokens(sample.sample_id)
-    context = fields.teacher_prompt_ids
-    prompt_ids = fields.prompt_ids if context is None else context
-    input_ids = np.concatenate([prompt_ids, fields.response_ids[:-1]])
-    positions = first_loss_position(len(prompt_ids)) + np.flatnonzero(fields.loss_mask)
-    return TeacherSample(input_ids, positions)
-
-
-def offload_student(session: Session, index: int) -> AbstractContextManager[None]:
-    """The student's gradients and optimizer state leave the device where a pass needs the room."""
-    offload, device = session.config.teacher_offload, session.ranks.device
-    moves = offload.offload_student == "always"
-    if offload.offload_student == "auto" and device.type == "cuda":
-        # On CPU the device is the host: moving frees nothing.
-        embedding, *layers, _ = (part.device_bytes for part in session.teachers.stream.parts[index])
-        needed = embedding + 2 * max(layers) + 2 * offload.activation_budget
-        moves = torch.cuda.mem_get_info(device)[0] < needed
-    return session.student.trainer.offloaded() if moves else contextlib.nullcontext()
-
-
-def reduce_counters(
-    session: Session, teacher_plan: TeacherPlan, result: PassResult, probe: Probe | None
-) -> PassMetrics:
-    """What the whole job did for one teacher: sums over ranks, and the slowest or largest rank's
-    peaks.  Collective.
-    """
-    teachers, device = session.teachers, session.ranks.device
-    reads = teachers.stream.take_counters()
-    # Includes samples that ran only because they share a batch with a missing one.
-    tokens = result.tokens if teachers.meshes[teacher_plan.teacher].tp_rank == 0 else 0
-    added = [reads.bytes_read, reads.bytes_kept, tokens]
-    largest = [
-        sum(w.stall_s for w in result.waves),
-        max(w.peak_device_bytes for w in result.waves),
-        reads.peak_host_bytes,
-        sum(w.relayouts for w in result.waves),
-    ]
-    sums = torch.tensor(added, dtype=torch.float64, device=device)
-    peaks = torch.tensor(largest, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    return PassMetrics(
-        bytes_read=int(sums[0]),
-        bytes_kept=int(sums[1]),
-        stored_bytes=teachers.stores[teacher_plan.teacher].pass_bytes(),
-        tokens=int(sums[2]),
-        samples=len(teacher_plan.missing),
-        waves=len(result.waves),
-        stall_s=float(peaks[0]),
-        peak_device_bytes=int(peaks[1]),
-        peak_host_bytes=int(peaks[2]),
-        relayouts=int(peaks[3]),
-        **(probe.report if probe else {}),
-    )

@@ -470,6 +470,15 @@ def test_what_only_servers_know_is_refused_without_them(key: str, value: object)
         validate(spoiled("rollout", rollout), ConsolidateConfig, "file")
 
 
+def test_teachers_read_beside_a_rollout_of_servers_only() -> None:
+    asked = {**GOOD["rollout"], "overlap_teacher_pass": True}
+    with pytest.raises(MtopdError, match="with engine embedded all ranks answer"):
+        validate(spoiled("rollout", asked), ConsolidateConfig, "file")
+    servers = {"engine": "sglang", "servers": ["http://h:1"]}
+    config = validate(spoiled("rollout", {**asked, **servers}), ConsolidateConfig, "file")
+    assert config.rollout.overlap_teacher_pass
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

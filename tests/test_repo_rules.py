@@ -95,8 +95,8 @@ PIPELINES = (
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
-    ("sequence_filter", "staleness", "rollout_files"),
-    ("micro_batches",),
+    ("sequence_filter", "staleness", "rollout_files", "requests"),
+    ("micro_batches", "teacher_stream"),
     ("session",),
     ("iteration", "engines", "export", "teachers"),
     ("scores",),

@@ -37,7 +37,7 @@ from mtopd.planning.stages import (
     price_stages,
     propose_split,
 )
-from mtopd.planning.teacher_passes import Wave, plan_pass
+from mtopd.planning.teacher_passes import Wave, plan_pass, quarters
 from mtopd.planning.train_steps import plan_train_steps, row_length
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "plan_train_steps",
     "price_stages",
     "propose_split",
+    "quarters",
     "rank_capacity",
     "row_length",
     "select_prompts",

@@ -57,6 +57,7 @@ def build_report(record: RunRecord) -> Report:
         "wall_s": {name: _total(seconds) for name, seconds in wall_s.items()},
         "stall_s": {"teacher_pass": _total(p.stall_s for p in passes),
                     "train": _total(s.heads.stall_s for s in steps)},
+        "hidden_s": {"teacher_pass": _total(p.hidden_s for p in passes)},
         "train_steps": len(steps),
         **_work(steps),
         "rollout_tokens": _total(line.tokens for line in rollouts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -18,7 +19,8 @@ class Background:
     def __init__(self, work: Callable[[Background], None], name: str) -> None:
         self._work = work
         self._error: BaseException | None = None
-        self._is_paused = self._stands = self._is_over = False
+        self._is_paused = self._stands = False
+        self.ended_at: float | None = None  # by time.perf_counter
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -29,13 +31,18 @@ class Background:
         except BaseException as error:
             self._error = error
         with self._changed:
-            self._is_over = True
+            self.ended_at = time.perf_counter()
             self._changed.notify_all()
 
     def check(self) -> None:
         """Raise what the work has raised, if it has.  Never waits."""
         if self._error is not None:
             raise self._error
+
+    def is_over(self, within_s: float) -> bool:
+        """Whether the work ends, or fails, within so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.ended_at is not None, within_s)
 
     def join(self) -> None:
         """Until the work is done; raises what it raised."""
@@ -48,7 +55,7 @@ class Background:
             self._is_paused = True
         stop()
         with self._changed:
-            self._changed.wait_for(lambda: self._stands or self._is_over)
+            self._changed.wait_for(lambda: self._stands or self.ended_at is not None)
         self.check()
 
     def resume(self) -> None:

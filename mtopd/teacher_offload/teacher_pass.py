@@ -70,8 +70,6 @@ def run_teacher_pass(
         probe = None  # in the first wave only
         ids = [np.asarray(p.input_ids, np.int64)[None] for p in probes]
         ids += [_right_pad([samples[i] for i in batch]) for batch in wave.batches]
-        # Layers of experts are collective: a replica with fewer batches runs a token of padding.
-        ids += [np.zeros((1, 1), np.int64)] * (wave.num_batches - len(wave.batches))
         with stream.visit(teacher) as weights:
             rows_VE, first_row = weights.embedding()
             hidden = [_embed(ids_BS, rows_VE, first_row, tp_group, stream.device) for ids_BS in ids]
@@ -94,7 +92,11 @@ def run_teacher_pass(
 
 
 def _right_pad(batch: Sequence[TeacherSample]) -> np.ndarray:
-    """[B, S] right-padded: causal attention never looks at what follows."""
+    """[B, S] right-padded: causal attention never looks at what follows.  Of an empty batch a token of
+    padding: layers of experts are collective.
+    """
+    if not batch:
+        return np.zeros((1, 1), np.int64)
     ids_BS = np.zeros((len(batch), max(len(s.input_ids) for s in batch)), np.int64)
     for row, sample in enumerate(batch):
         ids_BS[row, : len(sample.input_ids)] = sample.input_ids

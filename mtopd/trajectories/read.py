@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,12 +31,12 @@ from mtopd.trajectories.format import (
 from mtopd.types import MtopdError, SampleMetadata, Trajectory
 
 
-def verify_shards(folder: Path) -> None:
-    """Compare every byte of all sealed shards with their seals, and every sample's tokens with its
-    ``token_hash`` and ``teacher_prompt_hash``, which name its cached rows.  Raises MtopdError that
-    names the damaged file, or the sample.
+def verify_shards(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Compare every byte of these sealed shards, by default all, with their seals, and every sample's
+    tokens with its ``token_hash`` and ``teacher_prompt_hash``, which name its cached rows.  Raises
+    MtopdError that names the damaged file, or the sample.
     """
-    shards = _load_shards(folder)
+    shards = _load_shards(folder, names)
     for shard in shards:
         for path in (shard.metadata_path, shard.tokens_path):
             shard.check_size(path)
@@ -129,21 +130,24 @@ class _Batch:
 
 
 class TokenStore:
-    """The samples of all sealed shards of a folder, by sample id.
+    """The samples of sealed shards of a folder, by default of all, by sample id.
 
     Opening checks structure, sizes, lengths and loss masks; ``verify_shards`` checks every byte.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
         self._folder = folder
-        shards = _load_shards(folder)
+        shards = _load_shards(folder, names)
         # Every byte, by the checksums that opening compares with.
         self.seals = [(s.name, s.num_samples, sorted(map(repr, s.files.items()))) for s in shards]
         tables = _read_tables(shards)
-        self.metadata = pa.concat_tables(tables)  # as ``read_metadata`` gives it
-        self._row_of = {
-            sample_id: row for row, sample_id in enumerate(self.metadata["sample_id"].to_pylist())
+        self.shards: dict[str, list[int]] = {  # sample ids by name, as they stand in ``samples``
+            shard.name: table["sample_id"].to_pylist()
+            for shard, table in zip(shards, tables, strict=True)
         }
+        self.metadata = pa.concat_tables(tables)  # as ``read_metadata`` gives it
+        sample_ids = itertools.chain.from_iterable(self.shards.values())
+        self._row_of = {sample_id: row for row, sample_id in enumerate(sample_ids)}
         self._fields: dict[int, TokenFields] = {}
         self._places: list[tuple[_Batch, int]] = []  # of each row
         for shard, metadata in zip(shards, tables, strict=True):
@@ -193,8 +197,9 @@ class TokenStore:
         return self._row_of[sample_id]
 
 
-def _load_shards(folder: Path) -> list[Shard]:
-    shards = [load_shard(folder, name) for name in sealed_shards(folder)]
+def _load_shards(folder: Path, names: Sequence[str] | None = None) -> list[Shard]:
+    names = sealed_shards(folder) if names is None else names
+    shards = [load_shard(folder, name) for name in names]
     if not shards:
         raise MtopdError(
             f"{folder} has no sealed shard of trajectories; run the rollout of this iteration first"

@@ -49,7 +49,7 @@ class Teacher:
         activation_budget: int = 1 << 30,
     ) -> tuple[dict[int, torch.Tensor], PassResult]:
         plans = plan_pass(
-            [len(ids) for ids in samples],
+            [[len(ids) for ids in samples]],
             self.mesh.num_replicas,
             batch_tokens=BATCH_TOKENS,
             token_bytes=4 * self.store.hidden_size,
@@ -147,7 +147,7 @@ def check_waves(spec: dict[str, Any], student: parallel.Ranks) -> str:
     longest = max(map(len, samples)) * 4 * store.hidden_size
     waves = len(
         plan_pass(
-            [len(s) for s in samples],
+            [[len(s) for s in samples]],
             2,
             batch_tokens=BATCH_TOKENS,
             token_bytes=4 * store.hidden_size,

@@ -101,7 +101,7 @@ class OverlappingSession:
         self.engine = Elsewhere(ranks.rank == 0, self.run.generation)
         self.rollout: Any = None
         self.lines: list[Any] = []
-        self.metrics = SimpleNamespace(write=lambda line, iteration: self.lines.append(line))
+        self.metrics = SimpleNamespace(write=lambda line, *_, **__: self.lines.append(line))
 
     def iteration(self, number: int) -> Iteration:
         none: Any = None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtopd.pipelines.rollout import plan_requests
+from mtopd.pipelines.requests import plan_requests
 from mtopd.pipelines.rollout_files import former_logs
 from mtopd.rollout import token_log
 from mtopd.rollout.engine import Request

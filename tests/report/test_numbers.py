@@ -72,6 +72,21 @@ def test_teachers(run: RunDir) -> None:
     )
 
 
+def test_visits_of_a_teacher_beside_the_rollout_add_up(run: RunDir) -> None:
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for number in range(2):
+        visit = pass_metrics("rev", samples=2, hidden_s=0.75)
+        part = f"rev, start 1, quarters [{number}]"
+        metrics.write(TeacherPassLine({"rev": visit}), 14, part=part)
+    metrics.close()
+    before, report = 15 * 3 * 0.5, report_of(run)
+    teacher = report["teachers"][1]
+    assert (teacher["passes"], teacher["bytes_read"]) == (17, 17 * 1100)
+    assert report["stall_s"]["teacher_pass"] == before + 2 * 0.5
+    assert report["hidden_s"] == {"teacher_pass": 1.5}
+    assert report["checks"]["bytes_streamed"]["ok"]
+
+
 def test_reverse_kl_is_the_token_mean_of_ten_steps(run: RunDir) -> None:
     # KL times tokens is 1 in every step: ten steps over their tokens
     kl = report_of(run)["reverse_kl"]

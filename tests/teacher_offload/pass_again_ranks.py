@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from mtopd import hidden_cache
 from mtopd.pipelines import teacher_pass
 from mtopd.pipelines.session import Session
 from mtopd.progress import quiet_libraries
+from mtopd.rollout.background import Background
+from mtopd.run_dir import SEAL
+from mtopd.trajectories import sealed_shards
+from mtopd.trajectories.format import seal_path
 from mtopd.types import MtopdError
 
 # Teacher index and rows by what names them.
@@ -65,7 +70,7 @@ def told(session: Session, visited: int) -> dict[str, list[int]]:
 
 def refuse_a_flipped_token(session: Session) -> None:
     """Neither rank takes trajectories that differ from their seal.  Collective."""
-    path = session.run.trajectories(0) / "given.tokens.arrow"
+    path = session.run.trajectories(0) / "given-12.tokens.arrow"
     whole = path.read_bytes()
     for damaged in (True, False):
         dist.barrier()
@@ -83,6 +88,70 @@ def refuse_a_flipped_token(session: Session) -> None:
                 raise AssertionError("a flipped token went through")
 
 
+class Answering:
+    """A rollout that seals its shards again in an order of its own: the third quarter, and once all
+    teachers have read it the first, then the fourth, then the last.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.folder, self._session = session.run.trajectories(0), session
+        self.shard_names = sealed_shards(self.folder)
+        self._seals = {name: seal_path(self.folder, name) for name in self.shard_names}
+        self._hidden = self.folder.with_name("hidden")
+        if session.ranks.rank == 0:
+            (self.folder / SEAL).unlink()
+            self._hidden.mkdir(exist_ok=True)
+            for path in self._seals.values():
+                path.rename(self._hidden / path.name)
+        dist.barrier()
+        self.background = Background(lambda thread: self._answer(), "answering")
+
+    def _answer(self) -> None:
+        if self._session.ranks.rank:
+            return
+        first, second, third, *fourth = self._seals.values()
+        before = len(passes(self._session))
+        for seals, read in (([third], 2), ([first], 4), (fourth, 6), ([second], 6)):
+            for path in seals:
+                (self._hidden / path.name).rename(path)
+            deadline = time.monotonic() + 60
+            while len(passes(self._session)) < before + read:
+                assert time.monotonic() < deadline, "nothing was read beside the rollout"
+                time.sleep(0.02)
+
+
+def passes(session: Session) -> list[dict[str, Any]]:
+    """The lines of visits of teachers so far."""
+    lines = [json.loads(line) for line in session.run.metrics.read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "teacher_pass"]
+
+
+def read_beside_a_rollout(session: Session, whole: Rows) -> dict[str, Any]:
+    """What came of a pass that began while shards were still being sealed.  Collective."""
+    leave(session, {})
+    before = len(passes(session))
+    iteration = session.iteration(0)
+    session.rollout = answering = Answering(session)
+    teacher_pass.run_beside(session, iteration)
+    answering.background.join()
+    session.rollout = None
+    if session.ranks.rank == 0:
+        early = cached_rows(session)
+        assert len(early) == 48, "of quarters that were whole"
+        session.run.seal(session.run.trajectories(0))
+    dist.barrier()
+    teacher_pass.run(session, session.iteration(0))
+    found, lines = cached_rows(session), passes(session)[before:]
+    assert sum(v["samples"] for line in lines for v in line["teachers"].values()) == len(whole)
+    for line in lines[:-2]:
+        (values,) = line["teachers"].values()
+        assert values["hidden_s"] > 0 and values["bytes_read"] + values["bytes_kept"] > 0
+    return {
+        "differ": [r.sample_id for r in whole if found[r][1].tobytes() != whole[r][1].tobytes()],
+        "quarters": [line["part"].partition("quarters ")[2] or "the rest" for line in lines],
+    }
+
+
 def report(session: Session, result: dict[str, Any]) -> None:
     if session.ranks.rank == 0:
         print("RESULT " + json.dumps(result), flush=True)
@@ -95,6 +164,8 @@ def main() -> None:
     iteration = session.iteration(0)
     refuse_a_flipped_token(session)
     offload = session.config.teacher_offload
+    asked = session.config.rollout.model_copy(update={"overlap_teacher_pass": True})
+    session.config = session.config.model_copy(update={"rollout": asked})
     # All batches in one wave; then in several, of which what is lacking needs fewer.
     for budget in (offload.activation_budget, 384 * 4 * session.teachers.stores[0].hidden_size):
         small = offload.model_copy(update={"activation_budget": budget})
@@ -128,6 +199,7 @@ def main() -> None:
                     **told(session, visited),
                 },
             )
+        report(session, read_beside_a_rollout(session, whole))
     # A cache whose keys are of another version is filled again, sealed or not.
     leave(
         session, {row_key._replace(key=row_key.key[::-1]): rows for row_key, rows in whole.items()}
