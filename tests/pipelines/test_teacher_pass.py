@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from mtopd.metrics_lines import PassMetrics
-from mtopd.pipelines import rollout as phase
 from mtopd.pipelines import teacher_pass
 from mtopd.planning import quarters
 from mtopd.rollout.background import Background
-from mtopd.rollout.engine import Request
-from mtopd.rollout.memory_log import MemoryLog, Response
-from mtopd.run_dir import is_sealed
-from mtopd.trajectories import TokenStore, write_shard
+from mtopd.trajectories import write_shard
 from mtopd.trajectories.format import tokens_path
-from tests.megatron.test_apart import on_ranks
-from tests.pipelines.test_overlap import (  # noqa: F401 - a fixture
-    COUNT,
-    Elsewhere,
-    OverlappingSession,
-    folder,
-    wait_until,
-)
-from tests.report.runs import pass_metrics
 from tests.trajectories.shards import trajectory
 
 NAMES = [f"batch-{i:05d}" for i in range(6)]  # quarters of 1, 2, 1 and 2 shards
@@ -109,55 +94,3 @@ def test_a_rollout_that_failed_is_over(tmp_path: Path) -> None:
     assert failed.is_over(within_s=10) and failed.ended_at is not None
     with pytest.raises(OSError, match="no space"):
         failed.join()
-
-
-class Patient(Elsewhere):
-    """It answers the second half of the requests once teachers have read something."""
-
-    def __init__(self, is_client: bool, read: list[Any]) -> None:
-        super().__init__(is_client, 1)
-        self._read = read
-
-    def generate(
-        self, requests: Sequence[Request], log: MemoryLog, sampling: Any, follow: Any = None
-    ) -> Iterator[Response]:
-        half = len(requests) // 2
-        yield from super().generate(requests[:half], log, sampling)
-        if self._is_client:
-            wait_until(lambda: bool(self._read))
-        yield from super().generate(requests[half:], log, sampling)
-
-
-def test_quarters_are_read_on_all_ranks_while_the_others_are_answered(
-    tmp_path: Path,
-    folder: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def read(
-        session: Any, iteration: Any, tokens: TokenStore, parts: Sequence[Sequence[str]]
-    ) -> Iterator[tuple[str, PassMetrics]]:
-        assert [*tokens.shards] == [name for part in parts for name in part]
-        session.engine._read.append(([*tokens.samples], is_sealed(iteration.trajectories)))
-        yield "t0", pass_metrics("t0")
-
-    monkeypatch.setattr(teacher_pass, "_LOOK_S", 0.01)
-    monkeypatch.setattr(teacher_pass, "read_quarters", read)
-
-    def body(ranks: Any) -> Any:
-        session: Any = OverlappingSession(folder, ranks)
-        session.config.rollout.overlap_teacher_pass = True
-        session.engine = Patient(ranks.rank == 0, [])
-        iteration = session.iteration(0)
-        phase.start(session, iteration)
-        teacher_pass.run_beside(session, iteration)
-        phase.finish(session, iteration)
-        assert is_sealed(iteration.trajectories) and len(iteration.samples) == COUNT
-        *visits, _ = session.lines
-        return session.engine._read, [line.teachers["t0"].hidden_s for line in visits]
-
-    (found, hidden_s), *others = on_ranks(tmp_path, body)
-    assert all(read == found for read, _ in others), "rank 0 decides"
-    samples = [sample_id for ids, _ in found for sample_id in ids]
-    assert samples == [*range(len(samples))] and 2 <= len(samples) <= COUNT - 2
-    assert not any(sealed for _, sealed in found)
-    assert len(hidden_s) == len(found) and hidden_s[0] > 0
