@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +34,6 @@ OVERLAP = (
     "rollout.batch_size=4",
     "evaluation.every=1",  # by the same servers, while the rollout stands still
     "evaluation.baselines_at_end=false",
-    "train.num_iterations=3",
     "checkpoint.every=1",
     "checkpoint.export_every=1",
     "student.parallel={tp: 2}",
@@ -107,7 +105,7 @@ def test_a_rollout_stands_still_while_servers_get_other_weights(
 def kill_in_overlap(process: subprocess.Popen[str], run: RunDir) -> Known:
     """SIGKILL once iteration 0 is trained and iteration 1 has tokens; what is logged of the latter."""
     metrics, logs = run.metrics, run.token_logs(1)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 500
     while not (
         metrics.exists()
         and '"kind": "train_step"' in metrics.read_text()
@@ -137,53 +135,46 @@ def test_rollouts_go_on_while_the_run_trains_and_after_a_kill(
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
 
-    stores = [TokenStore(run.trajectories(number)) for number in (1, 2)]
-    assert all(sorted(store.samples) == [*range(COUNT)] for store in stores), "lost or twice"
+    store = TokenStore(run.trajectories(1))
+    assert sorted(store.samples) == [*range(COUNT)], "lost or twice"
     for path, mtime in shards.items():
         assert path.stat().st_mtime_ns == mtime, "sealed answers were asked for again"
     assert sum(response.length for response in known.values()) > 100
     for sample_id, response in known.items():
-        fields, count = stores[0].tokens(sample_id), response.length
+        fields, count = store.tokens(sample_id), response.length
         held = response.held()
         assert fields.response_ids[:count].tolist() == held.response_ids.tolist(), "drawn again"
         assert fields.rollout_log_probs[:count].tolist() == held.log_probs.tolist()
         assert set(fields.versions()[:count].tolist()) <= {0}
 
-    students = [workplace / "student", run.export(1), run.export(2)]
-    for number, store in enumerate(stores, start=1):
-        counted = check_versions(store, number, place, students)
-        lines = [line for line in lines_of(run.path, "staleness") if line["iteration"] == number]
-        # Tokens of the student before were sampled before its training had ended.
-        assert counted[number - 1] > 0 and counted[number] > 0, counted
-        assert lines[-1]["tokens"] == {"0": counted[number], "1": counted[number - 1]}
-        assert lines[-1]["oldest"] == 1 and lines[-1]["tokens_masked"] == 0
+    counted = check_versions(store, place, {0: workplace / "student", 1: run.export(1)})
+    # Tokens of the student before were sampled before its training had ended.
+    assert counted[0] > 0 and counted[1] > 0, counted
+    line = lines_of(run.path, "staleness")[-1]
+    assert (line["iteration"], line["oldest"], line["tokens_masked"]) == (1, 1, 0)
+    assert line["tokens"] == {"0": counted[1], "1": counted[0]}
     kl = [line["reverse_kl"] for line in lines_of(run.path, "train_step")]
-    assert kl[-1] < 0.8 * kl[0], kl
+    assert len({line["step"] for line in lines_of(run.path, "train_step")}) == 4
+    assert kl[-1] < 0.9 * kl[0], kl
     evaluated = sorted(path.stem for path in (run.path / "evaluations").glob("0*.json"))
-    assert evaluated == [f"{number:06d}" for number in range(4)]
+    assert evaluated == [f"{number:06d}" for number in range(3)]
     assert len([x for x in lines_of(run.path, "rollout") if x["iteration"] == 0]) == 1
 
 
-def check_versions(
-    store: TokenStore, number: int, place: Place, students: list[Path]
-) -> dict[int, int]:
+def check_versions(store: TokenStore, place: Place, students: dict[int, Path]) -> dict[int, int]:
     """Each token's log-prob is that of the student it names, and not the other's; tokens by student."""
     sequences, firsts = [], []
     for sample_id in range(COUNT):
         fields = store.tokens(sample_id)
         sequences.append([*fields.prompt_ids.tolist(), *fields.response_ids.tolist()])
         firsts.append(len(fields.prompt_ids) - 1)
-    by_student: dict[int, Any] = {
-        version: place.log_probs(students[version], sequences) for version in (number - 1, number)
-    }
-    counted = dict.fromkeys(by_student, 0)
-    apart = 0.0
-    for sample_id in range(COUNT):
-        fields, versions = store.tokens(sample_id), store.tokens(sample_id).versions()
-        assert set(versions.tolist()) <= {number - 1, number}
-        for version, log_probs in by_student.items():
-            of_response = log_probs[sample_id][firsts[sample_id] :]
-            difference = np.abs(fields.rollout_log_probs - of_response)
+    counted, apart = dict.fromkeys(students, 0), 0.0
+    for version, folder in students.items():
+        known = place.log_probs(folder, sequences)
+        for sample_id, log_probs in enumerate(known):
+            fields, versions = store.tokens(sample_id), store.tokens(sample_id).versions()
+            assert set(versions.tolist()) <= {*students}
+            difference = np.abs(fields.rollout_log_probs - log_probs[firsts[sample_id] :])
             is_own = versions == version
             assert difference[is_own].max(initial=0) < 1e-5, (sample_id, version)
             apart = max(apart, difference[~is_own].max(initial=0))
