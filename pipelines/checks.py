@@ -51,10 +51,11 @@ def check_student(
     facts = check_checkpoint(student.model, say)
     tokenizer = load_tokenizer(student.model)
     check_ends(student.model, tokenizer, say)
-    if (ids := vocab_size(tokenizer)) > facts.vocab_size:
+    if behind := further_tokens(tokenizer, facts.vocab_size):
         raise MtopdError(
-            f"{student.model}: the tokenizer has {ids} ids, the model only {facts.vocab_size} "
-            "rows for them"
+            f"{student.model}: the tokenizer has {vocab_size(tokenizer)} ids, the model only "
+            f"{facts.vocab_size} rows for them, none for {behind[0]!r}; take added tokens out of the "
+            "tokenizer's files, or resize the model's embedding"
         )
     fields = sort_fields(student.megatron)
     check_layout(student, facts, fields.transformer)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mtopd.families import model_facts
 from mtopd.hf_checkpoint import Tensors, fill, load_hf_config, stored_names
 from mtopd.tokenizer_files import said
 from mtopd.types import MtopdError
@@ -38,10 +39,11 @@ def transformers_probe(
     """
     from mtopd.tokenizer import load_tokenizer, vocab_size
 
-    known = vocab_size(load_tokenizer(source))
+    hf_config = load_hf_config(source)
+    known = min(vocab_size(load_tokenizer(source)), model_facts(hf_config).vocab_size)
     rng = np.random.default_rng(0)
     input_ids = rng.integers(known, size=NUM_TOKENS)
-    model = _streamed_model(load_hf_config(source), tensors)
+    model = _streamed_model(hf_config, tensors)
     try:
         output = model(torch.from_numpy(input_ids)[None], use_cache=False)
     except MtopdError:

@@ -50,7 +50,13 @@ def add_teacher(
     on where it was; where the store is there already, from the same source, it is opened. Raises
     MtopdError when the checkpoint is damaged, unsupported, or cannot be cut into ``slices``.
     """
-    from mtopd.tokenizer import end_token, load_tokenizer, tokenizer_hash, vocab_size
+    from mtopd.tokenizer import (
+        end_token,
+        further_tokens,
+        load_tokenizer,
+        tokenizer_hash,
+        vocab_size,
+    )
 
     for what, given in (("logit scale", logit_scale), ("softcap", softcap)):
         if given is not None and not 0 < given < math.inf:
@@ -60,10 +66,17 @@ def add_teacher(
     facts = check_checkpoint(source, say)
     slices = choose_slices(slices, facts.tp_counts, str(source))
     tokenizer = load_tokenizer(source)
-    if (known := vocab_size(tokenizer)) > facts.vocab_size:
-        raise MtopdError(
-            f"{source}: the tokenizer has {known} ids, the model only {facts.vocab_size} rows "
-            "for them"
+    known = min(vocab_size(tokenizer), facts.vocab_size)
+    if behind := further_tokens(tokenizer, known):
+        if words := [token for token in behind if token not in tokenizer.get_added_vocab()]:
+            raise MtopdError(
+                f"{source}: the tokenizer has {vocab_size(tokenizer)} ids, the model only {known} rows "
+                f"for them, none for {words[0]!r}: one of the two is another model's"
+            )
+        # A pad token that somebody added, for one.
+        say(
+            f"{source}: the model has no rows for {', '.join(map(repr, behind[:3]))}, added to its "
+            "tokenizer: it never answers with them"
         )
     tensors = HFTensors(source)
     dtype = tensors.dtype("model.embed_tokens.weight")  # config.json may say another

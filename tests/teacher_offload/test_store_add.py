@@ -32,6 +32,7 @@ from mtopd.teacher_offload.store import (
     read_range,
 )
 from mtopd.teacher_offload.store_writer import StoreWriter, adding_folder, bears_mark, remove_store
+from mtopd.tokenizer import load_tokenizer
 from mtopd.types import MtopdError
 from tests.conftest import REPOSITORY, on_small_disk
 from tests.small_models import save_model
@@ -126,6 +127,31 @@ def test_a_head_transform_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(MtopdError, match="must be a positive number"):
         add_teacher("t", source, tmp_path / "t", slices=2, **options)  # type: ignore[arg-type]
+
+
+def test_a_token_added_to_the_tokenizer_alone_does_not_matter(source: Path, tmp_path: Path) -> None:
+    """The pad token that was added for training, without a row: the model never answers with it."""
+    folder, said = source, []
+    plain = add_teacher("t", folder, tmp_path / "plain", slices=1)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    found = add_teacher("t", folder, tmp_path / "padded", slices=1, say=said.append)
+    assert (found.vocab_size, found.fingerprint) == (plain.vocab_size, plain.fingerprint)
+    assert found.manifest["probe"] == plain.manifest["probe"]
+    assert said == [
+        f"{folder}: the model has no rows for '[PAD]', added to its tokenizer: it never answers with them"
+    ]
+    table = json.loads((folder / "tokenizer.json").read_text())
+    table["added_tokens"] = [t for t in table["added_tokens"] if t["content"] != "[PAD]"]
+    table["model"]["vocab"]["word"] = plain.vocab_size
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<pad>"}))
+    with pytest.raises(
+        MtopdError, match=r"rows for them, none for 'word': one of the two is another"
+    ):
+        add_teacher("t", folder, tmp_path / "other", slices=1)
 
 
 def test_one_writer_at_a_time(source: Path, tmp_path: Path) -> None:
