@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtopd.dtypes import is_torch_dtype
 from mtopd.families import rope_less_theta
 from mtopd.types import MtopdError
 
@@ -22,6 +23,12 @@ def check_values(path: Path, values: Mapping[str, Any]) -> None:
             raise MtopdError(
                 f"{path} has a {name}: quantised weights are not read; convert the checkpoint to "
                 f"bfloat16 or float32 first, with the scales multiplied in, and remove {name}"
+            )
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(said := values.get(name), str) and not is_torch_dtype(said):
+            raise MtopdError(
+                f"{path} has {name} {said[:40]!r}; it is the name of a dtype of torch, such as bfloat16, or "
+                "left out"
             )
     for first, second in _contradictions(values):
         raise MtopdError(

@@ -66,6 +66,12 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
+def is_torch_dtype(name: str) -> bool:
+    import torch
+
+    return isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+
+
 def numpy_dtype(dtype: str | torch.dtype) -> np.dtype:
     """What an array has that holds the values, or the bits where numpy lacks the dtype."""
     import numpy as np

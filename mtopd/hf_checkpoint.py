@@ -30,8 +30,8 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _READ = ("F32", "BF16", "F16")
 _SAVE_AGAIN = (
-    f"is not read: only {_SINGLE} is, or what {_INDEX} names (other formats can run code); save the "
-    "model again with transformers' save_pretrained"
+    "is not read under that name, nor are other formats (they can run code): save the model again "
+    "with transformers' save_pretrained"
 )
 
 
@@ -54,9 +54,12 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
             "is not looked up: download it first)"
         )
     _refuse_adapter(folder)
-    missing = f"{folder} is not an HF checkpoint: it has no config.json"
-    if not path.exists() and (found := _other_formats(folder)):
-        missing += f"; found {found}, which {_SAVE_AGAIN}"
+    found = _other_formats(folder) if not path.exists() else ""
+    missing = f"{folder} is not an HF checkpoint: it has no config.json; " + (
+        f"found {found}, which {_SAVE_AGAIN}"
+        if found
+        else "give the folder that save_pretrained wrote"
+    )
     values = _read_object(path, missing)
     for name in ("transformers_weights", "configuration_files"):
         if values.get(name) not in (None, _SINGLE):
@@ -69,6 +72,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     check_values(path, values)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _check_rope(config)
         model_facts(config).check_numbers()
         _check_epsilon(config.rms_norm_eps)
         _check_windows(config)
@@ -91,12 +95,23 @@ def _refuse_adapter(folder: Path) -> None:
 def _other_formats(folder: Path) -> str:
     """Names of weight files in the folder, five at most; none of them counts by itself."""
     patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-    return ", ".join(sorted(path.name for p in patterns for path in folder.glob(p))[:5])
+    return ", ".join(
+        sorted(p.name for form in patterns for p in folder.glob(form) if p.is_file())[:5]
+    )
 
 
 def _check_epsilon(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"rms_norm_eps is {value!r}; it must be a number from 0 to 1")
+
+
+def _check_rope(config: PretrainedConfig) -> None:
+    kinds = [name for name, value in config.rope_parameters.items() if isinstance(value, dict)]
+    if kinds:
+        raise ValueError(
+            f"rope_parameters differ by kind of layer ({', '.join(kinds)}); only one rope for all layers "
+            "is supported"
+        )
 
 
 def _check_windows(config: PretrainedConfig) -> None:
@@ -120,10 +135,10 @@ def _read_object(path: Path, missing: str) -> dict[str, Any]:
     if data.startswith(LFS_POINTER):
         raise MtopdError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
     try:
-        found = json.loads(data)
+        found = json.loads(data.decode())  # as transformers reads it: UTF-8, no byte order mark
     except (ValueError, RecursionError) as error:
         raise MtopdError(
-            f"{path} is not valid JSON ({error or 'nested too deep'}); copy it again"
+            f"{path} is not valid JSON ({error or 'nested too deep'}); copy it again, as plain UTF-8"
         ) from None
     if not isinstance(found, dict):
         raise MtopdError(f"{path} holds {type(found).__name__}, needed is an object; copy it again")
@@ -343,6 +358,7 @@ def check_checkpoint(folder: Path, say: Callable[[str], None] = lambda text: Non
             raise MtopdError(
                 f"{folder} has no tensor {name!r}, which its config.json calls for; the checkpoint "
                 "is not complete, or config.json is of another"
+                + (", or lacks tie_word_embeddings=true" if name == _HEAD else "")
             )
         if tensors.shape(name) != shape:
             raise MtopdError(

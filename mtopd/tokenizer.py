@@ -48,7 +48,7 @@ def encode_prompts(
     """
     if tokenizer.chat_template is None:
         raise MtopdError(
-            "the tokenizer has no chat template; add chat_template.jinja to its folder"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja there"
         )
     if not conversations:
         return []

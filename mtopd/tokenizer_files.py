@@ -67,11 +67,16 @@ def _check_file(path: Path, named: str, *, is_text: bool) -> None:
         if path.name == CONFIG:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
             _refuse_code(value, named)
+            _check_templates(value.get("chat_template"), named)
     elif is_text:
         _check_text(path.read_bytes(), named)
 
 
 def _check_text(data: bytes, named: str) -> None:
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise MtopdError(
+            f"{named} begins with a byte order mark, which would be taken for text; save the file without"
+        )
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -80,6 +85,17 @@ def _check_text(data: bytes, named: str) -> None:
             f"{named} is not UTF-8: byte {error.start} (line {line}) is 0x{data[error.start]:02x}; "
             "save the file as UTF-8"
         ) from None
+
+
+def _check_templates(templates: object, named: str) -> None:
+    """One chat template as text, or several by name."""
+    for entry in templates if isinstance(templates, list) else []:
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(key), str) for key in ("name", "template")
+        ):
+            raise MtopdError(
+                f"{named}: chat_template is a list, and an entry of it lacks name or template; correct it"
+            )
 
 
 def _refuse_code(config: dict[str, Any], named: str) -> None:

@@ -243,12 +243,12 @@ def test_a_git_lfs_pointer_is_named_as_such(folder: Path) -> None:
 def test_other_formats_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
-        MtopdError, match=r"found pytorch_model\.bin, which is not read: .* save_pre"
+        MtopdError, match=r"found pytorch_model\.bin, which is not read under .* save_pre"
     ):
         check_checkpoint(folder)
     (folder / "pytorch_model.bin").rename(folder / "consolidated.safetensors")
     with pytest.raises(
-        MtopdError, match=r"found consolidated\.safetensors, .*: only model\.safetens"
+        MtopdError, match=r"found consolidated\.safetensors, which is not read under"
     ):
         check_checkpoint(folder)
     (folder / "model.safetensors").symlink_to("../blobs/gone")
@@ -404,6 +404,19 @@ DAMAGES = [
     (
         lambda f: store(f, {n.removeprefix("model."): t for n, t in stored(f).items()}),
         r"files hold 0 by their names .*; found 'layers\.0\.input_layernorm\.weight': save the causal",
+    ),
+    (lambda f: edit_config(f, torch_dtype="auto"), "has torch_dtype 'auto'; it is the name of a dtype"),
+    (
+        lambda f: edit_config(
+            f, rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        ),
+        r"rope_parameters differ by kind of layer \(full_attention\); only one rope",
+    ),
+    (
+        lambda f: (f / "config.json").write_bytes(
+            b"\xef\xbb\xbf" + (f / "config.json").read_bytes()
+        ),
+        r"config\.json is not valid JSON \(Unexpected UTF-8 BOM",
     ),
     (forget_the_head, r"has no tensor 'lm_head\.weight'"),
     (cut_the_vocabulary, r"embed_tokens\.weight' has shape \(99, 32\), .* calls for \(100, 32\)"),

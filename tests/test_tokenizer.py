@@ -382,6 +382,12 @@ DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
             "\udcff",
             r"additional_chat_templates/tool_use.jinja is not UTF-8: byte 0 \(line 1\) is 0xff",
         ),
+        ("chat_template.jinja", "\ufeff{{ 'ok' }}", "jinja begins with a byte order mark"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "default"}]}',
+            "tokenizer_config.json: chat_template is a list, and an entry of it lacks name or template",
+        ),
         ("merges.txt", "a b\n\udc80", r"merges.txt is not UTF-8: byte 4 \(line 2\) is 0x80"),
     ],
 )
