@@ -38,28 +38,33 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def values(student: Path, tmp_path: Path) -> dict[str, Any]:
+def config_of(root: Path, student: Path, **rollout: Any) -> dict[str, Any]:
+    """A config of a run in ``root`` that samples with servers; nothing of its teacher is there."""
     return {
-        "run_dir": str(tmp_path / "run"),
+        "run_dir": str(root / "run"),
         "student": {"model": str(student)},
-        "teachers": [{"name": "t0", "store": str(tmp_path / "absent"), "route": {}}],
+        "teachers": [{"name": "t0", "store": str(root / "absent"), "route": {}}],
         "data": {
-            "sources": [{"name": "words", "path": str(tmp_path / "absent.jsonl")}],
+            "sources": [{"name": "words", "path": str(root / "absent.jsonl")}],
             "context_length": 64,
             "max_response": 16,
         },
-        "rollout": {
-            "prompts_per_iteration": 8,
-            "engine": "sglang",
-            "servers": "auto",
-            "python": str(write(tmp_path / "python")),
-            "num_servers": 2,
-            "server_args": {"device": "cpu"},  # nothing that imports torch
-            "patience_s": 100,
-        },
+        "rollout": {"prompts_per_iteration": 8, "engine": "sglang", **rollout},
         "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
     }
+
+
+@pytest.fixture
+def values(student: Path, tmp_path: Path) -> dict[str, Any]:
+    return config_of(
+        tmp_path,
+        student,
+        servers="auto",
+        python=str(write(tmp_path / "python")),
+        num_servers=2,
+        server_args={"device": "cpu"},  # nothing that imports torch
+        patience_s=100,
+    )
 
 
 def started(values: dict[str, Any]) -> tuple[ConsolidateConfig, RunDir]:

@@ -13,8 +13,9 @@ from mtopd.config import ConsolidateConfig
 from mtopd.pipelines.serving import await_servers, check_engine, write_folder
 from mtopd.run_dir import RunDir
 from mtopd.types import MtopdError
+from tests.pipelines.test_serve import config_of
 from tests.rollout.fake_sglang import FakeServer
-from tests.small_models import save_model, write_prompts
+from tests.small_models import save_model
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -22,26 +23,10 @@ NOBODY = "http://127.0.0.1:9"
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
     save_model(tmp_path / "hf", seed=0, layers=1)
-    return {
-        "run_dir": tmp_path / "run",
-        "student": {"model": tmp_path / "hf"},
-        "teachers": [{"name": "t", "store": str(tmp_path / "t"), "route": {}}],
-        "data": {
-            "sources": [{"name": "words", "path": write_prompts(tmp_path / "prompts.jsonl")}],
-            "context_length": 64,
-            "max_response": 16,
-        },
-        "rollout": {
-            "prompts_per_iteration": 8,
-            "engine": "sglang",
-            "servers": [NOBODY],
-            "patience_s": 0.1,
-        },
-        "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
-    }
+    return config_of(tmp_path, tmp_path / "hf", servers=[NOBODY], patience_s=0.1)
 
 
-def config_of(values: dict[str, Any], **rollout: Any) -> ConsolidateConfig:
+def parsed(values: dict[str, Any], **rollout: Any) -> ConsolidateConfig:
     return ConsolidateConfig.model_validate({**values, "rollout": values["rollout"] | rollout})
 
 
@@ -51,14 +36,14 @@ def test_a_baseline_that_servers_would_compute_otherwise_is_refused(
     """Its tensors would fit, and its answers would be wrong: they turn by other angles."""
     save_model(tmp_path / "same", seed=1, layers=1, vocab=300)
     values["evaluation"] = {"baselines": {"same": tmp_path / "same"}}
-    check_engine(config_of(values))
+    check_engine(parsed(values))
     rope = {"rope_type": "default", "rope_theta": 5e5}
     save_model(tmp_path / "other", seed=1, layers=1, rope_parameters=rope)
     values["evaluation"]["baselines"]["other"] = tmp_path / "other"
     with pytest.raises(MtopdError, match=r"baselines\.other: .*compute: .*rope_theta"):
-        check_engine(config_of(values))
+        check_engine(parsed(values))
     values["rollout"] = {"prompts_per_iteration": 8}
-    check_engine(config_of(values))  # the embedded engine builds each baseline's own
+    check_engine(parsed(values))  # the embedded engine builds each baseline's own
 
 
 def test_the_clients_library_is_asked_for(
@@ -66,13 +51,13 @@ def test_the_clients_library_is_asked_for(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MtopdError, match=r"needs aiohttp.*pip install 'mtopd\[sglang\]'"):
-        check_engine(config_of(values))
+        check_engine(parsed(values))
 
 
 def test_the_folder_is_written_and_its_command_said_once(values: dict[str, Any]) -> None:
-    run, said = RunDir(values["run_dir"]), list[str]()
-    write_folder(config_of(values), run, 200, said.append)
-    write_folder(config_of(values), run, 200, said.append)
+    run, said = RunDir(Path(values["run_dir"])), list[str]()
+    write_folder(parsed(values), run, 200, said.append)
+    write_folder(parsed(values), run, 200, said.append)
     assert [path.name for path in run.serving.iterdir()] == ["config.json"]
     (line,) = said
     for part in (
@@ -84,7 +69,7 @@ def test_the_folder_is_written_and_its_command_said_once(values: dict[str, Any])
         assert part in line
     assert "--context-length" not in line
     values["data"]["context_length"] = 128  # as many as the model has positions
-    write_folder(config_of(values, seeded=False), run, 199, said.append)
+    write_folder(parsed(values, seeded=False), run, 199, said.append)
     assert "--context-length 136" in said[1] and "LONGER_CONTEXT_LEN=1 python" in said[1]
     assert "--enable-deterministic-inference" not in said[1]
 
@@ -93,15 +78,15 @@ def test_servers_must_answer_as_their_client_reads(
     values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(MtopdError, match=rf"{NOBODY} does not answer .*take its URL out of"):
-        await_servers(config_of(values))
+        await_servers(parsed(values))
     assert f"waiting for SGLang server {NOBODY}" in capsys.readouterr().err
-    await_servers(config_of({**values, "rollout": {"prompts_per_iteration": 8}}))
+    await_servers(parsed({**values, "rollout": {"prompts_per_iteration": 8}}))
 
     async def ask(server: FakeServer, **data: int) -> None:
         await server.start()
         try:
             asked = {**values, "data": values["data"] | data}
-            await asyncio.to_thread(await_servers, config_of(asked, servers=[server.url]))
+            await asyncio.to_thread(await_servers, parsed(asked, servers=[server.url]))
         finally:
             await server.die()
 

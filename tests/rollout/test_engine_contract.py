@@ -11,14 +11,7 @@ import torch
 
 from mtopd.pipelines.engines import ENGINES
 from mtopd.rollout.engine import Engine, Request, Sampling, student_version
-from mtopd.rollout.token_log import (
-    FormerLogs,
-    TokenLog,
-    log_path,
-    logs_before,
-    recover,
-    samples_in,
-)
+from mtopd.rollout.token_log import logs_before, recover
 from mtopd.types import MtopdError
 from tests.rollout.engines import (
     BUILDERS,
@@ -30,11 +23,13 @@ from tests.rollout.engines import (
     memory_log,
     requests,
     small_model,
+    token_log,
     tokens,
 )
 
 SAMPLING = Sampling(16, seed=3, iteration=7)
 GREEDY = Sampling(16, temperature=0)
+VERSIONS = {7: VERSION}
 Build = Callable[..., Engine]
 
 
@@ -48,12 +43,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(params=list(BUILDERS))
-def build(request: pytest.FixtureRequest, model: Model) -> Iterator[Build]:
+def builder(request: pytest.FixtureRequest) -> Build:
+    """Builds an engine of a model."""
+    return BUILDERS[request.param]
+
+
+@pytest.fixture
+def build(builder: Build, model: Model) -> Iterator[Build]:
     """Builds an engine that has the model's weights; all are closed after the test."""
     built: list[Engine] = []
 
     def make(**options: object) -> Engine:
-        engine = BUILDERS[request.param](model, **options)
+        engine = builder(model, **options)
         built.append(engine)
         engine.update_weights(model.buckets(), VERSION)
         return engine
@@ -61,23 +62,6 @@ def build(request: pytest.FixtureRequest, model: Model) -> Iterator[Build]:
     yield make
     for engine in built:
         engine.close()
-
-
-def token_log(folder: Path, generation: int, asked: list[Request], kind: str) -> TokenLog:
-    """The log of a start, with what the starts before it have left."""
-    unsealed = {request.sample_id for request in asked}
-    files = {
-        path: samples_in(path, run="test", unsealed=unsealed)[0]
-        for path in logs_before(folder, generation)
-    }
-    return TokenLog(
-        f"start {generation} of {folder}",
-        log_path(folder, generation, 0),
-        run="test",
-        engine=kind,
-        versions={7: VERSION},
-        former=FormerLogs(files, "test"),
-    )
 
 
 def test_responses_are_whole_and_of_the_models_own_distribution(build: Build, model: Model) -> None:
@@ -120,7 +104,7 @@ def test_a_response_goes_on_from_what_the_log_holds(
     """A start died with ``cut`` tokens of some responses, none or all of others."""
     engine, asked = build(), requests(24)
     whole = answer(engine, asked, sampling)
-    log = token_log(tmp_path, 1, asked, engine.kind)
+    log = token_log(tmp_path, 1, len(asked), engine.kind, VERSIONS)
     log.begin(asked)
     for i, response in enumerate(whole):
         kept = [0, cut, 99][i % 3]
@@ -129,7 +113,7 @@ def test_a_response_goes_on_from_what_the_log_holds(
         if kept:
             log.append(i, ids, probs, version=7, finish_reason=reason)
     log.close()
-    second = token_log(tmp_path, 2, asked, engine.kind)
+    second = token_log(tmp_path, 2, len(asked), engine.kind, VERSIONS)
     found = answer(engine, asked, sampling, second)
     second.close()
     check_same(engine, found, whole)
@@ -150,12 +134,12 @@ def test_what_the_log_holds_is_never_drawn_again(
     it: another student, or another machine, has sampled it.
     """
     engine, asked = build(), requests(2)
-    log = token_log(tmp_path, 1, asked, engine.kind)
+    log = token_log(tmp_path, 1, len(asked), engine.kind, VERSIONS)
     log.begin(asked)
     foreign = [50, 51, 52]
     log.append(0, foreign, [-1.0, -2.0, -3.0], version=6)
     log.close()
-    second = token_log(tmp_path, 2, asked, engine.kind)
+    second = token_log(tmp_path, 2, len(asked), engine.kind, VERSIONS)
     found = answer(engine, asked, SAMPLING, second)[0]
     second.close()
     assert found.response_ids[:3].tolist() == foreign
@@ -169,12 +153,12 @@ def test_what_the_log_holds_is_never_drawn_again(
 
 def test_a_budget_that_the_log_has_used_up_draws_nothing(build: Build, tmp_path: Path) -> None:
     engine, asked = build(), requests(2)
-    log = token_log(tmp_path, 1, asked, engine.kind)
+    log = token_log(tmp_path, 1, len(asked), engine.kind, VERSIONS)
     log.begin(asked)
     log.append(0, [50] * 16, [-1.0] * 16, version=7)  # the word of its end was torn off
     log.append(1, [50, 1], [-1.0] * 2, version=7)  # likewise, and it had stopped
     log.close()
-    second = token_log(tmp_path, 2, asked, engine.kind)
+    second = token_log(tmp_path, 2, len(asked), engine.kind, VERSIONS)
     found = answer(engine, asked, SAMPLING, second)
     second.close()
     assert [(len(r.response_ids), r.finish_reason) for r in found] == [(16, "length"), (2, "stop")]
@@ -182,7 +166,7 @@ def test_a_budget_that_the_log_has_used_up_draws_nothing(build: Build, tmp_path:
 
 def test_a_response_is_handed_on_after_its_commit(build: Build, tmp_path: Path) -> None:
     engine, asked = build(batch_size=8), requests(24)
-    log = token_log(tmp_path, 1, asked, engine.kind)
+    log = token_log(tmp_path, 1, len(asked), engine.kind, VERSIONS)
     for response in engine.generate(asked, log, SAMPLING):
         (path,) = logs_before(tmp_path, 2)
         on_disk = recover([path], run="test", unsealed={response.sample_id}).responses

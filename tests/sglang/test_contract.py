@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,14 +15,9 @@ from mtopd.rollout.engine import Engine
 from mtopd.rollout.sglang import SGLangEngine, SGLangOptions
 from mtopd.rollout.sglang_serving import write_serving_folder
 from mtopd.tokenizer import load_tokenizer
-from tests.rollout.engines import VERSION, VOCAB, Model, small_model
-from tests.rollout.test_engine_contract import *  # noqa: F403 - its tests; the fixtures are ours
+from tests.rollout.engines import VOCAB, Model
+from tests.rollout.test_engine_contract import *  # noqa: F403 - its tests, of the builder below
 from tests.support.sglang_servers import Zygote
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return small_model(tmp_path_factory.mktemp("contract") / "m")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +32,18 @@ def url(zygote: Zygote, model: Model) -> Iterator[str]:
 
 
 @pytest.fixture
-def build(url: str, model: Model) -> Iterator[Callable[..., Engine]]:
-    """Builds an engine that has the model's weights; all are closed after the test."""
-    built: list[Engine] = []
+def builder(url: str) -> partial[Engine]:
+    return partial(build_sglang, url)
 
+
+def build_sglang(
+    url: str,
+    model: Model,
+    *,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    batch_size: int = 24,
+) -> Engine:
     def score(sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         found = [model.log_probs(ids[:1], ids[1:]) for ids in sequences]
         return [
@@ -47,23 +51,13 @@ def build(url: str, model: Model) -> Iterator[Callable[..., Engine]]:
             for log_p, ids in zip(found, sequences, strict=True)
         ]
 
-    def make(
-        *, stop: Sequence[str] = (), stop_ids: Sequence[int] = (), batch_size: int = 24
-    ) -> Engine:
-        engine = SGLangEngine(
-            SGLangOptions([url], context_length=32, most_open=batch_size, patience_s=60),
-            run_name=str(model.folder),
-            vocab_size=VOCAB,
-            dtype=torch.float32,
-            ending=Ending(load_tokenizer(model.folder), [1, *stop_ids], stop),
-            is_client=True,
-            apart=contextlib.nullcontext,
-            score=score,
-        )
-        built.append(engine)
-        engine.update_weights(model.buckets(), VERSION)
-        return engine
-
-    yield make
-    for engine in built:
-        engine.close()
+    return SGLangEngine(
+        SGLangOptions([url], context_length=32, most_open=batch_size, patience_s=60),
+        run_name=str(model.folder),
+        vocab_size=VOCAB,
+        dtype=torch.float32,
+        ending=Ending(load_tokenizer(model.folder), [1, *stop_ids], stop),
+        is_client=True,
+        apart=contextlib.nullcontext,
+        score=score,
+    )

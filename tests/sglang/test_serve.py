@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,13 +16,12 @@ import psutil
 import pytest
 import yaml
 
-from mtopd.config import ConsolidateConfig
-from mtopd.config_file import to_yaml, validate
 from mtopd.pipelines.serve import servers_of
 from mtopd.rollout.sglang_launch import read_urls
 from mtopd.run_dir import RunDir
 from tests.conftest import REPOSITORY
 from tests.integration.test_kill_and_resume import make_workplace
+from tests.pipelines.test_serve import config_of, started
 from tests.rollout.test_sglang_launch import left, wait_for
 from tests.sglang.conftest import CONTEXT, EngineUnderTest, Place
 from tests.sglang.test_main_loop import SMALL, check_learns
@@ -51,7 +49,7 @@ def on_cpu(folder: Path) -> dict[str, Any]:
         "max-total-tokens": 8192,
         "max-running-requests": 64,
     }
-    own = {"engine": "sglang", "servers": "auto", "python": str(script), "server_args": arguments}
+    own = {"servers": "auto", "python": str(script), "server_args": arguments}
     return {**own, "patience_s": 900}
 
 
@@ -61,23 +59,9 @@ def sglang_processes() -> list[int]:
 
 
 def test_a_server_takes_weights_dies_and_takes_them_again(place: Place, tmp_path: Path) -> None:
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "student": {"model": str(place.student)},
-        "teachers": [{"name": "t0", "store": str(tmp_path), "route": {}}],
-        "data": {
-            "sources": [{"name": "words", "path": str(tmp_path)}],
-            "context_length": CONTEXT,
-            "max_response": 16,
-        },
-        "rollout": {"prompts_per_iteration": 8, **on_cpu(tmp_path)},
-        "train": {"num_iterations": 1, "micro_batch_size": 4, "optimizer": {"lr": 1e-3}},
-    }
-    config = validate(values, ConsolidateConfig, "file")
-    run = RunDir(config.run_dir)
-    with run.lock():
-        run.take_generation()
-    run.config.write_text(to_yaml(config))
+    values = config_of(tmp_path, place.student, **on_cpu(tmp_path))
+    values["data"]["context_length"] = CONTEXT
+    config, run = started(values)
     os.symlink(place.serving, run.serving)
     with servers_of(config, run):
         urls = read_urls(run.servers)
@@ -107,7 +91,8 @@ def test_a_run_starts_its_servers_and_ends_them(tmp_path: Path) -> None:
     make_workplace(tmp_path)
     path = tmp_path / "config.yaml"
     values = yaml.safe_load(path.read_text())
-    values["rollout"] |= on_cpu(tmp_path)
+    values["rollout"] |= {"engine": "sglang", **on_cpu(tmp_path)}
+    del values["data"]["sources"][0]["eval_path"]
     path.write_text(yaml.safe_dump(values))
     run = tmp_path / "run"
     command = [sys.executable, "-m", "mtopd.pipelines.cli", "consolidate", str(path)]
@@ -122,6 +107,6 @@ def test_a_run_starts_its_servers_and_ends_them(tmp_path: Path) -> None:
 
         wait_for(ended, 1500)
     assert process.returncode == 0, (tmp_path / "said").read_text()[-4000:]
-    check_learns([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    check_learns(run)
     assert left(sorted(seen)) == [] and read_urls(RunDir(run).servers) is None
     assert "--load-format dummy" in (run / "servers" / "0.log").read_text()
