@@ -21,7 +21,7 @@ help:
 	@echo "make sglang-test  rollouts on real SGLang servers on a CPU: updates, kills, faults, the main loop (20 minutes where two cores are busy)"
 	@echo "make lint         ruff and mypy"
 	@echo "make fuzz         1,600 damaged inputs through the command line (under 4 minutes)"
-	@echo "make soak         130 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs (about 30 minutes)"
+	@echo "make soak         170 SIGKILLs over cache writers, the streaming pass, teachers add, whole jobs, rollouts on servers (about 35 minutes)"
 	@echo "make benchmark    divergence, teacher stream, hidden cache, train step, token log and client of servers at real sizes (about 30 minutes on 2 idle cores)"
 	@echo "make clean-demo   remove runs/demo and start over with the next make demo"
 
@@ -77,6 +77,7 @@ soak: $(READY) $(SGLANG)/ready
 	$(BIN)/python -m tests.teacher_offload.kill_add --kills 20
 	$(BIN)/python -m tests.integration.kill_pass --kills 20
 	$(BIN)/python -m tests.integration.kill_job --kills 30
+	$(BIN)/python -m tests.sglang.kill_rollouts --kills 40
 
 lint: $(READY)
 	$(BIN)/ruff check .

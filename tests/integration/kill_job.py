@@ -9,7 +9,6 @@ for bit.  Nothing is left behind: no process, no listening port, no lock, no tem
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,15 +17,12 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from safetensors.torch import load_file
 
 from mtopd.run_dir import SEAL, RunDir, is_sealed
 from tests.integration.test_kill_and_resume import (
@@ -37,6 +33,7 @@ from tests.integration.test_kill_and_resume import (
     rank_processes,
     start,
 )
+from tests.support import kills as common
 
 # In the order of the loop; a line is written when a phase ends.
 PHASES = ("rollout", "teacher_pass", "train", "update_weights", "checkpoint", "evaluation")
@@ -172,7 +169,6 @@ def run(kills: int, folder: Path, seed: int) -> str:
     code, output = finish(start(folder, whole.path, *OVERRIDES))
     assert code == 0, output
     wall = time.monotonic() - began
-    wanted = load_file(whole.export(NUM_ITERATIONS) / "model.safetensors")
     seconds = {
         phase: [x["wall_s"] for x in lines(whole.path) if x["phase"] == phase] for phase in PHASES
     }
@@ -193,11 +189,13 @@ def run(kills: int, folder: Path, seed: int) -> str:
             hits[hit] += 1
             print(f"kill {hits.total()}: {hit}", flush=True)
             continue
-        compared += same_weights(victim, wanted)
+        common.check_same_weights(victim, whole, NUM_ITERATIONS)
+        compared += 1
         shutil.rmtree(victim.path)
     code, output = finish(start(folder, victim.path, *OVERRIDES))
     assert code == 0, output
-    compared += same_weights(victim, wanted)
+    common.check_same_weights(victim, whole, NUM_ITERATIONS)
+    compared += 1
     told = ", ".join(f"{count} in {phase}" for phase, count in hits.most_common())
     return (
         f"whole job: {hits.total()} SIGKILLs ({told}); {compared} runs finished, all with the "
@@ -206,19 +204,5 @@ def run(kills: int, folder: Path, seed: int) -> str:
     )
 
 
-def same_weights(run: RunDir, wanted: dict[str, torch.Tensor]) -> int:
-    found = load_file(run.export(NUM_ITERATIONS) / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), f"{name} differs from the undisturbed run"
-    assert not list(run.path.rglob("*.tmp")) and not list(run.path.rglob("*.removed"))
-    return 1
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mtopd-kill-") as name:
-        print(run(arguments.kills, Path(name), arguments.seed))
+    common.main(__doc__, run, kills=30)

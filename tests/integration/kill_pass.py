@@ -8,14 +8,12 @@ let through must finish with the rows of an undisturbed one, bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from mtopd.trajectories import write_shard
 from mtopd.types import Trajectory
 from tests.conftest import REPOSITORY
 from tests.small_models import save_model, write_prompts
+from tests.support import kills as common
 
 SAMPLES = 96
 DOMAINS = "abcd"  # of a teacher each: what one has committed must survive a kill in the next
@@ -201,9 +200,4 @@ def run(kills: int, folder: Path, seed: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mtopd-kill-") as name:
-        print(run(arguments.kills, Path(name), arguments.seed))
+    common.main(__doc__, run, kills=20)

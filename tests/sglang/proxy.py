@@ -1,5 +1,5 @@
-"""A proxy in front of a real server that damages the first answer to each response, as networks and
-full servers do.
+"""A proxy in front of a real server, and one that damages the first answer to each response, as
+networks and full servers do.
 """
 
 from __future__ import annotations
@@ -30,14 +30,11 @@ FAULTS = (
 )
 
 
-class FaultProxy:
-    """Serves in a thread of its own; ``fault_of`` names the fault of a sample's first attempt."""
+class Proxy:
+    """Hands on all that is asked and answered, byte by byte, in a thread of its own."""
 
-    def __init__(self, target: str, fault_of: Callable[[int], str | None]) -> None:
+    def __init__(self, target: str) -> None:
         self._target = target
-        self._fault_of = fault_of
-        self._seen: set[int] = set()
-        self.done: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -53,7 +50,7 @@ class FaultProxy:
         self._session = aiohttp.ClientSession()
         app = web.Application(client_max_size=1 << 26)
         app.router.add_route("*", "/{path:.*}", self._forward)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
@@ -69,30 +66,58 @@ class FaultProxy:
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        fault = None
-        if request.path == "/generate":
-            asked = json.loads(body)
-            if asked.get("stream"):
-                sample = int(asked["rid"].split("-")[1])
-                if sample not in self._seen:
-                    self._seen.add(sample)
-                    fault = self._fault_of(sample)
-        if fault is not None:
-            self.done.append(fault)
-        if fault is not None and fault.startswith("status "):
-            return web.json_response({"error": {"message": "a fault"}}, status=int(fault[7:]))
-        async with self._session.request(
-            request.method,
-            self._target + request.path,
-            data=body,
-            headers={"Content-Type": "application/json"},
-        ) as answer:
-            if fault is None:
-                stream = web.StreamResponse(status=answer.status)
+        return await self._hand_on(request, body, json.loads(body or b"{}"))
+
+    async def _hand_on(
+        self, request: web.Request, body: bytes, asked: dict[str, Any]
+    ) -> web.StreamResponse:
+        stream = web.StreamResponse()
+        try:
+            async with self._asked_there(request, body) as answer:
+                stream.set_status(answer.status)
                 await stream.prepare(request)
                 async for data in answer.content.iter_any():
+                    self._passes(request.path, asked, data)
                     await stream.write(data)
-                return stream
+        except aiohttp.ClientError:  # the server is gone: so is this connection
+            if request.transport is not None:
+                request.transport.abort()
+        return stream
+
+    def _asked_there(self, request: web.Request, body: bytes) -> Any:
+        """The server's answer, as a context."""
+        headers = {"Content-Type": "application/json"}
+        url = self._target + request.path
+        return self._session.request(request.method, url, data=body, headers=headers)
+
+    def _passes(self, path: str, asked: dict[str, Any], data: bytes) -> None:
+        """A piece of an answer arrives here and is not handed on yet."""
+
+
+class FaultProxy(Proxy):
+    """``fault_of`` names the fault of a sample's first attempt."""
+
+    def __init__(self, target: str, fault_of: Callable[[int], str | None]) -> None:
+        self._fault_of = fault_of
+        self._seen: set[int] = set()
+        self.done: list[str] = []
+        super().__init__(target)
+
+    async def _hand_on(
+        self, request: web.Request, body: bytes, asked: dict[str, Any]
+    ) -> web.StreamResponse:
+        fault = None
+        if request.path == "/generate" and asked.get("stream"):
+            sample = int(asked["rid"].split("-")[1])
+            if sample not in self._seen:
+                self._seen.add(sample)
+                fault = self._fault_of(sample)
+        if fault is None:
+            return await super()._hand_on(request, body, asked)
+        self.done.append(fault)
+        if fault.startswith("status "):
+            return web.json_response({"error": {"message": "a fault"}}, status=int(fault[7:]))
+        async with self._asked_there(request, body) as answer:
             events = [
                 json.loads(line[6:]) async for line in answer.content if line.startswith(b"data: {")
             ]

@@ -117,9 +117,8 @@ def test_a_server_is_killed_in_the_middle_and_comes_back(
 
     check_same(answer(engine, asked, long, Killing("kill")), whole)
     assert killed and engine.counts.failed["connection"] > 0
-    again = zygote.start(place.serving, port=int(victim.url.rpartition(":")[2]))
-    again.wait_ready()
-    victim.pid, victim.log = again.pid, again.log
+    zygote.restart(victim)
+    victim.wait_ready()
     time.sleep(2)
     check_same(answer(engine, asked, long), whole)  # by the other one
     engine.give(place.student, "run/1/1")

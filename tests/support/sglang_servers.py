@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import REPOSITORY
 
@@ -49,6 +50,7 @@ class RunningServer:
     url: str
     pid: int
     log: Path
+    line: dict[str, Any]  # that it was forked by
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + _START_S
@@ -86,7 +88,6 @@ class Zygote:
             env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         )
         self.servers: list[RunningServer] = []
-        self._count = 0
         self._answer("ready")
 
     def start(
@@ -104,19 +105,26 @@ class Zygote:
         if tp > 1:
             wanted["--tp"] = str(tp)
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["0", "1"] * tp)[: 2 * tp - 1]
-        log = self._folder / f"server-{self._count}.log"
-        self._count += 1
+        log = self._folder / f"server-{len(self.servers)}.log"
         arguments = [
             part for flag, value in wanted.items() for part in (flag, value) if part is not None
         ]
         line = {"log": str(log), "arguments": arguments, "environment": environment}
+        server = RunningServer(f"http://127.0.0.1:{port}", self._fork(line), log, line)
+        self.servers.append(server)
+        return server
+
+    def restart(self, server: RunningServer) -> None:
+        """Kill it if it lives, and fork it again at its address; it is not ready yet."""
+        server.kill()
+        server.pid = self._fork(server.line)
+
+    def _fork(self, line: dict[str, Any]) -> int:
+        """Its process id."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(line) + "\n")
         self._process.stdin.flush()
-        pid = int(self._answer("pid "))
-        server = RunningServer(f"http://127.0.0.1:{port}", pid, log)
-        self.servers.append(server)
-        return server
+        return int(self._answer("pid "))
 
     def _answer(self, start: str) -> str:
         assert self._process.stdout is not None
