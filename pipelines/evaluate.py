@@ -112,7 +112,7 @@ def measure(
     by_domain = prompts.held_out_by_domain(teachers_of(config))
     domains = [*by_domain]
     items = [(d, p) for d, asked in enumerate(by_domain.values()) for p in asked]
-    asked = [(p, Request(i, p.prompt_id, p.prompt_ids)) for i, (_, p) in enumerate(items)]
+    asked = {i: (p, Request(i, p.prompt_id, p.prompt_ids)) for i, (_, p) in enumerate(items)}
     sums = torch.zeros(3, len(by_domain), dtype=torch.float64, device=ranks.device)
     answered, correct, stopped = sums
     with (

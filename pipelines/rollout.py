@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -88,18 +89,16 @@ class Rollout:
         self.iteration = iteration
         self.before = sum(sealed.values(), Counts())  # sealed by former starts
         self.replying = environments(session.config.data.sources)
-        requests = plan_requests(session, iteration)
-        self.num_samples = len(requests)
-        self.shard_names: Sequence[str] = sorted(
-            {shard_name(r.sample_id, size) for _, r in requests}
-        )
+        asked = plan_requests(session, iteration)
+        self.num_samples = len(asked)
+        names = [shard_name(sample_id, size) for sample_id in asked]
+        self.shard_names: Sequence[str] = sorted({*names})
         self._session = session
-        self._waiting = [r for r in requests if shard_name(r[1].sample_id, size) not in sealed]
+        self._waiting = asked.where(np.array([name not in sealed for name in names]))
         self.shards = ShardWriter(
             iteration.trajectories, self._waiting, size, session.run.generation
         )
-        asked = {request.sample_id for _, request in self._waiting}
-        self.former = former_logs(session, iteration, asked)
+        self.former = former_logs(session, iteration, self._waiting)
         self.continued_tokens = self.log_bytes = self.num_calls = 0  # of this rank in this start
         self.call_s = 0.0
         self.first_error: str | None = None  # of an environment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from mtopd import trajectories
@@ -36,7 +36,7 @@ def count(folder: Path, name: str) -> Counts:
     return Counts.of(*(metadata[column].to_pylist() for column in columns))
 
 
-def former_logs(session: Session, iteration: Iteration, unsealed: set[int]) -> FormerLogs:
+def former_logs(session: Session, iteration: Iteration, unsealed: Container[int]) -> FormerLogs:
     """What killed starts had logged of samples that are in no sealed shard.  Collective: each rank
     looks through a share of the logs, and tells which samples they hold.  Which rank goes on with a
     response is open; that one reads it.

@@ -173,9 +173,9 @@ class EmbeddedEngine:
         assert self.version is not None, "weights come first"
         call, size = log.num_calls, self._batch_size
         log.num_calls += 1
-        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-        while not self._is_paused and (number := self._deal(log.name, call)) < len(batches):
-            batch = batches[number]
+        num_batches = -(-len(requests) // size)
+        while not self._is_paused and (number := self._deal(log.name, call)) < num_batches:
+            batch = requests[number * size : (number + 1) * size]
             while batch:
                 yield from self._answer(batch, log, sampling)
                 batch = follow(batch) if follow is not None and not self._is_paused else ()

@@ -240,10 +240,14 @@ class SGLangEngine:
         self, requests: Sequence[Request], log: MemoryLog, sampling: Sampling
     ) -> list[Work]:
         works = []
+        asked: Sequence[int] | np.ndarray = ()  # samples of a prompt share it, and its array
+        prompt_ids = np.empty(0, np.int32)
         for request, held in zip(requests, log.begin(requests), strict=True):
             if held.finish_reason is not None:
                 continue
-            prompt_ids = np.asarray(request.prompt_ids, np.int32)
+            if request.prompt_ids is not asked:
+                asked = request.prompt_ids
+                prompt_ids = np.asarray(asked, np.int32)
             check_ids(request.prompt_id, prompt_ids, self._vocab_size)
             budget = sampling.budget(request)
             longest = len(prompt_ids) + budget

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +45,13 @@ class ShardWriter:
     """Collects an iteration's responses on this rank and seals shards of ``shard_size`` samples with
     neighbouring ids.
 
-    ``planned``: what is asked, whole shards of it.
+    ``planned``: what is asked, by sample id, whole shards of it.
     """
 
     def __init__(
         self,
         folder: Path,
-        planned: Iterable[tuple[Prompt, Request]],
+        planned: Mapping[int, tuple[Prompt, Request]],
         shard_size: int,
         generation: int,
     ) -> None:
@@ -58,10 +59,8 @@ class ShardWriter:
         self._folder = folder
         self._shard_size = shard_size
         self._generation = generation
-        self._planned: dict[str, list[tuple[Prompt, Request]]] = {}
-        for prompt, request in planned:
-            name = shard_name(request.sample_id, shard_size)
-            self._planned.setdefault(name, []).append((prompt, request))
+        self._planned = planned
+        self._sizes = Counter(shard_name(sample_id, shard_size) for sample_id in planned)
         self._arrived: dict[str, dict[int, Response]] = {}
 
     def add(self, response: Response) -> Sequence[int]:
@@ -72,10 +71,9 @@ class ShardWriter:
         arrived = self._arrived.setdefault(name, {})
         assert response.sample_id not in arrived, f"sample {response.sample_id} came twice"
         arrived[response.sample_id] = response
-        if len(arrived) < len(self._planned[name]):
+        if len(arrived) < self._sizes[name]:
             return ()
-        planned = self._planned.pop(name)
-        samples = [trajectory(*item, arrived[item[1].sample_id]) for item in planned]
+        samples = [trajectory(*self._planned[i], arrived[i]) for i in sorted(arrived)]
         write_shard(self._folder, name, samples, self._generation)
         self.sealed += Counts.of(
             [len(sample.response_ids) for sample in samples],

@@ -197,7 +197,8 @@ def _payloads(records: list[Record]) -> Iterator[bytes]:
             if run and (
                 count + size > _MAX_COUNT
                 or record.reply
-                or (record.version, record.attempt) != (run[0].version, run[0].attempt)
+                or record.version != run[0].version
+                or record.attempt != run[0].attempt
             ):
                 yield _payload(run, count)
                 run, count = [], 0

@@ -31,6 +31,7 @@ import numpy as np
 
 from mtopd.config_data import SourceConfig
 from mtopd.data.environments import Step, Turn, check_reply, load_environment
+from mtopd.rollout.asked import Requests
 from mtopd.rollout.calls import Call, Calls
 from mtopd.rollout.ending import Ending
 from mtopd.rollout.engine import Engine, Request, Sampling
@@ -122,13 +123,14 @@ class _Conversation:
 
 
 class Turns:
-    """The responses of one piece of work on this rank.  ``environments`` by source; ``name`` begins
+    """The responses of one piece of work on this rank.  ``asked`` by sample id, which ascend;
+    ``environments`` by source; ``name`` begins
     what an environment knows a conversation by.
     """
 
     def __init__(
         self,
-        asked: Iterable[tuple[Prompt, Request]],
+        asked: Mapping[int, tuple[Prompt, Request]],
         environments: Mapping[str, Environment],
         log: MemoryLog,
         sampling: Sampling,
@@ -140,13 +142,9 @@ class Turns:
         self.num_calls = 0
         self.call_s = 0.0  # sum over calls
         self.first_error: str | None = None
-        self._prompts: dict[int, Prompt] = {}
-        self._requests: dict[
-            int, Request
-        ] = {}  # for the first turns, of responses not forgotten yet
-        for prompt, request in asked:
-            self._prompts[request.sample_id] = prompt
-            self._requests[request.sample_id] = request
+        self._asked = asked
+        self._id_N = np.fromiter(asked, np.int64, len(asked))
+        self._is_forgotten_N = np.zeros(len(asked), bool)
         self._environments = environments
         self._log = log
         self._sampling = sampling
@@ -165,7 +163,7 @@ class Turns:
         """Whole responses to what is asked, as they end on this rank.  After a pause of the engine it is
         asked for the others again, and goes on where it was.
         """
-        requests = [*self._requests.values()]
+        requests = Requests(self._asked, self._id_N[~self._is_forgotten_N])
         follow = self._follow if self._environments else None
         for turn in engine.generate(requests, self._log, self._sampling, follow):
             self._take(turn)
@@ -180,7 +178,7 @@ class Turns:
     def forget(self, sample_ids: Iterable[int]) -> None:
         """Drop whole responses that are kept elsewhere, from here and from the log."""
         for sample_id in sample_ids:
-            del self._requests[sample_id]
+            self._is_forgotten_N[np.searchsorted(self._id_N, sample_id)] = True
             found = self._conversations.pop(sample_id, None)
             count = len(found.turns) if found else 1
             self._log.forget(turn_id(sample_id, turn) for turn in range(count))
@@ -193,7 +191,7 @@ class Turns:
     def _take(self, turn: Response) -> None:
         """A turn of the student is over: ask the environment, unless nothing can follow."""
         sample_id = sample_of(turn.sample_id)
-        prompt = self._prompts[sample_id]
+        prompt, _ = self._asked[sample_id]
         if not prompt.conversation:
             self._whole.append(turn)
             return
@@ -240,7 +238,7 @@ class Turns:
             answer=told["answer"],
             fields=dict(prompt.route),
             prompt_id=prompt.prompt_id,
-            sample=self._requests[sample_id].sample,
+            sample=self._asked[sample_id][1].sample,
         )
 
         def done(result: object, seconds: float) -> None:

@@ -35,9 +35,10 @@ def test_every_sample_has_its_request_and_a_prompt_is_read_once() -> None:
     )
     session: Any = SimpleNamespace(config=config, prompts=SimpleNamespace(train=tables))
     planned = plan_requests(session, SimpleNamespace(number=0))  # type: ignore[arg-type]
-    assert [request.sample_id for _, request in planned] == list(range(2 * 6 * 4))
-    assert all(p.prompt_id == r.prompt_id and p.prompt_ids is r.prompt_ids for p, r in planned)
-    named = {(request.prompt_id, request.sample) for _, request in planned}
+    assert [request.sample_id for _, request in planned.values()] == list(range(2 * 6 * 4))
+    pairs = [*planned.values()]
+    assert all(p.prompt_id == r.prompt_id and p.prompt_ids is r.prompt_ids for p, r in pairs)
+    named = {(request.prompt_id, request.sample) for _, request in pairs}
     assert len(named) == len(planned), "6 of 5 prompts: the one that comes twice has other draws"
     assert [table.num_read for table in tables] == [5, 5]
 

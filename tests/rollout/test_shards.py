@@ -15,11 +15,9 @@ from mtopd.types import Prompt
 from tests.rollout.test_token_log import count_calls
 
 
-def planned(count: int) -> list[tuple[Prompt, Request]]:
-    return [
-        (Prompt(f"p/{i}", {"domain": "a"}, (5, 6, i % 90), i % 3), Request(i, f"p/{i}", (5, 6, i)))
-        for i in range(count)
-    ]
+def planned(count: int) -> dict[int, tuple[Prompt, Request]]:
+    prompts = [Prompt(f"p/{i}", {"domain": "a"}, (5, 6, i % 90), i % 3) for i in range(count)]
+    return {i: (p, Request(i, p.prompt_id, p.prompt_ids)) for i, p in enumerate(prompts)}
 
 
 def response(sample_id: int, tokens: int = 4) -> Response:

@@ -35,7 +35,7 @@ from tests.rollout.engines import VERSION, Model, build_embedded, memory_log, sm
 
 SAMPLING = Sampling(72, seed=3, iteration=7)
 COUNT = 20
-Asked = list[tuple[Prompt, Request]]
+Asked = dict[int, tuple[Prompt, Request]]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def asked(model: Model) -> Asked:
     """Every third has no environment."""
     tokenizer = load_tokenizer(model.folder)
-    found = []
+    found = {}
     for i in range(COUNT):
         messages = [{"role": "user", "content": f"word {i}"}]
         told = {"environment": "letters", "messages": messages, "tools": None, "answer": str(i)}
         (ids,) = encode_prompts(tokenizer, [messages])
         prompt = Prompt(f"letters/{i}", {"domain": "x"}, tuple(ids), 0, {}, told if i % 3 else {})
-        found.append((prompt, Request(i, prompt.prompt_id, prompt.prompt_ids, sample=1)))
+        found[i] = prompt, Request(i, prompt.prompt_id, prompt.prompt_ids, sample=1)
     return found
 
 
@@ -118,7 +118,7 @@ def test_a_response_is_the_students_turns_and_the_replies_between_them(
     tokenizer = load_tokenizer(model.folder)
     reasons: Counter[str] = Counter()
     num_turns: Counter[int] = Counter()
-    for (prompt, request), response in zip(asked, found, strict=True):
+    for (prompt, request), response in zip(asked.values(), found, strict=True):
         ids, length = response.response_ids, len(response.response_ids)
         assert length <= SAMPLING.max_response
         reasons[response.finish_reason] += 1
@@ -148,7 +148,7 @@ def test_a_response_is_the_students_turns_and_the_replies_between_them(
     assert set(reasons) == {"stop", "length", "environment_error"}, reasons
     assert {1, 2, 3, 4} == set(num_turns), "the test needs short and long conversations"
     assert turns.num_calls and turns.first_error and "too many" in turns.first_error
-    samples = [trajectory(*item, r) for item, r in zip(asked, found, strict=True)]
+    samples = [trajectory(*item, r) for item, r in zip(asked.values(), found, strict=True)]
     write_shard(tmp_path, "batch", samples, 1)
     for sample in samples:
         mask = TokenStore(tmp_path).tokens(sample.sample_id).loss_mask

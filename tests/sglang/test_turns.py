@@ -33,13 +33,13 @@ def answer(
         calls.append((turn.conversation, turn.turn))
         return count_letters(turn)
 
-    asked = []
+    asked = {}
     for i in range(COUNT):
         messages = [{"role": "user", "content": f"word {i}"}]
         told = {"environment": "letters", "messages": messages, "tools": None, "answer": None}
         (ids,) = encode_prompts(place.tokenizer, [messages])
         prompt = Prompt(f"letters/{i}", {}, tuple(ids), 0, {}, told)
-        asked.append((prompt, Request(i, prompt.prompt_id, prompt.prompt_ids)))
+        asked[i] = prompt, Request(i, prompt.prompt_id, prompt.prompt_ids)
     turns = Turns(
         asked,
         {"letters": Environment(step, 4, 60.0, 4)},
