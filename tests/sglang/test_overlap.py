@@ -148,11 +148,11 @@ def test_rollouts_go_on_while_the_run_trains_and_after_a_kill(
         assert set(fields.versions()[:count].tolist()) <= {0}
 
     counted = check_versions(store, place, {0: workplace / "student", 1: run.export(1)})
-    # Tokens of the student before were sampled before its training had ended.
-    assert counted[0] > 0 and counted[1] > 0, counted
+    # Sampled before the student's training had ended; whether some were left to the next one is chance.
+    assert counted[0] > 0, counted
     line = lines_of(run.path, "staleness")[-1]
     assert (line["iteration"], line["oldest"], line["tokens_masked"]) == (1, 1, 0)
-    assert line["tokens"] == {"0": counted[1], "1": counted[0]}
+    assert line["tokens"] == {str(1 - version): n for version, n in counted.items() if n}
     kl = [line["reverse_kl"] for line in lines_of(run.path, "train_step")]
     assert len({line["step"] for line in lines_of(run.path, "train_step")}) == 4
     assert kl[-1] < 0.9 * kl[0], kl
