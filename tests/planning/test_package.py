@@ -48,6 +48,6 @@ options = {"num_train_steps": 2, "teacher_weights": [0.5, 0.5], "dp_size": 2, "s
 options |= {"normalization": "token_mean", "cost": model.sample_cost}
 planning.plan_train_steps(samples, micro_batch_size=2, **options)
 planning.plan_train_steps(samples, token_budget=32, **options)
-planning.plan_pass([5, 3, 9], 2, batch_tokens=10, token_bytes=4, activation_budget=400)
+planning.plan_pass([[5, 3], [9]], 2, batch_tokens=10, token_bytes=4, activation_budget=400)
 """
     )
