@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from mtopd.rollout.sglang_servers import CONTROL_S, Server, ServerError, Servers
 from mtopd.types import MtopdError
 
 
-class WeightUpdate:
+class WeightUpdate(ABC):
     """One update of all servers that answer, step by step: `begin`, `send` for each bucket, `end`,
     `prove`; `close` in any case.
     """
@@ -53,17 +54,17 @@ class WeightUpdate:
         await self._find_members()
         await self._accept("/pause_generation", {"mode": "abort"})
 
+    @abstractmethod
     async def send(self, number: int, bucket: Mapping[str, torch.Tensor]) -> None:
         """Bucket ``number``, counted from 0: under way when this returns.  Raises MtopdError or
         OSError, also for the one before.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def end(self, count: int) -> None:
         """All ``count`` buckets are on every member, under the version, no state of the old weights
         in its prefix cache.
         """
-        raise NotImplementedError
 
     async def prove(
         self,
@@ -108,6 +109,7 @@ class WeightUpdate:
             probe_difference=difference,
         )
 
+    @abstractmethod
     async def close(self) -> None:
         """Leave nothing behind."""
 
