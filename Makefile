@@ -10,10 +10,10 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo smoke real readme test parity integration sglang sglang-test lint fuzz soak benchmark benchmark-quick clean-demo clean-smoke help
 
 help:
-	@echo "make demo         three specialists become one student; ends with the result table (about 15 minutes on 2 cores)"
+	@echo "make demo         three specialists become one student; ends with the result table (5 to 14 minutes on 2 cores)"
 	@echo "make smoke        the same with fewer steps (about 2 minutes after installation)"
 	@echo "make real         a real 135M model: two specialists, consolidated at tensor parallel 3 (about an hour)"
-	@echo "make readme       the README's section on your own teachers, verbatim in a clean environment (about 10 minutes)"
+	@echo "make readme       the README's section on your own teachers, verbatim in a clean environment (about 4 minutes)"
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"
 	@echo "make integration  whole runs of the command line (kills, resume, the smoke demo) and long matrices"
@@ -44,7 +44,7 @@ readme: $(READY)
 	$(BIN)/python -m tests.readme_commands
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m "not integration" -n 2 --dist loadfile
 
 parity: $(READY)
 	$(BIN)/python -m tests.parallel.parity

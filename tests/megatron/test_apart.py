@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,36 +13,7 @@ import torch.distributed as dist
 from mtopd.megatron import agreement
 from mtopd.megatron.agreement import apart, deal
 from mtopd.types import MtopdError
-
-WORLD = 3
-
-
-def _rank(rank: int, path: str, body: Callable[[Any], Any], results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    agreement.BEAT_EVERY_S = 0.05
-    try:
-        results.put((rank, body(SimpleNamespace(rank=rank, world_size=WORLD))))
-    except MtopdError as error:
-        results.put((rank, str(error)))
-
-
-def on_ranks(tmp_path: Path, body: Callable[[Any], Any], awaited: int = WORLD) -> list[Any]:
-    """What the ranks give, by rank; of the first ``awaited`` that end."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(r, str(tmp_path / "store"), body, results), daemon=True)
-        for r in range(WORLD)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        found = dict(results.get(timeout=300) for _ in range(awaited))
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-    return [found[rank] for rank in sorted(found)]
+from tests.support.gloo_ranks import WORLD, on_ranks
 
 
 def test_numbers_are_dealt_once_and_all_wait_for_the_slowest(tmp_path: Path) -> None:

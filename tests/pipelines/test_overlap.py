@@ -23,7 +23,7 @@ from mtopd.rollout.token_log import log_path, read_log
 from mtopd.run_dir import RunDir, is_sealed
 from mtopd.trajectories import TokenStore
 from mtopd.types import MtopdError, Prompt
-from tests.megatron.test_apart import on_ranks
+from tests.support.gloo_ranks import on_ranks
 
 COUNT, LENGTH = 8, 60
 
@@ -33,7 +33,7 @@ class Elsewhere:
     start drew it.
     """
 
-    kind, answers_elsewhere = "sglang", True
+    kind, answers_elsewhere, update = "sglang", True, None
 
     def __init__(self, is_client: bool, generation: int) -> None:
         self.version: str | None = None
@@ -41,6 +41,9 @@ class Elsewhere:
         self._is_client = is_client
         self._generation = generation
         self._is_paused = self._draws = False
+
+    def taker(self, bucket: int) -> int:
+        return 0
 
     def update_weights(self, buckets: Any, version: str) -> None:
         assert not self._draws, "weights change while tokens are drawn"
@@ -97,7 +100,9 @@ class OverlappingSession:
         )
         prompts = [Prompt(f"a/{i}", {}, (1, 2), 0) for i in range(COUNT)]
         self.prompts = SimpleNamespace(train=[prompts])
-        self.student = SimpleNamespace(weights=tuple, tokenizer=None, ending=lambda config: None)
+        self.student = SimpleNamespace(
+            weights=lambda taker: (), tokenizer=None, ending=lambda config: None
+        )
         self.engine = Elsewhere(ranks.rank == 0, self.run.generation)
         self.rollout: Any = None
         self.lines: list[Any] = []

@@ -15,7 +15,7 @@ from mtopd.rollout import token_log
 from mtopd.rollout.engine import Request
 from mtopd.rollout.token_log import TokenLog, log_path, logs_before
 from mtopd.types import Prompt
-from tests.megatron.test_apart import on_ranks
+from tests.support.gloo_ranks import on_ranks
 
 
 class Table(list[Prompt]):

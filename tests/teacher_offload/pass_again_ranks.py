@@ -98,6 +98,7 @@ class Answering:
         self.shard_names = sealed_shards(self.folder)
         self._seals = {name: seal_path(self.folder, name) for name in self.shard_names}
         self._hidden = self.folder.with_name("hidden")
+        dist.barrier()  # all have listed them
         if session.ranks.rank == 0:
             (self.folder / SEAL).unlink()
             self._hidden.mkdir(exist_ok=True)
