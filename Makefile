@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo         three specialists become one student; ends with the result table (5 to 14 minutes on 2 cores)"
 	@echo "make smoke        the same with fewer steps (about 2 minutes after installation)"
-	@echo "make real         a real 135M model: two specialists, consolidated at tensor parallel 3 (about an hour)"
+	@echo "make real         a real 135M model: two specialists, consolidated at tensor parallel 3 (half an hour)"
 	@echo "make readme       the README's section on your own teachers, verbatim in a clean environment (about 4 minutes)"
 	@echo "make test         install what is needed and run the test suite"
 	@echo "make parity       the same mini-batch under every layout, one table (about 3 minutes; part of make test)"

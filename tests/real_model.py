@@ -1,4 +1,4 @@
-"""The real model from end to end: ``make real``, about an hour on two cores.
+"""The real model from end to end: ``make real``, half an hour on two idle cores.
 
 SmolLM2-135M becomes two specialists on reasoning-gym datasets, which are consolidated at tensor
 parallel 3 into a student that begins with a few supervised steps on both.  One process and a pipeline
