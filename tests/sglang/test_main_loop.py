@@ -70,8 +70,13 @@ def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def check_learns(run: Path) -> None:
-    kl = [line["reverse_kl"] for line in lines_of(run, "train_step")]
+    """Two iterations of two train steps.  In the first of each the trainer gives the tokens of the rollout
+    the servers' log-probs.
+    """
+    lines = lines_of(run, "train_step")
+    kl = [line["reverse_kl"] for line in lines]
     assert len(kl) == 4 and kl[-1] < 0.9 * kl[0], kl
+    assert all(0 < line["log_prob_difference_p99"] < 1e-5 for line in lines[::2]), lines
 
 
 def test_two_iterations_at_tp2pp2_on_two_servers(
@@ -109,7 +114,7 @@ def wide(zygote: Zygote, place: Place) -> Iterator[RunningServer]:
 
 def test_one_server_at_tp_2(workplace: Path, tmp_path: Path, wide: RunningServer) -> None:
     run = tmp_path / "run"
-    code, said = consolidate(workplace, run, [wide.url], "student.parallel={}")
+    code, said = consolidate(workplace, run, [wide.url])
     assert code == 0, said
     check_learns(run)
 

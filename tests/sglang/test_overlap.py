@@ -4,6 +4,7 @@ rollout goes on while it trains, killed in the middle of that and started again.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mtopd.rollout.background import Background
 from mtopd.rollout.engine import Sampling
@@ -36,6 +39,12 @@ OVERLAP = (
     "evaluation.baselines_at_end=false",
     "checkpoint.every=1",
     "checkpoint.export_every=1",
+    "student.parallel={tp: 2}",
+)
+EARLY = (
+    "rollout.open_per_server=2",
+    "rollout.batch_size=4",
+    "evaluation.baselines_at_end=false",
     "student.parallel={tp: 2}",
 )
 Known = dict[int, OpenResponse]
@@ -159,6 +168,33 @@ def test_rollouts_go_on_while_the_run_trains_and_after_a_kill(
     evaluated = sorted(path.stem for path in (run.path / "evaluations").glob("0*.json"))
     assert evaluated == [f"{number:06d}" for number in range(3)]
     assert len([x for x in lines_of(run.path, "rollout") if x["iteration"] == 0]) == 1
+
+
+def test_teachers_read_while_servers_answer(
+    workplace: Path,  # noqa: F811
+    tmp_path: Path,
+    servers: list[RunningServer],
+) -> None:
+    """The student comes out bit for bit as it does when teachers wait for the last answer."""
+    urls = [server.url for server in servers]
+    exports = []
+    for overlaps in (True, False):
+        run = RunDir(tmp_path / str(overlaps))
+        overrides = [*EARLY, f"rollout.overlap_teacher_pass={json.dumps(overlaps)}"]
+        process = start(workplace, run.path, urls, *overrides)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        exports.append(load_file(run.export(2) / "model.safetensors"))
+        passes = lines_of(run.path, "teacher_pass")
+        early = [line for line in passes if "quarters" in line["part"]]
+        hidden_s = [v.get("hidden_s") or 0 for line in early for v in line["teachers"].values()]
+        assert (sum(hidden_s) > 0) is overlaps, passes
+        read = [v["samples"] for line in passes for v in line["teachers"].values()]
+        assert sum(read) == 2 * COUNT, "each sample once in each of the iterations"
+    early_student, late_student = exports
+    assert early_student.keys() == late_student.keys()
+    for name, tensor in late_student.items():
+        assert torch.equal(early_student[name], tensor), name
 
 
 def check_versions(store: TokenStore, place: Place, students: dict[int, Path]) -> dict[int, int]:

@@ -26,7 +26,7 @@ def test_log_probs_are_those_of_transformers_and_of_the_embedded_engine(
     engine: EngineUnderTest, place: Place
 ) -> None:
     engine.give(place.student, "run/1/0")
-    asked = requests(place, 16)
+    asked = requests(place, 50)
     seeded = answer(engine, asked, Sampling(LENGTH, seed=5))
     lengths = {len(response.response_ids) for response in seeded.values()}
     assert len(lengths) > 1 and max(lengths) <= LENGTH  # some end by themselves
@@ -91,15 +91,26 @@ def narrow(place: Place, servers: list[RunningServer]) -> Iterator[EngineUnderTe
     engine.close()
 
 
+@pytest.mark.parametrize(
+    "long",
+    [
+        Sampling(80, min_response=80, temperature=0),
+        Sampling(80, min_response=80, seed=5),
+    ],
+    ids=["greedy", "seeded"],
+)
 def test_a_server_is_killed_in_the_middle_and_comes_back(
-    narrow: EngineUnderTest, place: Place, servers: list[RunningServer], zygote: Zygote
+    narrow: EngineUnderTest,
+    place: Place,
+    servers: list[RunningServer],
+    zygote: Zygote,
+    long: Sampling,
 ) -> None:
     """SIGKILL while responses stream: they go on elsewhere, token for token.  Started again it gets
     no request before weights.
     """
     engine = narrow
     engine.give(place.student, "run/1/0")
-    long = Sampling(80, min_response=80, seed=5)
     asked = [Request(r.sample_id, r.prompt_id, r.prompt_ids[:15]) for r in requests(place, 24)]
     whole = answer(engine, asked, long)
     victim = servers[1]
