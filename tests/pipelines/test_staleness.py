@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from mtopd.metrics_lines import StalenessLine
 from mtopd.pipelines import micro_batches, staleness
@@ -48,6 +50,14 @@ def trajectory(sample_id: int, spans: tuple[tuple[int, int], ...]) -> Trajectory
     )
 
 
+@pytest.fixture(autouse=True)
+def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 class Case:
     """An iteration with these trajectories, on one rank or one of two cp ranks."""
 
@@ -65,6 +75,7 @@ class Case:
         self.lines: list[Any] = []
         ranks = SimpleNamespace(
             rank=0,
+            world_size=1,
             dp_rank=0,
             cp_rank=cp[0],
             cp_size=cp[1],
