@@ -10,8 +10,8 @@ what an SGLang server does, joins the broadcast, and knows nothing of models.
     memory      growth of a rank's peak resident memory, the largest over ranks: while the receiver is updated (rank 0
                 sends a bucket and gathers the next), while every rank takes every bucket (an update of embedded
                 engines), and while all ranks write an export; models of 0.5, 1 and 2 GiB in bfloat16 and float32 at
-                tp1, tp2, tp2 x pp2.  Allowed: twice the larger of bucket and largest tensor + 64 MiB, and the three
-                sizes within 10 % of one another.
+                tp1, tp2, tp2 x pp2; medians of three.  Allowed, to each of the three: twice the larger of bucket and
+                largest tensor + 64 MiB; and the medians of the three sizes within 10 % of one another.
     throughput  bytes/s of an update, from the first bucket to the answer to the last one, over a bare broadcast of as
                 many bytes in as large buckets to the same receiver, in turn; tp1, tp2 x pp2.
 
@@ -43,6 +43,7 @@ from typing import Any
 
 MIB = 1 << 20
 BUCKET = 64 * MIB
+_REPEATS = 3  # of a measurement of memory: which message is late by a moment is chance
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "tp2pp2": (2, 2)}
 TARGETS = {"tp1": 0.7, "tp2pp2": 0.4}
 # 12 M parameters a layer, 16.8 M in the tied embedding
@@ -154,13 +155,13 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
     tensors = student.stream.tensors.values()
     size, largest = sum(t.nbytes for t in tensors), max(t.nbytes for t in tensors)
     allowed = 2 * max(BUCKET, largest) + 64 * MIB
-    found = {}
+    found: dict[str, list[int]] = {}
 
-    def to_server() -> None:
+    def to_server(_: int) -> None:
         engine.update_weights(student.stream.buckets(BUCKET, engine.taker), "run/1/0")
         assert student.ranks.rank or engine.update.bytes_sent == size
 
-    def to_all() -> None:
+    def to_all(_: int) -> None:
         taken = 0
         for bucket in student.stream.buckets(BUCKET):
             taken += sum(tensor.nbytes for tensor in bucket.values())
@@ -172,24 +173,27 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
         run.path.mkdir()
         write_json(run.path / "generation.json", {"generation": 1})
 
-    def to_files() -> None:
-        export(student, run, run.path / "export", shard_bytes=256 * MIB)
+    def to_files(number: int) -> None:
+        export(student, run, run.path / f"export-{number}", shard_bytes=256 * MIB)
 
     # What a first connection leaves for good is no update's: threads, a client's library.
     small = min(tensors, key=lambda tensor: tensor.nbytes).name
     engine.update_weights(iter([student.stream.gather([small], to=0)]), "run/1/0")
     for name, work in {"update": to_server, "stream": to_all, "export": to_files}.items():
-        worst(0)
-        before = reset_peak()
-        work()
-        found[name] = worst(status_bytes("VmHWM") - before)
+        found[name] = []
+        for number in range(_REPEATS):
+            worst(0)
+            before = reset_peak()
+            work(number)
+            found[name].append(worst(status_bytes("VmHWM") - before))
     engine.close()
     return {
         "model_mib": size / MIB,
         "rank_weights_mib": worst(student.held) / MIB,
-        **{f"{name}_mib": value / MIB for name, value in found.items()},
+        **{f"{name}_mib": statistics.median(values) / MIB for name, values in found.items()},
+        "largest_mib": max(map(max, found.values())) / MIB,
         "allowed_mib": allowed / MIB,
-        "within": max(found.values()) <= allowed,
+        "within": max(map(max, found.values())) <= allowed,
     }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ _IN_FLIGHT = 2  # messages: one is packed or unpacked while another is on its wa
 _ALONE = 1 << 20  # bytes from which on a part is a message of its own
 _ALIGN = 64  # bytes: any dtype's, and what a GPU copies fastest
 _LARGE = 32 << 20  # bytes that the C library's allocator takes from the system, and gives it back
+_COMES_BACK_S = 0.003  # within which a block that was let go of is free again
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 # The rank that needs the bucket of this number, from 0; None: all ranks do.
@@ -288,17 +290,22 @@ class _Blocks:
         self._size = size
         self._device = device
         self._free: list[mmap.mmap] = []
+        self._num_made = 0
 
     def take(self) -> torch.Tensor:
         """Bytes [size], whose holder alone has them until it lets go of all that is made of them."""
         if self._size < _LARGE or self._device.type != "cpu":
             return torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        deadline = time.monotonic() + _COMES_BACK_S
+        while self._num_made and not self._free and time.monotonic() < deadline:
+            time.sleep(0.0005)  # whose thread has sent the last one lets go of it in a moment
         memory = self._free.pop() if self._free else self._new()
         held = memoryview(memory)  # which the tensors keep
         weakref.finalize(held, self._free.append, memory).atexit = False
         return torch.frombuffer(held, dtype=torch.uint8)
 
     def _new(self) -> mmap.mmap:
+        self._num_made += 1
         memory = mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # of a kernel without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)

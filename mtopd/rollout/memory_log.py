@@ -141,6 +141,7 @@ class MemoryLog:
         self._over: dict[int, Held] = {}  # handed on, kept until they are forgotten
         self._replies: dict[int, bytes] = {}  # likewise
         self._ready: deque[Response] = deque()
+        self._is_woken = False
         self._changed = threading.Condition()
 
     # -- the engine's side -------------------------------------------------------------------------
@@ -214,9 +215,16 @@ class MemoryLog:
         return list(found)
 
     def wait(self, timeout_s: float) -> None:
-        """Until there is something to take, or the time is over."""
+        """Until there is something to take, somebody calls ``wake``, or the time is over."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._ready), timeout_s)
+            self._changed.wait_for(lambda: bool(self._ready) or self._is_woken, timeout_s)
+            self._is_woken = False
+
+    def wake(self) -> None:
+        """Who waits looks again."""
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify_all()
 
     def flush(self) -> None:
         """Make safe what was appended.  Only for when none of this rank's responses runs: were it

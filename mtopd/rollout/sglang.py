@@ -225,6 +225,7 @@ class SGLangEngine:
         running = client.start(works, asking, append, name, is_over)
         if running is None:  # it was paused meanwhile
             return
+        running.add_done_callback(lambda _: log.wake())
         try:
             while not running.done():
                 log.wait(0.2)

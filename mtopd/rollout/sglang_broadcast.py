@@ -75,6 +75,12 @@ class BroadcastGroup:
         assert self._group is not None, "nobody joined"
         self._group.broadcast(flat, 0).wait()
 
+    def broadcast_from(self, handed: list[torch.Tensor]) -> None:
+        """``broadcast`` of what is taken out of the list: a pool's thread keeps its arguments for a
+        while after it has told of its end, and the next bucket would find no free memory.
+        """
+        self.broadcast(handed.pop())
+
     def abort(self) -> None:
         """Close the connections: whoever waits in a broadcast is let go with an error."""
         if self._group is not None:
@@ -141,13 +147,15 @@ class BroadcastUpdate(WeightUpdate):
             names, tensors, flat = parts.pop(0)
             sending = self._send(names, tensors, flat, is_last=False)
             if any(map(self._tells_bytes, self._members)):
-                await asyncio.gather(sending, asyncio.to_thread(self._add_sums, names, tensors))
+                await asyncio.gather(sending, asyncio.to_thread(self._add_sums, names, [*tensors]))
             else:
                 await sending
 
-    def _add_sums(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-        for name, tensor in zip(names, tensors, strict=True):
-            self._sent.add(name, tensor)
+    def _add_sums(self, names: Sequence[str], handed: list[torch.Tensor]) -> None:
+        """Of the tensors, which leave the list: ``broadcast_from`` says why."""
+        handed.reverse()
+        for name in names:
+            self._sent.add(name, handed.pop())
 
     async def _send(
         self,
@@ -219,7 +227,7 @@ class BroadcastUpdate(WeightUpdate):
     ) -> bool:
         """Whether all members have the bucket; False: it has to be sent again, to those left."""
         body = {**body, "group_name": group.name}
-        sending = asyncio.create_task(asyncio.to_thread(group.broadcast, flat))
+        sending = asyncio.create_task(asyncio.to_thread(group.broadcast_from, [flat]))
         posts = {
             asyncio.create_task(
                 self._servers.post(server, "/update_weights_from_distributed", body, _BUCKET_S)
