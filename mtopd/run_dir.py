@@ -102,6 +102,11 @@ class RunDir:
         return self.path / "weights"
 
     @property
+    def weights_group(self) -> Path:
+        """Where servers were told to join a broadcast of weights, while they do."""
+        return self.path / "weights_group.json"
+
+    @property
     def probe_bound(self) -> Path:
         """How far log-probs of servers and trainer may differ, once it was measured."""
         return self.path / "weights_probe.json"

@@ -68,6 +68,7 @@ def sglang(
         silence_s=rollout.silence_s,
         patience_s=rollout.patience_s,
         weights_folder=run.weights if rollout.weights == "disk" else None,
+        group_note=run.weights_group,
     )
     return SGLangEngine(
         options,

@@ -141,10 +141,10 @@ def servers_of(config: ConsolidateConfig, run: RunDir) -> Iterator[None]:
 
     rollout = config.rollout
     if rollout.servers != "auto":
-        await_servers(config)
+        await_servers(config, run)
         yield
     elif holder := run.holder(SERVERS_LOCK):
-        await_servers(config, _served(run, holder, rollout.patience_s))
+        await_servers(config, run, _served(run, holder, rollout.patience_s))
         yield
     else:
         with _own(run, ranks_on_node(config.student)):

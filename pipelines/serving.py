@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from mtopd.config import ConsolidateConfig
 from mtopd.dtypes import torch_dtype
 from mtopd.manifest import differences
+from mtopd.rollout.sglang_broadcast import let_go
 from mtopd.rollout.sglang_command import check_arguments
 from mtopd.rollout.sglang_servers import wait_for_servers
 from mtopd.rollout.sglang_serving import start_command, write_serving_folder
@@ -67,15 +68,18 @@ def write_folder(
         say(f"SGLang servers of this run are started with: {command} --host HOST --port PORT")
 
 
-def await_servers(config: ConsolidateConfig, urls: Sequence[str] | None = None) -> None:
+def await_servers(
+    config: ConsolidateConfig, run: RunDir, urls: Sequence[str] | None = None
+) -> None:
     """Return once every server answers, and as its client reads.  ``urls``: None for those that the
     config names.  Raises MtopdError.
     """
     rollout = config.rollout
     if rollout.engine == "sglang":
-        wait_for_servers(
-            rollout.servers if urls is None else urls,
-            context_length=config.data.context_length,
-            seeded=rollout.seeded,
-            patience_s=rollout.patience_s,
-        )
+        with let_go(run.weights_group):
+            wait_for_servers(
+                rollout.servers if urls is None else urls,
+                context_length=config.data.context_length,
+                seeded=rollout.seeded,
+                patience_s=rollout.patience_s,
+            )

@@ -62,6 +62,7 @@ class SGLangOptions:
     silence_s: float = 60.0
     patience_s: float = 600.0
     weights_folder: Path | None = None  # weights go by files in it; None: by broadcast
+    group_note: Path | None = None  # of a broadcast that servers join (``sglang_broadcast.let_go``)
 
 
 class SGLangEngine:
@@ -160,7 +161,8 @@ class SGLangEngine:
     def _way(self, folder: Path | None, version: str, servers: Servers) -> WeightUpdate:
         if folder is not None:
             return DiskUpdate(servers, version, folder)
-        return BroadcastUpdate(servers, f"mtopd-{self._name}", version)
+        note = self._options.group_note
+        return BroadcastUpdate(servers, f"mtopd-{self._name}", version, note)
 
     def _served(self, bucket: Mapping[str, torch.Tensor], *, cast: bool) -> dict[str, torch.Tensor]:
         """As servers hold them: without rows of the vocabulary that no token of the tokenizer has,

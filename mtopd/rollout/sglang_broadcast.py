@@ -3,21 +3,29 @@
 SGLang joins a group of its own with torch's private layout of keys in a store; this is the other end,
 without SGLang.  A group name is never free again on a server, so every group has a fresh one.  A bucket
 in which a server died is sent again to those that are left.
+
+A server that was told to join a group whose store died with its trainer looks for it for 30 minutes,
+and answers nobody.  So a note in the run directory says where the store is while servers join, and the
+next start hosts one there until they have noticed (``let_go``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import itertools
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from mtopd.files import read_json, write_json
 from mtopd.rollout.sglang_servers import Server, ServerError, Servers
 from mtopd.rollout.sglang_weights import WeightUpdate
 from mtopd.types import MtopdError
@@ -26,6 +34,7 @@ JOIN_S = 60.0
 BROADCAST_S = 60.0  # one bucket
 _BUCKET_S = 600.0  # one bucket, and a server's answer
 _LEAVE_S = 10.0
+_LOOK_S = 0.5
 _SMALL = 1 << 20  # bytes
 _FEW = 4  # pieces that a bucket is sent in rather than copied into one
 Piece = tuple[list[str], list[torch.Tensor], torch.Tensor]  # names, tensors, their bytes
@@ -35,24 +44,14 @@ class BroadcastGroup:
     """A store that this process hosts, and the group once all have joined."""
 
     def __init__(self, name: str, num_receivers: int, address: str, device: torch.device) -> None:
-        listening = socket.create_server((address, 0))
         self.name = name
         self.address = address
-        self.port = int(listening.getsockname()[1])
         self.size = num_receivers + 1
         self.device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: Any = None  # a ProcessGroup of the backend
-        # Only on the address that the servers are told: whoever reaches the store can take part.
-        self._store = dist.TCPStore(
-            address,
-            self.port,
-            self.size,
-            is_master=True,
-            timeout=datetime.timedelta(seconds=JOIN_S),
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
+        self._store = _host_store(address, 0, self.size)
+        self.port = int(self._store.port)
 
     def join(self) -> None:
         """Wait for the servers' workers.  Raises RuntimeError when one does not come."""
@@ -88,14 +87,66 @@ class BroadcastGroup:
         self._group = None
 
 
+def _host_store(address: str, port: int, size: int) -> dist.TCPStore:
+    """A store on this address alone, which servers are told: whoever reaches it can take part.
+    ``port`` 0 takes a free one.
+    """
+    listening = socket.create_server((address, port))
+    return dist.TCPStore(
+        address,
+        int(listening.getsockname()[1]),
+        size,
+        is_master=True,
+        timeout=datetime.timedelta(seconds=JOIN_S),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+
+
+# -- a start that was killed while servers joined --------------------------------------------------
+@contextlib.contextmanager
+def let_go(note: Path) -> Iterator[None]:
+    """Until the block ends, servers that look for the store of a killed start find one, which closes once
+    they have come: that ends their wait.  Only where that start's address is this host's.
+    """
+    if not note.is_file():
+        yield
+        return
+    is_over = threading.Event()
+    thread = threading.Thread(target=_host_and_close, args=(read_json(note), is_over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    note.unlink(missing_ok=True)
+
+
+def _host_and_close(where: Mapping[str, Any], is_over: threading.Event) -> None:
+    while not is_over.wait(_LOOK_S):
+        try:
+            store = _host_store(where["address"], where["port"], where["size"])
+        except OSError:  # another host's address; or its port is somebody's again
+            continue
+        before = store.num_keys()
+        while store.num_keys() == before and not is_over.wait(_LOOK_S):
+            pass  # they look again after up to some seconds
+        is_over.wait(_LOOK_S)  # for those who come together
+        del store
+
+
 class BroadcastUpdate(WeightUpdate):
     """An update by broadcast: while one bucket is on its way, the next one is made."""
 
     _numbers = itertools.count()
 
-    def __init__(self, servers: Servers, group_prefix: str, version: str) -> None:
+    def __init__(
+        self, servers: Servers, group_prefix: str, version: str, note: Path | None = None
+    ) -> None:
         super().__init__(servers, version)
         self._prefix = group_prefix
+        self._note = note  # where it is written for ``let_go``
         self._group: BroadcastGroup | None = None  # from the first bucket on
         self._under_way: asyncio.Task[None] | None = None
         self._closing: tuple[str, torch.Tensor] | None = None  # comes again, at the end
@@ -183,6 +234,9 @@ class BroadcastUpdate(WeightUpdate):
         size = sum(server.tp_size for server in self._members)
         address = address_for(self._members[0].url)
         group = BroadcastGroup(name, size, address, device)
+        if self._note is not None:
+            where = {"address": address, "port": group.port, "size": group.size}
+            write_json(self._note, where)
         joining = asyncio.create_task(asyncio.to_thread(group.join))
         first = 1
         posts = []
@@ -200,6 +254,8 @@ class BroadcastUpdate(WeightUpdate):
                 self._servers.post(server, "/init_weights_update_group", body, JOIN_S + 10)
             )
         answers = await asyncio.gather(*posts, return_exceptions=True)
+        if self._note is not None:
+            self._note.unlink(missing_ok=True)
         try:
             await joining
         except RuntimeError as error:

@@ -75,18 +75,22 @@ def test_the_folder_is_written_and_its_command_said_once(values: dict[str, Any])
 
 
 def test_servers_must_answer_as_their_client_reads(
-    values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    values: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    run = RunDir(tmp_path / "run")
     with pytest.raises(MtopdError, match=rf"{NOBODY} does not answer .*take its URL out of"):
-        await_servers(parsed(values))
+        await_servers(parsed(values), run)
     assert f"waiting for SGLang server {NOBODY}" in capsys.readouterr().err
-    await_servers(parsed({**values, "rollout": {"prompts_per_iteration": 8}}))
+    await_servers(parsed({**values, "rollout": {"prompts_per_iteration": 8}}), run)
 
     async def ask(server: FakeServer, **data: int) -> None:
         await server.start()
         try:
             asked = {**values, "data": values["data"] | data}
-            await asyncio.to_thread(await_servers, parsed(asked, servers=[server.url]))
+            await asyncio.to_thread(await_servers, parsed(asked, servers=[server.url]), run)
         finally:
             await server.die()
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mtopd.files import write_json
 from mtopd.hf_weights import read_weights
-from mtopd.rollout.sglang_servers import Servers
+from mtopd.rollout.sglang_broadcast import let_go
+from mtopd.rollout.sglang_servers import Servers, wait_for_servers
 from mtopd.types import MtopdError
-from tests.sglang.conftest import BUCKET_BYTES, EngineUnderTest, Place
+from tests.sglang.conftest import BUCKET_BYTES, CONTEXT, EngineUnderTest, Place
 from tests.support.sglang_servers import RunningServer
 
 VICTIM = "model.layers.1.mlp.down_proj.weight"
@@ -132,6 +140,40 @@ def test_a_bucket_that_one_server_refuses_does_not_keep_the_other_waiting(
     monkeypatch.undo()
     engine.give(place.other, "run/1/2")
     assert bad.why_out is None
+
+
+def test_servers_that_a_killed_trainer_told_to_join_are_let_go(
+    engine: EngineUnderTest, place: Place, servers: list[RunningServer], tmp_path: Path
+) -> None:
+    """They would look for its store for half an hour, and answer nobody."""
+    note, urls = tmp_path / "group.json", [server.url for server in servers]
+    port = free_port()
+    write_json(note, {"address": "127.0.0.1", "port": port, "size": 3})
+    body = {"master_address": "127.0.0.1", "master_port": port, "world_size": 3, "backend": "gloo"}
+    with ThreadPoolExecutor(2) as pool:
+        for number, url in enumerate(urls):
+            joining = {**body, "rank_offset": 1 + number, "group_name": f"gone-{port}"}
+            pool.submit(post, f"{url}/init_weights_update_group", joining)
+        time.sleep(3)
+        started = time.perf_counter()
+        with let_go(note):
+            wait_for_servers(urls, context_length=CONTEXT, seeded=True, patience_s=100)
+        assert time.perf_counter() - started > 0.5, "they did not look for it"
+    assert not note.exists()
+    engine.give(place.other, "run/2/0")
+    assert engine.probe_difference < 1e-5
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def post(url: str, body: dict[str, Any]) -> None:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(request, timeout=200).read()
 
 
 # -- by way of files -------------------------------------------------------------------------------
