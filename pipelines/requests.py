@@ -23,14 +23,14 @@ def plan_requests(session: Session, iteration: Iteration) -> Asked:
         numbers = number_samples(rows, config.samples_per_prompt)
         planned += [(number, row, sample) for row, sample in numbers]
     table_N, row_N, sample_N = np.array(planned).T
-    return Asked(sources, np.arange(len(planned)), table_N, row_N, sample_N)
+    number_N = np.full(len(planned), iteration.number)
+    return Asked(sources, np.arange(len(planned)), table_N, row_N, sample_N, number_N)
 
 
-def sampling(session: Session, iteration: Iteration) -> Sampling:
+def sampling(session: Session) -> Sampling:
     """The student's own distribution, as it is."""
     return Sampling(
         session.config.data.max_response,
         min_response=session.config.rollout.min_response,
         seed=session.config.seed,
-        iteration=iteration.number,
     )

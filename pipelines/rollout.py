@@ -139,10 +139,10 @@ class Rollout:
                     self._waiting,
                     self.replying,
                     log,
-                    sampling(session, iteration),
+                    sampling(session),
                     tokenizer=session.student.tokenizer,
                     ending=session.student.ending(session.config.rollout),
-                    name=f"{session.run.id}/{iteration.number}",
+                    name=session.run.id,
                 )
             ) as turns,
         ):

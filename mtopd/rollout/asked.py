@@ -1,4 +1,4 @@
-"""What is asked of an engine, built when it is looked at: a rank holds 20 bytes a sample, whatever its
+"""What is asked of an engine, built when it is looked at: a rank holds 24 bytes a sample, whatever its
 prompt, and the prompts that it has looked at last.
 """
 
@@ -26,7 +26,7 @@ class Table(Protocol):
 
 class Asked(Mapping[int, tuple[Prompt, Request]]):
     """By sample id, in ascending order: sample ``id_N[i]`` is response number ``sample_N[i]`` to the
-    prompt in row ``row_N[i]`` of ``tables[table_N[i]]``.
+    prompt in row ``row_N[i]`` of ``tables[table_N[i]]``, as iteration ``iteration_N[i]`` planned it.
     """
 
     def __init__(
@@ -36,18 +36,20 @@ class Asked(Mapping[int, tuple[Prompt, Request]]):
         table_N: Integers,
         row_N: Integers,
         sample_N: Integers,
+        iteration_N: Integers,
     ) -> None:
         self._tables = tables
         self._id_N = id_N.astype(np.int64)
-        self._columns = [column.astype(np.int32) for column in (table_N, row_N, sample_N)]
+        columns = table_N, row_N, sample_N, iteration_N
+        self._columns = [column.astype(np.int32) for column in columns]
         assert (np.diff(self._id_N) > 0).all(), "sample ids ascend"
         # Samples of a row are neighbours, and share the object.
         self._prompt = functools.lru_cache(_PROMPTS_AT_ONCE)(lambda t, row: tables[t][row])
 
     def where(self, is_asked_N: npt.NDArray[np.bool_]) -> Asked:
         """These samples alone."""
-        table_N, row_N, sample_N = (column[is_asked_N] for column in self._columns)
-        return Asked(self._tables, self._id_N[is_asked_N], table_N, row_N, sample_N)
+        columns = (column[is_asked_N] for column in self._columns)
+        return Asked(self._tables, self._id_N[is_asked_N], *columns)
 
     def __len__(self) -> int:
         return len(self._id_N)
@@ -62,9 +64,11 @@ class Asked(Mapping[int, tuple[Prompt, Request]]):
         place = self._place(sample_id)
         if place is None:
             raise KeyError(sample_id)
-        table, row, sample = (int(column[place]) for column in self._columns)
+        table, row, sample, iteration = (int(column[place]) for column in self._columns)
         prompt = self._prompt(table, row)
-        return prompt, Request(sample_id, prompt.prompt_id, prompt.prompt_ids, sample)
+        return prompt, Request(
+            sample_id, prompt.prompt_id, prompt.prompt_ids, sample, iteration=iteration
+        )
 
     def _place(self, sample_id: int) -> int | None:
         place = int(np.searchsorted(self._id_N, sample_id))

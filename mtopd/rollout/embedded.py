@@ -251,7 +251,7 @@ class EmbeddedEngine:
         else:
             prompt_A, sample_A = rows.prompt_B[row_A], rows.sample_B[row_A]
             place_A = rows.first_B[row_A] + position
-            u_A = uniform(sampling.seed, sampling.iteration, prompt_A, sample_A, place_A)
+            u_A = uniform(sampling.seed, rows.iteration_B[row_A], prompt_A, sample_A, place_A)
             # On the host: of floats CUDA has no deterministic cumsum.
             drawn_from_AV = filtered(log_p_AV.cpu(), sampling)
             token_A = inverse_cdf(drawn_from_AV, torch.from_numpy(u_A)).to(self._device)
@@ -287,6 +287,7 @@ class _Rows:
         self.sampling = sampling
         self.prompt_B = np.array([r.prompt_number for r in batch], np.uint64)
         self.sample_B = np.array([r.sample for r in batch], np.uint64)
+        self.iteration_B = np.array([r.iteration for r in batch], np.uint64)
         self.first_B = np.array([r.position for r in batch])  # of position 0 in the whole response
         self._budget_B = np.array([sampling.budget(r) for r in batch])
         self.width = int(self._budget_B.max())

@@ -39,6 +39,7 @@ class Request:
     # Tokens of the whole response that ``prompt_ids`` ends with: the next draw is that of this
     # position, and the budget is what they leave of ``max_response``.
     position: int = 0
+    iteration: int = 0  # that planned it: the draws stay the same wherever the response ends
 
     @property
     def prompt_number(self) -> int:
@@ -58,7 +59,6 @@ class Sampling:
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # of the fewest most likely tokens that hold this probability together
     seed: int = 0
-    iteration: int = 0
 
     @property
     def is_exact(self) -> bool:

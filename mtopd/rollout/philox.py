@@ -17,10 +17,12 @@ _SHIFT = np.uint64(32)
 _ROUNDS = 10
 
 
-def philox4x32(counter_4N: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """[4, N] uint64 holding 32-bit words -> [4, N] random 32-bit words."""
+def philox4x32(counter_4N: np.ndarray, key: tuple[int, int | np.ndarray]) -> np.ndarray:
+    """[4, N] uint64 holding 32-bit words -> [4, N] random 32-bit words.  The second word of the key is
+    one for all, or [N].
+    """
     c0, c1, c2, c3 = counter_4N.astype(np.uint64)
-    k0, k1 = np.uint64(key[0] & 0xFFFFFFFF), np.uint64(key[1] & 0xFFFFFFFF)
+    k0, k1 = np.uint64(key[0] & 0xFFFFFFFF), np.asarray(key[1], np.uint64) & _LOW
     for _ in range(_ROUNDS):
         product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (
@@ -35,15 +37,15 @@ def philox4x32(counter_4N: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 def uniform(
     seed: int,
-    iteration: int,
+    iteration: int | np.ndarray,
     prompt_N: np.ndarray,
     sample_N: np.ndarray,
     position: int | np.ndarray,
 ) -> np.ndarray:
     """[N] float64 in [0, 1): the number that draws the token at ``position`` of each response.
 
-    ``prompt_N``: 64-bit prompt numbers; ``sample_N``: which of a prompt's responses; ``position``:
-    one for all, or [N].
+    ``prompt_N``: 64-bit prompt numbers; ``sample_N``: which of a prompt's responses; ``iteration``
+    and ``position``: one for all, or [N].
     """
     prompt_N = prompt_N.astype(np.uint64)
     counter_4N = np.stack(

@@ -301,7 +301,7 @@ class SGLangEngine:
 
 def draw_seed(sampling: Sampling, request: Request) -> int:
     """63 bits: what all draws of a response follow from, with their positions."""
-    text = f"{sampling.seed}/{sampling.iteration}/{request.prompt_id}/{request.sample}"
+    text = f"{sampling.seed}/{request.iteration}/{request.prompt_id}/{request.sample}"
     return int(_digest(text)[:16], 16) >> 1
 
 

@@ -124,8 +124,7 @@ class _Conversation:
 
 class Turns:
     """The responses of one piece of work on this rank.  ``asked`` by sample id, which ascend;
-    ``environments`` by source; ``name`` begins
-    what an environment knows a conversation by.
+    ``environments`` by source; ``name`` begins what an environment knows a conversation by.
     """
 
     def __init__(
@@ -229,16 +228,16 @@ class Turns:
         """Call the environment in a thread, which logs its reply."""
         prompt, environment = found.prompt, self._environment(found.prompt)
         sample_id, told = sample_of(turn.sample_id), prompt.conversation
-        messages = list(found.messages)
+        request, messages = self._asked[sample_id][1], list(found.messages)
         asked = Turn(
-            conversation=f"{self._name}/{sample_id}",
+            conversation=f"{self._name}/{request.iteration}/{sample_id}",
             turn=turn_of(turn.sample_id),
             messages=copy.deepcopy([*messages, self._said(turn)]),
             tools=copy.deepcopy(told["tools"]),
             answer=told["answer"],
             fields=dict(prompt.route),
             prompt_id=prompt.prompt_id,
-            sample=self._asked[sample_id][1].sample,
+            sample=request.sample,
         )
 
         def done(result: object, seconds: float) -> None:
@@ -317,5 +316,6 @@ class Turns:
                 np.concatenate(ids),
                 request.sample,
                 self._length(found),
+                request.iteration,
             )
         return found.next.get(number)

@@ -98,7 +98,9 @@ BUILDERS: dict[str, Callable[..., Engine]] = {"embedded": build_embedded}
 def requests(count: int) -> list[Request]:
     rng = np.random.default_rng(0)
     return [
-        Request(i, f"p/{i}", tuple(rng.integers(3, VOCAB, rng.integers(1, 9)).tolist()))
+        Request(
+            i, f"p/{i}", tuple(rng.integers(3, VOCAB, rng.integers(1, 9)).tolist()), iteration=7
+        )
         for i in range(count)
     ]
 

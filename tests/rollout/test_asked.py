@@ -42,16 +42,18 @@ def some(rows: int, samples: int) -> tuple[list[Table], Asked]:
     count = 2 * rows * samples
     row_N = np.tile(np.repeat(np.arange(rows)[::-1], samples), 2)
     table_N, sample_N = np.repeat([0, 1], count // 2), np.tile(np.arange(samples), 2 * rows)
-    return tables, Asked(tables, np.arange(count), table_N, row_N, sample_N)
+    iteration_N = np.arange(count) // 8
+    return tables, Asked(tables, np.arange(count), table_N, row_N, sample_N, iteration_N)
 
 
 def test_samples_are_found_by_their_ids() -> None:
     _, asked = some(5, 3)
     expected = [
-        Request(15 * t + 3 * (4 - row) + k, f"{name}/{row}", ids_of(row), k)
+        Request(number, f"{name}/{row}", ids_of(row), k, iteration=number // 8)
         for t, name in enumerate("ab")
         for row in range(4, -1, -1)
         for k in range(3)
+        for number in [15 * t + 3 * (4 - row) + k]
     ]
     assert [*asked] == [*range(30)]
     assert [request for _, request in asked.values()] == expected

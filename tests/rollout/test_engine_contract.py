@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from tests.rollout.engines import (
     tokens,
 )
 
-SAMPLING = Sampling(16, seed=3, iteration=7)
+SAMPLING = Sampling(16, seed=3)
 GREEDY = Sampling(16, temperature=0)
 VERSIONS = {7: VERSION}
 Build = Callable[..., Engine]
@@ -88,9 +89,16 @@ def test_the_same_requests_are_answered_to_the_same_tokens(build: Build) -> None
     engine, asked = build(), requests(24)
     first = answer(engine, asked, SAMPLING)
     check_same(engine, answer(engine, asked, SAMPLING), first)
-    other = answer(engine, asked, Sampling(16, seed=3, iteration=8))
-    assert tokens(other) != tokens(first)
-    again = Request(0, "p/0", asked[0].prompt_ids, sample=1)
+    later = [replace(request, iteration=8) for request in asked]
+    apart = [
+        a != b for a, b in zip(tokens(answer(engine, later, SAMPLING)), tokens(first), strict=True)
+    ]
+    assert sum(apart) > len(asked) // 2, "another iteration"
+    # Of iterations that are answered together each request has the draws of its own.
+    mixed = [pair[i % 2] for i, pair in enumerate(zip(asked, later, strict=True))]
+    found = tokens(answer(engine, mixed, SAMPLING))
+    assert found[0::2] == tokens(first)[0::2] and found[1::2] != tokens(first)[1::2]
+    again = Request(0, "p/0", asked[0].prompt_ids, sample=1, iteration=7)
     assert tokens(answer(engine, [again], SAMPLING)) != tokens(first[:1]), (
         "another sample of the prompt"
     )
@@ -211,7 +219,7 @@ def test_before_min_response_nothing_ends(build: Build) -> None:
     """An end token stays where it was drawn, with the log-prob that it had."""
     engine, asked = build(), requests(24)
     whole = answer(engine, asked, SAMPLING)
-    found = answer(engine, asked, Sampling(16, min_response=6, seed=3, iteration=7))
+    found = answer(engine, asked, Sampling(16, min_response=6, seed=3))
     early = 0
     for response, plain in zip(found, whole, strict=True):
         length = len(plain.response_ids)
@@ -237,6 +245,7 @@ def test_a_request_behind_tokens_of_its_response_is_answered_as_that_response_go
             request.prompt_id,
             np.concatenate([request.prompt_ids, response.response_ids[:cut]]).astype(np.int32),
             position=cut,
+            iteration=7,
         )
         for request, response, cut in zip(asked, whole, cuts, strict=True)
         if len(response.response_ids) > cut
@@ -246,7 +255,7 @@ def test_a_request_behind_tokens_of_its_response_is_answered_as_that_response_go
         rest = whole[request.sample_id]
         np.testing.assert_array_equal(found.response_ids, rest.response_ids[request.position :])
         assert found.finish_reason == rest.finish_reason
-    late = Sampling(16, min_response=12, seed=3, iteration=7)
+    late = Sampling(16, min_response=12, seed=3)
     for request, found in zip(behind, answer(engine, behind, late), strict=True):
         assert request.position + len(found.response_ids) >= 12, "of the whole response"
 

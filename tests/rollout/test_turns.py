@@ -33,7 +33,7 @@ from mtopd.types import MtopdError, Prompt
 from tests.environments import count_letters
 from tests.rollout.engines import VERSION, Model, build_embedded, memory_log, small_model, token_log
 
-SAMPLING = Sampling(72, seed=3, iteration=7)
+SAMPLING = Sampling(72, seed=3)
 COUNT = 20
 Asked = dict[int, tuple[Prompt, Request]]
 
@@ -53,7 +53,8 @@ def asked(model: Model) -> Asked:
         told = {"environment": "letters", "messages": messages, "tools": None, "answer": str(i)}
         (ids,) = encode_prompts(tokenizer, [messages])
         prompt = Prompt(f"letters/{i}", {"domain": "x"}, tuple(ids), 0, {}, told if i % 3 else {})
-        found[i] = prompt, Request(i, prompt.prompt_id, prompt.prompt_ids, sample=1)
+        request = Request(i, prompt.prompt_id, prompt.prompt_ids, sample=1, iteration=7)
+        found[i] = prompt, request
     return found
 
 
@@ -182,7 +183,7 @@ def test_wherever_a_start_is_killed_the_next_one_ends_alike_and_asks_for_what_is
             again: list[int] = []
 
             def step(turn: Turn, again: list[int] = again) -> Any:
-                again.append(turn_id(int(turn.conversation.removeprefix("test/")), turn.turn))
+                again.append(turn_id(int(turn.conversation.removeprefix("test/7/")), turn.turn))
                 return count_letters(turn)
 
             log = token_log(folder, generation, COUNT, "embedded", {7: VERSION})
@@ -241,7 +242,7 @@ def test_what_an_environment_gets_is_its_own_and_all_of_the_conversation(
     assert bits(found) == bits(answer(model, turns_of(model, asked, memory_log())))
     last = max(told, key=lambda key: key[1])
     turn, messages = seen[last], told[last]
-    number = int(last[0].removeprefix("test/"))
+    number = int(last[0].removeprefix("test/7/"))
     assert (turn.prompt_id, turn.answer, turn.sample) == (f"letters/{number}", str(number), 1)
     assert turn.fields == {"domain": "x"} and turn.tools is None
     roles = [message["role"] for message in messages]

@@ -80,8 +80,8 @@ def seeds_of(run: RunDir, samples: Samples) -> dict[int, tuple[int, int]]:
         columns = store.metadata.select(["sample_id", "prompt_id"]).to_pylist()
         assert len({row["prompt_id"] for row in columns}) == SAMPLES, "one sample a prompt"
         for row in columns:
-            request = Request(row["sample_id"], row["prompt_id"], ())
-            seed = draw_seed(Sampling(MAX_RESPONSE, seed=0, iteration=number), request)
+            request = Request(row["sample_id"], row["prompt_id"], (), iteration=number)
+            seed = draw_seed(Sampling(MAX_RESPONSE, seed=0), request)
             found[seed] = (number, row["sample_id"])
     assert len(found) == len(samples)
     return found

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,8 @@ def test_samples_seeds_and_iterations_draw_apart(engine: EngineUnderTest, place:
     found = answer(engine, asked, SEEDED)
     assert len({tuple(r.response_ids.tolist()) for r in found.values()}) == 8
     for seed, iteration in ((6, 0), (5, 1)):
-        other_draw = Sampling(LENGTH, min_response=LENGTH, seed=seed, iteration=iteration)
-        other = answer(engine, asked, other_draw)
+        other_draw = Sampling(LENGTH, min_response=LENGTH, seed=seed)
+        other = answer(engine, [replace(r, iteration=iteration) for r in asked], other_draw)
         pairs = [(other[i].response_ids, found[i].response_ids) for i in range(8)]
         assert not any(one.tolist() == two.tolist() for one, two in pairs)
 
