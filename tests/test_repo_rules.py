@@ -95,6 +95,7 @@ PIPELINES = (
     ("consolidate", "supervised", "phase"),  # what the ranks of a verb run
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
+    ("answering",),  # a rollout under way
     ("sequence_filter", "staleness", "rollout_files", "requests"),
     ("micro_batches", "teacher_stream"),
     ("session",),
