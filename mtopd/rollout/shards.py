@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,21 +57,24 @@ class ShardWriter:
         generation: int,
     ) -> None:
         self.sealed = Counts()
+        self.num_missing = len(planned)  # responses that were not added here
         self._folder = folder
         self._shard_size = shard_size
         self._generation = generation
         self._planned = planned
-        self._sizes = Counter(shard_name(sample_id, shard_size) for sample_id in planned)
+        # Of shards that are not sealed, in their order
+        self._sizes: dict[str, int] = Counter(shard_name(i, shard_size) for i in planned)
         self._arrived: dict[str, dict[int, Response]] = {}
 
     def add(self, response: Response) -> Sequence[int]:
         """Take a response.  Returns the ids of samples that are sealed by it: a whole shard's, or
         none.
         """
-        name = shard_name(response.sample_id, self._shard_size)
+        name = self._shard_of(response.sample_id)
         arrived = self._arrived.setdefault(name, {})
         assert response.sample_id not in arrived, f"sample {response.sample_id} came twice"
         arrived[response.sample_id] = response
+        self.num_missing -= 1
         if len(arrived) < self._sizes[name]:
             return ()
         samples = [trajectory(*self._planned[i], arrived[i]) for i in sorted(arrived)]
@@ -80,7 +84,37 @@ class ShardWriter:
             [int(np.count_nonzero(np.asarray(sample.loss_mask))) for sample in samples],
             [sample.finish_reason for sample in samples],
         )
+        del self._sizes[name]
         return [*self._arrived.pop(name)]
+
+    def _shard_of(self, sample_id: int) -> str:
+        return shard_name(sample_id, self._shard_size)
+
+
+class EndedFirst(ShardWriter):
+    """Collects the ``count`` responses that end first, of more that are ``planned``: shards are filled
+    in the order in which responses are added, ``sealed`` are left out.  No other rank may have any.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        planned: Mapping[int, tuple[Prompt, Request]],
+        shard_size: int,
+        generation: int,
+        *,
+        count: int,
+        sealed: Container[str],
+    ) -> None:
+        super().__init__(folder, planned, shard_size, generation)
+        names = (shard_name(first, shard_size) for first in itertools.count(0, shard_size))
+        free = (name for name in names if name not in sealed)
+        firsts = range(0, count, shard_size)
+        self._sizes = {next(free): min(shard_size, count - first) for first in firsts}
+        self.num_missing = count
+
+    def _shard_of(self, sample_id: int) -> str:
+        return next(iter(self._sizes))
 
 
 def trajectory(prompt: Prompt, request: Request, response: Response) -> Trajectory:

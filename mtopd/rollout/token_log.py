@@ -1,7 +1,8 @@
 """The token log of a rollout: every sampled token is on disk within a tenth of a second, so that a
 killed rollout goes on where it was.
 
-``iterations/N/rollout/log-<start>-<rank>.bin``, one writer a file, append only:
+``iterations/N/rollout/log-<start>-<rank>.bin``, one writer a file, append only; of start 0, before all
+others, is what the iteration before has left open (``carry_over``):
 
     record    length u32, crc32c u32 of the payload, payload
     payload   sample u64, start u32, version u32, count u16, finish u8, attempt u8,
@@ -28,19 +29,20 @@ Promises:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
 import threading
-from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from mtopd.files import explain, fsync_dir
+from mtopd.files import explain, fsync_dir, write_atomic
 from mtopd.rollout.memory_log import Held, MemoryLog, Named, OpenResponse, Record, sample_of
 from mtopd.types import MtopdError
 
@@ -99,10 +101,8 @@ class TokenLog(MemoryLog):
             return
         self._versions |= versions
         named = {str(number): version for number, version in self._versions.items()}
-        text = json.dumps({**self._about, "versions": named}, sort_keys=True).encode()
-        head = _HEAD.pack(_HEADER_SAMPLE, 0, 0, 0, 0, 0)
         with self._committing:
-            self._write(_framed(head + text))
+            self._write(_header({**self._about, "versions": named}))
 
     def flush(self) -> None:
         self._commit()
@@ -177,6 +177,11 @@ class TokenLog(MemoryLog):
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.num_bytes += len(data)
+
+
+def _header(about: Mapping[str, Any]) -> bytes:
+    head = _HEAD.pack(_HEADER_SAMPLE, 0, 0, 0, 0, 0)
+    return _framed(head + json.dumps(about, sort_keys=True).encode())
 
 
 def _framed(payload: bytes) -> bytes:
@@ -271,11 +276,12 @@ def _take_header(log: LogFile, text: bytes) -> None:
 
 @dataclass
 class Recovery:
-    """What former starts of an iteration had logged."""
+    """What former starts of an iteration had logged, by turn."""
 
     responses: dict[int, OpenResponse] = field(default_factory=dict)
     replies: dict[int, bytes] = field(default_factory=dict)
     num_dropped: int = 0  # tokens behind a gap
+    versions: dict[str, str] = field(default_factory=dict)  # names of the students
 
 
 def logs_before(folder: Path, generation: int) -> list[Path]:
@@ -291,11 +297,18 @@ def recover(paths: list[Path], *, run: str, unsealed: Container[int]) -> Recover
     """Join what the files hold of responses that are in no sealed shard.  Raises MtopdError where
     they hold different tokens, or belong to another run.
     """
+    return _recover(paths, run, unsealed.__contains__)
+
+
+def _recover(paths: list[Path], run: str, is_wanted: Callable[[int], bool]) -> Recovery:
+    """Of the turns that ``is_wanted``."""
     found = Recovery()
     origin: dict[int, Path] = {}  # the last file that a response was in
     for path in paths:
-        for record in _log_of_run(path, run).records:
-            if record.sample_id in unsealed:
+        log = _log_of_run(path, run)
+        found.versions = {**log.about.get("versions", {}), **found.versions}
+        for record in log.records:
+            if is_wanted(record.sample_id):
                 _join(found, record, path, origin)
     return found
 
@@ -384,3 +397,36 @@ def _apart(record: Record, first: Path, second: Path) -> MtopdError:
         f"{first} and {second} hold {what}: two starts have sampled it apart, and either may have been "
         "trained on; remove the logs of this iteration and its trajectories, then start again"
     )
+
+
+# -- from one iteration to the next --------------------------------------------------------------
+def carry_over(
+    paths: list[Path], target: Path, *, run: str, engine: str, samples: Container[int]
+) -> Counter[int]:
+    """Write what the files hold of ``samples``, turns and replies, as one file in ``target``'s place;
+    returns how many tokens it has of each.
+    """
+    found = _recover(paths, run, lambda turn: sample_of(turn) in samples)
+    about = {"format": FORMAT, "run": run, "engine": engine, "versions": found.versions}
+    records = [
+        *itertools.chain.from_iterable(_records(*item) for item in found.responses.items()),
+        *(Record(turn, 0, 0, b"", b"", None, 0, reply) for turn, reply in found.replies.items()),
+    ]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, b"".join([_header(about), *map(_framed, _payloads(records))]))
+    tokens: Counter[int] = Counter()
+    for turn, response in found.responses.items():
+        tokens[sample_of(turn)] += response.length
+    return tokens
+
+
+def _records(turn: int, response: OpenResponse) -> Iterator[Record]:
+    """What a log would hold of a response, a record for the tokens of each student."""
+    ends = [*(start for start, _ in response.spans[1:]), response.length]
+    for (first, version), end in zip(response.spans, ends, strict=True):
+        for start in range(first, end, _MAX_COUNT):
+            stop = min(start + _MAX_COUNT, end)
+            reason = response.finish_reason if stop == response.length else None
+            at = slice(4 * start, 4 * stop)
+            ids, log_probs = bytes(response.ids[at]), bytes(response.log_probs[at])
+            yield Record(turn, start, version, ids, log_probs, reason, 0)

@@ -169,6 +169,12 @@ class Turns:
             yield from self._drain()
         yield from self._drain()
 
+    def settle(self) -> None:
+        """Wait for the environments that were asked: their replies are appended to the log then."""
+        for found in self._conversations.values():
+            if found.call is not None:
+                self._calls[found.prompt.conversation["environment"]].wait(found.call)
+
     def close(self) -> None:
         """Threads that call environments end."""
         for calls in self._calls.values():

@@ -9,7 +9,7 @@ import pytest
 
 from mtopd.rollout.engine import Request
 from mtopd.rollout.memory_log import Response
-from mtopd.rollout.shards import Counts, ShardWriter
+from mtopd.rollout.shards import Counts, EndedFirst, ShardWriter
 from mtopd.trajectories import TokenStore, sealed_shards
 from mtopd.types import Prompt
 from tests.rollout.test_token_log import count_calls
@@ -42,6 +42,25 @@ def test_a_shard_is_sealed_by_its_last_response(tmp_path: Path) -> None:
     again.add(response(0))
     with pytest.raises(AssertionError, match="sample 0 came twice"):
         again.add(response(0))
+
+
+def test_the_first_to_end_fill_shards_in_their_order(tmp_path: Path) -> None:
+    """Of 12 that are asked for 10 are an iteration's.  A start was killed behind its second shard."""
+    first = EndedFirst(tmp_path, planned(12), 4, generation=1, count=10, sealed=())
+    order = [11, 3, 7, 0, 5, 9, 1, 2, 8, 4]
+    sealed = [sorted(first.add(response(i))) for i in order[:9]]
+    assert [ids for ids in sealed if ids] == [[0, 3, 7, 11], [1, 2, 5, 9]]
+    assert first.num_missing == 1 and first.sealed.samples == 8
+    left = {i: asked for i, asked in planned(12).items() if i in (4, 6, 8, 10)}
+    names = sealed_shards(tmp_path)
+    second = EndedFirst(tmp_path, left, 4, generation=2, count=2, sealed=names)
+    assert [sorted(second.add(response(i))) for i in (6, 4)] == [[], [4, 6]]
+    assert second.num_missing == 0
+    assert TokenStore(tmp_path).shards == {
+        "batch-00000": [0, 3, 7, 11],
+        "batch-00001": [1, 2, 5, 9],
+        "batch-00002": [4, 6],
+    }
 
 
 def test_sealing_and_reading_are_linear_in_samples_and_free_of_tokens(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from mtopd.rollout import token_log
+from mtopd.rollout.memory_log import turn_id
 from mtopd.rollout.token_log import (
     FormerLogs,
     LogFile,
     TokenLog,
+    carry_over,
     log_path,
     logs_before,
     read_log,
@@ -432,3 +434,48 @@ def test_work_is_linear_in_samples_and_free_of_tokens(tmp_path: Path, slow_clock
     few, many, long = work("few", 500, 4), work("many", 2000, 4), work("long", 500, 400)
     assert many < 4.2 * few
     assert long < 1.02 * few
+
+
+def test_what_is_carried_over_is_one_file_that_a_start_goes_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two starts' logs of samples 0 to 4, of which 1, 2 and 4 go on: one is over, one has a second turn
+    behind a reply, of one there is no token.
+    """
+    monkeypatch.setattr(token_log, "_MAX_COUNT", 4)
+    second_turn = turn_id(2, 1)
+    first = start(tmp_path / "old", 1)
+    first.begin(map(Asked, range(5)))
+    log_tokens(first, 0, 0, 3, "stop")
+    log_tokens(first, 1, 0, 3)
+    log_tokens(first, 2, 0, 2, "stop")
+    first.append_reply(2, b"reply")
+    first.close()
+    second = start(tmp_path / "old", 2, former_logs(tmp_path / "old", 2))
+    second.begin([Asked(i) for i in (1, 3, second_turn)])
+    second.note_versions({5: "r/2/5"})
+    ids = ids_of(1, 11)[3:]
+    second.append(1, ids[:4], -ids[:4] / 7, version=5)
+    second.append(1, ids[4:], -ids[4:] / 7, version=5, finish_reason="length")
+    log_tokens(second, 3, 0, 1)
+    second.append(second_turn, [7, 8], [-1.0, -2.0], version=5)
+    second.close()
+    target, paths = log_path(tmp_path / "new", 0, 0), logs_before(tmp_path / "old", 3)
+    kept = {1, 2, 4}
+    tokens = carry_over(paths, target, run="r", engine="embedded", samples=kept)
+    assert tokens == {1: 11, 2: 4} and tokens[4] == 0
+    data = target.read_bytes()
+    carry_over(paths, target, run="r", engine="embedded", samples=kept)
+    assert target.read_bytes() == data, "again after a kill it is the same"
+    assert read_log(target).about["versions"] == {"4": "r/1/4", "5": "r/2/5"}
+
+    third = start(tmp_path / "new", 3, former_logs(tmp_path / "new", 3))
+    found = third.begin([Asked(i) for i in (1, 2, 4, second_turn)])
+    third.close()
+    assert [len(held.response_ids) for held in found] == [11, 2, 0, 2]
+    assert [held.finish_reason for held in found] == ["length", "stop", None, None]
+    np.testing.assert_array_equal(found[0].response_ids, ids_of(1, 11))
+    np.testing.assert_array_equal(found[0].log_probs, (-ids_of(1, 11) / 7).astype(np.float32))
+    assert third.reply(2) == b"reply" and third.reply(second_turn) is None
+    over = {response.sample_id: response for response in third.take()}
+    assert over.keys() == {1, 2} and over[1].version_spans == ((0, 4), (3, 5))

@@ -22,6 +22,7 @@ from mtopd.rollout.shards import trajectory
 from mtopd.rollout.token_log import (
     FormerLogs,
     TokenLog,
+    carry_over,
     log_path,
     logs_before,
     read_log,
@@ -196,6 +197,33 @@ def test_wherever_a_start_is_killed_the_next_one_ends_alike_and_asks_for_what_is
                 rest = log.path.read_bytes()
                 log.path.write_bytes(rest[: max(300, len(rest) // 2)])
     assert 0 in known_counts and num_replied in known_counts and len(known_counts) > 3
+
+
+def test_what_one_iteration_hands_over_the_next_one_ends_alike(
+    model: Model, asked: Asked, tmp_path: Path
+) -> None:
+    first = token_log(tmp_path / "whole", 1, COUNT, "embedded", {7: VERSION})
+    whole = answer(model, turns_of(model, asked, first))
+    first.close()
+    data = first.path.read_bytes()
+    for number, size in enumerate(np.random.default_rng(1).integers(300, len(data), 3).tolist()):
+        old, new = tmp_path / f"{number}" / "old", tmp_path / f"{number}" / "new"
+        old.mkdir(parents=True)
+        log_path(old, 1, 0).write_bytes(data[:size])
+        known = {r.sample_id for r in read_log(log_path(old, 1, 0)).records if r.reply}
+        target, samples = log_path(new, 0, 0), range(COUNT)
+        carry_over(logs_before(old, 2), target, run="test", engine="embedded", samples=samples)
+        again: list[int] = []
+
+        def step(turn: Turn, again: list[int] = again) -> Any:
+            again.append(turn_id(int(turn.conversation.removeprefix("test/7/")), turn.turn))
+            return count_letters(turn)
+
+        log = token_log(new, 2, COUNT, "embedded", {7: VERSION})
+        found = answer(model, turns_of(model, asked, log, step))
+        log.close()
+        assert bits(found) == bits(whole), f"cut at {size} of {len(data)}"
+        assert again and not known & {*again}, "asked once a turn"
 
 
 def test_a_reply_is_logged_as_soon_as_it_is_there(
