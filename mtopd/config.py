@@ -30,6 +30,7 @@ from mtopd.config_values import (
 )
 
 _MOST_SAMPLES = 1 << 24  # of an iteration
+_MOST_NUMBERED = 1 << 32  # of a run whose samples are numbered through: ids of token logs
 
 
 class ParallelConfig(Model):
@@ -234,13 +235,19 @@ class ConsolidateConfig(Model):
         names = [t.name for t in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teacher names must differ, found {names}")
-        samples = self.rollout.prompts_per_iteration * self.rollout.samples_per_prompt
+        samples = self.rollout.samples_per_iteration
         steps = self.train.train_steps_per_iteration
         if samples > _MOST_SAMPLES:
             raise ValueError(
                 f"an iteration has {samples} samples (rollout.prompts_per_iteration x "
                 f"samples_per_prompt), each rank plans all of them: {_MOST_SAMPLES} at most; lower "
                 "one, and raise train.num_iterations"
+            )
+        if self.rollout.carry_over and samples * self.train.num_iterations > _MOST_NUMBERED:
+            raise ValueError(
+                f"train.num_iterations {self.train.num_iterations} x {samples} samples is more than the "
+                f"{_MOST_NUMBERED} that rollout.carry_over can number through; lower one, or leave "
+                "carry_over out"
             )
         if samples < steps:
             raise ValueError(

@@ -78,13 +78,21 @@ class RolloutConfig(Model):
     """
     max_staleness: Annotated[Whole, Field(ge=0, le=1 << 31)] = 0
     """Tokens that were sampled by weights more than so many iterations old get loss mask 0 and are
-    counted; their response stays.  overlap one_step needs 1.
+    counted; their response stays.  overlap one_step and carry_over need 1.
+    """
+    carry_over: Annotated[Whole, Field(ge=0, le=1 << 24)] = 0
+    """Partial rollouts: an iteration ends while so many of its responses are still open on SGLang servers.
+    They go on in the next one with its weights, and are trained where they end; none is dropped.
     """
     overlap_teacher_pass: bool = False
     """The teacher pass begins while SGLang servers still answer: as soon as a quarter of the iteration's
     samples is sealed, teachers read it.  The trained weights are the same; a teacher may be streamed
     up to four times an iteration.
     """
+
+    @property
+    def samples_per_iteration(self) -> int:
+        return self.prompts_per_iteration * self.samples_per_prompt
 
     def _refuse(self, keys: Sequence[str], why: str) -> None:
         """Raise ValueError for one of ``keys`` that has been set: it would do nothing."""
@@ -136,6 +144,40 @@ class RolloutConfig(Model):
                 f"overlap {self.overlap} needs max_staleness 1 or more, found {self.max_staleness}: "
                 "responses begin with weights that are one iteration old when they are trained, and "
                 "those tokens would all be left out; set max_staleness: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _carries_over(self) -> RolloutConfig:
+        if not self.carry_over:
+            return self
+        what, samples = f"carry_over {self.carry_over}", self.samples_per_iteration
+        if self.engine != "sglang":
+            raise ValueError(
+                f"{what} needs engine sglang: of the ranks on which the {self.engine} engine answers none "
+                "knows when enough responses have ended; leave it out, or set engine sglang"
+            )
+        if self.max_staleness < 1:
+            raise ValueError(
+                f"{what} needs max_staleness 1 or more, found {self.max_staleness}: a response that goes "
+                "on in the next iteration begins with older weights, and those tokens would all be left "
+                "out; set max_staleness: 1"
+            )
+        if self.carry_over >= samples:
+            raise ValueError(
+                f"{what} is not below the {samples} samples of an iteration (prompts_per_iteration x "
+                "samples_per_prompt): a response could wait for several iterations before it begins; "
+                "lower it"
+            )
+        if self.overlap != "none":
+            raise ValueError(
+                f"{what} is not for overlap {self.overlap}, where responses that are open when the "
+                "weights change go on already; leave one of them out"
+            )
+        if self.overlap_teacher_pass:
+            raise ValueError(
+                f"{what} is not for overlap_teacher_pass: it begins with samples that are known "
+                "beforehand, here those that end first are an iteration's; leave one of them out"
             )
         return self
 

@@ -94,6 +94,11 @@ class RolloutLine(Line):
     stopped: int  # samples that ended by themselves; the others have all the tokens they may
     continued_tokens: int = 0  # of tokens, sampled by starts that were killed
     log_bytes: int = 0  # of this start's token logs
+    # With rollout.carry_over
+    carried_samples: int | None = None  # that the iteration before had left open
+    carried_tokens: int | None = None  # that they had then
+    open_samples: int | None = None  # that the next iteration goes on with
+    open_tokens: int | None = None  # that they have now
     # Of sources with an environment, where there are any
     environment_tokens: int | None = None  # replies between the student's turns, beside tokens
     environment_errors: int | None = None  # samples that ended because it failed

@@ -82,7 +82,7 @@ class Trajectory:
     tokens of a stop string; they are trained.
     """
 
-    sample_id: int  # unique in an iteration, dense from 0
+    sample_id: int  # unique in an iteration
     prompt_id: str
     route: Mapping[str, str]
     teacher_index: int

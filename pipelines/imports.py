@@ -34,6 +34,8 @@ from mtopd.trajectories.row_checks import KnownTeacher, Problems, RowChecks, Sam
 from mtopd.trajectories.rows import Problem, Row, place, read_rows, row_file_ending
 from mtopd.types import MtopdError, Trajectory, num_input_tokens
 
+from .carry_over import check_import
+
 IMPORT = "trajectories.import"  # beside trajectories: shards of an import that has not ended
 # A shard is full with so many tokens or samples: what an import holds in memory.
 SHARD_TOKENS, SHARD_SAMPLES = 1 << 19, 4096
@@ -55,9 +57,9 @@ def import_rows(
             )
     config = load_config(run.config, [], ConsolidateConfig)
     number = max(run.sealed_checkpoints(), default=0) if iteration is None else iteration
-    if number >= config.train.num_iterations:
-        last = config.train.num_iterations - 1
+    if number > (last := config.train.num_iterations - 1):
         raise MtopdError(f"the run has iterations 0..{last}, {number} was asked for")
+    check_import(config)
     for path in files:
         row_file_ending(path)
     if len({path.resolve() for path in files}) < len(files):
@@ -132,9 +134,8 @@ class _Import:
 
     def _kept_ids(self) -> Iterator[int]:
         for name in self._kept:
-            yield from trajectories.read_shard_metadata(self._staging, name)[
-                "sample_id"
-            ].to_pylist()
+            metadata = trajectories.read_shard_metadata(self._staging, name)
+            yield from metadata["sample_id"].to_pylist()
 
     def read(
         self, files: Sequence[Path], contents: Sequence[FileContent], console: Console

@@ -20,6 +20,7 @@ from mtopd.prompt_table import write_prompt_table
 from mtopd.run_dir import RunDir, is_sealed, numbered
 from mtopd.tokenizer import end_ids, tokenizer_hash, vocab_size
 
+from .carry_over import check_end
 from .checks import (
     check_baselines,
     check_optimizer_form,
@@ -197,6 +198,8 @@ def _start(
     if checkpoints:
         check_optimizer_form(run.checkpoint(checkpoints[-1]), config.student)
     end = changed_end(run, config.train)
+    if isinstance(config, ConsolidateConfig):
+        check_end(run, config)
 
     def drop_unfinished() -> None:
         """What was made for the former teachers: routed prompts, iterations that no checkpoint

@@ -8,12 +8,15 @@ gone on with where it was, finished responses are not sampled again.  Differs fr
 sampling is the student's own distribution at temperature 1, unfiltered; ranks that are through wait
 for the slowest however long it takes.  Where a source has an environment, a response is several
 turns (``mtopd.rollout.turns``).  With ``rollout.overlap`` an iteration's rollout is begun while the
-one before is trained: which student sampled a token is written with it (``pipelines/staleness.py``).
+one before is trained, with ``rollout.carry_over`` it goes on with responses that were left open
+(``pipelines/carry_over.py``): which student sampled a token is written with it
+(``pipelines/staleness.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -26,8 +29,9 @@ from mtopd.progress import say
 from mtopd.rollout.shards import Counts
 
 from .answering import Rollout
+from .carry_over import carried_into, hand_over, seal_entry
 from .iteration import Iteration
-from .rollout_files import sealed_before
+from .rollout_files import Sealed, sealed_before
 from .session import Session
 
 
@@ -65,11 +69,16 @@ def begin(session: Session, iteration: Iteration, student: Iteration) -> Rollout
     """Begin the iteration's rollout with the weights that ``student`` begins with, unless it is sealed.
     An engine that answers elsewhere is asked in a thread from here on, others in ``join``.  Collective.
     """
-    sealed = decide(session.ranks, lambda: sealed_before(iteration))
+
+    def look() -> tuple[Mapping[int, int], Sealed | None]:
+        carried = carried_into(session, iteration)  # before the iteration has a folder
+        return carried, sealed_before(iteration)
+
+    carried, sealed = decide(session.ranks, look)
     if sealed is None:
         return None
     session.update_engine(student)
-    return Rollout(session, iteration, sealed)
+    return Rollout(session, iteration, sealed, carried)
 
 
 def join(session: Session, rollout: Rollout) -> None:
@@ -78,6 +87,10 @@ def join(session: Session, rollout: Rollout) -> None:
     rollout.finish()
     if not session.engine.answers_elsewhere:
         session.engine.release()
+    is_partial = session.config.rollout.carry_over > 0
+    left_open: Mapping[int, int] = {}
+    if is_partial:
+        left_open = decide(ranks, lambda: hand_over(session, iteration, rollout.left_open()))
     before = rollout.before if ranks.rank == 0 else Counts()
     sums = torch.tensor(
         [
@@ -111,6 +124,15 @@ def join(session: Session, rollout: Rollout) -> None:
         continued_tokens=continued,
         log_bytes=log_bytes,
     )
+    if is_partial:
+        line = dataclasses.replace(
+            line,
+            continued_tokens=max(continued - rollout.carried_tokens, 0),
+            carried_samples=len(rollout.carried),
+            carried_tokens=sum(rollout.carried.values()),
+            open_samples=len(left_open),
+            open_tokens=sum(left_open.values()),
+        )
     if rollout.replying:
         line = dataclasses.replace(
             line,
@@ -123,7 +145,8 @@ def join(session: Session, rollout: Rollout) -> None:
     session.metrics.write(line, iteration.number)
     if ranks.rank == 0:
         folder = iteration.trajectories
-        session.run.seal(folder, {"shards": trajectories.seal_hashes(folder)})
+        contents = {"shards": trajectories.seal_hashes(folder)}
+        session.run.seal(folder, contents | seal_entry(left_open) if is_partial else contents)
         remove_tree(iteration.token_logs)
     dist.barrier()
 

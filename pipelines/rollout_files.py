@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Mapping
+from collections.abc import Container, Set
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from mtopd import trajectories
 from mtopd.files import remove_tree
@@ -19,19 +24,33 @@ from .iteration import Iteration
 from .session import Session
 
 
-def sealed_before(iteration: Iteration) -> Mapping[str, Counts] | None:
-    """Shards that killed starts have sealed, by name; None: all of them."""
-    folder = iteration.trajectories
-    if is_sealed(folder):
+@dataclass(frozen=True)
+class Sealed:
+    """Sealed shards of an iteration."""
+
+    names: Set[str]
+    sample_ids: npt.NDArray[np.int64]
+    counts: Counts
+
+
+def sealed_before(iteration: Iteration) -> Sealed | None:
+    """Shards that killed starts have sealed; None: all of them."""
+    if is_sealed(iteration.trajectories):
         remove_tree(iteration.token_logs)  # a kill came between
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    iteration.trajectories.mkdir(parents=True, exist_ok=True)
+    return look_at_shards(iteration.trajectories)
+
+
+def look_at_shards(folder: Path) -> Sealed:
     names = trajectories.sealed_shards(folder)
-    return {n: count(folder, n) for n in names if trajectories.shard_is_sealed(folder, n)}
+    names = [name for name in names if trajectories.shard_is_sealed(folder, name)]
+    tables = [trajectories.read_shard_metadata(folder, name) for name in names]
+    ids = [np.empty(0, np.int64), *(table["sample_id"].to_numpy() for table in tables)]
+    return Sealed({*names}, np.concatenate(ids), sum(map(count, tables), Counts()))
 
 
-def count(folder: Path, name: str) -> Counts:
-    metadata = trajectories.read_shard_metadata(folder, name)
+def count(metadata: pa.Table) -> Counts:
     columns = ("response_len", "num_loss_tokens", "finish_reason")
     return Counts.of(*(metadata[column].to_pylist() for column in columns))
 

@@ -521,6 +521,33 @@ def test_overlap_needs_servers_and_staleness() -> None:
             validate(spoiled("rollout", changed), ConsolidateConfig, "file")
 
 
+def test_partial_rollouts_need_servers_staleness_and_an_iteration_that_is_larger() -> None:
+    servers = {"engine": "sglang", "servers": ["http://h:1"]}
+    good = {**GOOD["rollout"], **servers, "max_staleness": 1, "carry_over": 1}
+    samples = good["prompts_per_iteration"] * good.get("samples_per_prompt", 1)
+    assert samples > 1
+    for count in (1, samples - 1):
+        found = validate(
+            spoiled("rollout", {**good, "carry_over": count}), ConsolidateConfig, "file"
+        )
+        assert found.rollout.carry_over == count
+    for changes, said in (
+        ({"carry_over": samples}, f"carry_over {samples} is not below the {samples} samples of an"),
+        ({"max_staleness": 0}, "carry_over 1 needs max_staleness 1 or more, found 0"),
+        ({"overlap": "one_step"}, "carry_over 1 is not for overlap one_step"),
+        ({"overlap_teacher_pass": True}, "carry_over 1 is not for overlap_teacher_pass"),
+    ):
+        with pytest.raises(MtopdError, match=f"rollout: {said}"):
+            validate(spoiled("rollout", {**good, **changes}), ConsolidateConfig, "file")
+    embedded = {**GOOD["rollout"], "max_staleness": 1, "carry_over": 1}
+    with pytest.raises(MtopdError, match="rollout: carry_over 1 needs engine sglang: of the ranks"):
+        validate(spoiled("rollout", embedded), ConsolidateConfig, "file")
+    endless = {**spoiled("rollout", good), "train": {**GOOD["train"], "num_iterations": 10**9}}
+    if samples * 10**9 > 1 << 32:
+        with pytest.raises(MtopdError, match="more than the 4294967296 that rollout"):
+            validate(endless, ConsolidateConfig, "file")
+
+
 def test_counts_that_are_absurd_together_are_refused() -> None:
     for path, value, said in (
         (

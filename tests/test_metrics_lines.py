@@ -111,6 +111,22 @@ LINES = [
         },
     ),
     (
+        RolloutLine(
+            tokens=5,
+            samples=2,
+            stopped=1,
+            carried_samples=0,
+            carried_tokens=0,
+            open_samples=1,
+            open_tokens=4,
+        ),
+        "rollout",
+        {
+            *("tokens", "samples", "stopped", "continued_tokens", "log_bytes"),
+            *("carried_samples", "carried_tokens", "open_samples", "open_tokens"),
+        },
+    ),
+    (
         StalenessLine(tokens={"0": 5, "2": 3}, mean=0.75, oldest=2, tokens_masked=3),
         "staleness",
         {"tokens", "mean", "oldest", "tokens_masked"},

@@ -96,7 +96,7 @@ PIPELINES = (
     ("baselines",),
     ("rollout", "teacher_pass", "train", "evaluate"),  # a phase each
     ("answering",),  # a rollout under way
-    ("sequence_filter", "staleness", "rollout_files", "requests"),
+    ("sequence_filter", "staleness", "rollout_files", "requests", "carry_over"),
     ("micro_batches", "teacher_stream"),
     ("session",),
     ("iteration", "engines", "export", "teachers"),

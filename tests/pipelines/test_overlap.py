@@ -91,7 +91,8 @@ class OverlappingSession:
         self.run = RunDir(folder, run.current_generation())
         self.ranks = SimpleNamespace(**vars(ranks), device=torch.device("cpu"))
         sizes = {"batch_size": 2, "prompts_per_iteration": COUNT, "samples_per_prompt": 1}
-        staleness = {"overlap": "one_step", "max_staleness": 1}
+        sizes |= {"samples_per_iteration": COUNT}
+        staleness = {"overlap": "one_step", "max_staleness": 1, "carry_over": 0}
         self.config: Any = SimpleNamespace(
             rollout=SimpleNamespace(**sizes, **staleness, min_response=0),
             data=SimpleNamespace(sources=[], max_response=LENGTH),

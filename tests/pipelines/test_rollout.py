@@ -31,11 +31,16 @@ class Table(list[Prompt]):
 def test_every_sample_has_its_request_and_a_prompt_is_read_once() -> None:
     tables = [Table(Prompt(f"{s}/{i}", {}, (i,), s) for i in range(5)) for s in "ab"]
     config = SimpleNamespace(
-        rollout=SimpleNamespace(prompts_per_iteration=12, samples_per_prompt=4), seed=3
+        rollout=SimpleNamespace(
+            prompts_per_iteration=12, samples_per_prompt=4, samples_per_iteration=48, carry_over=0
+        ),
+        seed=3,
     )
     session: Any = SimpleNamespace(config=config, prompts=SimpleNamespace(train=tables))
-    planned = plan_requests(session, SimpleNamespace(number=0))  # type: ignore[arg-type]
+    iteration: Any = SimpleNamespace(number=5, is_last=False)
+    planned = plan_requests(session, iteration)
     assert [request.sample_id for _, request in planned.values()] == list(range(2 * 6 * 4))
+    assert {request.iteration for _, request in planned.values()} == {5}
     pairs = [*planned.values()]
     assert all(p.prompt_id == r.prompt_id and p.prompt_ids is r.prompt_ids for p, r in pairs)
     named = {(request.prompt_id, request.sample) for _, request in pairs}
