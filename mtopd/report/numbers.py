@@ -74,6 +74,7 @@ def build_report(record: RunRecord) -> Report:
         "reverse_kl": first_and_last(steps, lambda s: s.reverse_kl),
         "log_prob_mismatch": _mismatch(record),
         "staleness": _staleness(record),
+        "carried_over": _carried_over(rollouts),
         "samples_filtered": _filtered(record),
         "domains": domains,
         "no_recovery": {d.name: _why_not(record, d, domains[d.name]) for d in found
@@ -110,6 +111,17 @@ def _environment(lines: Sequence[RolloutLine]) -> dict[str, float] | None:
         "calls": _total(line.environment_calls for line in told),
         "calls_s": _total(line.environment_s for line in told),
         "failed_samples": _total(line.environment_errors for line in told),
+    }
+
+
+def _carried_over(lines: Sequence[RolloutLine]) -> dict[str, float] | None:
+    """Responses that were open when an iteration ended, once for each; None without carry_over."""
+    told = [line for line in lines if line.open_samples is not None]
+    if not told:
+        return None
+    return {
+        "samples": _total(line.open_samples for line in told),
+        "tokens": _total(line.open_tokens for line in told),
     }
 
 

@@ -120,6 +120,12 @@ def _replies(found: Mapping[str, float]) -> tuple[str, str]:
     return ("environment calls / responses that they failed", counts)
 
 
+def _carried(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Of iterations that went on with what the one before had left open."""
+    counts = f"{found['samples']:,.0f} / {found['tokens']:,.0f}"
+    return ("responses open when an iteration ended / their tokens by then", counts)
+
+
 def _ages(stale: Mapping[str, Any]) -> tuple[str, str]:
     """Of iterations that trained on tokens of older students."""
     ages = f"{stale['mean']:.2f} / {stale['oldest']}"
@@ -153,6 +159,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         ("token logs of rollouts", in_bytes(report["token_log_bytes"])),
         *(_updates(updates) if (updates := report["weight_updates"]) else []),
         *([_replies(replied)] if replied else []),
+        *([_carried(carried)] if (carried := report["carried_over"]) else []),
         *([_ages(stale)] if (stale := report["staleness"]) else []),
         *([_left_out(filtered)] if filtered is not None else []),
         ("wall time of all phases", f"{sum(report['wall_s'].values()):,.0f} s"),

@@ -149,6 +149,18 @@ def test_updates_of_servers_are_summed_by_step(run: RunDir) -> None:
     assert tiles["their steps, s"] == "begin 1.5, buckets 6.0, probe 6.0"
 
 
+def test_responses_that_iterations_left_open_are_summed_where_they_may_be(run: RunDir) -> None:
+    assert report_of(run)["carried_over"] is None
+    metrics = MetricsWriter(run.metrics, enabled=True)
+    for number, (samples, tokens) in enumerate([(4, 900), (4, 1100), (0, 0)]):
+        line = replace(ROLLOUT, open_samples=samples, open_tokens=tokens)
+        metrics.write(line, number)
+    metrics.close()
+    assert report_of(run)["carried_over"] == {"samples": 8, "tokens": 2000}
+    tiles = dict(page._tiles(report_of(run)))
+    assert tiles["responses open when an iteration ended / their tokens by then"] == "8 / 2,000"
+
+
 def test_what_environments_did_is_summed_where_there_are_any(run: RunDir) -> None:
     assert report_of(run)["environment"] is None
     metrics = MetricsWriter(run.metrics, enabled=True)
