@@ -199,15 +199,15 @@ def test_teachers_read_while_servers_answer(
 
 def check_versions(store: TokenStore, place: Place, students: dict[int, Path]) -> dict[int, int]:
     """Each token's log-prob is that of the student it names, and not the other's; tokens by student."""
-    sequences, firsts = [], []
-    for sample_id in range(COUNT):
+    sequences, firsts = [], {}
+    for sample_id in store.samples:
         fields = store.tokens(sample_id)
         sequences.append([*fields.prompt_ids.tolist(), *fields.response_ids.tolist()])
-        firsts.append(len(fields.prompt_ids) - 1)
+        firsts[sample_id] = len(fields.prompt_ids) - 1
     counted, apart = dict.fromkeys(students, 0), 0.0
     for version, folder in students.items():
         known = place.log_probs(folder, sequences)
-        for sample_id, log_probs in enumerate(known):
+        for sample_id, log_probs in zip(store.samples, known, strict=True):
             fields, versions = store.tokens(sample_id), store.tokens(sample_id).versions()
             assert set(versions.tolist()) <= {*students}
             difference = np.abs(fields.rollout_log_probs - log_probs[firsts[sample_id] :])
