@@ -247,7 +247,9 @@ class Dispatcher:
         rid = f"{self._rid_prefix}-{work.sample_id:020d}-{work.attempts:05d}"
         rest, endless = work.budget - len(work.ids), work.min_response - 1 - len(work.ids)
         part = Part(endless, endless=True) if endless > 0 else Part(rest)
-        input_ids = np.concatenate([work.prompt_ids, np.array(work.ids)])
+        input_ids = work.prompt_ids
+        if work.ids:
+            input_ids = np.concatenate([input_ids, np.array(work.ids)])
         body = generate_body(asking, rid, input_ids, part, work.seed)
         stream, events, clock = Stream(asking, part), Events(), time.monotonic
         try:
@@ -327,6 +329,8 @@ async def _read_on(response: aiohttp.ClientResponse) -> None:
     """
     import aiohttp
 
+    if response.content.at_eof():
+        return
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(_LAST_BYTES_S):
             await response.content.read()
