@@ -53,7 +53,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "context_length": 64,
             "max_response": 12,
         },
-        "rollout": {"prompts_per_iteration": 24, "batch_size": 8},
+        # One shard, as an import writes of so few: a pass reads its batches within quarters of shards.
+        "rollout": {"prompts_per_iteration": 24, "batch_size": 24},
         "train": {
             "num_iterations": 1,
             "train_steps_per_iteration": 2,
