@@ -79,6 +79,9 @@ class FakeStream:
         self.arrived = asyncio.Event()
         self.content = self
 
+    def at_eof(self) -> bool:
+        return False
+
     def push(self, event: bytes | None) -> None:
         self.events.append(event)
         self.arrived.set()
