@@ -28,6 +28,8 @@ from mtopd.run_dir import SEAL
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "tiktoken*", "LICENSE*", "README*")
 _NOT_COPIED = ("*.index.json", "*.py")
 _TEMPLATES = "additional_chat_templates"
+# Of config.json: the weights that are written have their scales multiplied in.
+_OF_QUANTISED = ("quantization_config", "compression_config")
 _EDITED = ("config.json", "tokenizer_config.json")
 # What a start has read through whatever links lead to it, and an export is no model without.
 _READ_AT_START = (
@@ -84,13 +86,14 @@ def finish_export(folder: Path, shards: Sequence[Shard], seal: Callable[[Path], 
 
 
 def config_values(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json with the dtype of its weights, in the spellings that transformers 4 and 5 read.
+    """config.json with the dtype of its weights, in the spellings that transformers 4 and 5 read, and
+    without what told of quantised ones.
 
     transformers 5 writes ``dtype``, keeps everything of the rope in ``rope_parameters`` and has
     renamed fields (``num_experts``); transformers 4 reads ``torch_dtype``, ``rope_theta``,
     ``rope_scaling`` and the former names, and takes a default without a word where they are missing.
     """
-    found = dict(values)
+    found = {name: value for name, value in values.items() if name not in _OF_QUANTISED}
     for spelling in ("torch_dtype", "dtype"):
         if spelling == "torch_dtype" or spelling in found:
             found[spelling] = dtype_name(dtype)

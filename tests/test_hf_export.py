@@ -124,6 +124,17 @@ def test_a_folder_of_transformers_5_is_read_by_4_too(tmp_path: Path) -> None:
     assert experts["num_experts"] == experts["num_local_experts"] == 8
 
 
+def test_what_told_of_quantised_weights_is_left_out(model: Path, tmp_path: Path) -> None:
+    """Weights are written with their scales multiplied in: nobody may multiply again."""
+    source = copied(model, tmp_path / "source")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit(source / "config.json", quantization_config=fp8, compression_config=fp8)
+    export(source, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not found.keys() & {"quantization_config", "compression_config"}
+    assert found["model_type"] == "qwen3" and found["torch_dtype"] == "float32"
+
+
 def test_what_is_no_weight_is_copied_by_list_and_the_rest_is_named(
     model: Path, tmp_path: Path
 ) -> None:
