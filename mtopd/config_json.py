@@ -11,25 +11,25 @@ from typing import Any
 
 from mtopd.dtypes import is_torch_dtype
 from mtopd.families import rope_less_theta
+from mtopd.hf_fp8 import fp8_of, not_read
 from mtopd.types import MtopdError
 
 
 def check_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Raise MtopdError for a config.json of quantised weights, and for one that says a thing twice, and
-    differently.  ``values``: what it holds, of a ``model_type`` that transformers knows.
+    """Raise MtopdError for a config.json of weights quantised in a way that is not read, and for one
+    that says a thing twice, and differently.  ``values``: what it holds, of a ``model_type`` that
+    transformers knows.
     """
-    for name in ("quantization_config", "compression_config", "quantization"):
+    for name in ("compression_config", "quantization"):
         if values.get(name) is not None:
-            raise MtopdError(
-                f"{path} has a {name}: quantised weights are not read; convert the checkpoint to "
-                f"bfloat16 or float32 first, with the scales multiplied in, and remove {name}"
-            )
+            raise not_read(path, name, f"{name} tells of them")
     for name in ("dtype", "torch_dtype"):
         if isinstance(said := values.get(name), str) and not is_torch_dtype(said):
             raise MtopdError(
                 f"{path} has {name} {said[:40]!r}; it is the name of a dtype of torch, such as bfloat16, or "
                 "left out"
             )
+    fp8_of(path, values)
     for first, second in _contradictions(values):
         raise MtopdError(
             f"{path} says {first}, but {second}: which of them counts depends on who reads it; leave the "

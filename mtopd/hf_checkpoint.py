@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from mtopd.config_json import check_values
-from mtopd.dtypes import torch_dtype
+from mtopd.dtypes import dtype_name, torch_dtype
 from mtopd.families import FAMILIES, ModelFacts, model_facts
 from mtopd.files import LFS_POINTER
+from mtopd.hf_fp8 import CODES, READ, Entries, Fp8, check_scales, fp8_of, take_scales
 from mtopd.safetensors_file import TensorEntry, read_header
 from mtopd.types import MtopdError
 
@@ -42,8 +43,9 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
     """The HF config of a checkpoint folder; never runs code from it.
 
     As in transformers an output layer of its own counts, also where the config says tied: then
-    ``tie_word_embeddings`` of what is returned is False.  Raises MtopdError when the folder has no
-    readable config.json, its architecture is not supported, or it says that weights are quantised.
+    ``tie_word_embeddings`` of what is returned is False; nor does it tell of FP8 weights: whoever
+    reads them gets numbers.  Raises MtopdError when the folder has no readable config.json, its
+    architecture is not supported, or it says that weights are quantised in a way that is not read.
     """
     from transformers import AutoConfig
 
@@ -78,6 +80,7 @@ def load_hf_config(folder: Path) -> PretrainedConfig:
         _check_windows(config)
     except Exception as error:  # of the library's checks, each of its own kind
         raise MtopdError(f"{path} is not a config of {values['model_type']}: {error}") from None
+    vars(config).pop("quantization_config", None)
     if config.tie_word_embeddings and _has_own_head(folder):
         config.tie_word_embeddings = False
     return config
@@ -221,14 +224,15 @@ class HFTensors(Mapping[str, torch.Tensor]):
     """Tensors of an HF folder by name, one at a time, each read anew.  Every file's header is
     checked at the start.
 
-    float16 comes as float32, which is exact; every other tensor in its own dtype.  They are read,
-    not mapped: pages of a mapped file count as this process's memory for as long as it is open.
-    Raises MtopdError when the folder's files do not hold what its index says, and for quantised
-    weights.
+    float16 comes as float32, which is exact; FP8 as the numbers that its scales make of it, in the
+    dtype that config.json names, and the scales are no tensors of their own; every other tensor in
+    its own dtype.  They are read, not mapped: pages of a mapped file count as this process's memory
+    for as long as it is open.  Raises MtopdError when the folder's files do not hold what its index
+    says, for scales that do not fit, and for weights that are quantised otherwise.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
+        self._entries = Entries()
         for path in weight_files(folder):
             for entry in _read_header(path):
                 if entry.name in self._entries:
@@ -245,8 +249,18 @@ class HFTensors(Mapping[str, torch.Tensor]):
                         "them is of another checkpoint"
                     )
         self._folder = folder
+        self._fp8 = _read_fp8(folder)
+        self._scales, self._input_scales = Entries(), Entries()
+        if self._fp8 is not None:
+            self._scales, self._input_scales = take_scales(self._fp8, folder, self._entries)
         for name, (path, entry) in self._entries.items():
-            if entry.dtype not in _READ:
+            if entry.dtype == CODES and name not in self._scales:
+                raise MtopdError(
+                    f"{path}: tensor {name!r} is {CODES}, quantised, but {folder / 'config.json'} has no "
+                    f"quantization_config, which says how; fetch it again (read are {READ}), or convert "
+                    "the checkpoint to bfloat16 or float32 first"
+                )
+            if entry.dtype not in (*_READ, CODES):
                 raise MtopdError(
                     f"{path}: tensor {name!r} is {entry.dtype}, quantised or of a kind that is not "
                     f"read ({', '.join(_READ)} are); convert the checkpoint to bfloat16 or float32 "
@@ -268,20 +282,22 @@ class HFTensors(Mapping[str, torch.Tensor]):
                 f"{self._folder} has no tensor {name!r}, which its config.json calls for"
             )
         path, entry = self._entries[name]
-        tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-        try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(entry.start)
-                _read_whole(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise MtopdError(
-                f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again"
-            ) from None
+        tensor = _read_tensor(path, entry)
+        if self._fp8 is not None and name in self._scales:
+            tensor = self._fp8.weight(tensor, self._scales_of(name))
         _check_finite(tensor, name, path)
         return tensor.float() if tensor.dtype == torch.float16 else tensor
 
+    def _scales_of(self, name: str) -> torch.Tensor:
+        path, entry = self._scales[name]
+        scales = _read_tensor(path, entry)
+        check_scales(scales, entry.name, path)
+        return scales
+
     def dtype(self, name: str) -> torch.dtype:
         """What ``self[name]`` has."""
+        if self._fp8 is not None and name in self._scales:
+            return self._fp8.dtype
         found = torch_dtype(self._entries[name][1].dtype)
         return torch.float32 if found == torch.float16 else found
 
@@ -291,12 +307,32 @@ class HFTensors(Mapping[str, torch.Tensor]):
     def file(self, name: str) -> Path:
         return self._entries[name][0]
 
-    def identity(self) -> list[list[Any]]:
-        """What tells this checkpoint from another: every file's tensors, size and time of change."""
+    def notes(self) -> Iterator[str]:
+        """What whoever gives this folder should know of its quantised weights."""
+        if self._fp8 is not None:
+            yield (
+                f"{len(self._scales)} FP8 weights are read with their scales, as "
+                f"{dtype_name(self._fp8.dtype)}"
+            )
+        if self._input_scales:
+            yield (
+                f"{len(self._input_scales)} scales of activations (input_scale) are not read: the "
+                "weights do not depend on them"
+            )
+
+    def files(self) -> list[Path]:
+        """Those that are read."""
+        return sorted({path for path, _ in self._stored()})
+
+    def identity(self) -> list[Any]:
+        """What tells this checkpoint from another: every file's tensors, size and time of change, and
+        how codes become numbers.
+        """
         files: dict[Path, list[TensorEntry]] = {}
-        for path, entry in self._entries.values():
+        for path, entry in self._stored():
             files.setdefault(path, []).append(entry)
-        return [
+        found: list[Any] = [] if self._fp8 is None else [str(self._fp8)]
+        found += [
             [
                 path.name,
                 path.stat().st_size,
@@ -305,6 +341,30 @@ class HFTensors(Mapping[str, torch.Tensor]):
             ]
             for path, es in sorted(files.items())
         ]
+        return found
+
+    def _stored(self) -> Iterator[tuple[Path, TensorEntry]]:
+        for entries in (self._entries, self._scales, self._input_scales):
+            yield from entries.values()
+
+
+def _read_fp8(folder: Path) -> Fp8 | None:
+    """A folder of weights alone, without config.json, has none."""
+    path = folder / "config.json"
+    return fp8_of(path, _read_object(path, str(path))) if path.exists() else None
+
+
+def _read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+    tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            _read_whole(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+    except OSError as error:
+        raise MtopdError(
+            f"cannot read {path}: {error.strerror or 'it ends early'}; copy it again"
+        ) from None
+    return tensor
 
 
 def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
@@ -374,6 +434,8 @@ def check_checkpoint(folder: Path, say: Callable[[str], None] = lambda text: Non
                 "this config.json does not use; a scale or part that is ignored would make another "
                 "model: export the checkpoint again"
             )
+    for note in tensors.notes():
+        say(f"{folder}: {note}")
     if (folder / _SINGLE).is_file() and (folder / _INDEX).is_file():
         say(f"{folder}: {_SINGLE} counts, {_INDEX} and files that only it names are not read")
     behind = (n for n in tensors if facts.is_behind_last(n) and not facts.is_further_head(n))

@@ -40,7 +40,7 @@ def inputs_of(
     known of them is kept between starts, and between runs.
     """
     notes, folder = ContentNotes(note_path("contents")), student.model
-    weights = [name for name, *_ in HFTensors(folder).identity()]
+    weights = [path.name for path in HFTensors(folder).files()]
     parts = {"student": ["config.json", *weights], TOKENIZER: _tokenizer_files(folder)}
     found = {
         f"{what} {name}": {"path": str(folder / name), "sha256": file.sha256}

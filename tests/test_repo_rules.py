@@ -46,6 +46,7 @@ LOWER = {
     "config_json",
     "hf_checkpoint",
     "hf_export",
+    "hf_fp8",
     "hf_weights",
     "hf_writer",
 }
@@ -114,6 +115,7 @@ OUR_WORDS = {  # options of Megatron whose names are also words of ours, and whe
     "num_layers": "a field of the teacher store's manifest",
     "optimizer": "the prefix of optimizer state in a checkpoint",
     "lr": "a setting of ours, a key of metrics.jsonl",
+    "fp8": "a quant_method of HF folders",
     "bf16": "a way of multiplying in the row kernels",
 }
 UNSAFE = r"pickle\.load|torch\.load\(|yaml\.(load\((?!.*_Loader)|unsafe_load|full_load)|trust_remote_code=True|\bexec\("

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mtopd.hf_writer import INDEX
 from mtopd.run_dir import SEAL
 from tests.conftest import run_ranks
+from tests.fp8_models import BLOCK, quantise
 from tests.small_models import MODEL_TYPES, save_model
 
 WORKER = Path(__file__).with_name("student_ranks.py")
@@ -99,3 +100,18 @@ def test_weights_come_back_bit_for_bit_and_answer_as_transformers_does(tmp_path:
         assert all(
             torch.equal(stored[name], tensor) for name, tensor in further.items() if mtp == "freeze"
         )
+
+
+def test_a_student_of_fp8_weights_is_the_one_of_the_dequantised_folder(tmp_path: Path) -> None:
+    """Two tp ranks: both take their rows and columns of the same numbers; the exports tell."""
+    save_model(tmp_path / "plain", seed=1, model_type="deepseek_v3", vocab=111, tied=False)
+    quantise(tmp_path / "plain", tmp_path / "fp8", tmp_path / "whole", BLOCK)
+    student = {"parallel": {"tp": 2}, "megatron": SP}
+    jobs = [{"kind": kind, "name": kind, "student": student} for kind in ("fp8", "whole")]
+    output = run_ranks(2, WORKER, str(tmp_path), json.dumps(jobs), timeout=400.0)
+    assert output.count("PASSED") == len(jobs), output
+    found, expected = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SEAL}
+        for folder in (tmp_path / "runs" / kind / "export" for kind in ("fp8", "whole"))
+    )
+    assert found == expected and INDEX in found
