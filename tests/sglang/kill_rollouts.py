@@ -164,7 +164,9 @@ def kill_often(
     ranks = driver.start(kept.run)
     while True:
         at_s = None
-        if hits.total() < kills:
+        if hits.total() == kills:
+            watch.aim(None, 0)
+        else:
             target = TARGETS[hits.total() % len(TARGETS)]
             watch.aim(target, draw.randint(1, target.within))
             if target.path is None:

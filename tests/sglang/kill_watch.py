@@ -82,7 +82,8 @@ class Watch:
         self._left = 0
         self._members: set[int] = set()  # servers that take part in updates since their last start
 
-    def aim(self, target: Target, count: int) -> None:
+    def aim(self, target: Target | None, count: int) -> None:
+        """Strike at the ``count``-th of what the target names; None: at nothing any more."""
         with self._lock:
             self.hit, self._target, self._left = None, target, count
 
