@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from mtopd.files import read_json, write_json
+from mtopd.progress import say
 from mtopd.rollout.sglang_servers import Server, ServerError, Servers
 from mtopd.rollout.sglang_weights import WeightUpdate
 from mtopd.types import MtopdError
@@ -124,10 +125,18 @@ def let_go(note: Path) -> Iterator[None]:
 
 
 def _host_and_close(where: Mapping[str, Any], is_over: threading.Event) -> None:
+    told = False
     while not is_over.wait(_LOOK_S):
         try:
             store = _host_store(where["address"], where["port"], where["size"])
-        except OSError:  # another host's address; or its port is somebody's again
+        except OSError as error:  # another host's address; or its port is somebody's again
+            if not told:
+                say(
+                    "a start that was killed may have left SGLang servers looking for it at "
+                    f"{where['address']}:{where['port']}, which cannot be had here ({error.strerror}); "
+                    "where one does not answer, start it again"
+                )
+            told = True
             continue
         before = store.num_keys()
         while store.num_keys() == before and not is_over.wait(_LOOK_S):

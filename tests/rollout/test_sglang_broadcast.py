@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from mtopd.files import write_json
 from mtopd.hf_checkpoint import HFTensors
-from mtopd.rollout.sglang_broadcast import Piece, pieces
+from mtopd.rollout.sglang_broadcast import Piece, let_go, pieces
 from mtopd.rollout.sglang_disk import MARK, make_folder, remove_folder, write_bucket, write_index
 from mtopd.types import MtopdError
 
@@ -99,3 +101,15 @@ def test_only_folders_with_our_mark_are_removed(tmp_path: Path) -> None:
     remove_folder(foreign)
     remove_folder(folder)
     assert foreign.exists() and not folder.exists()
+
+
+def test_where_the_former_starts_address_is_another_hosts_it_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = tmp_path / "group.json"
+    write_json(note, {"address": "192.0.2.1", "port": 29000, "size": 2})  # of no host (RFC 5737)
+    with let_go(note):
+        time.sleep(1.6)  # three looks
+    said = capsys.readouterr().err
+    assert said.count("looking for it at 192.0.2.1:29000, which cannot be had here") == 1, said
+    assert "start it again" in said and not note.exists()
